@@ -1,0 +1,113 @@
+"""Checks of arguments that several operations share. Each error names the value and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+TokenIds: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]]
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q is [B,H,M,d], k and v are [B,H,N,d], non-empty, of one float dtype and on one device."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be [batch, heads, tokens, head width]")
+        if not x.dtype.is_floating_point:
+            raise ValueError(f"{name} has dtype {x.dtype}; it must be a floating-point tensor")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype} but q has {q.dtype}; cast them to one dtype")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move them to one device")
+        if 0 in x.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: every dimension must be at least 1")
+    if k.shape != v.shape:
+        raise ValueError(f"k has shape {tuple(k.shape)} but v has {tuple(v.shape)}; they must be the same")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch, heads and head width")
+
+
+def check_scale(scale: float | None, width: int) -> float:
+    """The factor of the logits: `scale`, or 1/sqrt(head width)."""
+    return width**-0.5 if scale is None else float(scale)
+
+
+def _check_row(name: str, row: Sequence[int], tokens: int, padded: bool) -> None:
+    real = [i for i in row if not (padded and i == -1)]
+    for i in real:
+        if not 0 <= i < tokens:
+            hint = "; -1 pads only the [batch, T] form" if i == -1 else ""
+            raise ValueError(f"{name} holds {i}, but the context has tokens 0..{tokens - 1}{hint}")
+    if len(set(real)) != len(real):
+        double = next(i for i in real if real.count(i) > 1)
+        raise ValueError(f"{name} holds {double} more than once: {list(row)}; every token may be named once")
+
+
+def check_token_ids(name: str, ids: TokenIds, batch: int, tokens: int, device: torch.device) -> Tensor:
+    """`ids` as an int64 tensor [T] (all samples) or [B,T] (one row per sample, padded with -1) on `device`.
+
+    Values are checked where reading them costs no synchronisation: sequences and CPU tensors, outside of tracing.
+
+    Raises:
+        ValueError: wrong shape or dtype, an id out of range, or the same id twice.
+    """
+    if isinstance(ids, Tensor):
+        if ids.dtype != torch.int64:
+            raise ValueError(f"{name} has dtype {ids.dtype}; it must be torch.int64")
+        readable = ids.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(ids, FakeTensor)
+        tensor, rows = ids, ids.tolist() if readable and ids.ndim in (1, 2) else None
+    else:
+        rows = [list(row) if isinstance(row, Sequence) else row for row in ids]
+        nested = [isinstance(row, list) for row in rows]
+        if any(nested) and not all(nested):
+            raise ValueError(f"{name} mixes ids and lists of ids: {rows}")
+        if nested and all(nested):
+            longest = max(len(row) for row in rows)
+            rows = [row + [-1] * (longest - len(row)) for row in rows]
+        tensor = torch.tensor(rows, dtype=torch.int64, device=device)
+    if tensor.ndim not in (1, 2) or (tensor.ndim == 2 and tensor.shape[0] != batch):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [T] or [batch, T] with batch {batch}")
+    if tensor.shape[-1] > tokens:
+        raise ValueError(f"{name} names {tensor.shape[-1]} tokens, but the context has only {tokens}")
+    if rows is not None:
+        for row in [rows] if tensor.ndim == 1 else rows:
+            _check_row(name, row, tokens, padded=tensor.ndim == 2)
+    return tensor.to(device)
+
+
+def check_targets(target_ids: TokenIds, pinned_ids: TokenIds, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Target and pinned ids as tensors; at least one target, none of them pinned as well."""
+    batch, tokens = k.shape[0], k.shape[2]
+    targets = check_token_ids("target_ids", target_ids, batch, tokens, k.device)
+    pinned = check_token_ids("pinned_ids", pinned_ids, batch, tokens, k.device)
+    if targets.shape[-1] == 0:
+        raise ValueError("target_ids is empty; name at least one target token")
+    if not isinstance(target_ids, Tensor) and not isinstance(pinned_ids, Tensor):
+        for row, pins in zip(_rows(target_ids, batch), _rows(pinned_ids, batch), strict=True):
+            both = sorted((set(row) & set(pins)) - {-1})
+            if both:
+                raise ValueError(f"token {both[0]} is both in target_ids and in pinned_ids; leave it out of one of them")
+    return targets, pinned
+
+
+def _rows(ids: Sequence[int] | Sequence[Sequence[int]], batch: int) -> list[list[int]]:
+    if ids and isinstance(ids[0], Sequence):
+        return [list(row) for row in ids]  # type: ignore[arg-type]
+    return [list(ids)] * batch  # type: ignore[arg-type]
+
+
+def check_grid(grid: tuple[int, int], image_tokens: int | None = None) -> tuple[int, int]:
+    """(height, width) as two positive ints, with height*width == image_tokens where that is given."""
+    if len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"grid is {tuple(grid)}; it must be (height, width), both at least 1")
+    height, width = int(grid[0]), int(grid[1])
+    if image_tokens is not None and height * width != image_tokens:
+        raise ValueError(
+            f"grid {height}x{width} has {height * width} cells, but there are {image_tokens} image tokens; "
+            "pass the (height, width) of this layer"
+        )
+    return height, width

@@ -1,0 +1,165 @@
+"""Scaled dot-product attention with its logsumexp, over all columns or all but some."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._impl import resolve
+from .._validate import check_qkv, check_scale
+from ._library import NAMESPACE, composite
+
+_cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+attention_reference = composite(
+    "attention_reference(Tensor q, Tensor k, Tensor v, Tensor excluded_ids, float scale) -> (Tensor, Tensor)",
+    reference.attention,
+)
+
+
+def _mask(q: Tensor, k: Tensor, excluded_ids: Tensor) -> Tensor | None:
+    """-inf on the excluded columns, 0 elsewhere: [B,1,M,N] without memory along M; None when nothing is excluded."""
+    if excluded_ids.shape[-1] == 0:
+        return None
+    batch, tokens = k.shape[0], k.shape[2]
+    ids = excluded_ids.expand(batch, -1)
+    spill = torch.where(ids < 0, tokens, ids)
+    mask = q.new_zeros(batch, tokens + 1).scatter_(1, spill, -torch.inf)[:, :tokens]
+    return mask[:, None, None, :].expand(-1, 1, q.shape[2], -1)
+
+
+def _dense_mask(logits: Tensor, mask: Tensor | None) -> Tensor:
+    return logits if mask is None else logits + mask
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
+def attention_op(q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    mask = _mask(q, k, excluded_ids)
+    if q.device.type == "cpu":
+        out, lse = _cpu_forward(q, k, v, attn_mask=mask, scale=scale)
+        lse = lse.contiguous()
+        if mask is not None:
+            empty = mask[:, :, 0].isneginf().all(-1, keepdim=True)
+            lse = lse.masked_fill(empty, -torch.inf)
+        return out, lse
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = _dense_mask(scale * (q.to(wide) @ k.to(wide).mT), mask)
+    lse = logits.logsumexp(-1)
+    probabilities = torch.exp(logits - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1))
+    return (probabilities.to(v.dtype) @ v), lse
+
+
+@attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    batch, heads, image_tokens, width = q.shape
+    if q.device.type == "cpu":
+        out = q.new_empty(batch, image_tokens, heads, width).transpose(1, 2)
+    else:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
+def attention_backward_op(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    excluded_ids: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask = _mask(q, k, excluded_ids)
+    lse = lse.masked_fill(lse.isneginf(), 0.0)
+    if q.device.type == "cpu":
+        if grad_lse is None:
+            gradients = _cpu_backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
+            return tuple(x.contiguous() for x in gradients)
+        # dl = P (dP - rowsum(dO O) + dlse): a value column of ones whose output gradient is dlse, and whose saved
+        # output is 0 so that the row sum does not see it, adds exactly the last term.
+        wider_q, wider_k, wider_out = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, out))
+        wider_v = torch.nn.functional.pad(v, (0, 1), value=1.0)
+        grad = torch.cat([grad_out, grad_lse.to(grad_out.dtype).unsqueeze(-1)], -1)
+        gradients = _cpu_backward(
+            grad, wider_q, wider_k, wider_v, wider_out, lse, 0.0, False, attn_mask=mask, scale=scale
+        )
+        return tuple(x[..., :-1].contiguous() for x in gradients)
+    wide = lse.dtype
+    q_wide, k_wide, v_wide, grad_out = q.to(wide), k.to(wide), v.to(wide), grad_out.to(wide)
+    probabilities = torch.exp(_dense_mask(scale * (q_wide @ k_wide.mT), mask) - lse.unsqueeze(-1))
+    row = (grad_out * out.to(wide)).sum(-1)
+    row = row if grad_lse is None else row - grad_lse
+    grad_logits = probabilities * (grad_out @ v_wide.mT - row.unsqueeze(-1)) * scale
+    grad_v = probabilities.mT @ grad_out
+    return (grad_logits @ k_wide).to(q.dtype), (grad_logits.mT @ q_wide).to(k.dtype), grad_v.to(v.dtype)
+
+
+@attention_backward_op.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    excluded_ids: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))  # type: ignore[return-value]
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, excluded_ids, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, excluded_ids)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+    q, k, v, out, lse, excluded_ids = ctx.saved_tensors
+    if grad_out is None and grad_lse is None:
+        return None, None, None, None, None
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    gradients = attention_backward_op(grad_out, grad_lse, q, k, v, out, lse, excluded_ids, ctx.scale)
+    return *(x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad, strict=False)), None, None
+
+
+attention_op.register_autograd(_backward, setup_context=_save)
+
+
+def attention_without(
+    q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) over the columns that are not in `excluded_ids`; out 0 and lse -inf where no column is left."""
+    run = attention_reference if impl == "reference" else attention_op
+    return run(q, k, v, excluded_ids, scale)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False, impl: str | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v.
+
+    Differentiable in q, k and v, through the output and through the logsumexp. NaN and inf propagate.
+
+    Args:
+        q: queries `[B,H,M,d]`, float16, bfloat16, float32 or float64, any strides.
+        k, v: keys and values `[B,H,N,d]`, of the dtype and device of q.
+        scale: factor of the logits, 1/sqrt(d) by default.
+        return_lse: also return the logsumexp of each row's scaled logits.
+        impl: `"eager"` or `"reference"`; None for the default (see `attnctl_fast.use`).
+
+    Returns:
+        out `[B,H,M,d]` in q's dtype, or `(out, lse)` with lse `[B,H,M]` in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or an empty dimension.
+    """
+    check_qkv(q, k, v)
+    nothing = torch.empty(0, dtype=torch.int64, device=q.device)
+    out, lse = attention_without(q, k, v, nothing, check_scale(scale, q.shape[3]), resolve(impl))
+    return (out, lse) if return_lse else out

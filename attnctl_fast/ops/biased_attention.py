@@ -1,0 +1,69 @@
+"""Attention with a bias on a few columns."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import reference
+from .._impl import resolve
+from .._validate import TokenIds, check_qkv, check_scale, check_targets
+from ._library import composite
+from .merge_targets import check_bias, merge_targets_op
+from .target_statistics import attention_without, target_logits_op
+
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor target_ids, Tensor pinned_ids, float scale) -> Tensor"
+)
+biased_attention_reference = composite("biased_attention_reference" + _SCHEMA, reference.biased_attention)
+
+
+def _biased_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, target_ids: Tensor, pinned_ids: Tensor, scale: float
+) -> Tensor:
+    rest_out, rest_lse = attention_without(q, k, v, target_ids, scale, "eager")
+    logits, pinned_logits = target_logits_op(q, k, target_ids, scale), target_logits_op(q, k, pinned_ids, scale)
+    return merge_targets_op(rest_out, rest_lse, logits, pinned_logits, v, bias, target_ids, pinned_ids)
+
+
+biased_attention_op = composite("biased_attention" + _SCHEMA, _biased_attention)
+
+
+def biased_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    target_ids: TokenIds,
+    *,
+    pinned_ids: TokenIds = (),
+    scale: float | None = None,
+    bias_inside_scale: bool = False,
+    impl: str | None = None,
+) -> Tensor:
+    """Attention with `bias` added to the logits of the target columns.
+
+    softmax(scale q k^T + S) v, or with `bias_inside_scale` softmax(scale (q k^T + S)) v (arXiv 2403.06381, Eq. 9).
+    Differentiable in q, k, v and bias; no [B,H,M,N] map is made beyond what attention itself makes.
+
+    Args:
+        q: queries `[B,H,M,d]`, any strides.
+        k, v: keys and values `[B,H,N,d]`.
+        bias: S `[B,H,T,M]`, one map per target; float.
+        target_ids: `[T]` or `[B,T]` padded with -1 (a padded target's bias is ignored and gets gradient zero).
+        pinned_ids: columns that keep their unbiased probability; the row is not renormalised.
+        scale: factor of the logits, 1/sqrt(d) by default.
+        bias_inside_scale: False is the released code's convention, True the paper's.
+        impl: `"eager"` or `"reference"`; None for the default.
+
+    Returns:
+        out `[B,H,M,d]` in q's dtype.
+
+    Raises:
+        ValueError: as `target_statistics`, or a bias that does not fit.
+    """
+    check_qkv(q, k, v)
+    targets, pinned = check_targets(target_ids, pinned_ids, k)
+    scale = check_scale(scale, q.shape[3])
+    check_bias(bias, (*q.shape[:2], targets.shape[-1], q.shape[2]), q.device)
+    run = biased_attention_reference if resolve(impl) == "reference" else biased_attention_op
+    return run(q, k, v, bias * scale if bias_inside_scale else bias, targets, pinned, scale)

@@ -1,0 +1,126 @@
+"""The Gaussian basis of attention regulation and the bias that it spans (arXiv 2403.06381, Eq. 9-10)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._impl import resolve
+from .._validate import check_grid
+from ._library import composite
+
+CENTRES = ("official", "paper")
+Sigma = float | tuple[float, float]
+
+
+def default_sigma(grid: tuple[int, int]) -> tuple[float, float]:
+    """The width of the Gaussians per axis, (sigma_y, sigma_x): `side // 16` as in the released code, at least 1.
+
+    The released code takes `side // 16` also below 16, where it is zero and the code fails; 1 is the smallest width here.
+    """
+    height, width = check_grid(grid)
+    return float(max(height // 16, 1)), float(max(width // 16, 1))
+
+
+def _axis_centres(side: int, sigma: float, centres: str) -> list[float]:
+    """Positions, in cells counted from 0. `official`: range(2 sigma, side, 2 sigma). `paper`: 2 sigma p, counted from 1."""
+    step = 2 * sigma
+    if centres == "official":
+        count = max(-int(-(side - step) // step), 0)
+        return [step * (p + 1) for p in range(count)]
+    return [step * p - 1 for p in range(1, int(side / step) + 1)]
+
+
+def basis_axes(grid: tuple[int, int], sigma: Sigma | None, centres: str) -> tuple[list[float], list[float], float, float]:
+    """Checked (centres_y, centres_x, sigma_y, sigma_x)."""
+    height, width = check_grid(grid)
+    if centres not in CENTRES:
+        raise ValueError(f"centres is {centres!r}; it must be one of {', '.join(map(repr, CENTRES))}")
+    if sigma is None:
+        sigma = default_sigma(grid)
+    sigma_y, sigma_x = (float(s) for s in (sigma if isinstance(sigma, tuple) else (sigma, sigma)))
+    if not (0 < sigma_y < float("inf") and 0 < sigma_x < float("inf")):
+        raise ValueError(f"sigma is {sigma}; it must be positive and finite (None takes the default of the grid)")
+    axes = _axis_centres(height, sigma_y, centres), _axis_centres(width, sigma_x, centres)
+    for side, name, axis, width_ in ((height, "height", axes[0], sigma_y), (width, "width", axes[1], sigma_x)):
+        if not axis:
+            raise ValueError(
+                f"the grid's {name} {side} holds no centre for sigma {width_:g} ({centres} centres lie {2 * width_:g} "
+                "apart); pass a smaller sigma or choose a layer with a larger grid"
+            )
+    return *axes, sigma_y, sigma_x
+
+
+def basis_shape(grid: tuple[int, int], sigma: Sigma | None = None, centres: str = "official") -> tuple[int, int]:
+    """The number of centres along each axis, (r_y, r_x): the last two dimensions of theta."""
+    axis_y, axis_x, _, _ = basis_axes(grid, sigma, centres)
+    return len(axis_y), len(axis_x)
+
+
+def axis_basis(side: int, centres: list[float], sigma: float, like: Tensor) -> Tensor:
+    """G[y, i] = exp(-(y - c_i)^2 / 2 sigma^2): [side, r]."""
+    cells = torch.arange(side, dtype=like.dtype, device=like.device)
+    return torch.exp(-((cells[:, None] - torch.tensor(centres, dtype=like.dtype, device=like.device)) ** 2) / (2 * sigma**2))
+
+
+def full_basis(grid: tuple[int, int], sigma: Sigma | None, centres: str, like: Tensor) -> Tensor:
+    """The reference's basis [r_y, r_x, height, width]."""
+    axis_y, axis_x, sigma_y, sigma_x = basis_axes(grid, sigma, centres)
+    as_tensor = like.new_tensor
+    return reference.gaussian_basis(as_tensor(axis_y), as_tensor(axis_x), sigma_y, sigma_x, grid)
+
+
+gaussian_bias_reference = composite(
+    "gaussian_bias_reference(Tensor theta, Tensor basis) -> Tensor", reference.gaussian_bias
+)
+
+
+def _gaussian_bias(theta: Tensor, basis_y: Tensor, basis_x: Tensor) -> Tensor:
+    return (basis_y @ (theta @ basis_x.mT)).flatten(-2)
+
+
+gaussian_bias_op = composite("gaussian_bias(Tensor theta, Tensor basis_y, Tensor basis_x) -> Tensor", _gaussian_bias)
+
+
+def check_theta(theta: Tensor, shape: tuple[int, ...], axes: tuple[int, int]) -> None:
+    """Raise ValueError unless theta is a float tensor of the (leading) shape [B,H,T,r_y,r_x]."""
+    if not theta.dtype.is_floating_point or theta.ndim != 5 or theta.shape[:3] != (shape or theta.shape[:3]):
+        wanted = [*(shape or "BHT"), *axes]
+        raise ValueError(f"theta is {theta.dtype} of shape {tuple(theta.shape)}; it must be a float tensor {wanted}")
+    if tuple(theta.shape[3:]) != axes:
+        raise ValueError(
+            f"theta has {theta.shape[3]}x{theta.shape[4]} centres, but this grid, sigma and centres give "
+            f"{axes[0]}x{axes[1]} (see ops.basis_shape)"
+        )
+
+
+def gaussian_bias(
+    theta: Tensor,
+    grid: tuple[int, int],
+    *,
+    sigma: Sigma | None = None,
+    centres: str = "official",
+    impl: str | None = None,
+) -> Tensor:
+    """S = G_y theta G_x^T, a sum of Gaussians on the grid (arXiv 2403.06381, Eq. 9-10). Differentiable in theta.
+
+    Args:
+        theta: weights `[B,H,T,r_y,r_x]` of the centres, y along the rows of the grid; float.
+        grid: (height, width) of the layer.
+        sigma: width of the Gaussians in cells, one float or (sigma_y, sigma_x); None takes `default_sigma(grid)`.
+        centres: `"official"` (every 2 sigma from cell 2 sigma, counted from 0, short of the side) or `"paper"` (every
+            2 sigma counted from 1, the side included).
+
+    Returns:
+        S `[B,H,T,M]`, M = height*width, in theta's dtype.
+
+    Raises:
+        ValueError: sigma not positive, a grid that holds no centre, an unknown convention, or a theta that does not fit.
+    """
+    axis_y, axis_x, sigma_y, sigma_x = basis_axes(grid, sigma, centres)
+    check_theta(theta, (), (len(axis_y), len(axis_x)))
+    if resolve(impl) == "reference":
+        return gaussian_bias_reference(theta, full_basis(grid, sigma, centres, theta))
+    basis_y = axis_basis(grid[0], axis_y, sigma_y, theta)
+    return gaussian_bias_op(theta, basis_y, axis_basis(grid[1], axis_x, sigma_x, theta))

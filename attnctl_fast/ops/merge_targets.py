@@ -1,0 +1,107 @@
+"""Merging the target columns, biased or not, into attention over all other columns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._impl import resolve
+from .._validate import TokenIds, check_targets
+from ._library import composite
+from .target_statistics import TargetStatistics, gather_columns
+
+_SCHEMA = (
+    "(Tensor rest_out, Tensor rest_lse, Tensor logits, Tensor pinned_logits, Tensor v, Tensor bias, "
+    "Tensor target_ids, Tensor pinned_ids) -> Tensor"
+)
+merge_targets_reference = composite("merge_targets_reference" + _SCHEMA, reference.merge_targets)
+
+
+def _merge_targets(
+    rest_out: Tensor,
+    rest_lse: Tensor,
+    logits: Tensor,
+    pinned_logits: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    target_ids: Tensor,
+    pinned_ids: Tensor,
+) -> Tensor:
+    wide = logits.dtype
+    z = logits + bias
+    if target_ids.ndim == 2:
+        z = z.masked_fill((target_ids < 0)[:, None, :, None], -torch.inf)
+    weights = torch.cat([z, rest_lse.unsqueeze(2)], 2).softmax(2)
+    rest_weight, columns, values = weights[:, :, -1], weights[:, :, :-1], gather_columns(v, target_ids)
+    if pinned_ids.shape[-1]:
+        plain_lse = torch.logaddexp(rest_lse, logits.logsumexp(2)).unsqueeze(2)
+        lse = torch.logaddexp(rest_lse, z.logsumexp(2)).unsqueeze(2)
+        restored = torch.exp(pinned_logits - plain_lse) - torch.exp(pinned_logits - lse)
+        columns = torch.cat([columns, restored], 2)
+        values = torch.cat([values, gather_columns(v, pinned_ids)], 2)
+    out = rest_out.to(wide) * rest_weight.unsqueeze(-1) + columns.mT @ values.to(wide)
+    return out.to(v.dtype)
+
+
+merge_targets_op = composite("merge_targets" + _SCHEMA, _merge_targets)
+
+
+def check_bias(bias: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise ValueError unless `bias` is a float tensor of `shape` [B,H,T,M] on `device`."""
+    if not bias.dtype.is_floating_point or tuple(bias.shape) != tuple(shape):
+        raise ValueError(
+            f"bias is {bias.dtype} of shape {tuple(bias.shape)}; it must be a float tensor [B,H,T,M] = {list(shape)}"
+        )
+    if bias.device != device:
+        raise ValueError(f"bias is on {bias.device} but the attention is on {device}; move it there")
+
+
+def merge_targets(
+    stats: TargetStatistics,
+    v: Tensor,
+    target_ids: TokenIds,
+    bias: Tensor | None = None,
+    *,
+    pinned_ids: TokenIds = (),
+    impl: str | None = None,
+) -> Tensor:
+    """Attention whose target columns carry `bias`, from the statistics: (e^R O_rest + sum_t e^(l_t + bias_t) V_t) / Z.
+
+    Exact and stable at any bias ("leave the targets out, merge them in", MATH.md section 1). Differentiable in the
+    statistics, v and bias.
+
+    Args:
+        stats: from `target_statistics` with the same ids.
+        v: the values `[B,H,N,d]`.
+        target_ids, pinned_ids: as given to `target_statistics`. A pinned column is put back to its unedited
+            probability, and the row is not renormalised, as in the released code of attention regulation.
+        bias: what is added to the scaled logits of the targets, `[B,H,T,M]`; None for the unedited output.
+        impl: `"eager"` or `"reference"`; None for the default.
+
+    Returns:
+        out `[B,H,M,d]` in v's dtype.
+
+    Raises:
+        ValueError: a bias, ids or values that do not fit the statistics.
+    """
+    targets, pinned = check_targets(target_ids, pinned_ids, v)
+    if targets.shape[-1] != stats.logits.shape[2]:
+        raise ValueError(
+            f"target_ids names {targets.shape[-1]} tokens, but the statistics hold {stats.logits.shape[2]}; "
+            "pass the ids that target_statistics got"
+        )
+    held = 0 if stats.pinned_logits is None else stats.pinned_logits.shape[2]
+    if pinned.shape[-1] != held:
+        raise ValueError(
+            f"pinned_ids names {pinned.shape[-1]} tokens, but the statistics hold {held} pinned columns; "
+            "pass the ids that target_statistics got"
+        )
+    if v.ndim != 4 or v.shape[:2] != stats.rest_out.shape[:2] or v.shape[3] != stats.rest_out.shape[3]:
+        raise ValueError(f"v has shape {tuple(v.shape)}, which does not fit rest_out {tuple(stats.rest_out.shape)}")
+    if bias is None:
+        bias = torch.zeros_like(stats.logits)
+    check_bias(bias, stats.logits.shape, stats.logits.device)
+    pinned_logits = stats.logits[:, :, :0] if stats.pinned_logits is None else stats.pinned_logits
+    merge = merge_targets_reference if resolve(impl) == "reference" else merge_targets_op
+    return merge(stats.rest_out, stats.rest_lse, stats.logits, pinned_logits, v, bias, targets, pinned)

@@ -1,0 +1,62 @@
+"""Attention with a Gaussian-basis bias on the target columns: the edited layer of attention regulation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._impl import resolve
+from .._validate import TokenIds, check_grid, check_qkv, check_targets
+from .biased_attention import biased_attention
+from .gaussian_bias import Sigma, basis_shape, check_theta, gaussian_bias
+
+
+def regulated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    target_ids: TokenIds,
+    grid: tuple[int, int],
+    *,
+    sigma: Sigma | None = None,
+    centres: str = "official",
+    pinned_ids: TokenIds = (),
+    scale: float | None = None,
+    bias_inside_scale: bool = False,
+    impl: str | None = None,
+) -> Tensor:
+    """`biased_attention` whose bias is `gaussian_bias(theta, grid)` (arXiv 2403.06381, Eq. 9-10).
+
+    Differentiable in q, k, v and theta. This version makes the bias, `[B,H,T,M]`, in memory.
+
+    Args:
+        q: queries `[B,H,M,d]`, any strides.
+        k, v: keys and values `[B,H,N,d]`.
+        theta: weights of the Gaussians `[B,H,T,r_y,r_x]`; float32, or float64 for float64 inputs.
+        target_ids, pinned_ids, scale, bias_inside_scale, impl: as for `biased_attention`.
+        grid: (height, width), height*width == M.
+        sigma, centres: as for `gaussian_bias`.
+
+    Returns:
+        out `[B,H,M,d]` in q's dtype.
+
+    Raises:
+        ValueError: as `biased_attention` and `gaussian_bias`, or a grid that does not match M.
+    """
+    check_qkv(q, k, v)
+    check_grid(grid, q.shape[2])
+    targets, pinned = check_targets(target_ids, pinned_ids, k)
+    impl = resolve(impl)
+    check_theta(theta, (*q.shape[:2], targets.shape[-1]), basis_shape(grid, sigma, centres))
+    bias = gaussian_bias(theta, grid, sigma=sigma, centres=centres, impl=impl)
+    return biased_attention(
+        q,
+        k,
+        v,
+        bias,
+        targets,
+        pinned_ids=pinned,
+        scale=scale,
+        bias_inside_scale=bias_inside_scale,
+        impl=impl,
+    )

@@ -1,0 +1,186 @@
+"""The objective of attention regulation, differentiable in the statistics, the bias and theta."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._impl import resolve
+from ._library import NAMESPACE, composite
+from ._objective import (
+    Distance,
+    Objective,
+    Weights,
+    attention_gradient_,
+    loss_of,
+    measure,
+    softmax_backward,
+)
+from .merge_targets import check_bias
+from .target_statistics import TargetStatistics
+
+regulation_loss_reference = composite(
+    "regulation_loss_reference(Tensor logits, Tensor rest_lse, Tensor? rest_square, Tensor bias, Tensor? theta, "
+    "str objective, float quantile, float level, float? mass, float mass_weight, float penalty) -> Tensor",
+    reference.regulation_loss,
+)
+
+
+def _softmax(logits: Tensor, rest_lse: Tensor) -> Tensor:
+    return torch.cat([logits.flatten(0, 1), rest_lse.flatten(0, 1).unsqueeze(1)], 1).softmax(1)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::regulation_loss", mutates_args=())
+def regulation_loss_op(
+    logits: Tensor,
+    rest_lse: Tensor,
+    rest_square: Tensor | None,
+    bias: Tensor,
+    theta: Tensor | None,
+    objective: str,
+    quantile: float,
+    level: float,
+    mass: float | None,
+    mass_weight: float,
+    penalty: float,
+) -> Tensor:
+    aim = Objective(objective, quantile, level, mass, mass_weight, penalty)
+    weights = Weights.of(logits.flatten(0, 1), aim)
+    probabilities = _softmax(logits + bias, rest_lse)
+    measured = measure(probabilities, quantile)
+    loss = loss_of(measured.high, measured.mean, weights, aim)
+    if objective == "paper":
+        assert rest_square is not None
+        distance = Distance.of(_softmax(logits, rest_lse), rest_square.flatten(0, 1))
+        loss = loss + penalty * distance.value(probabilities)
+    elif theta is not None:
+        loss = loss + penalty * (weights.share * theta.flatten(0, 1).square().mean((-1, -2))).sum(-1)
+    return loss.view(logits.shape[:2])
+
+
+@regulation_loss_op.register_fake
+def _(logits, rest_lse, rest_square, bias, theta, *rest):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape[:2])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::regulation_loss_backward", mutates_args=())
+def regulation_loss_backward_op(
+    grad: Tensor,
+    logits: Tensor,
+    rest_lse: Tensor,
+    rest_square: Tensor | None,
+    bias: Tensor,
+    theta: Tensor | None,
+    objective: str,
+    quantile: float,
+    level: float,
+    mass: float | None,
+    mass_weight: float,
+    penalty: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of logits, rest_lse, rest_square (or empty), bias and theta (or empty)."""
+    aim = Objective(objective, quantile, level, mass, mass_weight, penalty)
+    weights = Weights.of(logits.flatten(0, 1), aim)
+    outer = grad.flatten()[:, None, None]
+    probabilities = _softmax(logits + bias, rest_lse)
+    gradient = attention_gradient_(torch.zeros_like(probabilities), measure(probabilities, quantile), weights, aim)
+    of_plain: Tensor | float = 0.0
+    grad_square, grad_theta = logits.new_empty(0), logits.new_empty(0)
+    if objective == "paper":
+        assert rest_square is not None
+        plain = _softmax(logits, rest_lse)
+        distance = Distance.of(plain, rest_square.flatten(0, 1))
+        value = distance.value(probabilities)
+        of_edited = distance.gradient(probabilities, value)
+        gradient += penalty * of_edited
+        rest, held = plain[:, -1], plain[:, -1] > 0
+        change = (probabilities[:, -1] - rest) / torch.where(held, rest, torch.inf)
+        inverse = (outer / torch.where(value > 0, value, torch.inf)[:, None, None])[:, 0]
+        grad_plain = -of_edited
+        grad_plain[:, -1] -= change.square() * rest * distance.kappa / torch.where(value > 0, value, torch.inf)[:, None]
+        of_plain = softmax_backward(penalty * grad_plain, plain) * outer
+        grad_square = (0.5 * penalty * inverse * change.square()).view(rest_square.shape)
+    elif theta is not None:
+        scale = weights.share[..., None, None] * (2 * penalty / (theta.shape[3] * theta.shape[4]))
+        grad_theta = (outer[..., None] * scale * theta.flatten(0, 1)).view(theta.shape)
+    of_edited_logits = softmax_backward(gradient, probabilities) * outer
+    of_logits = of_edited_logits + of_plain
+    grad_bias = of_edited_logits[:, :-1].reshape(logits.shape)
+    grad_rest = of_logits[:, -1].reshape(rest_lse.shape).clone()
+    return of_logits[:, :-1].reshape(logits.shape).clone(), grad_rest, grad_square, grad_bias.clone(), grad_theta
+
+
+@regulation_loss_backward_op.register_fake
+def _(grad, logits, rest_lse, rest_square, bias, theta, objective, *rest):  # type: ignore[no-untyped-def]
+    nothing = logits.new_empty(0)
+    paper = objective == "paper"
+    return (
+        torch.empty_like(logits, memory_format=torch.contiguous_format),
+        torch.empty_like(rest_lse, memory_format=torch.contiguous_format),
+        rest_square.new_empty(rest_square.shape) if paper else nothing,
+        logits.new_empty(logits.shape),
+        theta.new_empty(theta.shape) if theta is not None and not paper else nothing,
+    )
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:5])
+    ctx.terms = inputs[5:]
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    gradients = regulation_loss_backward_op(grad, *ctx.saved_tensors, *ctx.terms)
+    paper = ctx.terms[0] == "paper"
+    exists = (True, True, paper, True, not paper)
+    kept = (x if needed and real else None for x, needed, real in zip(gradients, ctx.needs_input_grad, exists, strict=False))
+    return *kept, *[None] * len(ctx.terms)
+
+
+regulation_loss_op.register_autograd(_backward, setup_context=_save)
+
+
+def regulation_loss(
+    stats: TargetStatistics,
+    bias: Tensor,
+    *,
+    objective: str = "official",
+    theta: Tensor | None = None,
+    quantile: float = 0.9,
+    level: float = 0.9,
+    mass: float | None = None,
+    mass_weight: float | None = None,
+    penalty: float | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """The objective of attention regulation per batch and head (arXiv 2403.06381, Eq. 11-15, and its released code).
+
+    With A' the edited attention of the targets, means over the sample's real targets:
+    `mean (quantile(A') - level)^2 + mass_weight * mean (mean_m A' - mass)^2`, plus `penalty * mean theta^2`
+    (official) or `penalty * ||A' - A||` over all columns (paper). Differentiable in the statistics, bias and theta; at
+    the quantile the gradient goes to the two order statistics that it interpolates.
+
+    Args:
+        stats: from `target_statistics` (`with_square=True` for the paper's objective).
+        bias: what is added to the scaled logits, `[B,H,T,M]`.
+        objective: `"official"` or `"paper"`.
+        theta: weights of the Gaussians, for the official penalty; None leaves that term out.
+        quantile, level: which quantile of A', and its aim.
+        mass: aim of each target's mean attention; None takes min(1, 0.2 T)/T.
+        mass_weight: 80 by default. The paper writes the mass term with sums: its alpha is mass_weight / M^2, its mu is
+            mass; it states neither number.
+        penalty: 0.09 (official) or 0.1 (paper) by default.
+        impl: `"eager"` or `"reference"`; None for the default.
+
+    Returns:
+        loss `[B,H]` in the statistics' dtype.
+
+    Raises:
+        ValueError: an unknown objective, a bias that does not fit, a quantile outside [0, 1], or the paper's objective
+            without rest_square.
+    """
+    check_bias(bias, tuple(stats.logits.shape), stats.logits.device)
+    aim = Objective.checked(objective, quantile, level, mass, mass_weight, penalty, stats.rest_square)
+    run = regulation_loss_reference if resolve(impl) == "reference" else regulation_loss_op
+    square = stats.rest_square if objective == "paper" else None
+    return run(stats.logits, stats.rest_lse, square, bias, theta, aim.name, *aim.terms)

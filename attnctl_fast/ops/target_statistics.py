@@ -1,0 +1,116 @@
+"""What attention control needs to know of a layer: the target logits and the attention over all other columns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._impl import resolve
+from .._validate import TokenIds, check_qkv, check_scale, check_targets
+from ._library import composite
+from .attention import attention_without
+
+
+class TargetStatistics(NamedTuple):
+    """Sufficient statistics of attention control ("sufficient statistics" in MATH.md section 1).
+
+    rest_out: attention over the columns that are not targets, `[B,H,M,d]`, in q's dtype.
+    rest_lse: the logsumexp of those columns' logits, `[B,H,M]`; -inf where every column is a target.
+    logits: the targets' scaled logits, `[B,H,T,M]`; -inf for padded targets.
+    rest_square: the sum of squared probabilities over the columns that are not targets, `[B,H,M]`, or None.
+    pinned_logits: the pinned columns' scaled logits, `[B,H,P,M]`, -inf for padded ones, or None without pinned columns.
+
+    All but rest_out are float32 (float64 for float64 inputs).
+    """
+
+    rest_out: Tensor
+    rest_lse: Tensor
+    logits: Tensor
+    rest_square: Tensor | None
+    pinned_logits: Tensor | None
+
+
+target_logits_reference = composite(
+    "target_logits_reference(Tensor q, Tensor k, Tensor target_ids, float scale) -> Tensor", reference.target_logits
+)
+rest_square_reference = composite(
+    "rest_square_reference(Tensor q, Tensor k, Tensor target_ids, float scale) -> Tensor", reference.rest_square
+)
+
+
+def gather_columns(x: Tensor, ids: Tensor) -> Tensor:
+    """The rows of x [B,H,N,d] that `ids` name: [B,H,T,d]; a padded id takes row 0, which its user must mask."""
+    if ids.ndim == 1:
+        return x.index_select(2, ids)
+    rows = ids.clamp(min=0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return x.gather(2, rows)
+
+
+def _target_logits(q: Tensor, k: Tensor, target_ids: Tensor, scale: float) -> Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = (gather_columns(k, target_ids).to(wide) * scale) @ q.to(wide).mT
+    if target_ids.ndim == 1:
+        return logits
+    return logits.masked_fill((target_ids < 0)[:, None, :, None], -torch.inf)
+
+
+target_logits_op = composite(
+    "target_logits(Tensor q, Tensor k, Tensor target_ids, float scale) -> Tensor", _target_logits
+)
+
+
+def _rest_square(q: Tensor, k: Tensor, target_ids: Tensor, lse: Tensor, scale: float, impl: str) -> Tensor:
+    if impl == "reference":
+        return rest_square_reference(q, k, target_ids, scale)
+    # sum_n A_n^2 = exp(logsumexp(2 l) - 2 logsumexp(l)): attention at twice the scale already sums it.
+    _, double_lse = attention_without(q, k, k, target_ids, 2 * scale, impl)
+    return torch.exp(double_lse - 2 * lse)
+
+
+def target_statistics(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    target_ids: TokenIds,
+    *,
+    pinned_ids: TokenIds = (),
+    scale: float | None = None,
+    with_square: bool = False,
+    impl: str | None = None,
+) -> TargetStatistics:
+    """Attention over all columns but the targets, and the targets' logits: enough to edit the targets' columns later
+    (`merge_targets`) or to optimise their bias (`regulate`) without touching q, k or v again.
+
+    Differentiable in q, k and v.
+
+    Args:
+        q: queries `[B,H,M,d]`, any strides.
+        k, v: keys and values `[B,H,N,d]`.
+        target_ids: ids of the T target tokens, `[T]` or `[B,T]` padded with -1; distinct and in 0..N-1.
+        pinned_ids: ids of P tokens that shall keep their unedited probabilities (they stay in the rest).
+        scale: factor of the logits, 1/sqrt(d) by default.
+        with_square: also compute `rest_square`, which only the paper's objective needs.
+        impl: `"eager"` or `"reference"`; None for the default.
+
+    Returns:
+        `TargetStatistics`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; no target; an id out of range, twice, or both target and
+            pinned. Ids on an accelerator are trusted, for reading them would synchronise.
+    """
+    check_qkv(q, k, v)
+    targets, pinned = check_targets(target_ids, pinned_ids, k)
+    scale, impl = check_scale(scale, q.shape[3]), resolve(impl)
+    columns = target_logits_reference if impl == "reference" else target_logits_op
+    rest_out, rest_lse = attention_without(q, k, v, targets, scale, impl)
+    logits = columns(q, k, targets, scale)
+    square = None
+    if with_square:
+        lse = torch.logaddexp(rest_lse, logits.logsumexp(2))
+        square = _rest_square(q, k, targets, lse, scale, impl)
+    pinned_logits = columns(q, k, pinned, scale) if pinned.shape[-1] else None
+    return TargetStatistics(rest_out, rest_lse, logits, square, pinned_logits)

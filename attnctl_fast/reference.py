@@ -1,0 +1,233 @@
+"""The textbook: attention control written from the equations, in plain PyTorch, for any device and float dtype.
+
+Nothing here is fast. These functions are the oracle of every other implementation; in float64 they are the truth that
+errors are measured against. Notation: batch B, heads H, image tokens M, text tokens N, head width d, target tokens T.
+Token ids are int64 tensors, [T] for all samples or [B,T] padded with -1. Half-precision inputs are computed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _one_hot(ids: Tensor, batch: int, tokens: int) -> Tensor:
+    """bool [B,T,N]: which column each id names; a padded id names none."""
+    return ids.expand(batch, -1).unsqueeze(-1) == torch.arange(tokens, device=ids.device)
+
+
+def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return scale * (_wide(q) @ _wide(k).mT)
+
+
+def _normalise(logits: Tensor, lse: Tensor) -> Tensor:
+    """softmax, with zeros for a row whose logits are all -inf."""
+    return torch.exp(logits - torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v over the columns that are not excluded, and the logsumexp of each row's logits."""
+    excluded = _one_hot(excluded_ids, k.shape[0], k.shape[2]).any(1)
+    logits = _logits(q, k, scale).masked_fill(excluded[:, None, None, :], -torch.inf)
+    lse = logits.logsumexp(-1)
+    return (_normalise(logits, lse) @ _wide(v)).to(v.dtype), lse
+
+
+def target_logits(q: Tensor, k: Tensor, target_ids: Tensor, scale: float) -> Tensor:
+    """The target columns of scale q k^T, one map per token: [B,H,T,M]; -inf for a padded target."""
+    logits = _logits(q, k, scale).mT
+    ids = target_ids.expand(k.shape[0], -1)
+    rows = ids.clamp(min=0)[:, None, :, None].expand(-1, logits.shape[1], -1, logits.shape[3])
+    return logits.gather(2, rows).masked_fill((ids < 0)[:, None, :, None], -torch.inf)
+
+
+def rest_square(q: Tensor, k: Tensor, target_ids: Tensor, scale: float) -> Tensor:
+    """c_m, the sum of squared probabilities over the columns that are not targets: [B,H,M] (MATH.md section 1)."""
+    probabilities = _logits(q, k, scale).softmax(-1)
+    targets = _one_hot(target_ids, k.shape[0], k.shape[2]).any(1)
+    return probabilities.masked_fill(targets[:, None, None, :], 0.0).square().sum(-1)
+
+
+def gaussian_basis(axis_y: Tensor, axis_x: Tensor, sigma_y: float, sigma_x: float, grid: tuple[int, int]) -> Tensor:
+    """One Gaussian map per pair of centres: [r_y, r_x, height, width] (arXiv 2403.06381, Eq. 10)."""
+    y = torch.arange(grid[0], dtype=axis_y.dtype, device=axis_y.device)[:, None]
+    x = torch.arange(grid[1], dtype=axis_x.dtype, device=axis_x.device)[None, :]
+    rows = []
+    for centre_y in axis_y:
+        row = []
+        for centre_x in axis_x:
+            distance = (y - centre_y) ** 2 / (2 * sigma_y**2) + (x - centre_x) ** 2 / (2 * sigma_x**2)
+            row.append(torch.exp(-distance))
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+def gaussian_bias(theta: Tensor, basis: Tensor) -> Tensor:
+    """S = sum over centres of theta times the Gaussian maps: [B,H,T,M]."""
+    maps = theta.new_zeros(*theta.shape[:3], *basis.shape[2:])
+    for i in range(basis.shape[0]):
+        for j in range(basis.shape[1]):
+            maps = maps + theta[..., i, j, None, None] * basis[i, j]
+    return maps.flatten(-2)
+
+
+def biased_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, target_ids: Tensor, pinned_ids: Tensor, scale: float
+) -> Tensor:
+    """Attention with `bias` [B,H,T,M] added to the scaled logits of the target columns; pinned columns keep their
+    unbiased probabilities, and rows are not renormalised."""
+    logits = _logits(q, k, scale)
+    columns = _one_hot(target_ids, k.shape[0], k.shape[2])
+    biased = logits
+    for t in range(bias.shape[2]):
+        biased = torch.where(columns[:, t][:, None, None, :], biased + bias[:, :, t].unsqueeze(-1), biased)
+    pinned = _one_hot(pinned_ids, k.shape[0], k.shape[2]).any(1)[:, None, None, :]
+    probabilities = torch.where(pinned, logits.softmax(-1), biased.softmax(-1))
+    return (probabilities @ _wide(v)).to(v.dtype)
+
+
+def merge_targets(
+    rest_out: Tensor,
+    rest_lse: Tensor,
+    logits: Tensor,
+    pinned_logits: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    target_ids: Tensor,
+    pinned_ids: Tensor,
+) -> Tensor:
+    """(e^R O_rest + sum_t e^z_t V_t) / Z plus (A - A') V for every pinned column (MATH.md section 1)."""
+    padded = (target_ids.expand(v.shape[0], -1) < 0)[:, None, :, None]
+    z = torch.where(padded, -torch.inf, logits + bias)
+    plain_lse = torch.logaddexp(rest_lse, logits.logsumexp(2))
+    lse = torch.logaddexp(rest_lse, z.logsumexp(2))
+    columns = _one_hot(target_ids, v.shape[0], v.shape[2]).to(logits.dtype)
+    pins = _one_hot(pinned_ids, v.shape[0], v.shape[2]).to(logits.dtype)
+    out = torch.exp(rest_lse - lse).unsqueeze(-1) * _wide(rest_out)
+    out = out + torch.exp(z - lse.unsqueeze(2)).mT @ (columns[:, None] @ _wide(v))
+    restored = torch.exp(pinned_logits - plain_lse.unsqueeze(2)) - torch.exp(pinned_logits - lse.unsqueeze(2))
+    return (out + restored.mT @ (pins[:, None] @ _wide(v))).to(v.dtype)
+
+
+def regulation_loss(
+    logits: Tensor,
+    rest_lse: Tensor,
+    rest_square: Tensor | None,
+    bias: Tensor,
+    theta: Tensor | None,
+    objective: str,
+    quantile: float,
+    level: float,
+    mass: float | None,
+    mass_weight: float,
+    penalty: float,
+) -> Tensor:
+    """The objective of attention regulation per batch and head, [B,H] (arXiv 2403.06381, Eq. 11-15; MATH.md section 1).
+
+    `bias` is what is added to the scaled logits. `official` adds penalty * mean theta^2, `paper` penalty * ||A' - A||.
+    """
+    real = (logits > -torch.inf).any(-1).to(logits.dtype)
+    count = real.sum(-1).clamp(min=1)
+    edited = torch.exp(logits + bias - torch.logaddexp(rest_lse, (logits + bias).logsumexp(2)).unsqueeze(2))
+    high = torch.quantile(edited, quantile, dim=-1)
+    share = (0.2 * count).clamp(max=1.0) / count if mass is None else torch.full_like(count, mass)
+    loss = (real * (high - level) ** 2).sum(-1) / count
+    loss = loss + mass_weight * (real * (edited.mean(-1) - share.unsqueeze(-1)) ** 2).sum(-1) / count
+    if objective == "paper":
+        assert rest_square is not None
+        plain_lse = torch.logaddexp(rest_lse, logits.logsumexp(2))
+        plain = torch.exp(logits - plain_lse.unsqueeze(2))
+        rho = torch.exp(plain_lse - torch.logaddexp(rest_lse, (logits + bias).logsumexp(2)))
+        square = ((rho - 1) ** 2 * rest_square).sum(-1) + (edited - plain).square().sum((-1, -2))
+        distance = torch.where(square > 0, square, 1.0).sqrt() * (square > 0)
+        return loss + penalty * distance
+    if theta is None:
+        return loss
+    return loss + penalty * (real * theta.square().mean((-1, -2))).sum(-1) / count
+
+
+def keep_best(losses: Tensor, select: str) -> Tensor:
+    """The step with the lowest loss over the heads of each sample, or over the whole batch: int64 [B]."""
+    total = losses.mean(-1)
+    if select == "batch":
+        total = total.mean(-1, keepdim=True).expand_as(total)
+    return torch.where(total.isnan(), torch.inf, total).argmin(0)
+
+
+def regulate(
+    logits: Tensor,
+    rest_lse: Tensor,
+    rest_square: Tensor | None,
+    theta: Tensor,
+    basis: Tensor,
+    bias_scale: float,
+    objective: str,
+    steps: int,
+    step_size: float,
+    select: str,
+    *terms: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient descent on theta by autograd; (bias, theta) of the best step and the losses of all: [steps,B,H]."""
+    with torch.inference_mode(False), torch.enable_grad():
+        fixed = [x if x is None else x.detach().clone() for x in (logits, rest_lse, rest_square)]
+        current, basis = theta.detach().clone(), basis.detach().clone()
+        thetas, losses = [], []
+        for _ in range(steps):
+            current.requires_grad_()
+            bias = bias_scale * gaussian_bias(current, basis)
+            loss = regulation_loss(*fixed, bias, current, objective, *terms)  # type: ignore[arg-type]
+            (gradient,) = torch.autograd.grad(loss.sum(), current)
+            thetas.append(current.detach())
+            losses.append(loss.detach())
+            current = (current - step_size * gradient).detach()
+    history = torch.stack(losses)
+    kept = torch.stack(thetas)[keep_best(history, select), torch.arange(theta.shape[0], device=theta.device)]
+    real = (logits > -torch.inf).any(-1).unsqueeze(-1)
+    return torch.where(real, bias_scale * gaussian_bias(kept, basis), 0.0), kept, history
+
+
+def regulate_full_logits(
+    logits: Tensor,
+    target_ids: Tensor,
+    theta: Tensor,
+    basis: Tensor,
+    *,
+    steps: int = 20,
+    step_size: float = 100.0,
+    quantile: float = 0.9,
+    level: float = 0.9,
+    mass_weight: float = 80.0,
+    penalty: float = 0.09,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The official objective as published: every step adds S to the full logits [B,H,M,N], takes their softmax and
+    differentiates through it. What `regulate` must equal, and the baseline of the operation benchmarks.
+
+    Returns (bias [B,H,T,M], theta, losses [steps,B,H]); `target_ids` [T]; the best step is that of the whole batch.
+    """
+    targets = len(target_ids)
+    share = min(1.0, 0.2 * targets) / targets
+    maps = basis.flatten(0, 1).flatten(-2)
+    current = theta.detach()
+    best, best_loss, history = None, torch.inf, []
+    with torch.enable_grad():
+        for _ in range(steps):
+            current = current.requires_grad_()
+            bias = (current.flatten(-2).unsqueeze(-1) * maps).sum(-2)
+            edited = logits.clone()
+            edited[..., target_ids] = edited[..., target_ids] + bias.mT
+            attention_map = edited.softmax(-1)[..., target_ids]
+            loss = (torch.quantile(attention_map, quantile, dim=-2) - level).square().mean(-1)
+            loss = loss + mass_weight * (attention_map.mean(-2) - share).square().mean(-1)
+            loss = loss + penalty * current.square().mean((-1, -2, -3))
+            if loss.mean() < best_loss:
+                best, best_loss = (bias.detach(), current.detach()), loss.mean().item()
+            (gradient,) = torch.autograd.grad(loss.sum(), current)
+            history.append(loss.detach())
+            current = (current - step_size * gradient).detach()
+    if best is None:
+        raise ValueError("every loss is NaN; the logits hold NaN or inf")
+    return *best, torch.stack(history)

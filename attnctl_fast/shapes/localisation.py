@@ -1,0 +1,90 @@
+"""Does cross-attention say where an object is? Maps of the UNet's layers, a training loss on them and a measure of them.
+
+The loss is the token loss of TokenCompose (Wang et al., arXiv 2312.03626, Eq. 5), with the renderer's masks in place of a
+segmentation model's. The measure is the area under the ROC curve of a noun's map, own object against other object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import Attention
+
+
+class RecordingProcessor:
+    """Plain cross-attention that keeps its head-averaged probabilities, `probabilities [B, M, N]`, with gradients."""
+
+    def __init__(self) -> None:
+        self.probabilities: torch.Tensor | None = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            projection(source).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for projection, source in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        probabilities = (query @ key.transpose(-1, -2) * attn.scale).float().softmax(dim=-1)
+        self.probabilities = probabilities.mean(dim=1)
+        out = (probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+@contextmanager
+def record_attention(unet: UNet2DConditionModel, layers: tuple[str, ...]) -> Iterator[dict[str, RecordingProcessor]]:
+    """Record the probabilities of the named cross-attention modules at each forward pass; restore them on leaving."""
+    previous = unet.attn_processors
+    recorders = {layer: RecordingProcessor() for layer in layers}
+    unknown = [layer for layer in layers if f"{layer}.processor" not in previous]
+    if unknown:
+        raise ValueError(f"no attention layers named {unknown}: the UNet has {[n[:-10] for n in previous]}")
+    processors: dict[str, Any] = dict(previous)
+    processors.update({f"{layer}.processor": recorder for layer, recorder in recorders.items()})
+    unet.set_attn_processor(processors)
+    try:
+        yield recorders
+    finally:
+        unet.set_attn_processor(dict(previous))
+
+
+def localisation_loss(
+    maps: torch.Tensor, token_ids: torch.Tensor, masks: torch.Tensor, sample_weight: torch.Tensor
+) -> torch.Tensor:
+    """The weighted mean over words of `(1 - share of the word's attention inside its object)^2`, a scalar.
+
+    Args:
+        maps: head-averaged probabilities `[B, M, N]`.
+        token_ids: the text position of every word `[B, W]`, int64, -1 for none.
+        masks: where each word's object is `[B, W, M]`, 0 or 1.
+        sample_weight: `[B]`.
+    """
+    real = (token_ids >= 0).to(maps.dtype) * sample_weight[:, None]
+    columns = maps.gather(2, token_ids.clamp(min=0)[:, None, :].expand(-1, maps.shape[1], -1)).transpose(1, 2)
+    inside = (columns * masks).sum(-1) / columns.sum(-1).clamp(min=1e-8)
+    return ((1 - inside) ** 2 * real).sum() / real.sum().clamp(min=1e-8)
+
+
+def area_under_curve(positives: torch.Tensor, negatives: torch.Tensor) -> float:
+    """The probability that a positive exceeds a negative, ties counted half: the area under the ROC curve.
+
+    Args:
+        positives, negatives: one-dimensional samples, neither empty.
+    """
+    if not len(positives) or not len(negatives):
+        raise ValueError("the area under the ROC curve needs at least one positive and one negative")
+    ordered = negatives.sort().values
+    below = torch.searchsorted(ordered, positives, right=False)
+    not_above = torch.searchsorted(ordered, positives, right=True)
+    return float((below + not_above).double().mean() / 2 / len(ordered))

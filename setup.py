@@ -1,0 +1,51 @@
+"""Packaging. `kernels/` at the root installs as `attnctl_fast.kernels`; CONTRIBUTING.md says why it has no `__init__.py`."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "attnctl_fast" / "__init__.py").read_text(encoding="utf-8"), re.M)
+assert VERSION is not None
+
+DIFFUSERS = [
+    "diffusers>=0.36",
+    "transformers>=4.56",
+    "accelerate>=1.0",
+    "safetensors>=0.4",
+    "pillow>=10",
+    "tqdm>=4.60",
+]
+BENCH = ["pytest>=8", "pytest-benchmark>=5"]
+
+setup(
+    name="attnctl-fast",
+    version=VERSION[1],
+    description="Attention control for text-to-image diffusion at almost no cost: fused, differentiable torch operations",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[
+        "attnctl_fast",
+        "attnctl_fast.kernels",
+        "attnctl_fast.methods",
+        "attnctl_fast.ops",
+        "attnctl_fast.shapes",
+    ],
+    package_dir={"attnctl_fast.kernels": "kernels"},
+    package_data={
+        "attnctl_fast": ["py.typed"],
+        "attnctl_fast.kernels": ["configs/*.json"],
+        "attnctl_fast.shapes": ["weights/**/*"],
+    },
+    install_requires=["torch>=2.11", "numpy>=1.26"],
+    extras_require={
+        "diffusers": DIFFUSERS,
+        "bench": BENCH,
+        "test": [*DIFFUSERS, *BENCH, "hypothesis>=6.100", "mypy>=1.10", "peft>=0.17", "ruff>=0.6"],
+    },
+    entry_points={"console_scripts": ["attnctl-fast=attnctl_fast.cli:main"]},
+)
