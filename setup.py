@@ -38,7 +38,7 @@ setup(
     package_dir={"attnctl_fast.kernels": "kernels"},
     package_data={
         "attnctl_fast": ["py.typed"],
-        "attnctl_fast.kernels": ["configs/*.json"],
+        "attnctl_fast.kernels": ["README.md", "configs/*.json"],
         "attnctl_fast.shapes": ["weights/**/*"],
     },
     install_requires=["torch>=2.11", "numpy>=1.26"],

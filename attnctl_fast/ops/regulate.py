@@ -12,7 +12,7 @@ from .. import reference
 from .._impl import resolve
 from .._validate import check_grid
 from ._library import NAMESPACE
-from ._objective import Distance, Objective, Weights, attention_gradient_, loss_of, measure, softmax_backward
+from ._objective import Distance, Objective, Terms, softmax_backward
 from .gaussian_bias import Sigma, axis_basis, basis_axes, check_theta, full_basis
 from .target_statistics import TargetStatistics
 
@@ -45,10 +45,9 @@ class _Gaussians:
 
     def project(self, maps: Tensor) -> Tensor:
         """[.., M] to [.., r_y, r_x]."""
-        rows = maps.reshape(-1, self.width) @ self.x
-        rows = rows.view(-1, self.height, self.x.shape[1])
-        out = torch.bmm(self.y.mT.expand(len(rows), -1, -1), rows)
-        return out.view(*maps.shape[:-1], *out.shape[1:])
+        grids = maps.view(-1, self.height, self.width)
+        columns = torch.bmm(self.y.mT.expand(len(grids), -1, -1), grids)
+        return (columns.flatten(0, 1) @ self.x).view(*maps.shape[:-1], -1, self.x.shape[1])
 
 
 @torch.library.custom_op(f"{NAMESPACE}::regulate", mutates_args=())
@@ -72,50 +71,53 @@ def regulate_op(
     penalty: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     aim = Objective(objective, quantile, level, mass, mass_weight, penalty)
-    batch, heads, targets, size = logits.shape
+    batch, heads, targets, _ = logits.shape
     maps, rest = logits.flatten(0, 1), rest_lse.flatten(0, 1)
-    weights = Weights.of(maps, aim)
+    terms = Terms(maps, aim)
     gaussians = _Gaussians(grid, sigma, centres, logits)
 
     edited = torch.cat([maps, rest.unsqueeze(1)], 1)
+    columns = edited[:, :targets]
     distance = None
     if rest_square is not None:
         distance = Distance.of(edited.softmax(1), rest_square.flatten(0, 1))
     gradient = torch.zeros_like(edited)
-    thetas = logits.new_empty(steps, batch * heads, targets, *theta.shape[3:])
-    thetas[0] = theta.flatten(0, 1)
-    high, mean = (logits.new_empty(steps, batch * heads, targets) for _ in range(2))
-    distances = logits.new_zeros(steps, batch * heads)
+    history = logits.new_empty(steps, batch * heads, targets, *theta.shape[3:])
+    history[0] = theta.flatten(0, 1)
+    thetas = history.unbind()
+    high, mean, distances = [], [], []
     # A step on penalty * mean theta^2 only shrinks theta.
-    shrink = 1.0
+    shrink = None
     if objective == "official":
-        per_weight = 2 * step_size * penalty / (theta.shape[3] * theta.shape[4])
-        shrink = (1 - per_weight * weights.share)[..., None, None]
+        shrink = (1 - (2 * step_size * penalty / theta[0, 0, 0].numel()) * terms.share)[..., None, None]
 
-    for step in range(steps):
-        torch.add(maps, gaussians.span(thetas[step]), alpha=bias_scale, out=edited[:, :targets])
+    for step, current in enumerate(thetas):
+        torch.add(maps, gaussians.span(current), alpha=bias_scale, out=columns)
         probabilities = edited.softmax(1)
-        measured = measure(probabilities, quantile)
-        high[step], mean[step] = measured.high, measured.mean
+        measured = terms.measure(probabilities)
+        high.append(measured.high)
+        mean.append(measured.mean)
         if distance is not None:
-            distances[step] = distance.value(probabilities)
+            distances.append(distance.value(probabilities))
         if step + 1 == steps:
             break
-        attention_gradient_(gradient, measured, weights, aim)
-        total = gradient
+        total = terms.gradient_(gradient, measured)
         if distance is not None:
-            total = gradient + penalty * distance.gradient(probabilities, distances[step])
-        projected = gaussians.project(softmax_backward(total, probabilities))[:, :targets]
-        torch.add(thetas[step] * shrink, projected, alpha=-step_size * bias_scale, out=thetas[step + 1])
+            total = total + penalty * distance.gradient(probabilities, distances[-1])
+        descent = gaussians.project(softmax_backward(total, probabilities))[:, :targets]
+        shrunk = current if shrink is None else current * shrink
+        torch.add(shrunk, descent, alpha=-step_size * bias_scale, out=thetas[step + 1])
 
-    losses = loss_of(high, mean, weights, aim) + penalty * distances
+    losses = terms.loss(torch.stack(high), torch.stack(mean))
+    if distance is not None:
+        losses = losses + penalty * torch.stack(distances)
     if objective == "official":
-        losses = losses + penalty * (weights.share * thetas.square().mean((-1, -2))).sum(-1)
+        losses = losses + penalty * (terms.share * history.square().mean((-1, -2))).sum(-1)
     losses = losses.view(steps, batch, heads)
     best = reference.keep_best(losses, select)
-    kept = thetas.view(steps, *theta.shape)[best, torch.arange(batch, device=best.device)]
+    kept = history.view(steps, *theta.shape)[best, torch.arange(batch, device=best.device)]
     bias = bias_scale * gaussians.span(kept)
-    return bias.masked_fill((weights.share == 0).view(batch, heads, targets, 1), 0.0), kept, losses
+    return bias.masked_fill((terms.share == 0).view(batch, heads, targets, 1), 0.0), kept, losses
 
 
 @torch.library.custom_op(f"{NAMESPACE}::regulate_reference", mutates_args=())

@@ -8,15 +8,7 @@ from torch import Tensor
 from .. import reference
 from .._impl import resolve
 from ._library import NAMESPACE, composite
-from ._objective import (
-    Distance,
-    Objective,
-    Weights,
-    attention_gradient_,
-    loss_of,
-    measure,
-    softmax_backward,
-)
+from ._objective import Distance, Objective, Terms, softmax_backward
 from .merge_targets import check_bias
 from .target_statistics import TargetStatistics
 
@@ -46,16 +38,16 @@ def regulation_loss_op(
     penalty: float,
 ) -> Tensor:
     aim = Objective(objective, quantile, level, mass, mass_weight, penalty)
-    weights = Weights.of(logits.flatten(0, 1), aim)
+    terms = Terms(logits.flatten(0, 1), aim)
     probabilities = _softmax(logits + bias, rest_lse)
-    measured = measure(probabilities, quantile)
-    loss = loss_of(measured.high, measured.mean, weights, aim)
+    measured = terms.measure(probabilities)
+    loss = terms.loss(measured.high, measured.mean)
     if objective == "paper":
         assert rest_square is not None
         distance = Distance.of(_softmax(logits, rest_lse), rest_square.flatten(0, 1))
         loss = loss + penalty * distance.value(probabilities)
     elif theta is not None:
-        loss = loss + penalty * (weights.share * theta.flatten(0, 1).square().mean((-1, -2))).sum(-1)
+        loss = loss + penalty * (terms.share * theta.flatten(0, 1).square().mean((-1, -2))).sum(-1)
     return loss.view(logits.shape[:2])
 
 
@@ -81,10 +73,10 @@ def regulation_loss_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of logits, rest_lse, rest_square (or empty), bias and theta (or empty)."""
     aim = Objective(objective, quantile, level, mass, mass_weight, penalty)
-    weights = Weights.of(logits.flatten(0, 1), aim)
+    terms = Terms(logits.flatten(0, 1), aim)
     outer = grad.flatten()[:, None, None]
     probabilities = _softmax(logits + bias, rest_lse)
-    gradient = attention_gradient_(torch.zeros_like(probabilities), measure(probabilities, quantile), weights, aim)
+    gradient = terms.gradient_(torch.zeros_like(probabilities), terms.measure(probabilities))
     of_plain: Tensor | float = 0.0
     grad_square, grad_theta = logits.new_empty(0), logits.new_empty(0)
     if objective == "paper":
@@ -102,7 +94,7 @@ def regulation_loss_backward_op(
         of_plain = softmax_backward(penalty * grad_plain, plain) * outer
         grad_square = (0.5 * penalty * inverse * change.square()).view(rest_square.shape)
     elif theta is not None:
-        scale = weights.share[..., None, None] * (2 * penalty / (theta.shape[3] * theta.shape[4]))
+        scale = terms.share[..., None, None] * (2 * penalty / (theta.shape[3] * theta.shape[4]))
         grad_theta = (outer[..., None] * scale * theta.flatten(0, 1)).view(theta.shape)
     of_edited_logits = softmax_backward(gradient, probabilities) * outer
     of_logits = of_edited_logits + of_plain

@@ -1,0 +1,72 @@
+# make demo    install, then draw two-object prompts without and with attention regulation into out/demo
+# make test    install with the test extras, then lint, types and tests: what CI runs
+# make bench   install with the test extras, then time the operations and measure the detection rates
+# make clean   remove what these made
+# PYTHON=python3.12 chooses the interpreter that .venv is made with (3.10 to 3.13).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+PACKAGING := setup.py pyproject.toml constraints.txt
+
+# The tensors here are small: threads beyond two only cost.
+export OMP_NUM_THREADS ?= 2
+export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_OFFLINE ?= 1
+export PYTHONUNBUFFERED ?= 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint types bench clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/attnctl-fast demo $(DEMO_ARGS)
+
+test: lint types
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-test
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python bench/rates.py
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "attnctl-fast needs Python 3.10 to 3.13; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing)."; \
+	  echo "Name another one: make PYTHON=python3.12 ..."; exit 1; } >&2
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+# torch by itself first, so that no other requirement can choose its version.
+$(VENV)/.installed-torch: constraints.txt | $(VENV)/bin/python
+	@echo "Installing torch into $(VENV) (the first time this takes minutes)"
+	@$(PIP) install --constraint constraints.txt --upgrade pip setuptools
+	@$(PIP) install --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+$(VENV)/.installed-demo: $(PACKAGING) | $(VENV)/.installed-torch
+	@echo "Installing attnctl-fast[diffusers] into $(VENV)"
+	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[diffusers]'
+	@touch $@
+
+$(VENV)/.installed-test: $(PACKAGING) | $(VENV)/.installed-torch
+	@echo "Installing attnctl-fast[test] into $(VENV)"
+	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	@touch $@ $(VENV)/.installed-demo
