@@ -10,11 +10,11 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "attnctl_fast" / "__init_
 assert VERSION is not None
 
 DIFFUSERS = [
-    "diffusers>=0.36",
+    "diffusers>=0.40",
     "transformers>=4.56",
     "accelerate>=1.0",
     "safetensors>=0.4",
-    "pillow>=10",
+    "pillow>=10.1",
     "tqdm>=4.60",
 ]
 BENCH = ["pytest>=8", "pytest-benchmark>=5"]

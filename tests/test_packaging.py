@@ -1,4 +1,4 @@
-"""What gets installed, what importing it costs, and that `kernels/` never stands in for Hugging Face's package of that name."""
+"""What gets installed, what importing it imports, and that `kernels/` never stands in for Hugging Face's package."""
 
 import json
 import os

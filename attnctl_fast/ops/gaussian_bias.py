@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import reference
 from .._impl import resolve
@@ -58,10 +61,18 @@ def basis_shape(grid: tuple[int, int], sigma: Sigma | None = None, centres: str 
     return len(axis_y), len(axis_x)
 
 
+@functools.lru_cache(maxsize=64)
+def _axis_basis(side: int, centres: tuple[float, ...], sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    cells = torch.arange(side, dtype=dtype, device=device)
+    return torch.exp(-((cells[:, None] - torch.tensor(centres, dtype=dtype, device=device)) ** 2) / (2 * sigma**2))
+
+
 def axis_basis(side: int, centres: list[float], sigma: float, like: Tensor) -> Tensor:
-    """G[y, i] = exp(-(y - c_i)^2 / 2 sigma^2): [side, r]."""
-    cells = torch.arange(side, dtype=like.dtype, device=like.device)
-    return torch.exp(-((cells[:, None] - torch.tensor(centres, dtype=like.dtype, device=like.device)) ** 2) / (2 * sigma**2))
+    """G[y, i] = exp(-(y - c_i)^2 / 2 sigma^2): [side, r]. Not to be written to: inside of opaque operations it is kept."""
+    if torch.compiler.is_compiling() or isinstance(like, FakeTensor):
+        return _axis_basis.__wrapped__(side, tuple(centres), sigma, like.dtype, like.device)
+    with torch.inference_mode(False):
+        return _axis_basis(side, tuple(centres), sigma, like.dtype, like.device)
 
 
 def full_basis(grid: tuple[int, int], sigma: Sigma | None, centres: str, like: Tensor) -> Tensor:

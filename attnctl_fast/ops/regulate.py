@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from .. import reference
 from .._impl import resolve
 from .._validate import check_grid
 from ._library import NAMESPACE
-from ._objective import Distance, Objective, Terms, softmax_backward
+from ._objective import Array, Distance, Objective, Terms, arrays, namespace, softmax, softmax_backward_, tensor
 from .gaussian_bias import Sigma, axis_basis, basis_axes, check_theta, full_basis
 from .target_statistics import TargetStatistics
 
@@ -28,26 +29,68 @@ class Regulation(NamedTuple):
     losses: Tensor
 
 
-class _Gaussians:
-    """S = G_y theta G_x^T and its transpose, for `n*T` maps at once."""
+def descend(
+    logits: Array,
+    rest_lse: Array,
+    rest_square: Array | None,
+    theta: Array,
+    bases: tuple[Array, Array],
+    bias_scale: float,
+    steps: int,
+    step_size: float,
+    objective: Objective,
+) -> tuple[Array, Array]:
+    """Losses [steps,n] and weights [steps,n,T,r_y,r_x] of `steps` weights, each a gradient step after the last.
 
-    def __init__(self, grid: Sequence[int], sigma: Sequence[float], centres: str, like: Tensor) -> None:
-        axis_y, axis_x, _, _ = basis_axes((grid[0], grid[1]), (sigma[0], sigma[1]), centres)
-        self.height, self.width = grid
-        self.y = axis_basis(self.height, axis_y, sigma[0], like)
-        self.x = axis_basis(self.width, axis_x, sigma[1], like)
+    For n = B*H rows: logits [n,T,M], rest_lse and rest_square [n,M], theta [n,T,r_y,r_x], all numpy or all torch.
+    """
+    xp = namespace(logits)
+    rows, targets, size = logits.shape
+    basis_y, basis_x = bases
+    basis_y_t, basis_x_t = basis_y.swapaxes(0, 1), basis_x.swapaxes(0, 1)
+    terms = Terms(logits, objective)
 
-    def span(self, theta: Tensor) -> Tensor:
-        """[.., r_y, r_x] to [.., M]."""
-        maps = theta.flatten(0, -3)
-        rows = (maps.flatten(0, 1) @ self.x.mT).view(len(maps), -1, self.width)
-        return torch.bmm(self.y.expand(len(maps), -1, -1), rows).view(*theta.shape[:-2], -1)
+    edited = xp.concatenate([logits, rest_lse[:, None]], 1)
+    columns = edited[:, :targets]
+    probabilities, gradient = xp.empty_like(edited), xp.empty_like(edited)
+    attention = probabilities[:, :targets]
+    maps_gradient = gradient[:, :targets].reshape(rows, targets, len(basis_y), len(basis_x))
+    distance = None
+    if rest_square is not None:
+        distance = Distance.of(softmax(edited, xp.empty_like(edited)), rest_square)
+    thetas, high, mean, distances = [theta], [], [], []
+    # A step on penalty * mean theta^2 only shrinks theta.
+    shrink = None
+    if objective.name == "official":
+        centres = theta.shape[2] * theta.shape[3]
+        shrink = (1 - (2 * step_size * objective.penalty / centres) * terms.share)[..., None, None]
 
-    def project(self, maps: Tensor) -> Tensor:
-        """[.., M] to [.., r_y, r_x]."""
-        grids = maps.view(-1, self.height, self.width)
-        columns = torch.bmm(self.y.mT.expand(len(grids), -1, -1), grids)
-        return (columns.flatten(0, 1) @ self.x).view(*maps.shape[:-1], -1, self.x.shape[1])
+    for step in range(steps):
+        span = xp.matmul(basis_y, xp.matmul(thetas[-1], basis_x_t)).reshape(logits.shape)
+        xp.add(logits, span if bias_scale == 1 else bias_scale * span, out=columns)
+        softmax(edited, probabilities)
+        measured = terms.measure(attention)
+        high.append(measured.high)
+        mean.append(measured.mean)
+        if distance is not None:
+            distances.append(distance.value(probabilities))
+        if step + 1 == steps:
+            break
+        terms.gradient(measured, gradient)
+        if distance is not None:
+            gradient += objective.penalty * distance.gradient(probabilities, distances[-1])
+        softmax_backward_(gradient, probabilities)
+        descent = xp.matmul(xp.matmul(basis_y_t, maps_gradient), basis_x)
+        shrunk = thetas[-1] if shrink is None else thetas[-1] * shrink
+        thetas.append(shrunk - (step_size * bias_scale) * descent)
+
+    history = xp.stack(thetas)
+    losses = terms.loss(xp.stack(high), xp.stack(mean))
+    if distance is not None:
+        losses = losses + objective.penalty * xp.stack(distances)
+    if objective.name == "official":
+        losses = losses + objective.penalty * (terms.share * (history**2).mean((-1, -2))).sum(-1)
+    return losses, history
 
 
 @torch.library.custom_op(f"{NAMESPACE}::regulate", mutates_args=())
@@ -71,53 +114,17 @@ def regulate_op(
     penalty: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     aim = Objective(objective, quantile, level, mass, mass_weight, penalty)
-    batch, heads, targets, _ = logits.shape
-    maps, rest = logits.flatten(0, 1), rest_lse.flatten(0, 1)
-    terms = Terms(maps, aim)
-    gaussians = _Gaussians(grid, sigma, centres, logits)
-
-    edited = torch.cat([maps, rest.unsqueeze(1)], 1)
-    columns = edited[:, :targets]
-    distance = None
-    if rest_square is not None:
-        distance = Distance.of(edited.softmax(1), rest_square.flatten(0, 1))
-    gradient = torch.zeros_like(edited)
-    history = logits.new_empty(steps, batch * heads, targets, *theta.shape[3:])
-    history[0] = theta.flatten(0, 1)
-    thetas = history.unbind()
-    high, mean, distances = [], [], []
-    # A step on penalty * mean theta^2 only shrinks theta.
-    shrink = None
-    if objective == "official":
-        shrink = (1 - (2 * step_size * penalty / theta[0, 0, 0].numel()) * terms.share)[..., None, None]
-
-    for step, current in enumerate(thetas):
-        torch.add(maps, gaussians.span(current), alpha=bias_scale, out=columns)
-        probabilities = edited.softmax(1)
-        measured = terms.measure(probabilities)
-        high.append(measured.high)
-        mean.append(measured.mean)
-        if distance is not None:
-            distances.append(distance.value(probabilities))
-        if step + 1 == steps:
-            break
-        total = terms.gradient_(gradient, measured)
-        if distance is not None:
-            total = total + penalty * distance.gradient(probabilities, distances[-1])
-        descent = gaussians.project(softmax_backward(total, probabilities))[:, :targets]
-        shrunk = current if shrink is None else current * shrink
-        torch.add(shrunk, descent, alpha=-step_size * bias_scale, out=thetas[step + 1])
-
-    losses = terms.loss(torch.stack(high), torch.stack(mean))
-    if distance is not None:
-        losses = losses + penalty * torch.stack(distances)
-    if objective == "official":
-        losses = losses + penalty * (terms.share * history.square().mean((-1, -2))).sum(-1)
-    losses = losses.view(steps, batch, heads)
+    axis_y, axis_x, _, _ = basis_axes((grid[0], grid[1]), (sigma[0], sigma[1]), centres)
+    bases = axis_basis(grid[0], axis_y, sigma[0], logits), axis_basis(grid[1], axis_x, sigma[1], logits)
+    flat = [x if x is None else x.flatten(0, 1) for x in (logits, rest_lse, rest_square, theta)]
+    with np.errstate(all="ignore"):
+        losses, thetas = descend(*arrays(*flat), tuple(arrays(*bases)), bias_scale, steps, step_size, aim)
+    losses = tensor(losses).view(steps, *logits.shape[:2])
     best = reference.keep_best(losses, select)
-    kept = history.view(steps, *theta.shape)[best, torch.arange(batch, device=best.device)]
-    bias = bias_scale * gaussians.span(kept)
-    return bias.masked_fill((terms.share == 0).view(batch, heads, targets, 1), 0.0), kept, losses
+    kept = tensor(thetas).view(steps, *theta.shape)[best, torch.arange(len(best), device=best.device)]
+    bias = (bias_scale * (bases[0] @ (kept @ bases[1].mT))).flatten(-2)
+    padded = (logits == -torch.inf).all(-1, keepdim=True)
+    return bias.masked_fill(padded, 0.0), kept, losses
 
 
 @torch.library.custom_op(f"{NAMESPACE}::regulate_reference", mutates_args=())

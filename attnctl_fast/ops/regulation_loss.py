@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
 from ._library import NAMESPACE, composite
-from ._objective import Distance, Objective, Terms, softmax_backward
+from ._objective import Array, Distance, Objective, Terms, arrays, namespace, reciprocal, softmax, softmax_backward_, tensor
 from .merge_targets import check_bias
 from .target_statistics import TargetStatistics
 
@@ -19,8 +20,14 @@ regulation_loss_reference = composite(
 )
 
 
-def _softmax(logits: Tensor, rest_lse: Tensor) -> Tensor:
-    return torch.cat([logits.flatten(0, 1), rest_lse.flatten(0, 1).unsqueeze(1)], 1).softmax(1)
+def _flat(*tensors: Tensor | None) -> list[Array]:
+    """[B,H,..] tensors as [B*H,..] arrays."""
+    return arrays(*(x if x is None else x.flatten(0, 1) for x in tensors))
+
+
+def _softmax(logits: Array, rest_lse: Array) -> Array:
+    joined = namespace(logits).concatenate([logits, rest_lse[:, None]], 1)
+    return softmax(joined, joined)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::regulation_loss", mutates_args=())
@@ -38,17 +45,17 @@ def regulation_loss_op(
     penalty: float,
 ) -> Tensor:
     aim = Objective(objective, quantile, level, mass, mass_weight, penalty)
-    terms = Terms(logits.flatten(0, 1), aim)
-    probabilities = _softmax(logits + bias, rest_lse)
-    measured = terms.measure(probabilities)
-    loss = terms.loss(measured.high, measured.mean)
-    if objective == "paper":
-        assert rest_square is not None
-        distance = Distance.of(_softmax(logits, rest_lse), rest_square.flatten(0, 1))
-        loss = loss + penalty * distance.value(probabilities)
-    elif theta is not None:
-        loss = loss + penalty * (terms.share * theta.flatten(0, 1).square().mean((-1, -2))).sum(-1)
-    return loss.view(logits.shape[:2])
+    maps, rest, square, added, weights = _flat(logits, rest_lse, rest_square, bias, theta)
+    with np.errstate(all="ignore"):
+        terms = Terms(maps, aim)
+        probabilities = _softmax(maps + added, rest)
+        measured = terms.measure(probabilities[:, :-1])
+        loss = terms.loss(measured.high, measured.mean)
+        if square is not None:
+            loss = loss + penalty * Distance.of(_softmax(maps, rest), square).value(probabilities)
+        elif weights is not None:
+            loss = loss + penalty * (terms.share * (weights**2).mean((-1, -2))).sum(-1)
+    return tensor(loss).view(logits.shape[:2])
 
 
 @regulation_loss_op.register_fake
@@ -73,34 +80,41 @@ def regulation_loss_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of logits, rest_lse, rest_square (or empty), bias and theta (or empty)."""
     aim = Objective(objective, quantile, level, mass, mass_weight, penalty)
-    terms = Terms(logits.flatten(0, 1), aim)
-    outer = grad.flatten()[:, None, None]
-    probabilities = _softmax(logits + bias, rest_lse)
-    gradient = terms.gradient_(torch.zeros_like(probabilities), terms.measure(probabilities))
-    of_plain: Tensor | float = 0.0
-    grad_square, grad_theta = logits.new_empty(0), logits.new_empty(0)
-    if objective == "paper":
-        assert rest_square is not None
-        plain = _softmax(logits, rest_lse)
-        distance = Distance.of(plain, rest_square.flatten(0, 1))
-        value = distance.value(probabilities)
-        of_edited = distance.gradient(probabilities, value)
-        gradient += penalty * of_edited
-        rest, held = plain[:, -1], plain[:, -1] > 0
-        change = (probabilities[:, -1] - rest) / torch.where(held, rest, torch.inf)
-        inverse = (outer / torch.where(value > 0, value, torch.inf)[:, None, None])[:, 0]
-        grad_plain = -of_edited
-        grad_plain[:, -1] -= change.square() * rest * distance.kappa / torch.where(value > 0, value, torch.inf)[:, None]
-        of_plain = softmax_backward(penalty * grad_plain, plain) * outer
-        grad_square = (0.5 * penalty * inverse * change.square()).view(rest_square.shape)
-    elif theta is not None:
-        scale = terms.share[..., None, None] * (2 * penalty / (theta.shape[3] * theta.shape[4]))
-        grad_theta = (outer[..., None] * scale * theta.flatten(0, 1)).view(theta.shape)
-    of_edited_logits = softmax_backward(gradient, probabilities) * outer
-    of_logits = of_edited_logits + of_plain
-    grad_bias = of_edited_logits[:, :-1].reshape(logits.shape)
-    grad_rest = of_logits[:, -1].reshape(rest_lse.shape).clone()
-    return of_logits[:, :-1].reshape(logits.shape).clone(), grad_rest, grad_square, grad_bias.clone(), grad_theta
+    maps, rest, square, added, weights = _flat(logits, rest_lse, rest_square, bias, theta)
+    (outer,) = arrays(grad.flatten()[:, None, None])
+    nothing = logits.new_empty(0)
+    grad_square, grad_theta = nothing, nothing
+    with np.errstate(all="ignore"):
+        terms = Terms(maps, aim)
+        probabilities = _softmax(maps + added, rest)
+        gradient = terms.gradient(terms.measure(probabilities[:, :-1]), namespace(maps).empty_like(probabilities))
+        of_plain: Array = 0.0
+        if square is not None:
+            plain = _softmax(maps, rest)
+            distance = Distance.of(plain, square)
+            value = distance.value(probabilities)
+            of_edited = distance.gradient(probabilities, value)
+            gradient += penalty * of_edited
+            # kappa = rest_square / P^2 depends on the plain rest's probability P as well.
+            change = (probabilities[:, -1] - plain[:, -1]) * reciprocal(plain[:, -1])
+            slope = (penalty * reciprocal(value))[:, None] * change**2
+            of_plain = -penalty * of_edited
+            of_plain[:, -1] -= slope * plain[:, -1] * distance.kappa
+            of_plain = softmax_backward_(of_plain, plain) * outer
+            grad_square = tensor(0.5 * slope * outer[:, 0]).view(rest_square.shape)  # type: ignore[union-attr]
+        elif weights is not None:
+            scale = (2 * penalty / (weights.shape[2] * weights.shape[3])) * terms.share
+            grad_theta = tensor(outer[..., None] * scale[..., None, None] * weights).view(theta.shape)  # type: ignore[union-attr]
+        of_bias = softmax_backward_(gradient, probabilities) * outer
+        of_logits = of_bias + of_plain
+    of_bias, of_logits = tensor(of_bias), tensor(of_logits)
+    return (
+        of_logits[:, :-1].clone().view(logits.shape),
+        of_logits[:, -1].clone().view(rest_lse.shape),
+        grad_square,
+        of_bias[:, :-1].clone().view(logits.shape),
+        grad_theta,
+    )
 
 
 @regulation_loss_backward_op.register_fake

@@ -1,7 +1,7 @@
 """A small text-to-image model of coloured shapes: a trained `StableDiffusionPipeline` that ships with the package.
 
-`load_pipeline()` gives the pipeline, `scene_for_seed` and `render` draw what it was trained on, `detect` and `score` tell
-whether a picture shows what its prompt asks for, `evaluate` measures methods on pairs of pictures. Importing this
+`load_pipeline()` gives the pipeline, `scene_for_seed` and `render` draw what it was trained on, `detect` and `score`
+tell whether a picture shows what its prompt asks for, `evaluate` measures methods on pairs of pictures. Importing this
 package needs neither diffusers nor transformers; `load_pipeline` does.
 """
 

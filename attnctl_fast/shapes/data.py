@@ -18,7 +18,7 @@ _OBJECTS_OF_TEN = (1, 1, 1, 1, 1, 2, 2, 2, 2, 3)
 
 
 class Examples(NamedTuple):
-    """`images` uint8 `[n,3,64,64]`, `scenes`, and `masks` bool `[n,3,256]`: the cells of the 16x16 grid that an object touches."""
+    """`images` uint8 `[n,3,64,64]`, `scenes`, `masks` bool `[n,3,256]`: the cells of the 16x16 grid of each object."""
 
     images: torch.Tensor
     scenes: list[Scene]

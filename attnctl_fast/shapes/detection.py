@@ -14,6 +14,7 @@ from .drawing import BACKGROUND, PALETTE, SIZE, coverage
 from .scene import COLOURS, SHAPES, Scene
 
 _PRESENT = 0.45
+_MIN_COSINE = 0.9
 _MIN_AREA = 45
 _MIN_SCORE = 0.62
 _MAX_ASPECT = 1.45
@@ -32,8 +33,8 @@ class Detection(NamedTuple):
 class Score(NamedTuple):
     """How a picture answers a prompt.
 
-    `strict`: every prompted (colour, shape) pair was found; `exact`: strict, and there is no other object; `colours`: every prompted
-    colour was found, on whichever shape.
+    `strict`: every prompted (colour, shape) pair was found; `exact`: strict, and there is no other object; `colours`:
+    every prompted colour was found, on whichever shape.
     """
 
     strict: bool
@@ -44,15 +45,17 @@ class Score(NamedTuple):
 def detect(image: Image.Image) -> list[Detection]:
     """The coloured shapes in a 64x64 picture, largest first.
 
-    A pixel belongs to the colour whose direction away from the background is nearest to its own, which antialiasing and blur do
-    not change. Every connected region of one colour is compared with templates of the six shapes, drawn and normalised in the
-    same way; a region that fits none of them is no object.
+    A pixel belongs to the colour whose direction away from the background is nearest to its own, which antialiasing and
+    blur do not change. Every connected region of one colour is compared with templates of the six shapes, drawn and
+    normalised in the same way; a region that fits none of them is no object.
 
     Raises:
         ValueError: if the picture is not 64x64 pixels.
     """
     if image.size != (SIZE, SIZE):
-        raise ValueError(f"the detector reads {SIZE}x{SIZE} pictures, got {image.size[0]}x{image.size[1]}: resize it first")
+        raise ValueError(
+            f"the detector reads {SIZE}x{SIZE} pictures, got {image.size[0]}x{image.size[1]}: resize it first"
+        )
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     colour, amount = _colour_amounts(pixels)
     regions = []
@@ -75,13 +78,15 @@ def score(scene: Scene, detections: Sequence[Detection]) -> Score:
 
 
 def _colour_amounts(pixels: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """For every pixel the nearest colour's index and how much of it there is: 0 background, 1 pure; both `[64,64]`."""
+    """For every pixel the nearest colour's index and how much of it there is: 0 none, 1 pure; both `[64,64]`."""
     away = np.array([PALETTE[name] for name in COLOURS], dtype=np.float64) - BACKGROUND
     lengths = np.linalg.norm(away, axis=1)
-    along = (pixels - BACKGROUND) @ (away / lengths[:, None]).T
+    difference = pixels - BACKGROUND
+    along = difference @ (away / lengths[:, None]).T
     colour = along.argmax(axis=-1)
+    alike = along.max(axis=-1) >= _MIN_COSINE * np.linalg.norm(difference, axis=-1)
     amount = np.take_along_axis(along / lengths, colour[..., None], axis=-1)[..., 0]
-    return colour, np.clip(amount, 0, 1)
+    return colour, np.where(alike, np.clip(amount, 0, 1), 0.0)
 
 
 def _components(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
@@ -149,7 +154,7 @@ def _extent(profile: NDArray[np.float64]) -> tuple[float, float]:
     start = first - (padded[first] - _PRESENT) / max(padded[first] - padded[first - 1], 1e-6)
     end = last + (padded[last] - _PRESENT) / max(padded[last] - padded[last + 1], 1e-6)
     # Index i of the padded profile is the centre of pixel i - 1, which lies at i - 0.5.
-    return start - 0.5, end - 0.5
+    return float(start) - 0.5, float(end) - 0.5
 
 
 def _normalised(soft: NDArray[np.float64], box: tuple[float, float, float, float]) -> NDArray[np.float64]:

@@ -56,7 +56,9 @@ def inside(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArra
     raise ValueError(f"unknown shape {shape!r}")
 
 
-def _in_star(u: NDArray[np.float64], v: NDArray[np.float64], outer: float = 1.08, inner: float = 0.46) -> NDArray[np.bool_]:
+def _in_star(
+    u: NDArray[np.float64], v: NDArray[np.float64], outer: float = 1.08, inner: float = 0.46
+) -> NDArray[np.bool_]:
     # Fold the plane into one tenth of the star, from a tip (angle 0) to the neighbouring notch (36 degrees).
     angle = np.arctan2(u, -v) % (2 * math.pi / 5)
     angle = np.minimum(angle, 2 * math.pi / 5 - angle)
@@ -66,7 +68,7 @@ def _in_star(u: NDArray[np.float64], v: NDArray[np.float64], outer: float = 1.08
 
 
 def coverage(shape: str, x: float, y: float, radius: float, size: int = SIZE) -> NDArray[np.float64]:
-    """The share of every pixel that a shape covers, `[size, size]` in 0..1; the centre `(x, y)` and radius in pixels."""
+    """The share of every pixel that a shape covers, `[size, size]`; the centre and the radius are in pixels."""
     alpha = np.zeros((size, size))
     reach = 1.1 * radius
     left, right = max(math.floor(x - reach), 0), min(math.ceil(x + reach), size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,7 +83,9 @@ def cross_attention_layers() -> tuple[str, ...]:
 def load_pipeline(
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, weights: Path | str = WEIGHTS
 ) -> StableDiffusionPipeline:
-    """The shapes model as an ordinary `StableDiffusionPipeline`: 64x64 pixels, prompts such as `a red circle and a blue star`.
+    """The shapes model as an ordinary `StableDiffusionPipeline` for prompts such as `a red circle and a blue star`.
+
+    It makes pictures of 64x64 pixels from latents of 4x16x16.
 
     Args:
         dtype: the floating-point type of all weights.
@@ -93,23 +97,47 @@ def load_pipeline(
         FileNotFoundError: if the folder holds no pipeline.
     """
     try:
-        from diffusers import StableDiffusionPipeline
-        from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+        import diffusers.utils.logging  # noqa: F401
+        import transformers.utils.logging  # noqa: F401
     except ImportError as error:
         raise ImportError('the shapes model needs diffusers: pip install "attnctl-fast[diffusers]"') from error
     if not (Path(weights) / "model_index.json").is_file():
         raise FileNotFoundError(
             f"no pipeline in {weights}: reinstall attnctl-fast, or train one with python -m attnctl_fast.shapes.train"
         )
-    pipe = StableDiffusionPipeline.from_pretrained(
-        str(weights),
-        torch_dtype=dtype,
-        local_files_only=True,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    with _quiet():
+        from diffusers import StableDiffusionPipeline
+
+        pipe = StableDiffusionPipeline.from_pretrained(
+            str(weights),
+            local_files_only=True,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        # Not part.to(dtype): diffusers then warns of layers to keep in float32, of which these models have none.
+        torch.nn.Module.to(part, dtype)
     return pipe.to(device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without loading bars, and without the advice to install torchvision for a part that is not used."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    transformers_logging.set_verbosity_error()
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def encode_prompts(pipe: StableDiffusionPipeline, prompts: list[str]) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The tokenizer and the text encoder of the shapes model, both written down rather than learned.
 
-A causal text encoder that is trained jointly with so small a UNet writes the whole prompt into the padding tokens, and the
-cross-attention maps of the nouns stop saying where the objects are. This one is a regular `CLIPTextModel` whose
+A causal text encoder that is trained jointly with so small a UNet writes the whole prompt into the padding tokens, and
+the cross-attention maps of the nouns stop saying where the objects are. This one is a regular `CLIPTextModel` whose
 weights are set by construction, so that every token carries itself, its position and, for a noun, its colour.
 """
 
@@ -76,11 +76,12 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def build_text_encoder(seed: int = 0) -> CLIPTextModel:
-    """A frozen one-layer causal `CLIPTextModel` (width 128) whose attention copies a colour word into the noun after it.
+    """A frozen one-layer causal `CLIPTextModel`, 128 wide, whose attention copies a colour word into the noun after it.
 
     The space splits into orthogonal parts: words, positions, copied colours, spelled tokens; all orthogonal to the
-    vector of ones, so that the layer norms only rescale. The query of position `j` is the key of position `j - 1`; the value
-    is non-zero for colour words only; the MLP is zero. Start, end and padding tokens therefore carry nothing of the prompt.
+    vector of ones, so that the layer norms only rescale. The query of position `j` is the key of position `j - 1`; the
+    value is non-zero for colour words only; the MLP is zero. Start, end and padding tokens therefore carry nothing of
+    the prompt.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 

@@ -1,7 +1,7 @@
 """Train the shapes model from nothing: `python -m attnctl_fast.shapes.train --out DIR`.
 
-Two stages: the autoencoder on drawn images, then the UNet on their latents with the frozen text encoder of `text.py`. Every
-step draws its random numbers from a generator seeded by the step, so a run that was stopped and continued with
+Two stages: the autoencoder on drawn images, then the UNet on their latents with the frozen text encoder of `text.py`.
+Every step draws its random numbers from a generator seeded by the step, so a run that was stopped and continued with
 `--resume` does exactly what an uninterrupted one does.
 """
 
@@ -21,18 +21,22 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .card import export_pipeline, measure, write_card
 from .data import Examples, make_examples, word_positions
 from .localisation import localisation_loss, record_attention
-from .model import build_scheduler, build_unet, build_vae, cross_attention_layers
+from .model import build_scheduler, build_unet, build_vae, cross_attention_layers, load_pipeline
 from .scene import MAX_OBJECTS
 from .text import MAX_LENGTH, build_text_encoder, build_tokenizer
+
+CARD_SEEDS = 100_000
 
 
 @dataclass(frozen=True)
 class Settings:
     """What decides the weights; the defaults are those of the shipped model.
 
-    `stop` ends the UNet's training early on the learning-rate schedule of `steps`; 0 means not to.
+    `stop` ends the UNet's training early on the learning-rate schedule of `steps`; 0 means not to. A run that is
+    already further gives its snapshot of that step.
     """
 
     seed: int = 0
@@ -91,17 +95,40 @@ class Run:
                 raise ValueError(f"{self.out} already holds a run: pass --resume to continue it, or another --out")
             changed = {k: (before.get(k), v) for k, v in identity.items() if before.get(k) != v}
             if changed:
-                raise ValueError(f"{self.out} holds a run with other settings (before, now): {changed}; use another --out")
+                raise ValueError(
+                    f"{self.out} holds a run with other settings (before, now): {changed}; use another --out"
+                )
         record.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
 
-    def train(self) -> nn.Module:
-        """Run both stages (or what is left of them) and return the UNet's averaged weights."""
+    def train(self) -> tuple[Any, Any]:
+        """Run both stages, or what is left of them; returns the autoencoder and the UNet's averaged weights."""
         examples = make_examples(self.settings.examples, progress=self.progress)
         vae = self.train_vae(examples)
-        latents = self.encode(vae, examples)
-        return self.train_unet(examples, latents)
+        return vae, self.train_unet(examples, self.encode(vae, examples))
 
-    def train_vae(self, examples: Examples) -> nn.Module:
+    def export(self, vae: Any, unet: Any, *, measured: int = 256) -> Path:
+        """Write `weights/`: the pipeline and its card, with figures over `measured` pictures per number of objects."""
+        folder = self.out / "weights"
+        text_encoder = build_text_encoder(self.settings.seed)
+        export_pipeline(folder, vae, unet, text_encoder, build_tokenizer(self.out / "tokenizer"))
+        card: dict[str, Any] = {
+            "what": "a text-to-image model of coloured shapes on light grey, 64x64 pixels, trained on drawings",
+            "rebuild": "python -m attnctl_fast.shapes.train",
+            "settings": asdict(self.settings),
+            "parameters": {
+                name: sum(parameter.numel() for parameter in module.parameters())
+                for name, module in (("vae", vae), ("unet", unet), ("text_encoder", text_encoder))
+            },
+            "training": {stage: self._summary(stage) for stage in ("vae", "unet")},
+        }
+        if measured:
+            # Seeds from 0 belong to the comparisons that people make with the model.
+            seeds = range(CARD_SEEDS, CARD_SEEDS + measured)
+            card["measured"] = measure(load_pipeline(device=str(self.device), weights=folder), seeds)
+        write_card(folder, card)
+        return folder
+
+    def train_vae(self, examples: Examples) -> Any:
         """The autoencoder, its latents shifted and scaled to mean 0 and variance 1 in every channel."""
         settings = self.settings
         torch.manual_seed(settings.seed)
@@ -128,13 +155,13 @@ class Run:
         return vae
 
     @torch.no_grad()
-    def encode(self, vae: nn.Module, examples: Examples) -> torch.Tensor:
+    def encode(self, vae: Any, examples: Examples) -> torch.Tensor:
         """The latents of all examples, float32 `[n,4,16,16]`."""
         batches = torch.arange(len(examples.scenes)).split(64)
         batches = tqdm(batches, desc="encoding", disable=not self.progress)
         return torch.cat([vae.encode(self._images(examples, batch)).latent_dist.mean.cpu() for batch in batches])
 
-    def train_unet(self, examples: Examples, latents: torch.Tensor) -> nn.Module:
+    def train_unet(self, examples: Examples, latents: torch.Tensor) -> Any:
         """The UNet's exponential moving average after training on noise prediction and localised attention."""
         settings, layers = self.settings, cross_attention_layers()
         torch.manual_seed(settings.seed + 1)
@@ -146,6 +173,8 @@ class Run:
         alphas = build_scheduler().alphas_cumprod
         state = {"model": unet, "average": average, "optimizer": optimizer}
         stop = settings.stop or settings.steps
+        if self._trained("unet") > stop:
+            return self._snapshot(stop)
         with record_attention(unet, layers) as recorders:
             for step, log in self._steps("unet", stop, settings.steps, state):
                 generator = self._generator(1, step)
@@ -183,7 +212,7 @@ class Run:
         return average
 
     def _captions(self, examples: Examples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token ids `[n+1, 20]` (the last row is the empty caption), colour and noun positions `[n, 6]` and their masks."""
+        """Token ids `[n+1, 20]` (last: no caption), colour and noun positions `[n, 6]`, their masks `[n, 6, 256]`."""
         tokenizer = build_tokenizer(self.out / "tokenizer")
         prompts = [*(scene.prompt for scene in examples.scenes), ""]
         tokens = tokenizer(prompts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
@@ -195,7 +224,7 @@ class Run:
     def _steps(
         self, stage: str, stop: int, total: int, state: dict[str, Any]
     ) -> Iterator[tuple[int, dict[str, float]]]:
-        """Yield `(step, log)` from the stage's checkpoint to `stop`; write the log line and the checkpoints in between."""
+        """Yield `(step, log)` from the stage's checkpoint to `stop`, writing the log and the checkpoints in between."""
         path = self.out / f"{stage}.pt"
         start, seconds = 0, 0.0
         if path.exists():
@@ -217,6 +246,34 @@ class Run:
                     if "average" in state:
                         snapshot = self.out / "snapshots" / f"step-{done:05d}"
                         state["average"].save_pretrained(snapshot)
+
+    def _trained(self, stage: str) -> int:
+        path = self.out / f"{stage}.pt"
+        return torch.load(path, map_location="cpu", weights_only=True)["step"] if path.exists() else 0
+
+    def _snapshot(self, step: int) -> Any:
+        from diffusers import UNet2DConditionModel
+
+        folder = self.out / "snapshots" / f"step-{step:05d}"
+        if not folder.is_dir():
+            have = sorted(int(path.name[5:]) for path in folder.parent.glob("step-*"))
+            raise ValueError(
+                f"the run in {self.out} is past step {step} and kept no snapshot of it: choose from {have}"
+            )
+        return UNet2DConditionModel.from_pretrained(folder).eval().requires_grad_(False).to(self.device)
+
+    def _summary(self, stage: str) -> dict[str, float]:
+        """Steps, seconds and the last hundred steps' mean losses; of a repeated step the last pass counts."""
+        stop = self.settings.vae_steps if stage == "vae" else self.settings.stop or self.settings.steps
+        entries: dict[int, dict[str, Any]] = {}
+        for line in (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if entry["stage"] == stage and entry["step"] <= stop:
+                entries[entry["step"]] = entry
+        last = [entries[step] for step in sorted(entries)[-100:]]
+        losses = [name for name in last[-1] if name not in ("stage", "step", "of", "lr", "seconds")]
+        means = {name: sum(entry[name] for entry in last) / len(last) for name in losses}
+        return {"steps": last[-1]["step"], "seconds": last[-1]["seconds"], **means}
 
     def _save(self, path: Path, header: dict[str, Any], state: dict[str, Any]) -> None:
         partial = path.with_suffix(".partial")
@@ -244,9 +301,9 @@ class Run:
 
 @torch.no_grad()
 def standardise_latents(vae: Any, images: torch.Tensor) -> None:
-    """Fold the shift and scale that give the latents of `images` mean 0 and variance 1 into the 1x1 convolutions, in place.
+    """Give the latents of `images` mean 0 and variance 1 in every channel, by changing the 1x1 convolutions in place.
 
-    A Stable Diffusion pipeline knows one scaling factor for all channels and no shift; what it decodes is unchanged.
+    A Stable Diffusion pipeline knows one scaling factor for all channels and no shift; what is decoded is unchanged.
     """
     latents = torch.cat([vae.encode(batch).latent_dist.mean for batch in images.split(64)])
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
@@ -286,6 +343,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="any torch device (default: cpu)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints (default: 250)")
+    parser.add_argument(
+        "--measured", type=int, default=256, help="pictures behind each figure of the card (default: 256)"
+    )
     defaults = Settings()
     for name, value in asdict(defaults).items():
         flag = "--" + name.replace("_", "-")
@@ -302,7 +362,8 @@ def main(arguments: list[str] | None = None) -> None:
         resume=options["resume"],
         save_every=options["save_every"],
     )
-    run.train()
+    folder = run.export(*run.train(), measured=options["measured"])
+    print(f"wrote {folder}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+"""What a result has to name to be repeated: versions, device, threads; and how times are summed up."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from ._impl import resolve
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what computes, device and threads, as JSON can hold them; `None` for what is not installed."""
+    report: dict[str, Any] = {"attnctl-fast": __version__, "python": platform.python_version()}
+    for name in ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "numpy"):
+        try:
+            report[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            report[name] = None
+    report["platform"] = f"{platform.system()} {platform.machine()}"
+    report["processor"] = _processor()
+    report["cores"] = os.cpu_count()
+    report["threads"] = torch.get_num_threads()
+    report["gpus"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none"
+    report["implementation"] = resolve(None)
+    return report
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The median and quartiles of a sample, as `median`, `low`, `high`."""
+    if len(values) == 1:
+        return {"median": values[0], "low": values[0], "high": values[0]}
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+def overhead(plain: Sequence[float], controlled: Sequence[float]) -> dict[str, float]:
+    """The cost over plain sampling in percent: median and quartiles over pairs measured one after the other."""
+    pairs = zip(plain, controlled, strict=False)
+    return spread([100 * (after / before - 1) for before, after in pairs])
+
+
+def _processor() -> str:
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"

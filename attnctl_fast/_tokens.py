@@ -1,0 +1,195 @@
+"""Where words stand in a prompt: from targets as the user names them to positions in the text encoder's context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+Target: TypeAlias = str | int
+Targets: TypeAlias = Target | Sequence[Target] | Sequence[Sequence[Target]]
+
+_WORD_END = "</w>"
+
+
+def check_targets(targets: Any, name: str = "targets") -> Targets:
+    """Targets in hashable form: a tuple of words, phrases and token ids for every prompt, or one such tuple per prompt.
+
+    Raises:
+        ValueError: none at all, an empty word, a negative id, the same one twice, or anything but words and ids.
+    """
+    if isinstance(targets, (str, int)):
+        return check_targets((targets,), name)
+    if not isinstance(targets, Sequence):
+        raise ValueError(f"{name} is {targets!r}; pass a list of words, phrases or token ids")
+    nested = [isinstance(item, (list, tuple)) for item in targets]
+    if any(nested) and not all(nested):
+        raise ValueError(
+            f"{name} is {targets!r}; pass either one list for every prompt or one list per prompt, not a mix"
+        )
+    rows = tuple(map(tuple, targets)) if all(nested) and targets else (tuple(targets),)
+    for row in rows:
+        if not row:
+            raise ValueError(
+                f"{name} is {targets!r}, which has an empty list; name at least one word, phrase or token id"
+            )
+        for item in row:
+            if isinstance(item, bool) or not isinstance(item, (str, int)):
+                raise ValueError(f"{name} holds {item!r}; targets are words, phrases or token ids (ints)")
+            if isinstance(item, str) and not item.strip():
+                raise ValueError(f"{name} holds {item!r}; an empty word has no token")
+            if isinstance(item, int) and item < 0:
+                raise ValueError(f"{name} holds the token id {item}; ids count from 0, the start-of-text token")
+        keys = [item.strip().lower() if isinstance(item, str) else item for item in row]
+        double = next((item for item, key in zip(row, keys, strict=True) if keys.count(key) > 1), None)
+        if double is not None:
+            raise ValueError(
+                f"{name} holds {double!r} more than once; name it once, and give token ids for a word that the prompt "
+                "repeats"
+            )
+    return rows if all(nested) else rows[0]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one prompt: ids, and the strings that the tokenizer shows for them, both with special tokens,
+    unpadded."""
+
+    ids: tuple[int, ...]
+    strings: tuple[str, ...]
+    text: str
+
+    @property
+    def end(self) -> int:
+        """Position of the first end-of-text token."""
+        return len(self.ids) - 1
+
+    def shown(self) -> str:
+        return ", ".join(f"{i} {string.removesuffix(_WORD_END)!r}" for i, string in enumerate(self.strings))
+
+
+class Prompts:
+    """The prompts of one pipeline call, as far as they are known.
+
+    Args:
+        pipe: the pipeline, for its tokenizer.
+        texts: the prompts, or None where the call was given embeddings.
+        count: number of prompts.
+        length: tokens of the text encoders' context.
+        second: prompts for the second text encoder, where they differ (SDXL).
+    """
+
+    def __init__(
+        self, pipe: Any, texts: Sequence[str] | None, count: int, length: int, second: Sequence[str] | None = None
+    ) -> None:
+        self.count, self.length = count, length
+        self._pipe = pipe
+        self._tokenizer: Any = getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)
+        self.tokens = None if texts is None or self._tokenizer is None else [self._tokenise(text) for text in texts]
+        self._second = None if self.tokens is None or second is None else [self._tokenise(text) for text in second]
+        # Pipelines that encode long prompts piece by piece give a longer context, and words then stand elsewhere.
+        self._aligned = self.tokens is not None and length == getattr(self._tokenizer, "model_max_length", None)
+
+    def _converted(self, text: str) -> str:
+        convert = getattr(self._pipe, "maybe_convert_prompt", None)
+        return text if convert is None else convert(text, self._tokenizer)
+
+    def _tokenise(self, text: str) -> Tokens:
+        tokenizer = self._tokenizer
+        ids = list(tokenizer(self._converted(text), max_length=tokenizer.model_max_length, truncation=True).input_ids)
+        if tokenizer.eos_token_id in ids[1:]:
+            ids = ids[: ids.index(tokenizer.eos_token_id, 1) + 1]
+        return Tokens(tuple(ids), tuple(tokenizer.convert_ids_to_tokens(ids)), text)
+
+    def _find(self, phrase: str, tokens: Tokens) -> list[int]:
+        """Positions of the first occurrence of a word or phrase.
+
+        Raises:
+            ValueError: it does not stand in the prompt.
+        """
+        wanted = list(self._tokenizer(self._converted(phrase.strip()), add_special_tokens=False).input_ids)
+        marked = any(string.endswith(_WORD_END) for string in tokens.strings)
+        for start in range(1, len(tokens.ids) - len(wanted)):
+            # Without this, "apple" would be found within "pineapple".
+            inside = marked and start > 1 and self._continues(tokens.strings[start - 1])
+            if wanted and not inside and list(tokens.ids[start : start + len(wanted)]) == wanted:
+                return list(range(start, start + len(wanted)))
+        raise ValueError(
+            f"the target {phrase!r} is not in the prompt {tokens.text!r}, whose tokens are {tokens.shown()}; "
+            "use words of the prompt as they stand there, or token ids"
+        )
+
+    def _continues(self, string: str) -> bool:
+        return not string.endswith(_WORD_END) and string not in self._tokenizer.get_added_vocab()
+
+    def positions(self, targets: Targets, name: str = "targets", *, within_prompt: bool = True) -> list[list[int]]:
+        """The targets' positions in the context, one list per prompt.
+
+        Words and phrases stand for all their tokens at their first occurrence, compared as the tokenizer normalises
+        them (CLIP: without case).
+
+        Raises:
+            ValueError: a word that is not in the prompt, or elsewhere in the prompt of the second text encoder; words
+                where the prompt is unknown; a position out of range or twice; more positions than the prompt has tokens
+                (unless `within_prompt` is false); a number of lists that is not that of the prompts.
+        """
+        checked: Any = check_targets(targets, name)
+        rows = checked if isinstance(checked[0], tuple) else (checked,) * self.count
+        if len(rows) != self.count:
+            raise ValueError(
+                f"{name} holds {len(rows)} lists, but there are {self.count} prompts; pass one list per prompt"
+            )
+        return [self._row(row, index, name, within_prompt) for index, row in enumerate(rows)]
+
+    def _row(self, row: tuple[Target, ...], index: int, name: str, within_prompt: bool) -> list[int]:
+        found = [position for item in row for position in self._item(item, index, name)]
+        if self.tokens is not None and within_prompt:
+            tokens = self.tokens[index]
+            if len(found) > tokens.end - 1:
+                raise ValueError(
+                    f"{name} names {len(found)} tokens, but the prompt {tokens.text!r} has only {tokens.end - 1}: "
+                    f"{tokens.shown()}"
+                )
+        double = next((position for position in found if found.count(position) > 1), None)
+        if double is not None:
+            raise ValueError(f"{name} {list(row)} names token {double} more than once; name it once")
+        return found
+
+    def _item(self, item: Target, index: int, name: str) -> list[int]:
+        if isinstance(item, int):
+            if item >= self.length:
+                raise ValueError(f"{name} holds the token id {item}, but the context has tokens 0..{self.length - 1}")
+            return [item]
+        if self.tokens is None:
+            raise ValueError(
+                f"{name} holds {item!r}, but the pipeline was given prompt_embeds instead of a prompt, so where the "
+                "word stands is unknown; pass token ids (positions in the context) instead"
+            )
+        if not self._aligned:
+            raise ValueError(
+                f"{name} holds {item!r}, but the context has {self.length} tokens and the tokenizer makes "
+                f"{self._tokenizer.model_max_length}, so where the word stands is unknown; pass token ids instead"
+            )
+        found = self._find(item, self.tokens[index])
+        if self._second is not None and self._find(item, self._second[index]) != found:
+            raise ValueError(
+                f"the target {item!r} stands at {found} in the prompt {self.tokens[index].text!r}, but elsewhere in "
+                f"prompt_2 {self._second[index].text!r}; give it the same place in both, or pass token ids"
+            )
+        return found
+
+    def strings(self, ids: list[list[int]]) -> list[list[str]] | None:
+        """The tokens at these positions, one list per prompt; "" past the end of the text. None without text."""
+        if self.tokens is None:
+            return None
+        known = [[string.removesuffix(_WORD_END) for string in tokens.strings] for tokens in self.tokens]
+        return [[row[i] if i < len(row) else "" for i in chosen] for row, chosen in zip(known, ids, strict=True)]
+
+    def special(self) -> list[list[int]]:
+        """Positions of start-of-text and of the first end-of-text, one list per prompt.
+
+        Where the text is unknown (embeddings were given) only the start is, position 0.
+        """
+        if self.tokens is None or not self._aligned:
+            return [[0] for _ in range(self.count)]
+        return [[0, tokens.end] for tokens in self.tokens]

@@ -1,0 +1,5 @@
+"""Published methods of attention control, one frozen dataclass each."""
+
+from .attention_regulation import AttentionRegulation
+
+__all__ = ["AttentionRegulation"]

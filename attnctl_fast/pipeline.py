@@ -1,0 +1,113 @@
+"""Attaching methods to diffusers pipelines, and restoring them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ._capture import AttentionMaps, Capture
+from ._engine import Engine, Entry
+from ._layers import LayerChoice, by_downsampling, check_choice, choose
+from ._tokens import check_targets
+from .methods._base import Method
+
+__all__ = ["AttentionMaps", "Handle", "by_downsampling", "capture", "control", "enable"]
+
+
+class Handle:
+    """What `enable` put on a pipeline."""
+
+    def __init__(self, engine: Engine, entry: Entry) -> None:
+        self._engine, self._entry = engine, entry
+        self._on = True
+
+    def disable(self) -> None:
+        """Take it off again. Handles may be disabled in any order; a second call does nothing.
+
+        Warns (RuntimeWarning) if something replaced the pipeline's attention processors meanwhile, and leaves those
+        alone.
+        """
+        if self._on:
+            self._on = False
+            self._engine.remove(self._entry)
+
+
+def enable(pipe: Any, *methods: Method) -> Handle:
+    """Put methods on a diffusers UNet pipeline until `handle.disable()`; `control` is the same for a `with` block.
+
+    The pipeline's class and the way it is called stay the same. On the layers that the methods edit, and only there, a
+    processor stands in front of the one that is there (standard or IP-Adapter). Where controls are nested, the inner
+    one acts on the layers that both name. Other pipelines that share the UNet are not affected.
+
+    Args:
+        pipe: a text-to-image, image-to-image, inpainting or ControlNet pipeline of SD 1.x, SD 2.x or SDXL.
+        methods: such as `AttentionRegulation(["bag", "apple"])`; each on its own layers.
+
+    Returns:
+        The handle.
+
+    Raises:
+        ValueError: no method, a pipeline without cross-attention, layers that do not exist, that two of the methods
+            share or whose processors cannot be edited. Nothing has been changed then. What depends on the prompt (a
+            target that does not stand in it) is raised by the pipeline call, before its first step.
+        RuntimeError: the processors were replaced while another control is on; calling the pipeline also raises it.
+    """
+    if not methods:
+        raise ValueError("no method was given; pass at least one, such as AttentionRegulation(['bag', 'apple'])")
+    for method in methods:
+        if not hasattr(method, "start") or not hasattr(method, "default_layers"):
+            raise ValueError(
+                f"{method!r} is not a method; pass instances such as AttentionRegulation(['bag', 'apple'])"
+            )
+    engine = Engine.of(pipe)
+    entry = Entry(pipe)
+    for method in methods:
+        names = method.default_layers(engine.layers) if method.layers is None else choose(engine.layers, method.layers)
+        if shared := entry.layers().intersection(names):
+            raise ValueError(f"two of the methods edit {', '.join(sorted(shared))}; give them different layers")
+        entry.methods.append((method, names))
+    return _attach(engine, entry)
+
+
+@contextmanager
+def control(pipe: Any, *methods: Method) -> Iterator[Handle]:
+    """Methods on a pipeline for the length of a `with` block; see `enable`. On leaving, by return or by exception, the
+    pipeline is as it was."""
+    handle = enable(pipe, *methods)
+    try:
+        yield handle
+    finally:
+        handle.disable()
+
+
+@contextmanager
+def capture(pipe: Any, tokens: Any = None, layers: LayerChoice = None) -> Iterator[AttentionMaps]:
+    """Record head-averaged cross-attention maps of a pipeline's calls within a `with` block, for looking at.
+
+    Args:
+        pipe: as for `enable`.
+        tokens: words, phrases or token ids as for a method's targets; None for every token of the context.
+        layers: name prefixes or `by_downsampling(n)`; None for every cross-attention layer.
+
+    Yields:
+        `AttentionMaps`, a mapping from layer names to maps; it holds those of the last call, also after the block.
+
+    Raises:
+        ValueError: as `enable` does.
+    """
+    choice = check_choice(layers)
+    one = Capture(None if tokens is None else check_targets(tokens, "tokens"), choice, AttentionMaps())
+    engine = Engine.of(pipe)
+    names = list(engine.layers) if choice is None else choose(engine.layers, choice)
+    handle = _attach(engine, Entry(pipe, captures=[(one, names)]))
+    try:
+        yield one.maps
+    finally:
+        handle.disable()
+
+
+def _attach(engine: Engine, entry: Entry) -> Handle:
+    engine.check_processors(entry.layers())
+    engine.add(entry)
+    return Handle(engine, entry)

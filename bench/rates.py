@@ -1,0 +1,143 @@
+"""Detection rates and times on the shapes model, over pairs of pictures: plain pipeline against attention regulation.
+
+    python bench/rates.py                        the figures of the README: seeds 0..n-1
+    python bench/rates.py --tune                 a search over strengths and layers, on seeds from 100000 on
+    python bench/tables.py                       put the last figures into the README
+
+Every run appends one line to bench/results/shapes_rates.jsonl (--tune: shapes_tuning.jsonl) and prints it as a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tables import RESULTS, rates_table
+
+from attnctl_fast._report import overhead, spread, versions
+from attnctl_fast.shapes import LAYERS, load_pipeline
+from attnctl_fast.shapes.evaluate import STRENGTH, Arm, Evaluation, compare, interleaved, regulation
+
+TUNING_SEED = 100_000
+
+
+def measure(
+    pipe: Any,
+    *,
+    count: int,
+    seed_start: int,
+    regulations: Sequence[dict[str, Any]],
+    objects: int = 2,
+    steps: int = 25,
+    guidance_scale: float = 5.0,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Evaluate the plain pipeline and each regulation, given as options of `evaluate.regulation`, on the same seeds."""
+    arms = {"plain": Arm()}
+    arms.update((f"{index}", Arm(regulation(**options))) for index, options in enumerate(regulations))
+    results = interleaved(
+        pipe,
+        range(seed_start, seed_start + count),
+        arms,
+        objects=objects,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        warm_up=True,
+    )
+    plain = results.pop("plain")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "git": _git_state(),
+        "versions": versions(),
+        "settings": {
+            "count": count,
+            "seed_start": seed_start,
+            "objects": objects,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "batch_size": batch_size,
+            "scheduler": type(pipe.scheduler).__name__,
+        },
+        "plain": _rates(plain) | {"seconds_per_image": spread(plain.seconds_per_image)},
+        "regulations": [
+            {
+                "options": options,
+                **asdict(compare(plain, result)),
+                "seconds_per_image": spread(result.seconds_per_image),
+                "overhead_percent": overhead(plain.seconds_per_image, result.seconds_per_image),
+            }
+            for options, result in zip(regulations, results.values(), strict=True)
+        ],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true", help=f"search on held-apart seeds, from {TUNING_SEED} on")
+    parser.add_argument("--count", type=int, help="number of prompts; default: 512, with --tune 128")
+    parser.add_argument("--strengths", type=float, nargs="+", help=f"default: {STRENGTH}, with --tune 0.125 to 1")
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        help="sets of layers, names joined by commas; default: all 16x16 layers, with --tune also block by block",
+    )
+    parser.add_argument("--edit-steps", type=float, nargs="+", help="shares of the schedule; default: the method's own")
+    parser.add_argument("--objects", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--weights", type=Path, help="a folder with other weights of the shapes model")
+    parser.add_argument("--results", type=Path, help="file to append to")
+    arguments = parser.parse_args(argv)
+
+    strengths = arguments.strengths or ([0.125, 0.25, 0.5, 1.0] if arguments.tune else [STRENGTH])
+    layer_sets = [",".join(LAYERS), *(LAYERS if arguments.tune else ())]
+    choices: list[dict[str, Any]] = [
+        {"strength": strength, "layers": names.split(",")} | ({} if share is None else {"edit_steps": share})
+        for names, strength, share in itertools.product(
+            arguments.layers or layer_sets, strengths, arguments.edit_steps or [None]
+        )
+    ]
+    pipe = load_pipeline(device=arguments.device, **({"weights": arguments.weights} if arguments.weights else {}))
+    run = measure(
+        pipe,
+        count=arguments.count or (128 if arguments.tune else 512),
+        seed_start=TUNING_SEED if arguments.tune else 0,
+        regulations=choices,
+        objects=arguments.objects,
+        steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        batch_size=arguments.batch_size,
+    )
+    path = arguments.results or RESULTS / ("shapes_tuning.jsonl" if arguments.tune else "shapes_rates.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(run) + "\n")
+    print(rates_table(run))
+
+
+def _rates(result: Evaluation) -> dict[str, float]:
+    return {name: result.hits(name) / len(result.scores) for name in ("strict", "exact", "colours")}
+
+
+def _git_state() -> str | None:
+    """The commit, with `-dirty` where tracked files differ from it; `None` outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    main()
