@@ -77,7 +77,7 @@ def table(results: dict[str, Evaluation], comparison: Comparison) -> str:
     plain = results[PLAIN]
     for name, result in results.items():
         rates, cost = ["", "", ""], ""
-        if len(result.scores) == comparison.count:
+        if name != REFERENCE:
             for index, criterion in enumerate(("strict", "exact", "colours")):
                 change = getattr(comparison, criterion)
                 rates[index] = f"{(change.plain if result is plain else change.controlled):.0%}".replace("%", " %")

@@ -77,7 +77,7 @@ class Engine:
         engine = unet.__dict__.get(_KEY) or Engine(unet)
         if not engine.layers:
             raise ValueError(f"the UNet of {name} has no cross-attention layer; use a text-to-image pipeline")
-        if not hasattr(pipe, "encode_prompt"):
+        if not hasattr(type(pipe), "encode_prompt"):
             raise ValueError(
                 f"{name} has no encode_prompt method, so its prompts cannot be known; use a text-to-image pipeline"
             )
@@ -136,12 +136,13 @@ class Engine:
             warnings.warn(
                 f"the attention processors of {', '.join(replaced)} were replaced under control; the new ones stay",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def _patch(self, pipe: Any) -> None:
         encode, free = pipe.encode_prompt, pipe.maybe_free_model_hooks
-        signature = inspect.signature(encode)
+        # The class's own: a wrapper on the instance may hide the parameters.
+        signature = inspect.signature(type(pipe).encode_prompt)
 
         @functools.wraps(encode)
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
@@ -150,7 +151,7 @@ class Engine:
             if getattr(pipe.unet, "_orig_mod", pipe.unet) is not self.unet:
                 raise RuntimeError("pipe.unet was replaced while control was on; leave control, then enter it again")
             result = encode(*args, **kwargs)
-            self._begin(pipe, signature.bind(*args, **kwargs).arguments, result)
+            self._begin(pipe, signature.bind(pipe, *args, **kwargs).arguments, result)
             return result
 
         @functools.wraps(free)
@@ -174,10 +175,9 @@ class Engine:
 
     def _begin(self, pipe: Any, arguments: dict[str, Any], result: Any) -> None:
         embeddings = result[0] if isinstance(result, (tuple, list)) else result
-        texts, second = (
-            [text] if isinstance(text, str) else text for text in (arguments.get("prompt"), arguments.get("prompt_2"))
-        )
-        count = len(arguments["prompt_embeds"]) if texts is None else len(texts)
+        texts, second = (_as_list(arguments.get(name)) for name in ("prompt", "prompt_2"))
+        given = arguments.get("prompt_embeds")
+        count = len(texts) if texts is not None else len(embeddings if given is None else given)
         prompts = Prompts(pipe, texts, count, embeddings.shape[1], second)
         self.call = Call(prompts, embeddings.shape[0] // count)
         self._caller, self._timestep = pipe, None
@@ -244,6 +244,10 @@ class Engine:
             f"the UNet was called with {rows} rows for {samples} images {'with' if guided else 'without'} guidance; "
             "supported are [unconditional, conditional] rows in one batch, or conditional rows alone"
         )
+
+
+def _as_list(prompt: Any) -> list[str] | None:
+    return [prompt] if isinstance(prompt, str) else prompt
 
 
 def _same(timestep: Any, last: Any) -> bool:

@@ -112,7 +112,6 @@ class ControlledProcessor:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._inner, name, value)
 
-    @torch.compiler.disable
     def __call__(
         self,
         attn: Any,
@@ -124,6 +123,17 @@ class ControlledProcessor:
         ip_adapter_masks: Any = None,
     ) -> Tensor:
         optional = {"temb": temb, "scale": scale, "ip_adapter_masks": ip_adapter_masks}
+        return self._run(attn, hidden_states, encoder_hidden_states, attention_mask, optional)
+
+    @torch.compiler.disable
+    def _run(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any,
+        attention_mask: Tensor | None,
+        optional: dict[str, Any],
+    ) -> Tensor:
         kwargs = {name: value for name, value in optional.items() if value is not None and name in self._keywords}
 
         def own() -> Tensor:
@@ -148,7 +158,7 @@ class ControlledProcessor:
         if isinstance(encoder_hidden_states, tuple):
             text, images = encoder_hidden_states
         rows = engine.conditional(hidden_states.shape[0])
-        q, k, v, residual = project(attn, hidden_states, text, temb)
+        q, k, v, residual = project(attn, hidden_states, text, optional["temb"])
         edited = None
         if edit is not None:
             if attn.upcast_attention:

@@ -47,10 +47,12 @@ def _check_row(name: str, row: Sequence[int], tokens: int, padded: bool) -> None
         raise ValueError(f"{name} holds {double} more than once: {list(row)}; every token may be named once")
 
 
-def check_token_ids(name: str, ids: TokenIds, batch: int, tokens: int, device: torch.device) -> Tensor:
-    """`ids` as an int64 tensor [T] (all samples) or [B,T] (one row per sample, padded with -1) on `device`.
+def _check_token_ids(
+    name: str, ids: TokenIds, batch: int, tokens: int, device: torch.device
+) -> tuple[Tensor, list[list[int]] | None]:
+    """`ids` as an int64 tensor [T] (all samples) or [B,T] (one row per sample, padded with -1) on `device`, and its rows.
 
-    Values are checked where reading them costs no synchronisation: sequences and CPU tensors, outside of tracing.
+    Values are read and checked where that costs no synchronisation: sequences and CPU tensors, outside of tracing.
 
     Raises:
         ValueError: wrong shape or dtype, an id out of range, or the same id twice.
@@ -74,30 +76,27 @@ def check_token_ids(name: str, ids: TokenIds, batch: int, tokens: int, device: t
     if tensor.shape[-1] > tokens:
         raise ValueError(f"{name} names {tensor.shape[-1]} tokens, but the context has only {tokens}")
     if rows is not None:
-        for row in [rows] if tensor.ndim == 1 else rows:
+        rows = [rows] * batch if tensor.ndim == 1 else rows
+        for row in rows:
             _check_row(name, row, tokens, padded=tensor.ndim == 2)
-    return tensor.to(device)
+    return tensor.to(device), rows
 
 
 def check_targets(target_ids: TokenIds, pinned_ids: TokenIds, k: Tensor) -> tuple[Tensor, Tensor]:
     """Target and pinned ids as tensors; at least one target, none of them pinned as well."""
     batch, tokens = k.shape[0], k.shape[2]
-    targets = check_token_ids("target_ids", target_ids, batch, tokens, k.device)
-    pinned = check_token_ids("pinned_ids", pinned_ids, batch, tokens, k.device)
+    targets, rows = _check_token_ids("target_ids", target_ids, batch, tokens, k.device)
+    pinned, pinned_rows = _check_token_ids("pinned_ids", pinned_ids, batch, tokens, k.device)
     if targets.shape[-1] == 0:
         raise ValueError("target_ids is empty; name at least one target token")
-    if not isinstance(target_ids, Tensor) and not isinstance(pinned_ids, Tensor):
-        for row, pins in zip(_rows(target_ids, batch), _rows(pinned_ids, batch), strict=True):
+    if rows is not None and pinned_rows is not None:
+        for row, pins in zip(rows, pinned_rows, strict=True):
             both = sorted((set(row) & set(pins)) - {-1})
             if both:
-                raise ValueError(f"token {both[0]} is both in target_ids and in pinned_ids; leave it out of one of them")
+                raise ValueError(
+                    f"token {both[0]} is both in target_ids and in pinned_ids; leave it out of one of them"
+                )
     return targets, pinned
-
-
-def _rows(ids: Sequence[int] | Sequence[Sequence[int]], batch: int) -> list[list[int]]:
-    if ids and isinstance(ids[0], Sequence):
-        return [list(row) for row in ids]  # type: ignore[arg-type]
-    return [list(ids)] * batch  # type: ignore[arg-type]
 
 
 def check_grid(grid: tuple[int, int], image_tokens: int | None = None) -> tuple[int, int]:

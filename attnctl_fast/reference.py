@@ -34,7 +34,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: floa
     excluded = _one_hot(excluded_ids, k.shape[0], k.shape[2]).any(1)
     logits = _logits(q, k, scale).masked_fill(excluded[:, None, None, :], -torch.inf)
     lse = logits.logsumexp(-1)
-    return (_normalise(logits, lse) @ _wide(v)).to(v.dtype), lse
+    return _normalise(logits, lse) @ _wide(v), lse
 
 
 def target_logits(q: Tensor, k: Tensor, target_ids: Tensor, scale: float) -> Tensor:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 import attnctl_fast as ac
 from attnctl_fast.methods import attention_regulation
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' schedulers, by the thousand
+
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
 PROMPT = "a black bag and an apple"  # black bag = 2, 3; apple = 6; end of text = 7
 
@@ -204,13 +206,15 @@ def test_weights_are_drawn_uniformly_afresh_per_step_and_layer(monkeypatch: pyte
     assert abs(drawn.mean() - 0.5) < 0.02
 
 
-@pytest.mark.parametrize("edit_steps", [0, 1, 3, 0.5, 0.74, 1.0])
-def test_last_edited_step(monkeypatch: pytest.MonkeyPatch, edit_steps: int | float) -> None:
+@pytest.mark.parametrize(
+    ("edit_steps", "edited"), [(0, 0), (1, 1), (3, 3), (9, 4), (0.0, 0), (0.1, 1), (0.5, 2), (0.74, 2), (1.0, 4)]
+)
+def test_last_edited_step(monkeypatch: pytest.MonkeyPatch, edit_steps: int | float, edited: int) -> None:
     pipe = tiny.pipeline()
     method = ac.AttentionRegulation(["bag"], layers=[LAYER], edit_steps=edit_steps)
     with ac.control(pipe, method), watching(pipe, monkeypatch) as seen:
         run(pipe)
-    assert len(seen.theta) == {0: 0, 1: 1, 3: 3, 0.5: 2, 0.74: 2, 1.0: 4}[edit_steps]
+    assert len(seen.theta) == edited
 
 
 @pytest.mark.parametrize(
@@ -227,7 +231,7 @@ def test_last_edited_step(monkeypatch: pytest.MonkeyPatch, edit_steps: int | flo
     ],
 )
 def test_steps_of_schedulers(monkeypatch: pytest.MonkeyPatch, scheduler: str, steps: int, evaluations: int) -> None:
-    """A count of steps and the share that is the same, with schedulers that evaluate the UNet more often than it steps."""
+    """A count of steps and the share that is the same, where the UNet is evaluated more often than there are steps."""
     pipe = tiny.pipeline(scheduler=tiny.scheduler(scheduler))
     for edit_steps in (2, 0.5):
         method = ac.AttentionRegulation(["bag"], layers=[LAYER], edit_steps=edit_steps)
@@ -295,3 +299,12 @@ def test_presets() -> None:
     assert hash(official) != hash(paper)
     with pytest.raises(AttributeError):
         official.strength = 2.0  # type: ignore[misc]
+
+
+def test_implementations_agree() -> None:
+    pipe = tiny.pipeline().to(torch.float64)
+    images = []
+    for impl in ("eager", "reference"):
+        with ac.use(impl), ac.control(pipe, ac.AttentionRegulation(["bag", "apple"])):
+            images.append(run(pipe))
+    torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-8)

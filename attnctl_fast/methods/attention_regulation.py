@@ -34,8 +34,9 @@ class AttentionRegulation:
             is the start of text): one list for every prompt, or one list per prompt. With prompt embeddings, ids only.
         layers: name prefixes such as `["down_blocks.2", "up_blocks.1"]`, or `by_downsampling(n)`. None takes the last
             down block and the first up block that have cross-attention.
-        edit_steps: the first steps to edit; an int counts them, a float is a share of the schedule. A second-order
-            scheduler evaluates the UNet twice in a step, and both are edited.
+        edit_steps: the first steps to edit; an int counts them, a float is a share of the steps that the call runs
+            (of the schedule from its first timestep on), rounded down. Where a second-order scheduler (Heun) evaluates
+            the UNet twice in a step, both are edited; PNDM's repeated timestep counts as a step.
         strength: factor of the bias. Zero leaves the pipeline's own attention in place, bit for bit.
         steps, step_size: of the descent (`ops.regulate`).
         ema: weight of the previous evaluation's bias (before averaging) in the bias used; at the first evaluation that

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -44,11 +45,9 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: f
             empty = mask[:, :, 0].isneginf().all(-1, keepdim=True)
             lse = lse.masked_fill(empty, -torch.inf)
         return out, lse
-    wide = torch.promote_types(q.dtype, torch.float32)
-    logits = _dense_mask(scale * (q.to(wide) @ k.to(wide).mT), mask)
+    logits = _dense_mask(scale * (q @ k.mT), mask)
     lse = logits.logsumexp(-1)
-    probabilities = torch.exp(logits - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1))
-    return (probabilities.to(v.dtype) @ v), lse
+    return torch.exp(logits - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1)) @ v, lse
 
 
 @attention_op.register_fake
@@ -58,7 +57,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: float) -> tu
         out = q.new_empty(batch, image_tokens, heads, width).transpose(1, 2)
     else:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return out, q.new_empty(q.shape[:3])
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
@@ -81,21 +80,18 @@ def attention_backward_op(
             return tuple(x.contiguous() for x in gradients)
         # dl = P (dP - rowsum(dO O) + dlse): a value column of ones whose output gradient is dlse, and whose saved
         # output is 0 so that the row sum does not see it, adds exactly the last term.
-        wider_q, wider_k, wider_out = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, out))
-        wider_v = torch.nn.functional.pad(v, (0, 1), value=1.0)
-        grad = torch.cat([grad_out, grad_lse.to(grad_out.dtype).unsqueeze(-1)], -1)
+        grad = torch.cat([grad_out, grad_lse.unsqueeze(-1)], -1)
+        wider_q, wider_k, wider_out = (F.pad(x, (0, 1)) for x in (q, k, out))
+        wider_v = F.pad(v, (0, 1), value=1.0)
         gradients = _cpu_backward(
             grad, wider_q, wider_k, wider_v, wider_out, lse, 0.0, False, attn_mask=mask, scale=scale
         )
         return tuple(x[..., :-1].contiguous() for x in gradients)
-    wide = lse.dtype
-    q_wide, k_wide, v_wide, grad_out = q.to(wide), k.to(wide), v.to(wide), grad_out.to(wide)
-    probabilities = torch.exp(_dense_mask(scale * (q_wide @ k_wide.mT), mask) - lse.unsqueeze(-1))
-    row = (grad_out * out.to(wide)).sum(-1)
+    probabilities = torch.exp(_dense_mask(scale * (q @ k.mT), mask) - lse.unsqueeze(-1))
+    row = (grad_out * out).sum(-1)
     row = row if grad_lse is None else row - grad_lse
-    grad_logits = probabilities * (grad_out @ v_wide.mT - row.unsqueeze(-1)) * scale
-    grad_v = probabilities.mT @ grad_out
-    return (grad_logits @ k_wide).to(q.dtype), (grad_logits.mT @ q_wide).to(k.dtype), grad_v.to(v.dtype)
+    grad_logits = probabilities * (grad_out @ v.mT - row.unsqueeze(-1)) * scale
+    return grad_logits @ k, grad_logits.mT @ q, probabilities.mT @ grad_out
 
 
 @attention_backward_op.register_fake
@@ -134,9 +130,14 @@ attention_op.register_autograd(_backward, setup_context=_save)
 def attention_without(
     q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: float, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) over the columns that are not in `excluded_ids`; out 0 and lse -inf where no column is left."""
+    """(out, lse) over the columns that are not in `excluded_ids`; out 0 and lse -inf where no column is left.
+
+    Half-precision inputs are computed in float32, and both results are: rounding `out` before it is merged, or its
+    gradient, costs more than the last digit.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
     run = attention_reference if impl == "reference" else attention_op
-    return run(q, k, v, excluded_ids, scale)
+    return run(q.to(wide), k.to(wide), v.to(wide), excluded_ids, scale)
 
 
 def attention(
@@ -162,4 +163,5 @@ def attention(
     check_qkv(q, k, v)
     nothing = torch.empty(0, dtype=torch.int64, device=q.device)
     out, lse = attention_without(q, k, v, nothing, check_scale(scale, q.shape[3]), resolve(impl))
+    out = out.to(q.dtype)
     return (out, lse) if return_lse else out

@@ -11,9 +11,7 @@ from ._library import composite
 from .merge_targets import check_bias, merge_targets_op
 from .target_statistics import attention_without, target_logits_op
 
-_SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor target_ids, Tensor pinned_ids, float scale) -> Tensor"
-)
+_SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor target_ids, Tensor pinned_ids, float scale) -> Tensor"
 biased_attention_reference = composite("biased_attention_reference" + _SCHEMA, reference.biased_attention)
 
 

@@ -35,7 +35,9 @@ def _axis_centres(side: int, sigma: float, centres: str) -> list[float]:
     return [step * p - 1 for p in range(1, int(side / step) + 1)]
 
 
-def basis_axes(grid: tuple[int, int], sigma: Sigma | None, centres: str) -> tuple[list[float], list[float], float, float]:
+def basis_axes(
+    grid: tuple[int, int], sigma: Sigma | None, centres: str
+) -> tuple[list[float], list[float], float, float]:
     """Checked (centres_y, centres_x, sigma_y, sigma_x)."""
     height, width = check_grid(grid)
     if centres not in CENTRES:
@@ -62,7 +64,9 @@ def basis_shape(grid: tuple[int, int], sigma: Sigma | None = None, centres: str 
 
 
 @functools.lru_cache(maxsize=64)
-def _axis_basis(side: int, centres: tuple[float, ...], sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _axis_basis(
+    side: int, centres: tuple[float, ...], sigma: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     cells = torch.arange(side, dtype=dtype, device=device)
     return torch.exp(-((cells[:, None] - torch.tensor(centres, dtype=dtype, device=device)) ** 2) / (2 * sigma**2))
 

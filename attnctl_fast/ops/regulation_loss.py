@@ -9,7 +9,18 @@ from torch import Tensor
 from .. import reference
 from .._impl import resolve
 from ._library import NAMESPACE, composite
-from ._objective import Array, Distance, Objective, Terms, arrays, namespace, reciprocal, softmax, softmax_backward_, tensor
+from ._objective import (
+    Array,
+    Distance,
+    Objective,
+    Terms,
+    arrays,
+    namespace,
+    reciprocal,
+    softmax,
+    softmax_backward_,
+    tensor,
+)
 from .merge_targets import check_bias
 from .target_statistics import TargetStatistics
 
@@ -82,8 +93,7 @@ def regulation_loss_backward_op(
     aim = Objective(objective, quantile, level, mass, mass_weight, penalty)
     maps, rest, square, added, weights = _flat(logits, rest_lse, rest_square, bias, theta)
     (outer,) = arrays(grad.flatten()[:, None, None])
-    nothing = logits.new_empty(0)
-    grad_square, grad_theta = nothing, nothing
+    grad_square, grad_theta = logits.new_empty(0), logits.new_empty(0)
     with np.errstate(all="ignore"):
         terms = Terms(maps, aim)
         probabilities = _softmax(maps + added, rest)
@@ -119,14 +129,13 @@ def regulation_loss_backward_op(
 
 @regulation_loss_backward_op.register_fake
 def _(grad, logits, rest_lse, rest_square, bias, theta, objective, *rest):  # type: ignore[no-untyped-def]
-    nothing = logits.new_empty(0)
     paper = objective == "paper"
     return (
         torch.empty_like(logits, memory_format=torch.contiguous_format),
         torch.empty_like(rest_lse, memory_format=torch.contiguous_format),
-        rest_square.new_empty(rest_square.shape) if paper else nothing,
+        rest_square.new_empty(rest_square.shape) if paper else logits.new_empty(0),
         logits.new_empty(logits.shape),
-        theta.new_empty(theta.shape) if theta is not None and not paper else nothing,
+        theta.new_empty(theta.shape) if theta is not None and not paper else logits.new_empty(0),
     )
 
 
@@ -139,7 +148,9 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     gradients = regulation_loss_backward_op(grad, *ctx.saved_tensors, *ctx.terms)
     paper = ctx.terms[0] == "paper"
     exists = (True, True, paper, True, not paper)
-    kept = (x if needed and real else None for x, needed, real in zip(gradients, ctx.needs_input_grad, exists, strict=False))
+    kept = (
+        x if needed and real else None for x, needed, real in zip(gradients, ctx.needs_input_grad, exists, strict=False)
+    )
     return *kept, *[None] * len(ctx.terms)
 
 

@@ -17,13 +17,13 @@ from .attention import attention_without
 class TargetStatistics(NamedTuple):
     """Sufficient statistics of attention control ("sufficient statistics" in MATH.md section 1).
 
-    rest_out: attention over the columns that are not targets, `[B,H,M,d]`, in q's dtype.
+    rest_out: attention over the columns that are not targets, `[B,H,M,d]`.
     rest_lse: the logsumexp of those columns' logits, `[B,H,M]`; -inf where every column is a target.
     logits: the targets' scaled logits, `[B,H,T,M]`; -inf for padded targets.
     rest_square: the sum of squared probabilities over the columns that are not targets, `[B,H,M]`, or None.
     pinned_logits: the pinned columns' scaled logits, `[B,H,P,M]`, -inf for padded ones, or None without pinned columns.
 
-    All but rest_out are float32 (float64 for float64 inputs).
+    All are float32 (float64 for float64 inputs).
     """
 
     rest_out: Tensor

@@ -1,0 +1,99 @@
+"""Inputs of every awkward kind, and the rule that errors are judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+ULPS = 4
+RUNS = 8
+
+
+def randn(*shape: int, dtype: torch.dtype, seed: int, strided: bool = False) -> Tensor:
+    """[B,H,M,d] normal numbers, rounded to dtype; strided: a view of [B,M,H*d]."""
+    generator = torch.Generator().manual_seed(seed)
+    if not strided:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    batch, heads, tokens, width = shape
+    flat = torch.randn(batch, tokens, heads * width, generator=generator, dtype=torch.float64).to(dtype)
+    return flat.unflatten(-1, (heads, width)).transpose(1, 2)
+
+
+def attention_inputs(
+    batch: int,
+    heads: int,
+    image_tokens: int,
+    tokens: int,
+    width: int,
+    dtype: torch.dtype,
+    sharp: float = 1.0,
+    **how: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q = randn(batch, heads, image_tokens, width, dtype=dtype, seed=1, **how)
+    k = (sharp * randn(batch, heads, tokens, width, dtype=torch.float64, seed=2, **how)).to(dtype)
+    return q, k, randn(batch, heads, tokens, width, dtype=dtype, seed=3, **how)
+
+
+def orders(width: int) -> list[Tensor]:
+    """Orders in which the head width may be summed: the same mathematics, other roundings."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.arange(width), *(torch.randperm(width, generator=generator) for _ in range(RUNS - 1))]
+
+
+def plain_runs(function: Callable[..., Tensor], q: Tensor, k: Tensor, *others: Tensor) -> list[Tensor]:
+    """Plain PyTorch's result in every one of `orders`."""
+    return [function(q[..., order], k[..., order], *others) for order in orders(q.shape[-1])]
+
+
+def carried_by_lse(lse: Tensor, values: Tensor) -> Tensor:
+    """The error [B,H,M] of a merge through a logsumexp held in float32: its own rounding is a relative error of every
+    weight. Largest over the head's values."""
+    return torch.finfo(torch.float32).eps * lse.abs() * values.abs().amax((-1, -2)).unsqueeze(-1)
+
+
+def carried_to_gradients(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, scale: float) -> dict[str, Tensor]:
+    """The same for the gradients: dv = P^T dO and dl = P (dP - rowsum(P dP)) with every P off by that."""
+    q, k, v, grad_out = (x.detach().double() for x in (q, k, v, grad_out))
+    logits = scale * (q @ k.mT)
+    lse = logits.logsumexp(-1, keepdim=True)
+    slope = 2 * (grad_out @ v.mT).abs().amax(-1, keepdim=True)
+    off = torch.finfo(torch.float32).eps * lse.abs() * logits.softmax(-1)
+    off_logits = scale * slope * off
+    pairs = {"q": off_logits @ k.abs(), "k": off_logits.mT @ q.abs(), "v": off.mT @ grad_out.abs()}
+    return {name: error.amax(-1) for name, error in pairs.items()}
+
+
+def assert_rows_close(
+    actual: Tensor, plain: Sequence[Tensor], truth: Tensor, dtype: torch.dtype, what: str, carried: Tensor | float = 0.0
+) -> None:
+    """Per row, the error against float64 truth is at most twice that of plain PyTorch in the same dtype plus a few ulp.
+
+    The ulp is that of the row's largest element. One rounding error may be nearly zero by luck, so plain PyTorch's is the
+    largest of several runs that sum in another order. `carried` is what the operation's float32 interface adds. The worst
+    row is reported, never a mean over the tensor.
+    """
+    assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    assert not actual.isnan().any(), f"{what}: NaN"
+    truth = truth.double()
+    error = (actual.double() - truth).abs().amax(-1)
+    plain_error = torch.stack([(run.double() - truth).abs().amax(-1) for run in plain]).amax(0)
+    allowed = 2 * plain_error + ULPS * torch.finfo(dtype).eps * truth.abs().amax(-1) + carried
+    excess = (error - allowed).flatten()
+    worst = int(excess.argmax())
+    assert excess[worst] <= 0, (
+        f"{what}: row {worst} is off by {error.flatten()[worst]}, allowed {allowed.flatten()[worst]}"
+    )
+
+
+def full_softmax_output(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, ids: list[int], pinned: list[int], scale: float
+) -> Tensor:
+    """Plain PyTorch in the inputs' dtype: full logits, bias added on columns, pinned columns put back."""
+    logits = scale * (q @ k.mT)
+    edited = logits.clone()
+    edited[..., ids] += bias.mT.to(q.dtype)
+    probabilities = edited.softmax(-1).clone()
+    probabilities[..., pinned] = logits.softmax(-1)[..., pinned]
+    return probabilities @ v

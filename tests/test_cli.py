@@ -1,0 +1,244 @@
+"""The command line, on an untrained pipeline that is saved to disk: what it draws, what it writes, how it refuses."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import attnctl_fast
+from attnctl_fast import _demo, _grid, _report, cli
+from attnctl_fast.methods import AttentionRegulation
+from attnctl_fast.pipeline import control
+from attnctl_fast.shapes import evaluate, load_pipeline, scene_for_seed
+from attnctl_fast.shapes.model import build_scheduler, build_unet, build_vae
+from attnctl_fast.shapes.text import build_text_encoder, build_tokenizer
+
+PROMPT = "a red circle and a blue star"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with an untrained pipeline of the kind that ships with the package."""
+    from diffusers import StableDiffusionPipeline
+
+    folder = tmp_path_factory.mktemp("model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = StableDiffusionPipeline(
+            vae=build_vae(),
+            unet=build_unet(),
+            text_encoder=build_text_encoder(),
+            tokenizer=build_tokenizer(folder / "tokenizer"),
+            scheduler=build_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def generate(model, tmp_path):
+    """Run `attnctl-fast generate` in two steps per picture; later options win."""
+
+    def run(*options, targets=("circle", "star")):
+        default = ["--model", model, "--prompt", PROMPT, "--steps", 2, "--out", tmp_path / "out"]
+        return cli.main([str(word) for word in ["generate", *default, "--targets", *targets, *options]])
+
+    return run
+
+
+def drawn(model, seeds, *methods, **arguments):
+    pipe = load_pipeline(weights=model)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if not methods:
+        return pipe([PROMPT] * len(seeds), num_inference_steps=2, generator=generators, **arguments).images
+    with control(pipe, *methods):
+        return pipe([PROMPT] * len(seeds), num_inference_steps=2, generator=generators, **arguments).images
+
+
+def close(one, other):
+    difference = np.abs(np.asarray(one, dtype=np.int16) - np.asarray(other, dtype=np.int16))
+    return difference.max() <= 1
+
+
+def test_generate_draws_what_the_library_draws(generate, model, tmp_path):
+    assert generate("--compare", "--seed", 5, "--num-images", 2, "--strength", 0.5, "--guidance-scale", 3) == 0
+    out = tmp_path / "out"
+    names = {"5-plain.png", "5-regulation.png", "6-plain.png", "6-regulation.png"}
+    assert {path.name for path in out.iterdir()} == names | {"compare.png", "generate.json"}
+    method = AttentionRegulation(["circle", "star"], strength=0.5)
+    plain, regulated = drawn(model, [5, 6], guidance_scale=3.0), drawn(model, [5, 6], method, guidance_scale=3.0)
+    for index, seed in enumerate((5, 6)):
+        assert close(Image.open(out / f"{seed}-plain.png"), plain[index])
+        assert close(Image.open(out / f"{seed}-regulation.png"), regulated[index])
+        assert not close(plain[index], regulated[index])
+
+
+def test_generate_writes_its_settings(generate, model, tmp_path):
+    assert generate("--layers", "down_blocks.0", "--convention", "paper", "--negative-prompt", "a ring") == 0
+    report = json.loads((tmp_path / "out" / "generate.json").read_text())
+    assert report["settings"]["model"] == str(model)
+    assert report["settings"]["prompt"] == PROMPT and report["settings"]["negative_prompt"] == "a ring"
+    assert report["settings"]["device"] == ("cuda:0" if torch.cuda.is_available() else "cpu")
+    assert report["method"]["name"] == "AttentionRegulation"
+    assert report["method"]["layers"] == ["down_blocks.0"] and report["method"]["convention"] == "paper"
+    assert report["files"] == ["0-regulation.png"]
+    assert report["versions"]["torch"] == torch.__version__
+    assert list(report["seconds"]) == ["regulation"]
+
+
+def test_generate_takes_size_and_dtype(generate, tmp_path):
+    assert generate("--height", 64, "--width", 96, "--dtype", "bfloat16", "--device", "cpu") == 0
+    assert Image.open(tmp_path / "out" / "0-regulation.png").size == (96, 64)
+    assert json.loads((tmp_path / "out" / "generate.json").read_text())["settings"]["dtype"] == "bfloat16"
+
+
+def test_generate_overwrites_only_when_told(generate, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "0-regulation.png").write_text("mine")
+    assert generate() == 2
+    assert "0-regulation.png is there already" in capsys.readouterr().err
+    assert (out / "0-regulation.png").read_text() == "mine" and len(list(out.iterdir())) == 1
+    assert generate("--overwrite") == 0
+    assert Image.open(out / "0-regulation.png").size == (64, 64)
+    assert generate() == 2
+    assert generate("--seed", 1) == 2  # generate.json is there.
+
+
+@pytest.mark.parametrize(
+    ("options", "targets", "message"),
+    [
+        ((), ["circle", "cat"], "'cat'.*circle.*star"),
+        (("--layers", "mid_block.7"), ["circle"], "mid_block.7"),
+        (("--model", "/nowhere/at/all"), ["circle"], "/nowhere/at/all"),
+        (("--model", "nobody/no-such-model"), ["circle"], "nobody/no-such-model"),
+        (("--device", "abacus"), ["circle"], "abacus"),
+    ],
+    ids=["target", "layers", "path", "hub id", "device"],
+)
+def test_generate_explains_what_it_cannot_do(generate, tmp_path, capsys, monkeypatch, options, targets, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert generate(*options, targets=targets) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("attnctl-fast generate: ")
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_generate_explains_a_folder_without_a_pipeline(generate, tmp_path, capsys):
+    assert generate("--model", tmp_path) == 2
+    assert "without model_index.json" in capsys.readouterr().err
+
+
+def test_debug_shows_where_an_error_comes_from(generate):
+    with pytest.raises(ValueError, match="cat"):
+        generate("--debug", targets=["cat"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--model", "m", "--prompt", "p"],
+        ["generate", "--model", "m", "--prompt", "p", "--targets", "t", "--num-images", "0"],
+        ["generate", "--model", "m", "--prompt", "p", "--targets", "t", "--strength", "-1"],
+        ["generate", "--model", "m", "--prompt", "p", "--targets", "t", "--seed", "-1"],
+        ["generate", "--model", "m", "--prompt", "p", "--targets", "t", "--dtype", "int8"],
+        ["demo", "--count", "none"],
+        ["paint"],
+        [],
+    ],
+)
+def test_wrong_usage_exits_with_two(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: attnctl-fast" in capsys.readouterr().err
+
+
+def test_missing_extras_are_named_with_the_remedy(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "diffusers" else object())
+    assert cli.main(["demo"]) == 2
+    assert 'diffusers not installed; run: pip install "attnctl-fast[diffusers]"' in capsys.readouterr().err
+
+
+def test_version_and_info(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"attnctl-fast {attnctl_fast.__version__}\n"
+    assert cli.main(["info"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["torch"] == torch.__version__ and lines["implementation"] in ("reference", "eager", "triton")
+
+
+def test_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "attnctl_fast", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"attnctl-fast {attnctl_fast.__version__}\n")
+    done = subprocess.run([sys.executable, "-m", "attnctl_fast"], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_demo_writes_the_picture_and_every_result(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_demo, "load_pipeline", lambda **options: load_pipeline(weights=model, **options))
+    # The untrained model draws nothing; the third of the pictures shall show what was asked for once regulated.
+    monkeypatch.setattr(evaluate, "detect", lambda image: found.pop(0))
+    scenes = [scene_for_seed(seed) for seed in (7, 8, 9)]
+    hit = [evaluate.Detection(colour, shape, (0, 0, 9, 9), 1.0) for colour, shape in scenes[2].objects]
+    found = [[], [], [], [], [], [], [], hit, hit]
+    arguments = ["--count", "3", "--seed-start", "7", "--steps", "2", "--batch-size", "1", "--out", str(tmp_path)]
+    assert cli.main(["demo", *arguments]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split("  ")[0]: line for line in out.splitlines()}
+    assert "33 % (+1 -0)" in lines["attention regulation"] and "0 %" in lines["plain"]
+    assert "%" in lines["same, published-style loop"]
+
+    report = json.loads((tmp_path / "demo.json").read_text())
+    assert report["settings"]["seeds"] == [7, 9] and report["settings"]["strength"] == evaluate.STRENGTH
+    assert [entry["prompt"] for entry in report["pictures"]] == [scene.prompt for scene in scenes]
+    assert [entry["attention regulation"]["strict"] for entry in report["pictures"]] == [False, False, True]
+    assert report["pictures"][2]["attention regulation"]["found"] == [" ".join(pair) for pair in scenes[2].objects]
+    assert (report["rates"]["strict"]["gained"], report["rates"]["strict"]["lost"]) == (1, 0)
+    assert [len(timing["batches"]) for timing in report["timings"].values()] == [3, 3, 2]
+    assert report["largest_pixel_difference_to_reference"] <= 30
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.mode == "RGB" and picture.width > 3 * 2 * 264
+
+
+def test_overhead_is_the_median_over_pairs():
+    assert _report.overhead([1.0, 2.0, 4.0], [1.5, 2.0, 5.0])["median"] == pytest.approx(25)
+    assert _report.overhead([1.0, 2.0, 4.0], [3.0])["median"] == pytest.approx(200)
+    assert _report.spread([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
+    assert _report.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
+
+
+def test_found_lines_tell_right_wrong_and_extra():
+    red, blue, ring = ("red", "circle"), ("blue", "star"), ("cyan", "ring")
+    assert _grid.found_lines([red, blue], [blue, red]) == [("right", "red circle"), ("right", "blue star")]
+    assert _grid.found_lines([red, blue], [red, red]) == [
+        ("right", "red circle"),
+        ("wrong", "blue star"),
+        ("extra", "red circle"),
+    ]
+    assert _grid.found_lines([red], [ring, red, blue])[1] == ("extra", "cyan ring and 1 more")
+
+
+def test_grid_shows_every_picture_with_the_colour_of_its_frame():
+    panels = [
+        _grid.Panel(Image.new("RGB", (64, 64), (0, 0, 200)), "one", [("right", "it")], True),
+        _grid.Panel(Image.new("RGB", (32, 64), (0, 200, 200)), "two", [], False),
+    ]
+    picture = _grid.draw_grid([_grid.Row("a prompt " * 9, panels)] * 3, title="title", columns=2, side=100)
+    counts = {colour: count for count, colour in picture.getcolors(picture.width * picture.height)}
+    assert counts[(0, 0, 200)] == 3 * 92 * 92
+    assert counts[(0, 200, 200)] == 3 * 46 * 92
+    assert counts[_grid._RIGHT] > 0 and counts[_grid._WRONG] > 0

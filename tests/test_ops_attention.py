@@ -1,0 +1,319 @@
+"""attention, target_statistics, merge_targets, biased_attention and regulated_attention against float64 truth."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import (
+    assert_rows_close,
+    attention_inputs,
+    carried_by_lse,
+    carried_to_gradients,
+    full_softmax_output,
+    orders,
+    plain_runs,
+    randn,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attnctl_fast import ops, reference, use
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+IMPLS = ["reference", "eager"]
+# (M, N, d): one of each size that matters, and the whole grid under `-m full`.
+SHAPES = [(1, 1, 8), (63, 77, 40), (64, 120, 80), (256, 77, 160), (256, 154, 64), (64, 333, 128), (256, 512, 40)]
+FULL = [
+    (m, n, d) for m in (1, 63, 64, 256, 1024, 4096) for n in (1, 77, 120, 154, 333, 512) for d in (40, 64, 80, 128, 160)
+]
+ALL_SHAPES = [*SHAPES, *(pytest.param(*shape, marks=pytest.mark.full) for shape in FULL)]
+
+
+def _wide(*tensors):
+    return [x.double() for x in tensors]
+
+
+_plain_attention = F.scaled_dot_product_attention
+
+
+def _plain_gradients(leaves, attend):
+    """Per input, its gradient in every one of `orders`."""
+    runs = []
+    for order in orders(leaves[0].shape[-1]):
+        q, k, *others = leaves
+        runs.append(torch.autograd.grad(attend(q[..., order], k[..., order], *others), leaves))
+    return list(zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "d"), SHAPES)
+def test_attention(impl, dtype, m, n, d):
+    q, k, v = attention_inputs(2, 3, m, n, d, dtype, strided=True)
+    out, lse = ops.attention(q, k, v, return_lse=True, impl=impl)
+    truth = F.scaled_dot_product_attention(*_wide(q, k, v))
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert_rows_close(out, plain_runs(_plain_attention, q, k, v), truth, dtype, "out")
+    logits = q.double() @ k.double().mT * d**-0.5
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "d"), FULL)
+def test_attention_full_grid(dtype, m, n, d):
+    q, k, v = attention_inputs(1, 2, m, n, d, dtype, strided=True)
+    truth = F.scaled_dot_product_attention(*_wide(q, k, v))
+    assert_rows_close(ops.attention(q, k, v), plain_runs(_plain_attention, q, k, v), truth, dtype, "out")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sharp", [1.0, 6.0])
+def test_attention_gradients(dtype, sharp):
+    leaves = [x.requires_grad_() for x in attention_inputs(1, 2, 64, 77, 40, dtype, sharp)]
+    weight, lse_weight = (
+        randn(1, 2, 64, 40, dtype=dtype, seed=7),
+        randn(1, 2, 64, 1, dtype=torch.float32, seed=8)[..., 0],
+    )
+
+    def total(out, lse):
+        return (out * weight.to(out.dtype)).sum() + (lse * lse_weight.to(lse.dtype)).sum()
+
+    def plain(q, k, v):
+        return total(_plain_attention(q, k, v), (q @ k.mT * 40**-0.5).logsumexp(-1))
+
+    ours = torch.autograd.grad(total(*ops.attention(*leaves, return_lse=True)), leaves)
+    carried = carried_to_gradients(*leaves[:3], weight, 40**-0.5)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    truth = torch.autograd.grad(plain(*wide), wide)
+    for name, a, b, c in zip("qkv", ours, _plain_gradients(leaves, plain), truth, strict=True):
+        assert_rows_close(a, b, c, dtype, f"d{name}", carried.get(name, 0.0))
+
+
+def test_only_wanted_gradients_are_made():
+    q, k, v = attention_inputs(1, 2, 16, 9, 8, torch.float32)
+    ops.attention(q.requires_grad_(), k, v).sum().backward()
+    assert q.grad is not None and k.grad is None and v.grad is None
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "d"), ALL_SHAPES[1:])
+def test_statistics_and_merge(impl, dtype, m, n, d):
+    q, k, v = attention_inputs(2, 2, m, n, d, dtype, 3.0, strided=True)
+    ids, pinned = ([0], []) if n == 1 else ([n - 1, 3], [0, 7])
+    bias = 4 * randn(2, 2, len(ids), m, dtype=torch.float32, seed=5)
+    stats = ops.target_statistics(q, k, v, ids, pinned_ids=pinned, with_square=True, impl=impl)
+    logits = q.double() @ k.double().mT * d**-0.5
+    rest = [i for i in range(n) if i not in ids]
+    torch.testing.assert_close(stats.logits.double(), logits[..., ids].mT, atol=2e-5, rtol=1e-5)
+    expected = logits[..., rest].logsumexp(-1)
+    torch.testing.assert_close(stats.rest_lse.double(), expected, atol=2e-4, rtol=1e-5)
+    square = logits.softmax(-1)[..., rest].square().sum(-1)
+    torch.testing.assert_close(stats.rest_square.double(), square, atol=1e-6, rtol=1e-3)
+    if pinned:
+        torch.testing.assert_close(stats.pinned_logits.double(), logits[..., pinned].mT, atol=2e-5, rtol=1e-5)
+    else:
+        assert stats.pinned_logits is None
+
+    out = ops.merge_targets(stats, v, ids, bias, pinned_ids=pinned, impl=impl)
+
+    def plain(*inputs):
+        return full_softmax_output(*inputs, ids, pinned, d**-0.5)
+
+    truth, carried = plain(*_wide(q, k, v, bias)), carried_by_lse(logits.logsumexp(-1), v)
+    assert out.dtype == dtype
+    assert_rows_close(out, plain_runs(plain, q, k, v, bias), truth, dtype, "merged", carried)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("raised", [-1e4, -40.0, 0.0, 5.0, 20.0, 40.0, 1e4])
+def test_merge_is_stable_at_any_bias(impl, raised):
+    q, k, v = attention_inputs(1, 2, 64, 77, 40, torch.float32, 8.0)
+    ids = [5, 9]
+    bias = torch.full((1, 2, 2, 64), raised)
+    bias[:, :, 1] *= 0.5
+    stats = ops.target_statistics(q, k, v, ids, pinned_ids=[0], impl=impl)
+    out = ops.merge_targets(stats, v, ids, bias, pinned_ids=[0], impl=impl)
+
+    def plain(*inputs):
+        return full_softmax_output(*inputs, ids, [0], 40**-0.5)
+
+    truth = plain(*_wide(q, k, v, bias))
+    assert_rows_close(
+        out, plain_runs(plain, q, k, v, bias), truth, torch.float32, "merged", carried_by_lse(stats.rest_lse, v)
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_all_columns_are_targets(impl):
+    q, k, v = attention_inputs(1, 2, 16, 3, 8, torch.float64)
+    stats = ops.target_statistics(q, k, v, [2, 0, 1], with_square=True, impl=impl)
+    assert (stats.rest_lse == -torch.inf).all() and (stats.rest_out == 0).all() and (stats.rest_square == 0).all()
+    merged = ops.merge_targets(stats, v, [2, 0, 1], impl=impl)
+    torch.testing.assert_close(merged, F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("inside", [False, True])
+def test_biased_attention_conventions(impl, inside):
+    q, k, v = attention_inputs(2, 2, 16, 11, 8, torch.float64)
+    bias = randn(2, 2, 2, 16, dtype=torch.float64, seed=4)
+    added = torch.zeros(2, 2, 16, 11, dtype=torch.float64)
+    added[..., [3, 6]] = bias.mT
+    logits = (q @ k.mT + added) / 8**0.5 if inside else q @ k.mT / 8**0.5 + added
+    out = ops.biased_attention(q, k, v, bias, [3, 6], bias_inside_scale=inside, impl=impl)
+    torch.testing.assert_close(out, logits.softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_different_targets_per_sample_equal_each_sample_alone(impl):
+    q, k, v = attention_inputs(3, 2, 16, 11, 8, torch.float64)
+    rows, pins = [[3, 6], [5], []], [[0, 9], [0, 7], [0]]
+    bias = randn(3, 2, 2, 16, dtype=torch.float64, seed=4)
+    bias[1:, :, 1] = torch.nan  # a padded target's bias is ignored
+    bias[2] = torch.nan
+    out = ops.biased_attention(
+        q, k, v, bias, [[3, 6], [5, -1], [-1, -1]], pinned_ids=[[0, 9], [0, 7], [0, -1]], impl=impl
+    )
+    for i in range(2):
+        one = slice(i, i + 1)
+        alone = ops.biased_attention(
+            q[one], k[one], v[one], bias[one, :, : len(rows[i])], rows[i], pinned_ids=pins[i], impl=impl
+        )
+        torch.testing.assert_close(out[one], alone)
+    torch.testing.assert_close(out[2:], F.scaled_dot_product_attention(q[2:], k[2:], v[2:]))
+
+
+def test_padded_targets_get_zero_gradient():
+    q, k, v = attention_inputs(2, 2, 16, 11, 8, torch.float64)
+    bias = randn(2, 2, 2, 16, dtype=torch.float64, seed=4).requires_grad_()
+    ops.biased_attention(q, k, v, bias, [[3, 6], [5, -1]]).square().sum().backward()
+    assert (bias.grad[1, :, 1] == 0).all() and (bias.grad[1, :, 0] != 0).any() and (bias.grad[0] != 0).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_biased_attention_gradients(dtype):
+    ids, pinned, scale = [5, 9], [0, 12], 40**-0.5
+    leaves = [*attention_inputs(1, 2, 64, 77, 40, dtype, 3.0), 3 * randn(1, 2, 2, 64, dtype=torch.float32, seed=5)]
+    leaves = [x.requires_grad_() for x in leaves]
+    weight = randn(1, 2, 64, 40, dtype=dtype, seed=7)
+
+    def total(out):
+        return (out * weight.to(out.dtype)).sum()
+
+    def plain(*inputs):
+        return total(full_softmax_output(*inputs, ids, pinned, scale))
+
+    q, k, v, bias = leaves
+    ours = torch.autograd.grad(total(ops.biased_attention(q, k, v, bias, ids, pinned_ids=pinned)), leaves)
+    carried = carried_to_gradients(*leaves[:3], weight, 40**-0.5)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    truth = torch.autograd.grad(plain(*wide), wide)
+    for name, a, b, c in zip(("q", "k", "v", "bias"), ours, _plain_gradients(leaves, plain), truth, strict=True):
+        assert_rows_close(a, b, c, dtype, f"d{name}", carried.get(name, 0.0))
+
+
+@pytest.mark.parametrize("centres", ["official", "paper"])
+@pytest.mark.parametrize("grid", [(16, 16), (8, 8), (16, 24), (40, 20)])
+def test_gaussian_bias_equals_the_sum_over_centres(centres, grid):
+    height, width = grid
+    sigma_y, sigma_x = ops.default_sigma(grid)
+    shape = ops.basis_shape(grid, centres=centres)
+    theta = torch.rand(2, 2, 3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ys = list(range(int(2 * sigma_y), height, int(2 * sigma_y)))
+    xs = list(range(int(2 * sigma_x), width, int(2 * sigma_x)))
+    if centres == "paper":
+        ys = [int(2 * sigma_y) * p - 1 for p in range(1, int(height / (2 * sigma_y)) + 1)]
+        xs = [int(2 * sigma_x) * p - 1 for p in range(1, int(width / (2 * sigma_x)) + 1)]
+    assert shape == (len(ys), len(xs))
+    y, x = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
+    expected = torch.zeros(2, 2, 3, height, width, dtype=torch.float64)
+    for i, cy in enumerate(ys):
+        for j, cx in enumerate(xs):
+            gauss = torch.exp(-((y - cy) ** 2) / (2 * sigma_y**2) - (x - cx) ** 2 / (2 * sigma_x**2))
+            expected += theta[..., i, j, None, None] * gauss
+    for impl in IMPLS:
+        torch.testing.assert_close(ops.gaussian_bias(theta, grid, centres=centres, impl=impl), expected.flatten(-2))
+
+
+def test_default_sigma_is_the_released_codes_but_never_zero():
+    assert ops.default_sigma((16, 16)) == (1.0, 1.0)
+    assert ops.default_sigma((32, 64)) == (2.0, 4.0)
+    assert ops.default_sigma((8, 8)) == (1.0, 1.0)
+    assert ops.basis_shape((16, 16)) == (7, 7) and ops.basis_shape((16, 16), centres="paper") == (8, 8)
+    assert ops.basis_shape((8, 8)) == (3, 3)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("centres", ["official", "paper"])
+def test_regulated_attention_is_biased_attention_with_its_bias(impl, centres):
+    grid = (8, 16)
+    q, k, v = attention_inputs(2, 2, 128, 11, 8, torch.float64)
+    theta = randn(2, 2, 2, ops.basis_shape(grid, centres=centres)[0], dtype=torch.float64, seed=3)
+    theta = theta.unsqueeze(-1).expand(-1, -1, -1, -1, ops.basis_shape(grid, centres=centres)[1])
+    how = {"pinned_ids": [0], "bias_inside_scale": True, "impl": impl}
+    bias = ops.gaussian_bias(theta, grid, centres=centres)
+    out = ops.regulated_attention(q, k, v, theta, [3, 6], grid, centres=centres, **how)
+    torch.testing.assert_close(out, ops.biased_attention(q, k, v, bias, [3, 6], **how))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_and_inf_propagate(impl):
+    q, k, v = attention_inputs(1, 2, 16, 9, 8, torch.float32)
+    q[0, 0, 3, 1] = torch.nan
+    q[0, 1, 5, 2] = torch.inf
+    out = ops.biased_attention(q, k, v, torch.ones(1, 2, 1, 16), [4], pinned_ids=[0], impl=impl)
+    broken = out.isnan().any(-1)[0]
+    assert broken[0, 3] and broken[1, 5] and broken.sum() == 2
+    stats = ops.target_statistics(q, k, v, [4], impl=impl)
+    assert ops.regulate(stats, (4, 4), steps=3, impl=impl).losses.isnan().all()
+
+
+class _LargestTensor(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out
+
+
+def test_eager_makes_no_full_map():
+    q, k, v = attention_inputs(1, 2, 1024, 300, 8, torch.float32)
+    full_map = 2 * 1024 * 300 * 4
+    bias = torch.zeros(1, 2, 2, 1024, requires_grad=True)
+    with _LargestTensor() as eager:
+        ops.biased_attention(q.requires_grad_(), k, v, bias, [3, 6], pinned_ids=[0], impl="eager").sum().backward()
+        stats = ops.target_statistics(q.detach(), k, v, [3, 6], with_square=True)
+        ops.regulate(stats, (32, 32), objective="paper", steps=2)
+    with _LargestTensor() as textbook:
+        ops.biased_attention(q, k, v, bias, [3, 6], impl="reference")
+    assert eager.bytes < full_map / 4
+    assert textbook.bytes >= full_map
+
+
+def test_use_and_environment_choose_the_implementation(monkeypatch):
+    called = []
+    module = importlib.import_module("attnctl_fast.ops.attention")
+    monkeypatch.setattr(module, "attention_reference", lambda *a: called.append(a) or reference.attention(*a))
+    q, k, v = attention_inputs(1, 1, 4, 5, 8, torch.float32)
+    ops.attention(q, k, v)
+    assert not called
+    with use("reference"):
+        ops.attention(q, k, v)
+        assert len(called) == 1
+        with use("eager"):
+            ops.attention(q, k, v)
+        ops.attention(q, k, v, impl="eager")
+        assert len(called) == 1
+    with pytest.raises(RuntimeError, match="inside"), use("reference"):
+        raise RuntimeError("inside")
+    ops.attention(q, k, v)
+    assert len(called) == 1

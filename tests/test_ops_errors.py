@@ -1,0 +1,158 @@
+"""Bad input: an error that names the value and the remedy."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from numerics import attention_inputs
+
+import attnctl_fast as ac
+from attnctl_fast import ops
+
+
+@pytest.fixture
+def qkv():
+    return attention_inputs(2, 2, 16, 9, 8, torch.float32)
+
+
+def refused(text, function, *arguments, **keywords):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        function(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("attend", [ops.attention, lambda q, k, v: ops.target_statistics(q, k, v, [0])])
+def test_shapes_dtypes_and_devices(qkv, attend):
+    q, k, v = qkv
+    refused("q has shape (2, 16, 8); it must be [batch, heads, tokens, head width]", attend, q[:, 0], k, v)
+    refused("k has dtype torch.float16 but q has torch.float32; cast them", attend, q, k.half(), v)
+    refused("q has dtype torch.int32; it must be a floating-point", attend, q.int(), k, v)
+    refused("v is on meta but q is on cpu; move them", attend, q, k, v.to("meta"))
+    refused("k has shape (2, 2, 9, 8) but v has (2, 2, 8, 8)", attend, q, k, v[:, :, 1:])
+    refused("must agree in batch, heads and head width", attend, q[:, :1], k, v)
+    refused("q has shape (2, 2, 0, 8): every dimension must be at least 1", attend, q[:, :, :0], k, v)
+    refused("k has shape (2, 2, 0, 8): every dimension must be at least 1", attend, q, k[:, :, :0], v[:, :, :0])
+
+
+def test_target_ids(qkv):
+    statistics = lambda ids, **how: ops.target_statistics(*qkv, ids, **how)  # noqa: E731
+    refused("target_ids is empty; name at least one", statistics, [])
+    refused("target_ids holds 9, but the context has tokens 0..8", statistics, [3, 9])
+    refused(
+        "target_ids holds -1, but the context has tokens 0..8; -1 pads only the [batch, T] form", statistics, [3, -1]
+    )
+    refused("target_ids holds -2, but the context has tokens 0..8", statistics, [[3, -2], [1, -1]])
+    refused("target_ids holds 3 more than once: [3, 3]", statistics, [3, 3])
+    refused("target_ids holds 3 more than once: [3, 3]", statistics, torch.tensor([[1, 2], [3, 3]]))
+    refused("target_ids names 10 tokens, but the context has only 9", statistics, torch.arange(10))
+    refused(
+        "target_ids has dtype torch.int32; it must be torch.int64", statistics, torch.tensor([1], dtype=torch.int32)
+    )
+    refused("target_ids has shape (3, 1); it must be [T] or [batch, T] with batch 2", statistics, [[1], [2], [3]])
+    refused("target_ids mixes ids and lists of ids: [[1], 2]", statistics, [[1], 2])
+    refused("token 3 is both in target_ids and in pinned_ids", statistics, [3], pinned_ids=[0, 3])
+    refused("token 3 is both in target_ids and in pinned_ids", statistics, torch.tensor([[1], [3]]), pinned_ids=[0, 3])
+
+
+def test_bias_and_statistics_that_do_not_fit(qkv):
+    q, k, v = qkv
+    stats = ops.target_statistics(q, k, v, [3, 5], pinned_ids=[0])
+    merge = ops.merge_targets
+    refused("target_ids names 1 tokens, but the statistics hold 2", merge, stats, v, [3], pinned_ids=[0])
+    refused("pinned_ids names 0 tokens, but the statistics hold 1 pinned", merge, stats, v, [3, 5])
+    refused(
+        "must be a float tensor [B,H,T,M] = [2, 2, 2, 16]",
+        merge,
+        stats,
+        v,
+        [3, 5],
+        torch.zeros(2, 2, 1, 16),
+        pinned_ids=[0],
+    )
+    refused(
+        "must be a float tensor [B,H,T,M] = [2, 2, 1, 16]", ops.biased_attention, q, k, v, torch.zeros(2, 2, 2, 16), [3]
+    )
+    refused("bias is on meta", ops.biased_attention, q, k, v, torch.zeros(2, 2, 1, 16, device="meta"), [3])
+    refused(
+        "v has shape (2, 2, 9, 4), which does not fit rest_out (2, 2, 16, 8)",
+        merge,
+        stats,
+        v[..., :4],
+        [3, 5],
+        pinned_ids=[0],
+    )
+    refused("must be a float tensor [B,H,T,M] = [2, 2, 2, 16]", ops.regulation_loss, stats, torch.zeros(2, 2, 2, 15))
+
+
+def test_grid_sigma_and_centres(qkv):
+    stats = ops.target_statistics(*qkv, [3])
+    refused("grid 3x5 has 15 cells, but there are 16 image tokens", ops.regulate, stats, (3, 5))
+    refused("grid is (0, 16); it must be (height, width)", ops.regulate, stats, (0, 16))
+    refused("sigma is 0; it must be positive", ops.regulate, stats, (4, 4), sigma=0)
+    refused("sigma is (1.0, -2.0); it must be positive", ops.regulate, stats, (4, 4), sigma=(1.0, -2.0))
+    refused("sigma is nan", ops.regulate, stats, (4, 4), sigma=float("nan"))
+    refused("the grid's height 2 holds no centre for sigma 1", ops.regulate, stats, (2, 8))
+    refused("the grid's width 4 holds no centre for sigma 3", ops.regulate, stats, (4, 4), sigma=(1.0, 3.0))
+    refused("centres is 'grid'; it must be one of 'official', 'paper'", ops.basis_shape, (8, 8), centres="grid")
+    theta = torch.zeros(2, 2, 1, 2, 1)
+    refused(
+        "theta has 2x1 centres, but this grid, sigma and centres give 1x1", ops.regulate, stats, (4, 4), theta=theta
+    )
+    refused("theta is torch.float32 of shape (2, 2, 1, 2)", ops.gaussian_bias, theta[..., 0], (4, 4))
+    refused(
+        "theta is torch.float64 on cpu, but the statistics are torch.float32 on cpu; cast it",
+        ops.regulate,
+        stats,
+        (4, 4),
+        theta=torch.zeros(2, 2, 1, 1, 1, dtype=torch.float64),
+    )
+    refused("grid 3x5 has 15 cells", ops.regulated_attention, *qkv, torch.zeros(2, 2, 1, 1, 1), [3], (3, 5))
+
+
+def test_objective_and_steps(qkv):
+    stats = ops.target_statistics(*qkv, [3])
+    refused(
+        "objective is 'papers'; it must be one of 'official', 'paper'", ops.regulate, stats, (4, 4), objective="papers"
+    )
+    refused(
+        "objective 'paper' needs stats.rest_square; call target_statistics(..., with_square=True)",
+        ops.regulate,
+        stats,
+        (4, 4),
+        objective="paper",
+    )
+    refused("steps is 0; at least 1", ops.regulate, stats, (4, 4), steps=0)
+    refused("select is 'best'", ops.regulate, stats, (4, 4), select="best")
+    refused("quantile is 1.5; it must be in [0, 1]", ops.regulation_loss, stats, torch.zeros(2, 2, 1, 16), quantile=1.5)
+
+
+def test_implementations(qkv):
+    refused("impl is 'cuda'; it must be one of 'reference', 'eager', 'triton'", ops.attention, *qkv, impl="cuda")
+    refused(
+        "impl is 'triton', and this version carries no Triton kernels yet; use 'eager'",
+        ops.attention,
+        *qkv,
+        impl="triton",
+    )
+    with pytest.raises(ValueError, match="impl is 'fast'"), ac.use("fast"):
+        pass
+    ops.attention(*qkv)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("reference", "reference"), ("", "eager"), ("nonsense", "ATTNCTL_IMPL is 'nonsense'")]
+)
+def test_environment_variable(value, expected):
+    program = "from attnctl_fast._impl import resolve; print(resolve(None))"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "ATTNCTL_IMPL": value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert expected in run.stdout + run.stderr

@@ -1,0 +1,270 @@
+"""regulation_loss and regulate: against the textbook, the published loop on full logits, and each other's parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import attention_inputs, randn
+
+from attnctl_fast import ops, reference
+from attnctl_fast.ops import TargetStatistics
+from attnctl_fast.ops._objective import Objective
+from attnctl_fast.ops.gaussian_bias import axis_basis, basis_axes, full_basis
+from attnctl_fast.ops.regulate import descend
+
+OBJECTIVES = ["official", "paper"]
+
+
+def statistics(heads=4, grid=(16, 16), ids=(5, 8), dtype=torch.float64, batch=2, sharp=3.0, width=16, impl="reference"):
+    q, k, v = attention_inputs(batch, heads, grid[0] * grid[1], 20, width, dtype, sharp)
+    return ops.target_statistics(q, k, v, ids, with_square=True, impl=impl)
+
+
+def initial(stats, grid, seed=0, **how):
+    shape = (*stats.logits.shape[:3], *ops.basis_shape(grid, **how))
+    return torch.rand(shape, dtype=stats.logits.dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def full_loss(q, k, bias, theta, ids, objective):
+    """The objective from full maps [B,H,M,N], as the equations are written."""
+    logits = q @ k.mT / q.shape[-1] ** 0.5
+    edited = logits.clone()
+    edited[..., ids] += bias.mT
+    before, after = logits.softmax(-1), edited.softmax(-1)
+    maps = after[..., ids]
+    loss = (torch.quantile(maps, 0.9, dim=-2) - 0.9).square().mean(-1)
+    loss = loss + 80 * (maps.mean(-2) - min(1, 0.2 * len(ids)) / len(ids)).square().mean(-1)
+    if objective == "paper":
+        return loss + 0.1 * (after - before).square().sum((-1, -2)).sqrt()
+    return loss + 0.09 * theta.square().mean((-1, -2, -3))
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_loss_and_all_gradients_equal_the_full_maps(impl, objective):
+    q, k, v = (x.requires_grad_() for x in attention_inputs(2, 3, 63, 20, 16, torch.float64, 3.0))
+    bias = randn(2, 3, 2, 63, dtype=torch.float64, seed=5).requires_grad_()
+    theta = randn(2, 3, 2, 12, dtype=torch.float64, seed=6).unflatten(-1, (3, 4)).requires_grad_()
+    weight = torch.arange(1.0, 7.0, dtype=torch.float64).view(2, 3)
+    stats = ops.target_statistics(q, k, v, [5, 8], with_square=True, impl=impl)
+    loss = ops.regulation_loss(stats, bias, objective=objective, theta=theta, impl=impl)
+    expected = full_loss(q, k, bias, theta, [5, 8], objective)
+    torch.testing.assert_close(loss, expected)
+    leaves = [q, k, bias, *([theta] if objective == "official" else [])]
+    ours = torch.autograd.grad((weight * loss).sum(), leaves)
+    for name, a, b in zip(
+        ("q", "k", "bias", "theta"), ours, torch.autograd.grad((weight * expected).sum(), leaves), strict=False
+    ):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8, msg=lambda m, n=name: f"d{n}: {m}")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradients_in_float32(objective):
+    wide = statistics(grid=(32, 32), ids=(3, 5, 8), batch=1)
+    bias = 3 * randn(1, 4, 3, 1024, dtype=torch.float64, seed=5)
+
+    def gradient(stats, bias, impl):
+        bias = bias.requires_grad_()
+        loss = ops.regulation_loss(stats, bias, objective=objective, impl=impl).sum()
+        return torch.autograd.grad(loss, bias)[0]
+
+    truth = gradient(wide, bias, "reference")
+    narrow = TargetStatistics(*(x if x is None else x.float() for x in wide))
+    ours = gradient(narrow, bias.detach().float(), "eager")
+    assert (ours.double() - truth).abs().amax() <= 1e-5 * truth.abs().amax()
+
+
+def test_loss_without_theta_has_no_theta_term():
+    stats = statistics()
+    bias, theta = torch.zeros_like(stats.logits), initial(stats, (16, 16))
+    with_theta = ops.regulation_loss(stats, bias, theta=theta)
+    expected = ops.regulation_loss(stats, bias) + 0.09 * theta.square().mean((-1, -2, -3))
+    torch.testing.assert_close(with_theta, expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 10, 11, 256, 1024])
+@pytest.mark.parametrize("quantile", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_quantile_is_torchs(size, quantile, kind):
+    from attnctl_fast.ops._objective import Terms, tensor
+
+    maps = torch.rand(3, 2, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    aim = Objective.checked("official", quantile, 0.9, None, None, None, None)
+    measured = Terms(maps.numpy(), aim).measure(maps.numpy()) if kind == "numpy" else _on_torch(maps, aim)
+    torch.testing.assert_close(tensor(measured.high), torch.quantile(maps, quantile, dim=-1))
+    torch.testing.assert_close(tensor(measured.mean), maps.mean(-1))
+
+
+def _on_torch(maps, aim):
+    from attnctl_fast.ops._objective import Terms
+
+    return Terms(maps, aim).measure(maps)
+
+
+def test_ties_share_the_quantiles_gradient():
+    logits = torch.zeros(1, 1, 1, 30, dtype=torch.float64)  # every element ties
+    stats = TargetStatistics(torch.zeros(1, 1, 30, 4), torch.zeros(1, 1, 30, dtype=torch.float64), logits, None, None)
+    bias = torch.zeros(1, 1, 1, 30, dtype=torch.float64, requires_grad=True)
+    loss = ops.regulation_loss(stats, bias, mass_weight=0.0)
+    torch.testing.assert_close(loss.item(), (0.5 - 0.9) ** 2)
+    loss.sum().backward()
+    # d quantile / d bias sums to A'(1 - A') over the tied elements, whichever of them are named.
+    torch.testing.assert_close(bias.grad.sum().item(), 2 * (0.5 - 0.9) * 0.25)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("centres", OBJECTIVES)
+@pytest.mark.parametrize("grid", [(16, 16), (12, 20), (8, 8)])
+def test_regulate_equals_the_textbook(objective, centres, grid):
+    stats = statistics(grid=grid)
+    theta = initial(stats, grid, centres=centres)
+    how = {
+        "theta": theta,
+        "objective": objective,
+        "centres": centres,
+        "bias_scale": 0.5 if objective == "paper" else 1.0,
+    }
+    ours, textbook = (ops.regulate(stats, grid, impl=impl, **how) for impl in ("eager", "reference"))
+    for name in ("losses", "theta", "bias"):
+        torch.testing.assert_close(getattr(ours, name), getattr(textbook, name), atol=1e-8, rtol=1e-8)
+    assert ours.losses.shape == (20, 2, 4)
+
+
+def test_regulate_equals_the_published_loop_on_full_logits():
+    q, k, v = attention_inputs(2, 3, 256, 20, 16, torch.float64, 3.0)
+    ids, pinned = torch.tensor([5, 8]), [0, 9]
+    stats = ops.target_statistics(q, k, v, ids, pinned_ids=pinned)
+    theta = initial(stats, (16, 16))
+    basis = full_basis((16, 16), None, "official", theta)
+    bias, kept, losses = reference.regulate_full_logits(q @ k.mT / 4, ids, theta, basis)
+    ours = ops.regulate(stats, (16, 16), theta=theta, select="batch")
+    torch.testing.assert_close(ours.losses, losses, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(ours.theta, kept, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(ours.bias, bias, atol=1e-8, rtol=1e-8)
+    out = ops.merge_targets(stats, v, ids, ours.bias, pinned_ids=pinned)
+    expected = reference.biased_attention(q, k, v, bias, ids, torch.tensor(pinned), 0.25)
+    torch.testing.assert_close(out, expected, atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_each_step_is_a_gradient_step_in_float32(objective):
+    """Per step, because trajectories part where ranks swap (MATH.md, Chaos)."""
+    wide = statistics(grid=(32, 32), ids=(3, 5, 8), batch=1)
+    narrow = TargetStatistics(*(x if x is None else x.float() for x in wide))
+    theta = initial(narrow, (32, 32))
+    for _ in range(3):
+        two = ops.regulate(narrow, (32, 32), theta=theta, objective=objective, steps=2)
+        leaf = theta.double().requires_grad_()
+        bias = ops.gaussian_bias(leaf, (32, 32))
+        loss = ops.regulation_loss(wide, bias, theta=leaf, objective=objective, impl="reference")
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        torch.testing.assert_close(two.losses[0].double(), loss.detach(), atol=1e-6, rtol=1e-5)
+        moved = _second_theta(narrow, theta, objective)
+        taken = (theta.double() - moved.double()) / 100
+        assert (taken - gradient).abs().amax() <= 1e-5 * gradient.abs().amax() + 1e-7 * theta.abs().amax()
+        theta = moved
+
+
+def _second_theta(stats, theta, objective):
+    aim = Objective.checked(objective, 0.9, 0.9, None, None, None, stats.rest_square)
+    square = stats.rest_square if objective == "paper" else None
+    flat = [x if x is None else x.flatten(0, 1).numpy() for x in (stats.logits, stats.rest_lse, square, theta)]
+    axis_y, axis_x, sigma_y, sigma_x = basis_axes((32, 32), None, "official")
+    bases = axis_basis(32, axis_y, sigma_y, theta).numpy(), axis_basis(32, axis_x, sigma_x, theta).numpy()
+    _, thetas = descend(*flat, bases, 1.0, 2, 100.0, aim)
+    return torch.from_numpy(thetas[1]).view(theta.shape)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_solver_runs_the_same_on_torch_tensors(objective):
+    """On an accelerator the loop runs on torch tensors; here on the CPU's."""
+    stats = statistics()
+    theta = initial(stats, (16, 16))
+    aim = Objective.checked(objective, 0.9, 0.9, None, None, None, stats.rest_square)
+    square = stats.rest_square if objective == "paper" else None
+    flat = [x if x is None else x.flatten(0, 1) for x in (stats.logits, stats.rest_lse, square, theta)]
+    axis_y, axis_x, sigma_y, sigma_x = basis_axes((16, 16), None, "official")
+    bases = axis_basis(16, axis_y, sigma_y, theta), axis_basis(16, axis_x, sigma_x, theta)
+    losses, thetas = descend(*flat, bases, 1.0, 20, 100.0, aim)
+    arrays = [x if x is None else x.numpy() for x in flat]
+    expected_losses, expected_thetas = descend(*arrays, tuple(x.numpy() for x in bases), 1.0, 20, 100.0, aim)
+    torch.testing.assert_close(losses, torch.from_numpy(expected_losses), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(thetas, torch.from_numpy(expected_thetas), atol=1e-9, rtol=1e-9)
+
+
+def test_float32_losses_end_where_the_textbooks_do():
+    wide = statistics(grid=(32, 32), ids=(3, 5, 8), batch=1, heads=8)
+    narrow = TargetStatistics(*(x if x is None else x.float() for x in wide))
+    theta = initial(wide, (32, 32))
+    ours = ops.regulate(narrow, (32, 32), theta=theta.float()).losses.mean(-1).amin()
+    truth = ops.regulate(wide, (32, 32), theta=theta, impl="reference").losses.mean(-1).amin()
+    assert abs(ours.double() - truth) <= 0.05 * truth
+
+
+def test_best_step_per_sample_or_batch():
+    stats = statistics(batch=3)
+    theta = initial(stats, (16, 16))
+    sample = ops.regulate(stats, (16, 16), theta=theta)
+    best = sample.losses.mean(-1).argmin(0)
+    assert len(set(best.tolist())) > 1, "the case must tell samples apart"
+    kept = ops.regulation_loss(stats, sample.bias, theta=sample.theta)
+    torch.testing.assert_close(kept.mean(-1), sample.losses.mean(-1).amin(0))
+    batch = ops.regulate(stats, (16, 16), theta=theta, select="batch")
+    torch.testing.assert_close(
+        ops.regulation_loss(stats, batch.bias, theta=batch.theta), batch.losses[batch.losses.mean((-1, -2)).argmin()]
+    )
+    assert batch.losses.mean((-1, -2)).amin() < batch.losses[0].mean()
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+def test_samples_do_not_depend_on_their_batch(impl):
+    stats = statistics(batch=3, ids=[[3, 5], [8, -1], [1, 2]])
+    theta = initial(stats, (16, 16))
+    together = ops.regulate(stats, (16, 16), theta=theta, impl=impl, steps=6)
+    for i, ids in enumerate([2, 1, 2]):
+        alone = TargetStatistics(
+            stats.rest_out[i : i + 1], stats.rest_lse[i : i + 1], stats.logits[i : i + 1, :, :ids], None, None
+        )
+        one = ops.regulate(alone, (16, 16), theta=theta[i : i + 1, :, :ids], impl=impl, steps=6)
+        torch.testing.assert_close(together.bias[i : i + 1, :, :ids], one.bias, atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(together.losses[:, i : i + 1], one.losses, atol=1e-10, rtol=1e-10)
+    assert (together.bias[1, :, 1] == 0).all()
+
+
+def test_deterministic_under_a_generator():
+    stats = statistics(dtype=torch.float32)
+
+    def run(seed):
+        return ops.regulate(stats, (16, 16), generator=torch.Generator().manual_seed(seed))
+
+    first, again, other = run(0), run(0), run(1)
+    assert torch.equal(first.bias, again.bias) and torch.equal(first.losses, again.losses)
+    assert not torch.equal(first.bias, other.bias)
+    before = torch.get_rng_state()
+    run(0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+def test_inputs_stay_as_they_were_and_inference_mode_works(impl):
+    stats = statistics(dtype=torch.float32)
+    theta = initial(stats, (16, 16))
+    copies = [x.clone() for x in (*stats[:4], theta)]
+    with torch.inference_mode():
+        inside = ops.regulate(stats, (16, 16), theta=theta, impl=impl, objective="paper")
+    for before, after in zip(copies, (*stats[:4], theta), strict=True):
+        assert torch.equal(before, after)
+    outside = ops.regulate(stats, (16, 16), theta=theta, impl=impl, objective="paper")
+    assert torch.equal(inside.bias, outside.bias)
+
+
+def test_regulation_raises_the_targets_attention():
+    q, k, v = attention_inputs(1, 4, 256, 20, 16, torch.float32)
+    stats = ops.target_statistics(q, k, v, [5, 8])
+    regulation = ops.regulate(stats, (16, 16), generator=torch.Generator().manual_seed(0))
+    before = (q @ k.mT / 4).softmax(-1)[..., [5, 8]]
+    logits = q @ k.mT / 4
+    logits[..., [5, 8]] += regulation.bias.mT
+    after = logits.softmax(-1)[..., [5, 8]]
+    assert torch.quantile(after, 0.9, dim=-2).mean() > torch.quantile(before, 0.9, dim=-2).mean() + 0.2
+    assert (after.mean(-2) - 0.2).abs().mean() < (before.mean(-2) - 0.2).abs().mean()

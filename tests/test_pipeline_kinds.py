@@ -1,0 +1,396 @@
+"""Every kind of pipeline that methods attach to, and every way in which one is called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import attnctl_fast as ac
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+PROMPT = "a bag and an apple"
+OTHER = "the red ball of two dog, and a black cat"
+TARGETS = ["bag", "apple"]
+EXACT = {"rtol": 0, "atol": 1e-8}  # in float64; in float32 the descent is chaotic, and rounding differs with the batch
+
+
+def call(pipe: Any, **options: Any) -> torch.Tensor:
+    """The final latents."""
+    count = options.pop("count", 1)
+    size = options.pop("size", (tiny.SIDE, tiny.SIDE))
+    options = {"prompt": PROMPT, "num_inference_steps": 4, "output_type": "latent"} | options
+    if "image" not in options or "ControlNet" in type(pipe).__name__:
+        options["latents"] = options.get("latents", tiny.latents(count, size)).to(pipe.unet.dtype)
+    else:
+        options.setdefault("generator", torch.Generator().manual_seed(1))
+    return pipe(**options).images
+
+
+def controlled(pipe: Any, targets: Any = TARGETS, **options: Any) -> torch.Tensor:
+    method = {name: options.pop(name) for name in ("strength", "layers", "edit_steps") if name in options}
+    with ac.control(pipe, ac.AttentionRegulation(targets, **method)):
+        return call(pipe, **options)
+
+
+def picture(channels: int = 3, seed: int = 0, size: tuple[int, int] = (64, 64)) -> torch.Tensor:
+    return torch.rand(1, channels, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def a_mask() -> torch.Tensor:
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 16:48, 16:56] = 1
+    return mask
+
+
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sd1": ({}, {}),
+    "sd2": ({"kind": "sd2"}, {}),
+    "sdxl": ({"cls": "StableDiffusionXLPipeline", "kind": "sdxl"}, {}),
+    "img2img": ({"cls": "StableDiffusionImg2ImgPipeline"}, {"image": picture(), "strength_": 0.75}),
+    "sdxl img2img": (
+        {"cls": "StableDiffusionXLImg2ImgPipeline", "kind": "sdxl"},
+        {"image": picture(), "strength_": 0.75},
+    ),
+    "inpaint, 4 channels": (
+        {"cls": "StableDiffusionInpaintPipeline"},
+        {"image": picture(), "mask_image": a_mask(), "height": 64, "width": 64, "strength_": 1.0},
+    ),
+    "inpaint, 9 channels": (
+        {"cls": "StableDiffusionInpaintPipeline", "in_channels": 9},
+        {"image": picture(), "mask_image": a_mask(), "height": 64, "width": 64, "strength_": 0.75},
+    ),
+    "sdxl inpaint": (
+        {"cls": "StableDiffusionXLInpaintPipeline", "kind": "sdxl"},
+        {"image": picture(), "mask_image": a_mask(), "height": 64, "width": 64, "strength_": 0.75},
+    ),
+    "controlnet": ({"cls": "StableDiffusionControlNetPipeline"}, {"image": picture()}),
+    "controlnet, guess mode": (
+        {"cls": "StableDiffusionControlNetPipeline"},
+        {"image": picture(), "guess_mode": True, "guidance_scale": 3.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kind_of_pipeline(kind: str) -> None:
+    """Edited, repeatable, and the plain pipeline's image bit for bit at strength zero and after use."""
+    build, options = KINDS[kind]
+    pipe = tiny.pipeline(**build)
+    options = {("strength" if name == "strength_" else name): value for name, value in options.items()}
+
+    def once(**method: Any) -> torch.Tensor:
+        if not method:
+            return call(pipe, **options)
+        with ac.control(pipe, ac.AttentionRegulation(TARGETS, **method)):
+            return call(pipe, **options)
+
+    plain = once()
+    edited = once(strength=1.0)
+    assert torch.isfinite(edited).all()
+    assert (edited - plain).abs().max() > 0.05
+    assert torch.equal(once(strength=0.0), plain)
+    assert torch.equal(once(edit_steps=0), plain)
+    assert torch.equal(once(strength=1.0), edited)
+    assert torch.equal(once(), plain)
+
+
+def test_two_images_per_prompt_equal_each_alone() -> None:
+    pipe = tiny.pipeline().to(torch.float64)
+    both = controlled(pipe, count=2, num_images_per_prompt=2)
+    for index in range(2):
+        alone = controlled(pipe, latents=tiny.latents(1, seed=index))
+        torch.testing.assert_close(both[index], alone[0], **EXACT)
+    assert (both[0] - both[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+def test_batch_of_different_prompts_equals_each_alone(images: int, guidance: float) -> None:
+    """Different words, different numbers of targets, ends of text at different places."""
+    pipe = tiny.pipeline().to(torch.float64)
+    targets = [["bag"], ["red ball", "dog", "cat"]]
+    options = {"guidance_scale": guidance, "num_images_per_prompt": images}
+    batch = controlled(pipe, targets, prompt=[PROMPT, OTHER], count=2 * images, **options)
+    for index in range(2 * images):
+        which = index // images
+        alone = controlled(
+            pipe,
+            targets[which],
+            prompt=[PROMPT, OTHER][which],
+            latents=tiny.latents(1, seed=index),
+            guidance_scale=guidance,
+        )
+        torch.testing.assert_close(batch[index], alone[0], **EXACT)
+
+
+def test_batch_with_one_list_of_targets_for_every_prompt() -> None:
+    pipe = tiny.pipeline().to(torch.float64)
+    prompts = ["a bag and an apple", "an apple of the black bag"]
+    batch = controlled(pipe, TARGETS, prompt=prompts, count=2)
+    alone = controlled(pipe, TARGETS, prompt=prompts[1], latents=tiny.latents(1, seed=1))
+    torch.testing.assert_close(batch[1], alone[0], **EXACT)
+
+
+def test_guidance_off_edits_every_row() -> None:
+    pipe = tiny.pipeline()
+    plain = call(pipe, guidance_scale=1.0, count=2, num_images_per_prompt=2)
+    edited = controlled(pipe, guidance_scale=1.0, count=2, num_images_per_prompt=2)
+    assert (plain - edited).abs().amax((1, 2, 3)).min() > 0.05
+
+
+def test_guidance_ended_by_a_callback() -> None:
+    """diffusers' dynamic guidance: the batch halves in the middle of the call."""
+    pipe = tiny.pipeline()
+
+    def end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+            pipe._guidance_scale = 0.0
+        return tensors
+
+    options = {"callback_on_step_end": end, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    short, long = (controlled(pipe, edit_steps=steps, **options) for steps in (2, 4))
+    assert torch.isfinite(long).all()
+    assert not torch.equal(short, long)
+
+
+def test_negative_prompt() -> None:
+    pipe = tiny.pipeline()
+    plain = call(pipe, negative_prompt="two dog")
+    assert (controlled(pipe, negative_prompt="two dog") - plain).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+def test_prompt_embeddings_with_token_ids(guidance: float) -> None:
+    """The same as the text where nothing depends on its end."""
+    pipe = tiny.pipeline()
+    positive, negative = pipe.encode_prompt([PROMPT, OTHER], "cpu", 1, True)
+    embeddings = {"prompt": None, "prompt_embeds": positive, "negative_prompt_embeds": negative}
+    ids, words = [[2, 5], [2, 3, 6]], [TARGETS, ["red ball", "dog"]]
+    options: dict[str, Any] = {"guidance_scale": guidance, "count": 2}
+    with ac.control(pipe, ac.AttentionRegulation(ids, pin_special=False)):
+        given = call(pipe, **embeddings, **options)
+    with ac.control(pipe, ac.AttentionRegulation(words, pin_special=False)):
+        encoded = call(pipe, prompt=[PROMPT, OTHER], **options)
+    assert torch.equal(given, encoded)
+    pinned = controlled(pipe, ids, **embeddings, **options)
+    assert not torch.equal(pinned, given)
+
+
+def test_prompt_embeddings_of_sdxl() -> None:
+    pipe = tiny.pipeline("StableDiffusionXLPipeline", "sdxl")
+    positive, negative, pooled, negative_pooled = pipe.encode_prompt(PROMPT)
+    given = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+    given |= {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": negative_pooled}
+    with ac.control(pipe, ac.AttentionRegulation([2, 5], pin_special=False)):
+        by_id = call(pipe, prompt=None, **given)
+    with ac.control(pipe, ac.AttentionRegulation(TARGETS, pin_special=False)):
+        assert torch.equal(by_id, call(pipe))
+
+
+def test_words_need_text() -> None:
+    pipe = tiny.pipeline()
+    positive, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+    with pytest.raises(ValueError, match="'bag'.*prompt_embeds.*pass token ids"):
+        controlled(pipe, prompt=None, prompt_embeds=positive, negative_prompt_embeds=negative)
+
+
+def test_words_need_a_context_as_long_as_the_tokenizer_makes_it() -> None:
+    pipe = tiny.pipeline()
+    encode = pipe.encode_prompt
+
+    def long(*args: Any, **kwargs: Any) -> Any:
+        return tuple(torch.cat([x, x], 1) for x in encode(*args, **kwargs))
+
+    pipe.encode_prompt = long
+    with pytest.raises(ValueError, match=r"context has 32 tokens and the tokenizer makes 16.*pass token ids"):
+        controlled(pipe)
+    assert torch.isfinite(controlled(pipe, [2, 5, 20])).all()
+    assert pipe.encode_prompt is long
+
+
+@pytest.mark.parametrize("size", [(32, 48), (40, 32), (34, 32)])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_sizes_that_are_not_square(kind: str, size: tuple[int, int]) -> None:
+    """Also 34x32 latents, whose 17x16 and 9x8 grids are rounded up."""
+    pipe = tiny.pipeline("StableDiffusionXLPipeline" if kind == "sdxl" else "StableDiffusionPipeline", kind)
+    options: dict[str, Any] = {"size": size}
+    if size[0] % 4 == 0:
+        options |= {"height": size[0] * tiny.SCALE, "width": size[1] * tiny.SCALE}
+    else:
+        pipe.check_inputs = lambda *args, **kwargs: None  # which refuses pixels that 8 does not divide
+        options |= {"height": size[0] * tiny.SCALE, "width": size[1] * tiny.SCALE}
+    plain = call(pipe, **options)
+    with ac.capture(pipe, TARGETS) as maps:
+        edited = controlled(pipe, **options)
+    assert edited.shape == (1, 4, *size)
+    assert (edited - plain).abs().max() > 0.05
+    for name, layer_maps in maps.items():
+        factor = 2 if kind == "sd1" and "mid" not in name else 4 if kind == "sd1" else None
+        if factor:
+            assert layer_maps.shape[-2:] == (-(-size[0] // factor), -(-size[1] // factor))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_half_precision(dtype: torch.dtype, kind: str) -> None:
+    """The solver works in float32, so the first step stays close to that of the full-precision pipeline."""
+    pipe = tiny.pipeline(kind=kind)
+    exact, exact_plain = controlled(pipe, num_inference_steps=1), call(pipe, num_inference_steps=1)
+    pipe.to(dtype)
+    half = controlled(pipe, num_inference_steps=1)
+    assert half.dtype == dtype
+    assert torch.isfinite(half).all()
+    error = (half - exact).float().norm() / exact.norm()
+    assert error < (0.05 if dtype == torch.float16 else 0.2)
+    assert (exact - exact_plain).norm() / exact.norm() > error
+    plain = call(pipe)
+    assert torch.equal(controlled(pipe, strength=0.0), plain)
+
+
+def test_image_to_image_counts_the_steps_that_it_runs() -> None:
+    """strength 0.5 runs 4 of 8 steps: half of the schedule that is left is 2 steps."""
+    pipe = tiny.pipeline("StableDiffusionImg2ImgPipeline")
+
+    def run(edit_steps: int | float) -> torch.Tensor:
+        with ac.control(pipe, ac.AttentionRegulation(TARGETS, edit_steps=edit_steps)):
+            return call(pipe, image=picture(), strength=0.5, num_inference_steps=8)
+
+    assert torch.equal(run(0.5), run(2))
+    assert not torch.equal(run(2), run(3))
+    assert torch.equal(run(1.0), run(4))
+
+
+def test_several_calls_in_one_control() -> None:
+    """Every call starts afresh: its prompt, its step counter, its average."""
+    pipe = tiny.pipeline()
+    alone = [controlled(pipe, ["bag"], prompt=prompt) for prompt in (PROMPT, "the red bag")]
+    with ac.control(pipe, ac.AttentionRegulation(["bag"])):
+        together = [call(pipe, prompt=prompt) for prompt in (PROMPT, "the red bag", PROMPT)]
+    assert torch.equal(together[0], alone[0])
+    assert torch.equal(together[1], alone[1])
+    assert torch.equal(together[2], alone[0])
+
+
+def test_other_pipelines_on_the_same_unet_are_left_alone() -> None:
+    import diffusers
+
+    pipe = tiny.pipeline()
+    other = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    options = {"prompt": OTHER, "image": picture(), "strength": 0.75}
+    plain = call(other, **options)
+    with ac.control(pipe, ac.AttentionRegulation(TARGETS)):
+        edited = call(pipe)
+        assert torch.equal(call(other, **options), plain)
+        assert torch.equal(call(pipe), edited)
+        with ac.control(other, ac.AttentionRegulation(["dog"])):
+            assert not torch.equal(call(other, **options), plain)
+            assert torch.equal(call(pipe), edited)
+        assert torch.equal(call(other, **options), plain)
+
+
+def test_hand_written_loop() -> None:
+    """encode_prompt and the UNet without the pipeline's __call__."""
+    pipe = tiny.pipeline()
+
+    @torch.no_grad()
+    def loop() -> torch.Tensor:
+        latents = tiny.latents()
+        embeddings, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
+        pipe.scheduler.set_timesteps(4)
+        for timestep in pipe.scheduler.timesteps:
+            noise = pipe.unet(latents, timestep, encoder_hidden_states=embeddings).sample
+            latents = pipe.scheduler.step(noise, timestep, latents).prev_sample
+        return latents
+
+    with ac.control(pipe, ac.AttentionRegulation(TARGETS)):
+        by_hand = loop()
+    assert torch.equal(by_hand, controlled(pipe, guidance_scale=1.0))
+
+
+def test_batches_of_another_make_are_refused() -> None:
+    """A pipeline that runs the unconditional half by itself, or three rows per image."""
+    pipe = tiny.pipeline()
+    with ac.control(pipe, ac.AttentionRegulation(TARGETS)), torch.no_grad():
+        embeddings, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+        pipe.scheduler.set_timesteps(4)
+        pipe._guidance_scale = 5.0
+        for rows in ([negative], [negative, embeddings, embeddings]):
+            with pytest.raises(ValueError, match=rf"{len(rows)} rows for 1 images with guidance"):
+                pipe.unet(tiny.latents().expand(len(rows), -1, -1, -1), 981, encoder_hidden_states=torch.cat(rows))
+
+
+def test_attention_masks_are_refused() -> None:
+    pipe = tiny.pipeline()
+    with ac.control(pipe, ac.AttentionRegulation(TARGETS)), torch.no_grad():
+        embeddings, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
+        pipe.scheduler.set_timesteps(4)
+        mask = torch.ones(1, embeddings.shape[1])
+        with pytest.raises(ValueError, match="attention mask.*without encoder_attention_mask"):
+            pipe.unet(tiny.latents(), 981, encoder_hidden_states=embeddings, encoder_attention_mask=mask)
+
+
+def test_grid_too_small_for_a_centre() -> None:
+    pipe = tiny.pipeline()
+    method = ac.AttentionRegulation(TARGETS, sigma=8.0)
+    with pytest.raises(ValueError, match="holds no centre for sigma 8"), ac.control(pipe, method):
+        call(pipe)
+
+
+@pytest.mark.parametrize("processor", ["AttnProcessor", "SlicedAttnProcessor"])
+def test_other_standard_processors(processor: str) -> None:
+    """The same image as with the default one, to rounding."""
+    from diffusers.models import attention_processor
+
+    pipe = tiny.pipeline().to(torch.float64)
+    exact = controlled(pipe)
+    cls = getattr(attention_processor, processor)
+    pipe.unet.set_attn_processor(cls(1) if processor == "SlicedAttnProcessor" else cls())
+    torch.testing.assert_close(controlled(pipe), exact, **EXACT)
+
+
+def test_unusual_attention_modules() -> None:
+    """Group norm, query and key norms, residual connection, rescaling, 4-d input: as diffusers' own processor does."""
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+    from attnctl_fast._processors import ControlledProcessor
+
+    torch.manual_seed(0)
+    attn = Attention(
+        16,
+        cross_attention_dim=16,
+        heads=2,
+        dim_head=8,
+        norm_num_groups=4,
+        cross_attention_norm="layer_norm",
+        qk_norm="layer_norm",
+        residual_connection=True,
+        rescale_output_factor=1.7,
+        bias=True,
+    )
+    hidden, text = torch.randn(2, 16, 16, 16), torch.randn(2, 9, 16)
+    plain = attn(hidden, encoder_hidden_states=text)
+
+    class Same:
+        """An edit that changes nothing."""
+
+        def attend(self, layer: Any, q: Any, k: Any, v: Any, scale: float) -> Any:
+            from attnctl_fast.methods._base import Edited
+
+            nothing = torch.zeros(0)
+            return Edited(torch.nn.functional.scaled_dot_product_attention(q, k, v), nothing, nothing, nothing)
+
+    class Engine:
+        def at(self, layer: Any) -> Any:
+            return Same(), []
+
+        def conditional(self, rows: int) -> int:
+            return 1
+
+    attn.set_processor(ControlledProcessor(AttnProcessor2_0(), None, Engine()))  # type: ignore[arg-type]
+    torch.testing.assert_close(attn(hidden, encoder_hidden_states=text), plain, rtol=0, atol=1e-6)
