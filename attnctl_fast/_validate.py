@@ -13,7 +13,7 @@ TokenIds: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless q is [B,H,M,d], k and v are [B,H,N,d], non-empty, of one float dtype and on one device."""
+    """Raise ValueError unless q is [B,H,M,d], k and v are [B,H,N,d], non-empty, of one float dtype, on one device."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be [batch, heads, tokens, head width]")
@@ -50,7 +50,7 @@ def _check_row(name: str, row: Sequence[int], tokens: int, padded: bool) -> None
 def _check_token_ids(
     name: str, ids: TokenIds, batch: int, tokens: int, device: torch.device
 ) -> tuple[Tensor, list[list[int]] | None]:
-    """`ids` as an int64 tensor [T] (all samples) or [B,T] (one row per sample, padded with -1) on `device`, and its rows.
+    """`ids` as an int64 tensor on `device`, [T] (all samples) or [B,T] (padded with -1), and as one row per sample.
 
     Values are read and checked where that costs no synchronisation: sequences and CPU tensors, outside of tracing.
 

@@ -169,17 +169,22 @@ def regulate(
     steps: int,
     step_size: float,
     select: str,
-    *terms: float | None,
+    quantile: float,
+    level: float,
+    mass: float | None,
+    mass_weight: float,
+    penalty: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient descent on theta by autograd; (bias, theta) of the best step and the losses of all: [steps,B,H]."""
     with torch.inference_mode(False), torch.enable_grad():
-        fixed = [x if x is None else x.detach().clone() for x in (logits, rest_lse, rest_square)]
+        square = None if rest_square is None else rest_square.detach().clone()
+        fixed = logits.detach().clone(), rest_lse.detach().clone(), square
         current, basis = theta.detach().clone(), basis.detach().clone()
         thetas, losses = [], []
         for _ in range(steps):
             current.requires_grad_()
             bias = bias_scale * gaussian_bias(current, basis)
-            loss = regulation_loss(*fixed, bias, current, objective, *terms)  # type: ignore[arg-type]
+            loss = regulation_loss(*fixed, bias, current, objective, quantile, level, mass, mass_weight, penalty)
             (gradient,) = torch.autograd.grad(loss.sum(), current)
             thetas.append(current.detach())
             losses.append(loss.detach())

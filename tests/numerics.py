@@ -70,9 +70,9 @@ def assert_rows_close(
 ) -> None:
     """Per row, the error against float64 truth is at most twice that of plain PyTorch in the same dtype plus a few ulp.
 
-    The ulp is that of the row's largest element. One rounding error may be nearly zero by luck, so plain PyTorch's is the
-    largest of several runs that sum in another order. `carried` is what the operation's float32 interface adds. The worst
-    row is reported, never a mean over the tensor.
+    The ulp is that of the row's largest element. One rounding error may be nearly zero by luck, so plain PyTorch's is
+    the largest of several runs that sum in another order. `carried` is what the operation's float32 interface adds. The
+    worst row is reported, never a mean over the tensor.
     """
     assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     assert not actual.isnan().any(), f"{what}: NaN"

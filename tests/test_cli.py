@@ -15,40 +15,16 @@ from attnctl_fast import _demo, _grid, _report, cli
 from attnctl_fast.methods import AttentionRegulation
 from attnctl_fast.pipeline import control
 from attnctl_fast.shapes import evaluate, load_pipeline, scene_for_seed
-from attnctl_fast.shapes.model import build_scheduler, build_unet, build_vae
-from attnctl_fast.shapes.text import build_text_encoder, build_tokenizer
 
 PROMPT = "a red circle and a blue star"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A folder with an untrained pipeline of the kind that ships with the package."""
-    from diffusers import StableDiffusionPipeline
-
-    folder = tmp_path_factory.mktemp("model")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        pipe = StableDiffusionPipeline(
-            vae=build_vae(),
-            unet=build_unet(),
-            text_encoder=build_text_encoder(),
-            tokenizer=build_tokenizer(folder / "tokenizer"),
-            scheduler=build_scheduler(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    pipe.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def generate(model, tmp_path):
+def generate(untrained, tmp_path):
     """Run `attnctl-fast generate` in two steps per picture; later options win."""
 
     def run(*options, targets=("circle", "star")):
-        default = ["--model", model, "--prompt", PROMPT, "--steps", 2, "--out", tmp_path / "out"]
+        default = ["--model", untrained, "--prompt", PROMPT, "--steps", 2, "--out", tmp_path / "out"]
         return cli.main([str(word) for word in ["generate", *default, "--targets", *targets, *options]])
 
     return run
@@ -69,23 +45,26 @@ def close(one, other):
     return difference.max() <= 1
 
 
-def test_generate_draws_what_the_library_draws(generate, model, tmp_path):
+def test_generate_draws_what_the_library_draws(generate, untrained, tmp_path):
     assert generate("--compare", "--seed", 5, "--num-images", 2, "--strength", 0.5, "--guidance-scale", 3) == 0
     out = tmp_path / "out"
     names = {"5-plain.png", "5-regulation.png", "6-plain.png", "6-regulation.png"}
     assert {path.name for path in out.iterdir()} == names | {"compare.png", "generate.json"}
     method = AttentionRegulation(["circle", "star"], strength=0.5)
-    plain, regulated = drawn(model, [5, 6], guidance_scale=3.0), drawn(model, [5, 6], method, guidance_scale=3.0)
+    plain, regulated = (
+        drawn(untrained, [5, 6], guidance_scale=3.0),
+        drawn(untrained, [5, 6], method, guidance_scale=3.0),
+    )
     for index, seed in enumerate((5, 6)):
         assert close(Image.open(out / f"{seed}-plain.png"), plain[index])
         assert close(Image.open(out / f"{seed}-regulation.png"), regulated[index])
         assert not close(plain[index], regulated[index])
 
 
-def test_generate_writes_its_settings(generate, model, tmp_path):
+def test_generate_writes_its_settings(generate, untrained, tmp_path):
     assert generate("--layers", "down_blocks.0", "--convention", "paper", "--negative-prompt", "a ring") == 0
     report = json.loads((tmp_path / "out" / "generate.json").read_text())
-    assert report["settings"]["model"] == str(model)
+    assert report["settings"]["model"] == str(untrained)
     assert report["settings"]["prompt"] == PROMPT and report["settings"]["negative_prompt"] == "a ring"
     assert report["settings"]["device"] == ("cuda:0" if torch.cuda.is_available() else "cpu")
     assert report["method"]["name"] == "AttentionRegulation"
@@ -188,8 +167,8 @@ def test_runs_as_a_module():
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
-def test_demo_writes_the_picture_and_every_result(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(_demo, "load_pipeline", lambda **options: load_pipeline(weights=model, **options))
+def test_demo_writes_the_picture_and_every_result(untrained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_demo, "load_pipeline", lambda **options: load_pipeline(weights=untrained, **options))
     # The untrained model draws nothing; the third of the pictures shall show what was asked for once regulated.
     monkeypatch.setattr(evaluate, "detect", lambda image: found.pop(0))
     scenes = [scene_for_seed(seed) for seed in (7, 8, 9)]

@@ -117,8 +117,9 @@ class Terms:
         self._fraction = position - self._rank
         self._slopes = [2 * self.share * (1 - self._fraction), 2 * self.share * self._fraction]
         self._dense_slope = (2 * objective.mass_weight / size) * self.share
-        row = np.arange(rows)[:, None] * (targets + 1) + np.arange(targets)
-        self._first = row * size if xp is np else torch.as_tensor(row * size, device=logits.device)
+        count_rows = rows * (targets + 1)
+        row = np.arange(count_rows) if xp is np else torch.arange(count_rows, device=logits.device)
+        self._first = row.reshape(rows, targets + 1)[:, :-1] * size
 
     def measure(self, maps: Array) -> Measure:
         """The linearly interpolated quantile (as torch.quantile) and the mean of every map [n,T,M]."""
@@ -127,7 +128,7 @@ class Terms:
         return Measure(high, maps.sum(2) * (1 / maps.shape[2]), (self._first + lower_at, self._first + upper_at))
 
     def _order_statistics(self, maps: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        """Values and places of the elements of rank `rank` and `rank + 1`, counted upwards from 0 (the last one twice)."""
+        """Values and places of the elements of rank `rank` and `rank + 1`, counted upwards from 0."""
         size, rank = maps.shape[2], self._rank
         following = min(rank + 1, size - 1)
         if namespace(maps) is torch:

@@ -20,14 +20,14 @@ Sigma = float | tuple[float, float]
 def default_sigma(grid: tuple[int, int]) -> tuple[float, float]:
     """The width of the Gaussians per axis, (sigma_y, sigma_x): `side // 16` as in the released code, at least 1.
 
-    The released code takes `side // 16` also below 16, where it is zero and the code fails; 1 is the smallest width here.
+    Below 16 the released code takes `side // 16` as well, which is zero, and fails; here 1 is the smallest width.
     """
     height, width = check_grid(grid)
     return float(max(height // 16, 1)), float(max(width // 16, 1))
 
 
 def _axis_centres(side: int, sigma: float, centres: str) -> list[float]:
-    """Positions, in cells counted from 0. `official`: range(2 sigma, side, 2 sigma). `paper`: 2 sigma p, counted from 1."""
+    """In cells counted from 0. `official`: range(2 sigma, side, 2 sigma). `paper`: 2 sigma p, counted from 1."""
     step = 2 * sigma
     if centres == "official":
         count = max(-int(-(side - step) // step), 0)
@@ -72,7 +72,7 @@ def _axis_basis(
 
 
 def axis_basis(side: int, centres: list[float], sigma: float, like: Tensor) -> Tensor:
-    """G[y, i] = exp(-(y - c_i)^2 / 2 sigma^2): [side, r]. Not to be written to: inside of opaque operations it is kept."""
+    """G[y, i] = exp(-(y - c_i)^2 / 2 sigma^2): [side, r]. It is kept, so it must not be written to."""
     if torch.compiler.is_compiling() or isinstance(like, FakeTensor):
         return _axis_basis.__wrapped__(side, tuple(centres), sigma, like.dtype, like.device)
     with torch.inference_mode(False):
@@ -131,7 +131,7 @@ def gaussian_bias(
         S `[B,H,T,M]`, M = height*width, in theta's dtype.
 
     Raises:
-        ValueError: sigma not positive, a grid that holds no centre, an unknown convention, or a theta that does not fit.
+        ValueError: sigma not positive, a grid that holds no centre, unknown centres, or a theta that does not fit.
     """
     axis_y, axis_x, sigma_y, sigma_x = basis_axes(grid, sigma, centres)
     check_theta(theta, (), (len(axis_y), len(axis_x)))

@@ -118,7 +118,9 @@ def regulate_op(
     bases = axis_basis(grid[0], axis_y, sigma[0], logits), axis_basis(grid[1], axis_x, sigma[1], logits)
     flat = [x if x is None else x.flatten(0, 1) for x in (logits, rest_lse, rest_square, theta)]
     with np.errstate(all="ignore"):
-        losses, thetas = descend(*arrays(*flat), tuple(arrays(*bases)), bias_scale, steps, step_size, aim)
+        maps, rest, square, initial = arrays(*flat)
+        basis_y, basis_x = arrays(*bases)
+        losses, thetas = descend(maps, rest, square, initial, (basis_y, basis_x), bias_scale, steps, step_size, aim)
     losses = tensor(losses).view(steps, *logits.shape[:2])
     best = reference.keep_best(losses, select)
     kept = tensor(thetas).view(steps, *theta.shape)[best, torch.arange(len(best), device=best.device)]
@@ -148,9 +150,22 @@ def regulate_reference_op(
     penalty: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     basis = full_basis((grid[0], grid[1]), (sigma[0], sigma[1]), centres, logits)
-    terms = (quantile, level, mass, mass_weight, penalty)
     return reference.regulate(
-        logits, rest_lse, rest_square, theta, basis, bias_scale, objective, steps, step_size, select, *terms
+        logits,
+        rest_lse,
+        rest_square,
+        theta,
+        basis,
+        bias_scale,
+        objective,
+        steps,
+        step_size,
+        select,
+        quantile,
+        level,
+        mass,
+        mass_weight,
+        penalty,
     )
 
 
@@ -189,24 +204,25 @@ def regulate(
 ) -> Regulation:
     """Find the bias that makes the targets' attention meet the objective (arXiv 2403.06381, Eq. 9-15).
 
-    Evaluates `steps` weights theta, each a gradient step of `step_size` on the loss of its batch and head after the last,
-    and keeps those with the lowest loss. Costs O(M T r) per step for r centres along an axis, touches neither q, k and v
-    nor a full attention map, and never waits for the device. Not differentiable. NaN in the statistics gives NaN losses.
+    Evaluates `steps` weights theta, each a gradient step of `step_size` after the last on the loss of its batch and
+    head, and keeps those with the lowest loss. Costs O(M T r) per step for r centres along an axis, touches neither q,
+    k and v nor a full attention map, and never waits for the device. Not differentiable. NaN in the statistics gives
+    NaN losses.
 
     Args:
         stats: from `target_statistics` (`with_square=True` for the paper's objective).
         grid: (height, width), height*width == M.
-        theta: initial weights `[B,H,T,r_y,r_x]` (see `basis_shape`) in the logits' dtype; None draws them uniformly from
-            [0, 1), as the released code does.
+        theta: initial weights `[B,H,T,r_y,r_x]` (see `basis_shape`) in the logits' dtype; None draws them uniformly
+            from [0, 1), as the released code does.
         generator: for that draw; on the device of the statistics.
         steps: how many weights are evaluated, the initial one included (released code: 20).
-        step_size: of the descent, per head (the released code's 100 * B * H on the mean over batch and heads is the same).
+        step_size: of the descent, per head (the released code's 100 * B * H on the mean over batch and heads).
         sigma, centres: as for `gaussian_bias`.
         bias_scale: factor of S before it is added to the scaled logits: 1 in the released code; the paper adds S before
             scaling, which is bias_scale = scale.
-        select: whose loss decides which step is kept: `"sample"` (mean over the heads of each sample, so that a sample's
-            result does not depend on its batch) or `"batch"` (over all, the released code's for several images). The
-            paper does not say; the last step is kept only if it is the best.
+        select: whose loss decides which step is kept: `"sample"` (mean over the heads of each sample, so that a
+            sample's result does not depend on its batch) or `"batch"` (over all, the released code's for several
+            images). The paper does not say.
         objective, quantile, level, mass, mass_weight, penalty: as for `regulation_loss`.
         impl: `"eager"` or `"reference"`; None for the default.
 
@@ -231,7 +247,8 @@ def regulate(
     check_theta(theta, shape[:3], shape[3:])
     if theta.dtype != logits.dtype or theta.device != logits.device:
         raise ValueError(
-            f"theta is {theta.dtype} on {theta.device}, but the statistics are {logits.dtype} on {logits.device}; cast it"
+            f"theta is {theta.dtype} on {theta.device}, but the statistics are {logits.dtype} on {logits.device}; "
+            "cast it"
         )
     run = regulate_reference_op if resolve(impl) == "reference" else regulate_op
     square = stats.rest_square if objective == "paper" else None
