@@ -41,6 +41,7 @@ types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-test
+	$(BIN)/python bench/regulate.py
 	$(BIN)/python bench/rates.py
 
 clean:

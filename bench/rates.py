@@ -55,7 +55,7 @@ def measure(
     plain = results.pop("plain")
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "git": _git_state(),
+        "git": git_state(),
         "versions": versions(),
         "settings": {
             "count": count,
@@ -129,7 +129,7 @@ def _rates(result: Evaluation) -> dict[str, float]:
     return {name: result.hits(name) / len(result.scores) for name in ("strict", "exact", "colours")}
 
 
-def _git_state() -> str | None:
+def git_state() -> str | None:
     """The commit, with `-dirty` where tracked files differ from it; `None` outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:

@@ -53,9 +53,31 @@ def rates_table(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def regulate_table(run: dict[str, Any]) -> str:
+    """A run of `regulate.py` as a Markdown table with its settings below."""
+    header = ["B*H", "M", "T", "d", "published loop, ms", "eager, ms", "ratio"]
+    rows = [header, ["---:"] * len(header)]
+    for entry in run["shapes"]:
+        times = [
+            f"{entry[form]['median']:.3g} ({entry[form]['q1']:.3g} to {entry[form]['q3']:.3g})"
+            for form in ("published", "eager")
+        ]
+        sizes = [str(entry[name]) for name in ("rows", "image_tokens", "targets", "head_width")]
+        rows.append([*sizes, *times, f"{entry['ratio']:.1f}"])
+    versions = run["versions"]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines += [
+        "",
+        "One regulated layer, float32, 77 text tokens, 20 steps: median and quartiles, each form at its better of "
+        f"1 and 2 threads; torch {versions['torch']}, {versions['processor']}.",
+    ]
+    return "\n".join(lines)
+
+
 # The table NAME of the README, from its result file; a table whose file is missing is an error.
 TABLES: dict[str, Callable[[], str]] = {
     "rates": lambda: rates_table(last_line(RESULTS / "shapes_rates.jsonl")),
+    "regulate": lambda: regulate_table(last_line(RESULTS / "cpu_regulate.jsonl")),
 }
 
 

@@ -29,6 +29,24 @@ class Regulation(NamedTuple):
     losses: Tensor
 
 
+def _span(theta: Array, basis_y: Array, basis_x: Array, bias_scale: float) -> Array:
+    """The bias [.., height, width] of the weights [.., r_y, r_x]."""
+    xp = namespace(theta)
+    span = xp.matmul(basis_y, xp.matmul(theta, basis_x.swapaxes(0, 1)))
+    return span if bias_scale == 1 else bias_scale * span
+
+
+def keep_best(losses: Array, thetas: Array, select: str) -> Array:
+    """From every step's losses [steps,B,H] and weights [steps,B,H,..], the weights of the step with the lowest."""
+    xp = namespace(losses)
+    total = losses.mean(2)
+    if select == "batch":
+        total = total.mean(1, keepdims=True) + xp.zeros_like(total)
+    best = xp.where(xp.isnan(total), xp.inf, total).argmin(0)
+    samples = np.arange(len(best)) if xp is np else torch.arange(len(best), device=best.device)
+    return thetas[best, samples]
+
+
 def descend(
     logits: Array,
     rest_lse: Array,
@@ -45,9 +63,9 @@ def descend(
     For n = B*H rows: logits [n,T,M], rest_lse and rest_square [n,M], theta [n,T,r_y,r_x], all numpy or all torch.
     """
     xp = namespace(logits)
-    rows, targets, size = logits.shape
+    rows, targets, _ = logits.shape
     basis_y, basis_x = bases
-    basis_y_t, basis_x_t = basis_y.swapaxes(0, 1), basis_x.swapaxes(0, 1)
+    basis_y_t = basis_y.swapaxes(0, 1)
     terms = Terms(logits, objective)
 
     edited = xp.concatenate([logits, rest_lse[:, None]], 1)
@@ -66,8 +84,7 @@ def descend(
         shrink = (1 - (2 * step_size * objective.penalty / centres) * terms.share)[..., None, None]
 
     for step in range(steps):
-        span = xp.matmul(basis_y, xp.matmul(thetas[-1], basis_x_t)).reshape(logits.shape)
-        xp.add(logits, span if bias_scale == 1 else bias_scale * span, out=columns)
+        xp.add(logits, _span(thetas[-1], basis_y, basis_x, bias_scale).reshape(logits.shape), out=columns)
         softmax(edited, probabilities)
         measured = terms.measure(attention)
         high.append(measured.high)
@@ -121,12 +138,11 @@ def regulate_op(
         maps, rest, square, initial = arrays(*flat)
         basis_y, basis_x = arrays(*bases)
         losses, thetas = descend(maps, rest, square, initial, (basis_y, basis_x), bias_scale, steps, step_size, aim)
-    losses = tensor(losses).view(steps, *logits.shape[:2])
-    best = reference.keep_best(losses, select)
-    kept = tensor(thetas).view(steps, *theta.shape)[best, torch.arange(len(best), device=best.device)]
-    bias = (bias_scale * (bases[0] @ (kept @ bases[1].mT))).flatten(-2)
-    padded = (logits == -torch.inf).all(-1, keepdim=True)
-    return bias.masked_fill(padded, 0.0), kept, losses
+        losses = losses.reshape(steps, *logits.shape[:2])
+        kept = keep_best(losses, thetas.reshape(steps, *theta.shape), select)
+        bias = _span(kept, basis_y, basis_x, bias_scale).reshape(maps.shape)
+        bias *= (namespace(maps).amax(maps, 2) > -np.inf)[..., None]
+    return tensor(bias).view(logits.shape), tensor(kept), tensor(losses)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::regulate_reference", mutates_args=())

@@ -104,6 +104,9 @@ class Run:
         """Run both stages, or what is left of them; returns the autoencoder and the UNet's averaged weights."""
         examples = make_examples(self.settings.examples, progress=self.progress)
         vae = self.train_vae(examples)
+        stop = self.settings.stop or self.settings.steps
+        if self._trained("unet") > stop:
+            return vae, self._snapshot(stop)
         return vae, self.train_unet(examples, self.encode(vae, examples))
 
     def export(self, vae: Any, unet: Any, *, measured: int = 256) -> Path:
@@ -173,8 +176,6 @@ class Run:
         alphas = build_scheduler().alphas_cumprod
         state = {"model": unet, "average": average, "optimizer": optimizer}
         stop = settings.stop or settings.steps
-        if self._trained("unet") > stop:
-            return self._snapshot(stop)
         with record_attention(unet, layers) as recorders:
             for step, log in self._steps("unet", stop, settings.steps, state):
                 generator = self._generator(1, step)
