@@ -272,6 +272,25 @@ def test_nan_and_inf_propagate(impl):
     assert ops.regulate(stats, (4, 4), steps=3, impl=impl).losses.isnan().all()
 
 
+@pytest.mark.parametrize("excluded", [[], [2, 5], list(range(9))])
+def test_the_form_for_accelerators_equals_the_cpus(excluded):
+    """Off the CPU the logits are materialised; that code runs here on the CPU's tensors."""
+    module = importlib.import_module("attnctl_fast.ops.attention")
+    q, k, v = attention_inputs(2, 2, 16, 9, 8, torch.float64)
+    ids = torch.tensor(excluded, dtype=torch.int64)
+    mask = module._mask(q, k, ids)
+    out, lse = module.attention_op(q, k, v, ids, 0.3)
+    for ours, expected in zip(module._dense_forward(q, k, v, mask, 0.3), (out, lse), strict=True):
+        torch.testing.assert_close(ours, expected)
+    finite = lse.masked_fill(lse.isneginf(), 0.0)
+    for grad_lse in (None, randn(2, 2, 16, 1, dtype=torch.float64, seed=5)[..., 0]):
+        grad_out = randn(2, 2, 16, 8, dtype=torch.float64, seed=4)
+        dense = module._dense_backward(grad_out, grad_lse, q, k, v, out, finite, mask, 0.3)
+        fused = module.attention_backward_op(grad_out, grad_lse, q, k, v, out, lse, ids, 0.3)
+        for ours, expected in zip(dense, fused, strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
 class _LargestTensor(TorchDispatchMode):
     def __init__(self):
         super().__init__()

@@ -284,7 +284,7 @@ def test_other_pipelines_on_the_same_unet_are_left_alone() -> None:
     other.set_progress_bar_config(disable=True)
     options = {"prompt": OTHER, "image": picture(), "strength": 0.75}
     plain = call(other, **options)
-    with ac.control(pipe, ac.AttentionRegulation(TARGETS)):
+    with ac.control(pipe, ac.AttentionRegulation(TARGETS, edit_steps=100)):
         edited = call(pipe)
         assert torch.equal(call(other, **options), plain)
         assert torch.equal(call(pipe), edited)
@@ -311,6 +311,23 @@ def test_hand_written_loop() -> None:
     with ac.control(pipe, ac.AttentionRegulation(TARGETS)):
         by_hand = loop()
     assert torch.equal(by_hand, controlled(pipe, guidance_scale=1.0))
+
+
+@pytest.mark.parametrize("kind", ["tensor", "int"])
+def test_several_evaluations_at_one_timestep_are_one_step(kind: str) -> None:
+    """As pipelines make them that denoise several views, or guide themselves."""
+    pipe = tiny.pipeline()
+    noises = []
+    with ac.control(pipe, ac.AttentionRegulation(TARGETS, edit_steps=1)), torch.no_grad():
+        embeddings, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
+        pipe.scheduler.set_timesteps(4)
+        for timestep in pipe.scheduler.timesteps[:2]:
+            for _ in range(2):
+                at = timestep if kind == "tensor" else int(timestep)
+                noises.append(pipe.unet(tiny.latents(), at, encoder_hidden_states=embeddings).sample)
+    with torch.no_grad():
+        plain = [pipe.unet(tiny.latents(), t, encoder_hidden_states=embeddings).sample for t in (751, 501)]
+    assert [torch.equal(noise, plain[i // 2]) for i, noise in enumerate(noises)] == [False, False, True, True]
 
 
 def test_batches_of_another_make_are_refused() -> None:

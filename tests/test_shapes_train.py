@@ -13,7 +13,7 @@ from attnctl_fast.shapes.data import TRAINING_SEEDS, make_examples, training_sce
 from attnctl_fast.shapes.model import build_vae
 from attnctl_fast.shapes.train import Run, Settings, main, standardise_latents
 
-TINY = Settings(examples=24, vae_steps=2, steps=4, vae_batch=4, batch=4, warmup=2)
+TINY = Settings(examples=24, vae_steps=2, steps=4, stop=0, vae_batch=4, batch=4, warmup=2)
 
 
 def train(out: Path, settings: Settings = TINY, **options: Any) -> tuple[Any, Any]:
@@ -87,7 +87,16 @@ def test_a_folder_with_a_run_is_not_overwritten(whole: tuple[Path, Any, Any]) ->
 
 
 def test_the_command_trains_and_writes_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = {"examples": 8, "vae-steps": 1, "steps": 1, "batch": 2, "vae-batch": 2, "measured": 1, "save-every": 1}
+    flags = {
+        "examples": 8,
+        "vae-steps": 1,
+        "steps": 1,
+        "stop": 0,
+        "batch": 2,
+        "vae-batch": 2,
+        "measured": 1,
+        "save-every": 1,
+    }
     main(["--out", str(tmp_path), *(part for name, value in flags.items() for part in (f"--{name}", str(value)))])
     assert f"wrote {tmp_path / 'weights'}" in capsys.readouterr().out
     pipe = shapes.load_pipeline(weights=tmp_path / "weights")
@@ -96,6 +105,7 @@ def test_the_command_trains_and_writes_a_pipeline(tmp_path: Path, capsys: pytest
     card = json.loads((tmp_path / "weights" / "card.json").read_text(encoding="utf-8"))
     assert card["settings"]["examples"] == 8
     assert card["training"]["unet"]["steps"] == 1
+    assert "| `2` | " in (tmp_path / "weights" / "README.md").read_text(encoding="utf-8")
     assert set(card["measured"]["detection"]) == {"1", "2", "3"}
 
 

@@ -31,23 +31,47 @@ def _mask(q: Tensor, k: Tensor, excluded_ids: Tensor) -> Tensor | None:
     return mask[:, None, None, :].expand(-1, 1, q.shape[2], -1)
 
 
-def _dense_mask(logits: Tensor, mask: Tensor | None) -> Tensor:
+def _dense_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    logits = scale * (q @ k.mT)
     return logits if mask is None else logits + mask
+
+
+def _dense_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Where no fused attention returns its logsumexp on every accelerator: the logits in memory."""
+    logits = _dense_logits(q, k, mask, scale)
+    lse = logits.logsumexp(-1)
+    return torch.exp(logits - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1)) @ v, lse
+
+
+def _dense_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    probabilities = torch.exp(_dense_logits(q, k, mask, scale) - lse.unsqueeze(-1))
+    row = (grad_out * out).sum(-1)
+    row = row if grad_lse is None else row - grad_lse
+    grad_logits = probabilities * (grad_out @ v.mT - row.unsqueeze(-1)) * scale
+    return grad_logits @ k, grad_logits.mT @ q, probabilities.mT @ grad_out
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
 def attention_op(q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     mask = _mask(q, k, excluded_ids)
-    if q.device.type == "cpu":
-        out, lse = _cpu_forward(q, k, v, attn_mask=mask, scale=scale)
-        lse = lse.contiguous()
-        if mask is not None:
-            empty = mask[:, :, 0].isneginf().all(-1, keepdim=True)
-            lse = lse.masked_fill(empty, -torch.inf)
-        return out, lse
-    logits = _dense_mask(scale * (q @ k.mT), mask)
-    lse = logits.logsumexp(-1)
-    return torch.exp(logits - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1)) @ v, lse
+    if q.device.type != "cpu":
+        return _dense_forward(q, k, v, mask, scale)
+    out, lse = _cpu_forward(q, k, v, attn_mask=mask, scale=scale)
+    lse = lse.contiguous()
+    if mask is not None:
+        empty = mask[:, :, 0].isneginf().all(-1, keepdim=True)
+        lse = lse.masked_fill(empty, -torch.inf)
+    return out, lse
 
 
 @attention_op.register_fake
@@ -74,24 +98,18 @@ def attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = _mask(q, k, excluded_ids)
     lse = lse.masked_fill(lse.isneginf(), 0.0)
-    if q.device.type == "cpu":
-        if grad_lse is None:
-            gradients = _cpu_backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
-            return tuple(x.contiguous() for x in gradients)
-        # dl = P (dP - rowsum(dO O) + dlse): a value column of ones whose output gradient is dlse, and whose saved
-        # output is 0 so that the row sum does not see it, adds exactly the last term.
-        grad = torch.cat([grad_out, grad_lse.unsqueeze(-1)], -1)
-        wider_q, wider_k, wider_out = (F.pad(x, (0, 1)) for x in (q, k, out))
-        wider_v = F.pad(v, (0, 1), value=1.0)
-        gradients = _cpu_backward(
-            grad, wider_q, wider_k, wider_v, wider_out, lse, 0.0, False, attn_mask=mask, scale=scale
-        )
-        return tuple(x[..., :-1].contiguous() for x in gradients)
-    probabilities = torch.exp(_dense_mask(scale * (q @ k.mT), mask) - lse.unsqueeze(-1))
-    row = (grad_out * out).sum(-1)
-    row = row if grad_lse is None else row - grad_lse
-    grad_logits = probabilities * (grad_out @ v.mT - row.unsqueeze(-1)) * scale
-    return grad_logits @ k, grad_logits.mT @ q, probabilities.mT @ grad_out
+    if q.device.type != "cpu":
+        return _dense_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale)
+    if grad_lse is None:
+        gradients = _cpu_backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
+        return tuple(x.contiguous() for x in gradients)
+    # dl = P (dP - rowsum(dO O) + dlse): a value column of ones whose output gradient is dlse, and whose saved output is
+    # 0 so that the row sum does not see it, adds exactly the last term.
+    grad = torch.cat([grad_out, grad_lse.unsqueeze(-1)], -1)
+    wider_q, wider_k, wider_out = (F.pad(x, (0, 1)) for x in (q, k, out))
+    wider_v = F.pad(v, (0, 1), value=1.0)
+    gradients = _cpu_backward(grad, wider_q, wider_k, wider_v, wider_out, lse, 0.0, False, attn_mask=mask, scale=scale)
+    return tuple(x[..., :-1].contiguous() for x in gradients)
 
 
 @attention_backward_op.register_fake

@@ -19,6 +19,40 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
+_README = """\
+# The shapes model
+
+{what}: a `StableDiffusionPipeline` in float16, which `attnctl_fast.shapes.load_pipeline` reads.
+
+- Data: {settings[examples]} drawings of one, two or three objects (50, 40 and 10 %), six colours, six shapes, with
+  captions such as `a red circle and a blue star`. No picture or text from anywhere else.
+- Autoencoder: {parameters[vae]} parameters, {training[vae][steps]} steps of batch {settings[vae_batch]} in \
+{training[vae][seconds]:.0f} s, mean squared error {training[vae][mse]} on pixels from -1 to 1.
+- UNet: {parameters[unet]} parameters, cross-attention at 16x16 only, {training[unet][steps]} steps of batch \
+{settings[batch]} in {training[unet][seconds]:.0f} s, while the learning rate falls as if there were {settings[steps]}.
+- Loss: noise prediction with min-SNR weights, plus {settings[localisation]} times a localisation loss: the
+  cross-attention of a colour word or noun shall lie inside its object's mask (the token loss of TokenCompose,
+  arXiv 2312.03626, weighted by the share of signal). The maps below are localised because they were trained to be.
+- Text encoder: {parameters[text_encoder]} parameters, set by construction and frozen; see `text.py`.
+- Rebuild: `{rebuild}`, with the settings in `card.json`, which are the defaults. Another machine
+  rounds differently and gives another model of the same kind.
+"""
+_MEASURED = """
+Pictures from seeds {first} to {last}, {sampler}, in percent. Strict: every object of the prompt was found; exact: and
+no other object; colours: every colour of the prompt was found.
+
+| objects | strict | exact | colours |
+|---|---|---|---|
+{rates}
+
+Area under the ROC curve of a word's head-averaged attention map on drawings of two objects, noised to step 500: the
+word's own object against the other object, and against all cells that its own object does not touch.
+
+| layer | noun, other | noun, rest | colour, other | colour, rest |
+|---|---|---|---|---|
+{areas}
+"""
+
 
 def export_pipeline(
     folder: Path, vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
@@ -63,12 +97,39 @@ def measure(pipe: StableDiffusionPipeline, seeds: Sequence[int]) -> dict[str, An
 
 
 def write_card(folder: Path, card: dict[str, Any]) -> None:
-    """Write `card.json` beside the weights."""
-    (folder / "card.json").write_text(json.dumps(_rounded(card), indent=2) + "\n", encoding="utf-8")
+    """Write `card.json` and the same in words, `README.md`, beside the weights."""
+    rounded = _rounded(card)
+    (folder / "card.json").write_text(json.dumps(rounded, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_in_words(rounded), encoding="utf-8")
+
+
+def _in_words(card: dict[str, Any]) -> str:
+    text = _README.format(**card)
+    if "measured" in card:
+        measured = card["measured"]
+        first, last = measured["seeds"]
+        text += _MEASURED.format(
+            first=first,
+            last=last,
+            sampler=measured["sampler"],
+            rates=_table(measured["detection"], ("strict", "exact", "colours"), 100, "{:.1f}"),
+            areas=_table(
+                measured["localisation_auc_t500"], ("noun", "noun_rest", "colour", "colour_rest"), 1, "{:.3f}"
+            ),
+        )
+    return text
+
+
+def _table(rows: dict[str, dict[str, float]], columns: Sequence[str], factor: float, form: str) -> str:
+    return "\n".join(
+        f"| `{name}` | " + " | ".join(form.format(factor * values[column]) for column in columns) + " |"
+        for name, values in rows.items()
+    )
 
 
 def _half(module: Any) -> Any:
-    return copy.deepcopy(module).to("cpu", torch.float16)
+    # Not module.to(...): diffusers then warns of layers to keep in float32, of which these models have none.
+    return torch.nn.Module.to(copy.deepcopy(module), "cpu", torch.float16)
 
 
 def _rounded(value: Any) -> Any:

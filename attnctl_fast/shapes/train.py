@@ -47,7 +47,7 @@ class Settings:
     vae_l1: float = 0.3
     vae_kl: float = 3e-4
     steps: int = 2_600
-    stop: int = 0
+    stop: int = 1_750
     batch: int = 32
     lr: float = 1e-3
     warmup: int = 100
@@ -115,7 +115,7 @@ class Run:
         text_encoder = build_text_encoder(self.settings.seed)
         export_pipeline(folder, vae, unet, text_encoder, build_tokenizer(self.out / "tokenizer"))
         card: dict[str, Any] = {
-            "what": "a text-to-image model of coloured shapes on light grey, 64x64 pixels, trained on drawings",
+            "what": "A text-to-image model of coloured shapes on light grey, 64x64 pixels, trained on drawings",
             "rebuild": "python -m attnctl_fast.shapes.train",
             "settings": asdict(self.settings),
             "parameters": {
