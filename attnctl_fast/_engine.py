@@ -222,7 +222,8 @@ class Engine:
         recordings = [entry.recordings[layer.name] for entry in self.entries if layer.name in entry.recordings]
         if (edit or recordings) and self.call.evaluation < 0:
             raise RuntimeError(
-                "the UNet ran without its forward hooks; if it is compiled in place, enter control before compiling"
+                "the UNet ran without its forward hooks, which tell the sampling step; call it as unet(...), "
+                "not as unet.forward(...)"
             )
         return edit if edit is not None and edit.active() else None, recordings
 

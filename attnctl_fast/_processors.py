@@ -157,6 +157,11 @@ class ControlledProcessor:
         text, images = encoder_hidden_states, None
         if isinstance(encoder_hidden_states, tuple):
             text, images = encoder_hidden_states
+        elif "ip_adapter_masks" in self._keywords:
+            raise ValueError(
+                f"{layer.name} has an IP-Adapter but was given text and image embeddings in one tensor; "
+                "pass the images as added_cond_kwargs={'image_embeds': ...}, as the pipelines do"
+            )
         rows = engine.conditional(hidden_states.shape[0])
         q, k, v, residual = project(attn, hidden_states, text, optional["temb"])
         edited = None

@@ -342,6 +342,15 @@ def test_batches_of_another_make_are_refused() -> None:
                 pipe.unet(tiny.latents().expand(len(rows), -1, -1, -1), 981, encoder_hidden_states=torch.cat(rows))
 
 
+def test_a_unet_called_past_its_hooks_is_refused() -> None:
+    pipe = tiny.pipeline()
+    with ac.control(pipe, ac.AttentionRegulation(TARGETS)), torch.no_grad():
+        embeddings, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
+        pipe.scheduler.set_timesteps(4)
+        with pytest.raises(RuntimeError, match=r"without its forward hooks.*not as unet\.forward"):
+            pipe.unet.forward(tiny.latents(), 981, encoder_hidden_states=embeddings)
+
+
 def test_attention_masks_are_refused() -> None:
     pipe = tiny.pipeline()
     with ac.control(pipe, ac.AttentionRegulation(TARGETS)), torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -359,6 +360,11 @@ def test_ip_adapter_image_part_is_exact() -> None:
         torch.testing.assert_close(same, plain, rtol=0, atol=1e-6)
         text_only = attn(hidden, encoder_hidden_states=(text, [torch.zeros_like(images[:, 0])]))
         assert (plain - text_only).abs().max() > 0.01
+    attn.set_processor(ControlledProcessor(own, SimpleNamespace(name="here"), Nothing()))  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match="here has an IP-Adapter but was given text and image embeddings in one tensor"
+    ):
+        attn(hidden, encoder_hidden_states=torch.cat([text, images[:, 0]], 1))
 
 
 def test_ip_adapter_under_control() -> None:

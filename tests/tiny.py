@@ -51,7 +51,7 @@ def _merge(symbols: list[str], upto: tuple[str, ...], merges: list[tuple[str, st
 
 
 @cache
-def _tokenizer_files(pad: str) -> str:
+def _tokenizer_files(pad: str) -> tempfile.TemporaryDirectory[str]:
     merges: list[tuple[str, str]] = []
     for word in WORDS:
         _merge([*word[:-1], f"{word[-1]}</w>"], (f"{word}</w>",), merges)
@@ -59,13 +59,14 @@ def _tokenizer_files(pad: str) -> str:
         _merge([*word[:-1], f"{word[-1]}</w>"], pieces, merges)
     letters = string.ascii_lowercase + string.digits + ",.!-'<>|"
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *dict.fromkeys(a + b for a, b in merges), BOS, EOS]
-    folder = Path(tempfile.mkdtemp(prefix="tiny-tokenizer-"))
+    kept = tempfile.TemporaryDirectory(prefix="tiny-tokenizer-")
+    folder = Path(kept.name)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "bos_token": BOS, "eos_token": EOS}
     config |= {"unk_token": EOS, "pad_token": pad}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return str(folder)
+    return kept
 
 
 def tokenizer(pad: str = EOS) -> Any:
@@ -73,7 +74,7 @@ def tokenizer(pad: str = EOS) -> Any:
     "!"."""
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(_tokenizer_files(pad))
+    return CLIPTokenizer.from_pretrained(_tokenizer_files(pad).name)
 
 
 def _text_encoder(tokens: Any, projection: bool = False) -> Any:
