@@ -37,14 +37,15 @@ def check_scale(scale: float | None, width: int) -> float:
 
 
 def _check_row(name: str, row: Sequence[int], tokens: int, padded: bool) -> None:
-    real = [i for i in row if not (padded and i == -1)]
+    real = [i for i in row if i != -1] if padded else row
+    if not real or (min(real) >= 0 and max(real) < tokens and len(set(real)) == len(real)):
+        return
     for i in real:
         if not 0 <= i < tokens:
             hint = "; -1 pads only the [batch, T] form" if i == -1 else ""
             raise ValueError(f"{name} holds {i}, but the context has tokens 0..{tokens - 1}{hint}")
-    if len(set(real)) != len(real):
-        double = next(i for i in real if real.count(i) > 1)
-        raise ValueError(f"{name} holds {double} more than once: {list(row)}; every token may be named once")
+    double = next(i for i in real if real.count(i) > 1)
+    raise ValueError(f"{name} holds {double} more than once: {list(row)}; every token may be named once")
 
 
 def _check_token_ids(
@@ -76,9 +77,10 @@ def _check_token_ids(
     if tensor.shape[-1] > tokens:
         raise ValueError(f"{name} names {tensor.shape[-1]} tokens, but the context has only {tokens}")
     if rows is not None:
-        rows = [rows] * batch if tensor.ndim == 1 else rows
-        for row in rows:
-            _check_row(name, row, tokens, padded=tensor.ndim == 2)
+        padded = tensor.ndim == 2
+        for row in rows if padded else [rows]:
+            _check_row(name, row, tokens, padded)
+        rows = rows if padded else [rows] * batch
     return tensor.to(device), rows
 
 
