@@ -1,4 +1,4 @@
-"""Packaging. `kernels/` at the root installs as `attnctl_fast.kernels`; CONTRIBUTING.md says why it has no `__init__.py`."""
+"""Packaging. `kernels/` at the root installs as `attnctl_fast.kernels`; its README says why it has no `__init__.py`."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "attnctl_fast" / "__init__.py").read_text(encoding="utf-8"), re.M)
+INIT = (ROOT / "attnctl_fast" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.M)
 assert VERSION is not None
 
 DIFFUSERS = [
@@ -22,7 +23,7 @@ BENCH = ["pytest>=8", "pytest-benchmark>=5"]
 setup(
     name="attnctl-fast",
     version=VERSION[1],
-    description="Attention control for text-to-image diffusion at almost no cost: fused, differentiable torch operations",
+    description="Attention control for text-to-image diffusion at almost no cost: differentiable torch operations",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

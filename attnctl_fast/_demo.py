@@ -13,7 +13,7 @@ import torch
 
 from ._grid import Panel, Row, draw_grid, found_lines
 from ._report import overhead, spread, versions
-from .shapes.evaluate import STRENGTH, Arm, Comparison, Evaluation, compare, interleaved, regulation
+from .shapes.evaluate import TUNED, Arm, Comparison, Evaluation, compare, interleaved, regulation
 from .shapes.model import load_pipeline
 
 PLAIN, REGULATED, REFERENCE = "plain", "attention regulation", "same, by autograd"
@@ -34,13 +34,13 @@ def demo(
 ) -> None:
     """Draw, print the table, and write `grid.png` and `demo.json` into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    strength = STRENGTH if strength is None else strength
+    options = dict(TUNED) if strength is None else {**TUNED, "strength": strength}
     seeds = list(range(seed_start, seed_start + count))
     settings: dict[str, Any] = {
         "seeds": [seeds[0], seeds[-1]],
         "steps": steps,
         "guidance_scale": guidance_scale,
-        "strength": strength,
+        "regulation": options,
         "batch_size": batch_size,
         "device": device,
     }
@@ -48,7 +48,7 @@ def demo(
         f"Drawing {count} two-object prompts (seeds {seeds[0]} to {seeds[-1]}), without and with attention regulation",
         flush=True,
     )
-    methods = regulation(strength=strength)
+    methods = regulation(**options)
     arms = {
         PLAIN: Arm(),
         REGULATED: Arm(methods),

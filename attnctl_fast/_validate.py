@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,6 +35,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def check_scale(scale: float | None, width: int) -> float:
     """The factor of the logits: `scale`, or 1/sqrt(head width)."""
+    if scale is not None and not torch.compiler.is_compiling() and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be finite")
     return width**-0.5 if scale is None else float(scale)
 
 
@@ -46,6 +50,24 @@ def _check_row(name: str, row: Sequence[int], tokens: int, padded: bool) -> None
             raise ValueError(f"{name} holds {i}, but the context has tokens 0..{tokens - 1}{hint}")
     double = next(i for i in real if real.count(i) > 1)
     raise ValueError(f"{name} holds {double} more than once: {list(row)}; every token may be named once")
+
+
+def _integers(name: str, ids: Any, depth: int = 0) -> list[Any]:
+    """A sequence of ints, or of such sequences, as lists; arrays and tensors are sequences as well."""
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()
+    if depth > 1 or isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise ValueError(f"{name} is {ids!r}; it must be token ids (ints), [T] or one list per sample")
+    out: list[Any] = []
+    for item in ids:
+        item = item.tolist() if hasattr(item, "tolist") else item
+        if isinstance(item, int) and not isinstance(item, bool):
+            out.append(item)
+        elif isinstance(item, (bool, float, str)) or item is None:
+            raise ValueError(f"{name} holds {item!r}; token ids are ints, the positions of tokens in the context")
+        else:
+            out.append(_integers(name, item, depth + 1))
+    return out
 
 
 def _check_token_ids(
@@ -64,7 +86,7 @@ def _check_token_ids(
         readable = ids.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(ids, FakeTensor)
         tensor, rows = ids, ids.tolist() if readable and ids.ndim in (1, 2) else None
     else:
-        rows = [list(row) if isinstance(row, Sequence) else row for row in ids]
+        rows = _integers(name, ids)
         nested = [isinstance(row, list) for row in rows]
         if any(nested) and not all(nested):
             raise ValueError(f"{name} mixes ids and lists of ids: {rows}")
@@ -101,11 +123,21 @@ def check_targets(target_ids: TokenIds, pinned_ids: TokenIds, k: Tensor) -> tupl
     return targets, pinned
 
 
+def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`; ValueError where that would lose digits."""
+    if torch.promote_types(x.dtype, dtype) != dtype:
+        raise ValueError(f"{name} is {x.dtype} but the computation is {dtype}; cast it, or the inputs to {x.dtype}")
+    return x.to(dtype)
+
+
 def check_grid(grid: tuple[int, int], image_tokens: int | None = None) -> tuple[int, int]:
     """(height, width) as two positive ints, with height*width == image_tokens where that is given."""
-    if len(grid) != 2 or min(grid) < 1:
-        raise ValueError(f"grid is {tuple(grid)}; it must be (height, width), both at least 1")
-    height, width = int(grid[0]), int(grid[1])
+    try:
+        height, width = (operator.index(side) for side in grid)
+    except (TypeError, ValueError):
+        height = width = 0
+    if min(height, width) < 1:
+        raise ValueError(f"grid is {grid}; it must be (height, width), two ints of at least 1")
     if image_tokens is not None and height * width != image_tokens:
         raise ValueError(
             f"grid {height}x{width} has {height * width} cells, but there are {image_tokens} image tokens; "

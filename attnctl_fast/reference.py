@@ -24,6 +24,11 @@ def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return scale * (_wide(q) @ _wide(k).mT)
 
 
+def _joint_lse(rest_lse: Tensor, logits: Tensor) -> Tensor:
+    """The logsumexp over the rest [B,H,M] and the targets [B,H,T,M]."""
+    return torch.cat([logits, rest_lse.unsqueeze(2)], 2).logsumexp(2)
+
+
 def _normalise(logits: Tensor, lse: Tensor) -> Tensor:
     """softmax, with zeros for a row whose logits are all -inf."""
     return torch.exp(logits - torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1))
@@ -103,8 +108,7 @@ def merge_targets(
     """(e^R O_rest + sum_t e^z_t V_t) / Z plus (A - A') V for every pinned column (MATH.md section 1)."""
     padded = (target_ids.expand(v.shape[0], -1) < 0)[:, None, :, None]
     z = torch.where(padded, -torch.inf, logits + bias)
-    plain_lse = torch.logaddexp(rest_lse, logits.logsumexp(2))
-    lse = torch.logaddexp(rest_lse, z.logsumexp(2))
+    plain_lse, lse = _joint_lse(rest_lse, logits), _joint_lse(rest_lse, z)
     columns = _one_hot(target_ids, v.shape[0], v.shape[2]).to(logits.dtype)
     pins = _one_hot(pinned_ids, v.shape[0], v.shape[2]).to(logits.dtype)
     out = torch.exp(rest_lse - lse).unsqueeze(-1) * _wide(rest_out)
@@ -130,24 +134,28 @@ def regulation_loss(
 
     `bias` is what is added to the scaled logits. `official` adds penalty * mean theta^2, `paper` penalty * ||A' - A||.
     """
-    real = (logits > -torch.inf).any(-1).to(logits.dtype)
+    padded = (logits == -torch.inf).all(-1)
+    real = (~padded).to(logits.dtype)
     count = real.sum(-1).clamp(min=1)
-    edited = torch.exp(logits + bias - torch.logaddexp(rest_lse, (logits + bias).logsumexp(2)).unsqueeze(2))
+    z = torch.where(padded.unsqueeze(-1), -torch.inf, logits + bias)
+    lse = _joint_lse(rest_lse, z)
+    edited = torch.exp(z - lse.unsqueeze(2))
     high = torch.quantile(edited, quantile, dim=-1)
     share = (0.2 * count).clamp(max=1.0) / count if mass is None else torch.full_like(count, mass)
     loss = (real * (high - level) ** 2).sum(-1) / count
     loss = loss + mass_weight * (real * (edited.mean(-1) - share.unsqueeze(-1)) ** 2).sum(-1) / count
     if objective == "paper":
         assert rest_square is not None
-        plain_lse = torch.logaddexp(rest_lse, logits.logsumexp(2))
+        plain_lse = _joint_lse(rest_lse, logits)
         plain = torch.exp(logits - plain_lse.unsqueeze(2))
-        rho = torch.exp(plain_lse - torch.logaddexp(rest_lse, (logits + bias).logsumexp(2)))
+        rho = torch.exp(plain_lse - lse)
         square = ((rho - 1) ** 2 * rest_square).sum(-1) + (edited - plain).square().sum((-1, -2))
         distance = torch.where(square > 0, square, 1.0).sqrt() * (square > 0)
         return loss + penalty * distance
     if theta is None:
         return loss
-    return loss + penalty * (real * theta.square().mean((-1, -2))).sum(-1) / count
+    theta = torch.where(padded[..., None, None], 0.0, theta)
+    return loss + penalty * theta.square().mean((-1, -2)).sum(-1) / count
 
 
 def keep_best(losses: Tensor, select: str) -> Tensor:
@@ -179,7 +187,8 @@ def regulate(
     with torch.inference_mode(False), torch.enable_grad():
         square = None if rest_square is None else rest_square.detach().clone()
         fixed = logits.detach().clone(), rest_lse.detach().clone(), square
-        current, basis = theta.detach().clone(), basis.detach().clone()
+        padded = (logits == -torch.inf).all(-1)[..., None, None]
+        current, basis = torch.where(padded, 0.0, theta.detach()).clone(), basis.detach().clone()
         thetas, losses = [], []
         for _ in range(steps):
             current.requires_grad_()
@@ -191,8 +200,7 @@ def regulate(
             current = (current - step_size * gradient).detach()
     history = torch.stack(losses)
     kept = torch.stack(thetas)[keep_best(history, select), torch.arange(theta.shape[0], device=theta.device)]
-    real = (logits > -torch.inf).any(-1).unsqueeze(-1)
-    return torch.where(real, bias_scale * gaussian_bias(kept, basis), 0.0), kept, history
+    return bias_scale * gaussian_bias(kept, basis), kept, history
 
 
 def regulate_full_logits(

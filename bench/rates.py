@@ -23,7 +23,7 @@ from tables import RESULTS, rates_table
 
 from attnctl_fast._report import overhead, spread, versions
 from attnctl_fast.shapes import LAYERS, load_pipeline
-from attnctl_fast.shapes.evaluate import STRENGTH, Arm, Evaluation, compare, interleaved, regulation
+from attnctl_fast.shapes.evaluate import TUNED, Arm, Evaluation, compare, interleaved, regulation
 
 TUNING_SEED = 100_000
 
@@ -82,14 +82,21 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help=f"search on held-apart seeds, from {TUNING_SEED} on")
-    parser.add_argument("--count", type=int, help="number of prompts; default: 512, with --tune 128")
-    parser.add_argument("--strengths", type=float, nargs="+", help=f"default: {STRENGTH}, with --tune 0.125 to 1")
+    parser.add_argument("--count", type=int, help="number of prompts; default: 256, with --tune 128")
+    parser.add_argument("--strengths", type=float, nargs="+", help="default: as tuned, and 1; with --tune 0.125 to 1")
     parser.add_argument(
         "--layers",
         nargs="+",
-        help="sets of layers, names joined by commas; default: all 16x16 layers, with --tune also block by block",
+        help="sets of layers, names joined by commas; default: all 16x16 layers, --tune: block by block too",
     )
-    parser.add_argument("--edit-steps", type=float, nargs="+", help="shares of the schedule; default: the method's own")
+    parser.add_argument(
+        "--option",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE[,VALUE...]",
+        help="another number of AttentionRegulation, such as mass=0.05,0.1; may be given repeatedly",
+    )
     parser.add_argument("--objects", type=int, default=2)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
@@ -99,18 +106,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="file to append to")
     arguments = parser.parse_args(argv)
 
-    strengths = arguments.strengths or ([0.125, 0.25, 0.5, 1.0] if arguments.tune else [STRENGTH])
-    layer_sets = [",".join(LAYERS), *(LAYERS if arguments.tune else ())]
-    choices: list[dict[str, Any]] = [
-        {"strength": strength, "layers": names.split(",")} | ({} if share is None else {"edit_steps": share})
-        for names, strength, share in itertools.product(
-            arguments.layers or layer_sets, strengths, arguments.edit_steps or [None]
-        )
-    ]
+    if arguments.tune or arguments.strengths or arguments.layers or arguments.option:
+        layers = arguments.layers or [",".join(LAYERS), *(LAYERS if arguments.tune else ())]
+        grid = {
+            "layers": [names.split(",") for names in layers],
+            "strength": arguments.strengths or ([0.125, 0.25, 0.5, 1.0] if arguments.tune else [TUNED["strength"]]),
+            **dict(arguments.option),
+        }
+        choices = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    else:
+        choices = [dict(TUNED), {"layers": LAYERS, "strength": 1.0}]
     pipe = load_pipeline(device=arguments.device, **({"weights": arguments.weights} if arguments.weights else {}))
     run = measure(
         pipe,
-        count=arguments.count or (128 if arguments.tune else 512),
+        count=arguments.count or (128 if arguments.tune else 256),
         seed_start=TUNING_SEED if arguments.tune else 0,
         regulations=choices,
         objects=arguments.objects,
@@ -127,6 +136,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _rates(result: Evaluation) -> dict[str, float]:
     return {name: result.hits(name) / len(result.scores) for name in ("strict", "exact", "colours")}
+
+
+def _option(text: str) -> tuple[str, list[float]]:
+    name, values = text.split("=")
+    return name, [float(value) for value in values.split(",")]
 
 
 def git_state() -> str | None:

@@ -92,16 +92,16 @@ def test_every_run_is_appended(bench, untrained, tmp_path, capsys):
     path = tmp_path / "new" / "rates.jsonl"
     options = ["--weights", str(untrained), "--steps", "1", "--batch-size", "1", "--results", str(path)]
     rates.main([*options, "--count", "2", "--strengths", "0.25", "1"])
-    rates.main([*options, "--count", "1", "--tune", "--layers", "down_blocks.0", "--edit-steps", "1.0"])
-    first, second = map(json.loads, path.read_text().splitlines())
+    rates.main([*options, "--count", "1", "--tune", "--layers", "down_blocks.0", "--option", "edit_steps=0.5,1"])
+    rates.main([*options, "--count", "1"])
+    first, second, third = map(json.loads, path.read_text().splitlines())
     assert (first["settings"]["seed_start"], second["settings"]["seed_start"]) == (0, rates.TUNING_SEED)
     assert [entry["options"]["strength"] for entry in first["regulations"]] == [0.25, 1.0]
     assert {tuple(entry["options"]["layers"]) for entry in first["regulations"]} == {rates.LAYERS}
-    assert len(second["regulations"]) == 4
-    assert all(
-        (entry["options"]["layers"], entry["options"]["edit_steps"]) == (["down_blocks.0"], 1.0)
-        for entry in second["regulations"]
-    )
+    assert len(second["regulations"]) == 8
+    assert {entry["options"]["edit_steps"] for entry in second["regulations"]} == {0.5, 1.0}
+    assert all(entry["options"]["layers"] == ["down_blocks.0"] for entry in second["regulations"])
+    assert [entry["options"]["strength"] for entry in third["regulations"]] == [rates.TUNED["strength"], 1.0]
     assert {"date", "git", "versions", "plain"} <= first.keys()
     assert first["regulations"][0]["count"] == 2
     assert tables.rates_table(first) in capsys.readouterr().out

@@ -182,7 +182,10 @@ def test_demo_writes_the_picture_and_every_result(untrained, tmp_path, capsys, m
     assert "%" in lines["same, by autograd"]
 
     report = json.loads((tmp_path / "demo.json").read_text())
-    assert report["settings"]["seeds"] == [7, 9] and report["settings"]["strength"] == evaluate.STRENGTH
+    assert (
+        report["settings"]["seeds"] == [7, 9]
+        and report["settings"]["regulation"]["strength"] == evaluate.TUNED["strength"]
+    )
     assert [entry["prompt"] for entry in report["pictures"]] == [scene.prompt for scene in scenes]
     assert [entry["attention regulation"]["strict"] for entry in report["pictures"]] == [False, False, True]
     assert report["pictures"][2]["attention regulation"]["found"] == [" ".join(pair) for pair in scenes[2].objects]

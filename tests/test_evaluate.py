@@ -110,7 +110,7 @@ def test_regulation_targets_the_nouns_in_the_layers_of_the_model():
     scenes = [scene_for_seed(seed) for seed in range(2)]
     (method,) = regulation()(scenes)
     assert [tuple(row) for row in method.targets] == [scene.nouns for scene in scenes]
-    assert (method.layers, method.strength) == (evaluate.LAYERS, evaluate.STRENGTH)
+    assert {name: getattr(method, name) for name in evaluate.TUNED} == evaluate.TUNED
     (method,) = regulation(strength=0.125, layers=["down_blocks.0"])(scenes)
     assert (tuple(method.layers), method.strength) == (("down_blocks.0",), 0.125)
 

@@ -92,10 +92,89 @@ def test_attention_gradients(dtype, sharp):
         assert_rows_close(a, b, c, dtype, f"d{name}", carried.get(name, 0.0))
 
 
-def test_only_wanted_gradients_are_made():
+def test_only_wanted_gradients_are_made(monkeypatch):
+    module = importlib.import_module("attnctl_fast.ops.attention")
+    asked = []
+    backward = module.attention_backward_op
+    monkeypatch.setattr(module, "attention_backward_op", lambda *args: asked.append(args[-1]) or backward(*args))
     q, k, v = attention_inputs(1, 2, 16, 9, 8, torch.float32)
     ops.attention(q.requires_grad_(), k, v).sum().backward()
-    assert q.grad is not None and k.grad is None and v.grad is None
+    assert asked == [[True, False, False]]
+    bias = torch.zeros(1, 2, 1, 16, requires_grad=True)
+    ops.biased_attention(q.detach(), k, v, bias, [3]).sum().backward()
+    assert len(asked) == 1, "the bias alone needs no backward pass of the attention"
+
+
+@pytest.mark.parametrize("layout", ["transposed", "stepped", "expanded"])
+def test_any_strides(layout):
+    def made(tokens, seed):
+        if layout == "transposed":
+            return randn(2, 2, 8, tokens, dtype=torch.float32, seed=seed).mT
+        if layout == "stepped":
+            return randn(2, 2, tokens, 16, dtype=torch.float32, seed=seed)[..., ::2]
+        return randn(2, 2, tokens, 1, dtype=torch.float32, seed=seed).expand(-1, -1, -1, 8)
+
+    leaves = [made(16, 1).requires_grad_(), made(9, 2).requires_grad_(), made(9, 3).requires_grad_()]
+    plain = [x.detach().contiguous().requires_grad_() for x in leaves]
+    weight = randn(2, 2, 8, 16, dtype=torch.float32, seed=4).mT
+    results = []
+    for q, k, v in (leaves, plain):
+        out, lse = ops.attention(q, k, v, return_lse=True)
+        merged = ops.biased_attention(q, k, v, torch.ones(2, 2, 1, 16), [3], pinned_ids=[0])
+        results.append([out, lse, merged, *torch.autograd.grad(((out + merged) * weight).sum() + lse.sum(), (q, k, v))])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 16, 77])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_nan_query_or_key_gives_nan(impl, tokens):
+    q, k, v = attention_inputs(2, 2, 16, tokens, 8, torch.float32)
+    q[0, 0, 3] = torch.nan
+    k[1, 1, 0, 2] = torch.nan
+    out, lse = ops.attention(q, k, v, return_lse=True, impl=impl)
+    expected = torch.zeros(2, 2, 16, dtype=torch.bool)
+    expected[0, 0, 3] = expected[1, 1] = True
+    assert torch.equal(out.isnan().any(-1), expected) and torch.equal(lse.isnan(), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_leaves_the_precision_alone(impl):
+    q, k, v = attention_inputs(1, 2, 16, 9, 8, torch.float32)
+
+    def run():
+        stats = ops.target_statistics(q, k, v, [3], pinned_ids=[0], with_square=True, impl=impl)
+        theta = torch.rand(1, 2, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+        found = ops.regulate(stats, (4, 4), theta=theta, steps=3, impl=impl)
+        loss = ops.regulation_loss(stats, found.bias, impl=impl)
+        return [*stats, *found, loss, ops.merge_targets(stats, v, [3], found.bias, pinned_ids=[0], impl=impl)]
+
+    expected = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = run()
+    for a, b in zip(ours, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_settings_that_are_not_the_defaults(impl):
+    q, k, v = attention_inputs(2, 2, 128, 11, 8, torch.float64)
+    grid, sigma, scale, ids = (8, 16), (1.5, 2.0), 0.7, [3, 6]
+    theta = randn(2, 2, 2, 6, dtype=torch.float64, seed=3).unflatten(-1, ops.basis_shape(grid, sigma))
+    y, x = torch.arange(8.0).double(), torch.arange(16.0).double()
+    rows = torch.exp(-((y[:, None] - torch.tensor([3.0, 6.0])) ** 2) / (2 * 1.5**2))
+    columns = torch.exp(-((x[:, None] - torch.tensor([4.0, 8.0, 12.0])) ** 2) / (2 * 2.0**2))
+    bias = (rows @ theta @ columns.mT).flatten(-2)
+    expected = full_softmax_output(q, k, v, bias, ids, [0], scale)
+    how = {"pinned_ids": [0], "scale": scale, "impl": impl}
+    torch.testing.assert_close(ops.regulated_attention(q, k, v, theta, ids, grid, sigma=sigma, **how), expected)
+    torch.testing.assert_close(ops.biased_attention(q, k, v, bias, ids, **how), expected)
+    stats = ops.target_statistics(q, k, v, ids, with_square=True, **how)
+    torch.testing.assert_close(ops.merge_targets(stats, v, ids, bias, pinned_ids=[0], impl=impl), expected)
+    rest = (scale * q @ k.mT).softmax(-1)[..., [0, 1, 2, 4, 5, 7, 8, 9, 10]]
+    torch.testing.assert_close(stats.rest_square, rest.square().sum(-1))
+    plain = full_softmax_output(q, k, v, torch.zeros_like(bias), ids, [], scale)
+    torch.testing.assert_close(ops.attention(q, k, v, scale=scale, impl=impl), plain)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -239,6 +318,17 @@ def test_gaussian_bias_equals_the_sum_over_centres(centres, grid):
         torch.testing.assert_close(ops.gaussian_bias(theta, grid, centres=centres, impl=impl), expected.flatten(-2))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gaussian_bias_rounds_once(impl, dtype):
+    grid = (512, 16)
+    theta = torch.rand(1, 1, 1, *ops.basis_shape(grid), generator=torch.Generator().manual_seed(0)).to(dtype)
+    truth = ops.gaussian_bias(theta.double(), grid)
+    bias = ops.gaussian_bias(theta, grid, impl=impl)
+    assert bias.dtype == dtype
+    assert ((bias.double() - truth).abs() <= torch.finfo(dtype).eps * truth.abs() + 1e-6).all()
+
+
 def test_default_sigma_is_the_released_codes_but_never_zero():
     assert ops.default_sigma((16, 16)) == (1.0, 1.0)
     assert ops.default_sigma((32, 64)) == (2.0, 4.0)
@@ -285,10 +375,25 @@ def test_the_form_for_accelerators_equals_the_cpus(excluded):
     finite = lse.masked_fill(lse.isneginf(), 0.0)
     for grad_lse in (None, randn(2, 2, 16, 1, dtype=torch.float64, seed=5)[..., 0]):
         grad_out = randn(2, 2, 16, 8, dtype=torch.float64, seed=4)
-        dense = module._dense_backward(grad_out, grad_lse, q, k, v, out, finite, mask, 0.3)
-        fused = module.attention_backward_op(grad_out, grad_lse, q, k, v, out, lse, ids, 0.3)
-        for ours, expected in zip(dense, fused, strict=True):
-            torch.testing.assert_close(ours, expected)
+        fused = module.attention_backward_op(grad_out, grad_lse, q, k, v, out, lse, ids, 0.3, [True] * 3)
+        for needed in ([True, True, True], [True, False, False], [False, True, True], [False, False, True]):
+            with _Products() as products:
+                dense = module._dense_backward(grad_out, grad_lse, q, k, v, out, finite, mask, 0.3, needed)
+            assert products.count == 1 + (needed[0] or needed[1]) + sum(needed)
+            for ours, expected, wanted in zip(dense, fused, needed, strict=True):
+                torch.testing.assert_close(ours, expected if wanted else expected.new_empty(0))
+
+
+class _Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.mm)
+        return function(*args, **(kwargs or {}))
 
 
 class _LargestTensor(TorchDispatchMode):

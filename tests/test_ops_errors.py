@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from numerics import attention_inputs
@@ -54,6 +55,12 @@ def test_target_ids(qkv):
     )
     refused("target_ids has shape (3, 1); it must be [T] or [batch, T] with batch 2", statistics, [[1], [2], [3]])
     refused("target_ids mixes ids and lists of ids: [[1], 2]", statistics, [[1], 2])
+    refused("target_ids holds 2.7; token ids are ints", statistics, [2.7])
+    refused("target_ids holds 'bag'; token ids are ints", statistics, ["bag"])
+    refused("target_ids holds True; token ids are ints", statistics, np.array([True, False]))
+    refused("target_ids is 3; it must be token ids", statistics, 3)
+    refused("target_ids is 'bag'; it must be token ids", statistics, "bag")
+    refused("target_ids holds 3 more than once", statistics, [torch.tensor(3), torch.tensor(3)])
     refused("token 3 is both in target_ids and in pinned_ids", statistics, [3], pinned_ids=[0, 3])
     refused("token 3 is both in target_ids and in pinned_ids", statistics, torch.tensor([[1], [3]]), pinned_ids=[0, 3])
 
@@ -88,9 +95,42 @@ def test_bias_and_statistics_that_do_not_fit(qkv):
     refused("must be a float tensor [B,H,T,M] = [2, 2, 2, 16]", ops.regulation_loss, stats, torch.zeros(2, 2, 2, 15))
 
 
+def test_dtypes_of_what_is_added(qkv):
+    q, k, v = qkv
+    stats = ops.target_statistics(q, k, v, [3], with_square=True)
+    bias, theta = torch.rand(2, 2, 1, 16), torch.rand(2, 2, 1, 1, 1)
+    wide = "is torch.float64 but the computation is torch.float32; cast it"
+    refused(f"bias {wide}", ops.biased_attention, q, k, v, bias.double(), [3])
+    refused(f"bias {wide}", ops.merge_targets, stats, v, [3], bias.double())
+    refused(f"bias {wide}", ops.regulation_loss, stats, bias.double())
+    refused(f"theta {wide}", ops.regulation_loss, stats, bias, theta=theta.double())
+    refused(f"theta {wide}", ops.regulated_attention, q, k, v, theta.double(), [3], (4, 4))
+    half = bias.bfloat16()
+    torch.testing.assert_close(ops.regulation_loss(stats, half), ops.regulation_loss(stats, half.float()))
+    torch.testing.assert_close(
+        ops.biased_attention(q, k, v, half, [3]), ops.biased_attention(q, k, v, half.float(), [3])
+    )
+    narrow = stats._replace(logits=stats.logits.bfloat16())
+    refused("the statistics hold logits in torch.bfloat16", ops.regulate, narrow, (4, 4))
+    refused("the statistics hold logits in torch.bfloat16", ops.regulation_loss, narrow, bias)
+    for shape in ((2, 2, 2, 1, 1), (2, 2, 1, 9), (1, 1, 1, 1, 1)):
+        refused("theta is torch.float32 of shape", ops.regulation_loss, stats, bias, theta=torch.rand(shape))
+
+
+def test_values_that_do_not_fit_the_statistics(qkv):
+    q, k, v = qkv
+    stats = ops.target_statistics(q, k, v, [3])
+    refused("v has shape (9, 8), which does not fit rest_out", ops.merge_targets, stats, v[0, 0], [3])
+    refused("v is torch.int32 on cpu; it must be a float tensor on cpu", ops.merge_targets, stats, v.int(), [3])
+    refused("v is torch.float32 on meta; it must be a float tensor on cpu", ops.merge_targets, stats, v.to("meta"), [3])
+
+
 def test_grid_sigma_and_centres(qkv):
     stats = ops.target_statistics(*qkv, [3])
     refused("grid 3x5 has 15 cells, but there are 16 image tokens", ops.regulate, stats, (3, 5))
+    refused("grid is (4.0, 4.0); it must be (height, width), two ints", ops.regulate, stats, (4.0, 4.0))
+    refused("grid is 16; it must be (height, width)", ops.basis_shape, 16)
+    refused("sigma is (1, 1, 1); it must be one number or", ops.basis_shape, (8, 8), (1, 1, 1))
     refused("grid is (0, 16); it must be (height, width)", ops.regulate, stats, (0, 16))
     refused("sigma is 0; it must be positive", ops.regulate, stats, (4, 4), sigma=0)
     refused("sigma is (1.0, -2.0); it must be positive", ops.regulate, stats, (4, 4), sigma=(1.0, -2.0))
@@ -125,7 +165,10 @@ def test_objective_and_steps(qkv):
         (4, 4),
         objective="paper",
     )
-    refused("steps is 0; at least 1", ops.regulate, stats, (4, 4), steps=0)
+    refused("steps is 0; it must be an int of at least 1", ops.regulate, stats, (4, 4), steps=0)
+    refused("steps is 3.0; it must be an int", ops.regulate, stats, (4, 4), steps=3.0)
+    refused("step_size is nan; it must be finite", ops.regulate, stats, (4, 4), step_size=float("nan"))
+    refused("scale is nan; it must be finite", ops.attention, *qkv, scale=float("nan"))
     refused("select is 'best'", ops.regulate, stats, (4, 4), select="best")
     refused("quantile is 1.5; it must be in [0, 1]", ops.regulation_loss, stats, torch.zeros(2, 2, 1, 16), quantile=1.5)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from numerics import attention_inputs, randn
@@ -16,8 +18,8 @@ IMPLS = ["reference", "eager"]
 FLOAT64 = torch.float64
 
 
-def inputs(dtype=torch.float32, grad=False):
-    q, k, v = attention_inputs(2, 2, 24, 9, 8, dtype, strided=True)
+def inputs(dtype=torch.float32, grad=False, strided=True):
+    q, k, v = attention_inputs(2, 2, 24, 9, 8, dtype, strided=strided)
     bias = randn(2, 2, 2, 24, dtype=dtype, seed=5)
     theta = randn(2, 2, 2, 2, dtype=dtype, seed=6).reshape(2, 2, 2, 1, 2)
     return [x.requires_grad_(grad) for x in (q, k, v, bias, theta)]
@@ -31,9 +33,9 @@ LOSS = ("official", 0.9, 0.9, None, 80.0, 0.09)
 SOLVER = (list(GRID), [1.0, 1.0], "official", 1.0, 3, 100.0, "sample")
 
 
-def registered(grad: bool):
+def registered(grad: bool, strided: bool = True):
     """(operation, arguments) for everything in torch.ops.attnctl_fast."""
-    q, k, v, bias, theta = inputs(grad=grad)
+    q, k, v, bias, theta = inputs(grad=grad, strided=strided)
     with torch.no_grad():
         stats = ops.target_statistics(q, k, v, ids, pinned_ids=pins, with_square=True)
     rest_out, rest_lse, logits, square, pinned = (x.requires_grad_(grad) for x in stats)
@@ -46,8 +48,8 @@ def registered(grad: bool):
         "attention": [(q, k, v, none, 0.3), (q, k, v, ids, 0.3)],
         "attention_reference": [(q, k, v, ids, 0.3)],
         "attention_backward": [
-            (torch.ones_like(q), g, *(t.detach() for t in (q, k, v, rest_out, rest_lse)), ids, 0.3)
-            for g in (None, torch.ones(2, 2, 24))
+            (torch.ones_like(q), g, *(t.detach() for t in (q, k, v, rest_out, rest_lse)), ids, 0.3, needed)
+            for g, needed in ((None, [True, True, True]), (torch.ones(2, 2, 24), [True, False, True]))
         ],
         "target_logits": [(q, k, ids, 0.3), (q, k, pins, 0.3)],
         "target_logits_reference": [(q, k, ids, 0.3)],
@@ -64,10 +66,11 @@ def registered(grad: bool):
         ],
         "regulation_loss_reference": [(logits, rest_lse, square, bias, theta, *paper)],
         "regulation_loss_backward": [
-            (torch.ones(2, 2), *(t if t is None else t.detach() for t in arguments), *terms)
-            for arguments, terms in (
-                ((logits, rest_lse, None, bias, theta), LOSS),
-                ((logits, rest_lse, square, bias, None), paper),
+            (torch.ones(2, 2), *(t if t is None else t.detach() for t in arguments), *terms, of_statistics)
+            for arguments, terms, of_statistics in (
+                ((logits, rest_lse, None, bias, theta), LOSS, False),
+                ((logits, rest_lse, square, bias, None), paper, False),
+                ((logits, rest_lse, square, bias, None), paper, True),
             )
         ],
         "regulate": [
@@ -90,10 +93,10 @@ def test_every_registered_operation_is_checked():
     assert names == set(NAMES)
 
 
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("grad", "strided"), [(False, False), (True, True)])
 @pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name, grad):
-    for arguments in registered(grad)[name]:
+def test_opcheck(name, grad, strided):
+    for arguments in registered(grad, strided)[name]:
         opcheck(getattr(torch.ops.attnctl_fast, name), arguments)
 
 
@@ -167,12 +170,17 @@ def test_one_graph_under_compile(name, impl):
         torch.testing.assert_close(ours, expected)
 
 
-def test_compiled_with_inductor():
-    q, k, v, bias, _ = inputs()
-    function = public("eager")["biased_attention"]
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++")
+@pytest.mark.parametrize("strided", [False, True])
+def test_compiled_with_inductor(strided):
+    q, k, v, bias, _ = inputs(strided=strided)
+
+    def function(q, k, v, bias):
+        return ops.biased_attention(q, k, v, bias, ids, pinned_ids=pins) + 2 * ops.attention(q, k, v)
+
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True)
-    torch.testing.assert_close(compiled(q, k, v, bias, None), function(q, k, v, bias, None))
+    torch.testing.assert_close(compiled(q, k, v, bias), function(q, k, v, bias))
 
 
 def test_compile_takes_ids_as_a_sequence():
@@ -184,10 +192,11 @@ def test_compile_takes_ids_as_a_sequence():
     torch.testing.assert_close(compiled(q, k, v, bias), ops.biased_attention(q, k, v, bias, [3, 5], pinned_ids=[0]))
 
 
+@pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", PUBLIC)
-def test_fake_tensors_have_the_real_shapes(name, impl):
-    arguments = inputs()
+def test_fake_tensors_have_the_real_shapes(name, impl, strided):
+    arguments = inputs(strided=strided)
     real = public(impl)[name](*arguments)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) for x in arguments]

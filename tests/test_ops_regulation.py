@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from numerics import attention_inputs, randn
@@ -72,6 +74,74 @@ def test_gradients_in_float32(objective):
     narrow = TargetStatistics(*(x if x is None else x.float() for x in wide))
     ours = gradient(narrow, bias.detach().float(), "eager")
     assert (ours.double() - truth).abs().amax() <= 1e-5 * truth.abs().amax()
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_settings_that_are_not_the_defaults(impl, objective):
+    """Against the equations on full maps, and the solver against its own loss."""
+    q, k, v = attention_inputs(2, 3, 64, 20, 16, torch.float64, 3.0)
+    ids, grid = [5, 8], (8, 8)
+    stats = ops.target_statistics(q, k, v, ids, with_square=True, impl=impl)
+    theta = initial(stats, grid)
+    how = {"quantile": 0.7, "level": 0.6, "mass": 0.11, "mass_weight": 30.0, "penalty": 0.5, "objective": objective}
+    bias = 0.5 * ops.gaussian_bias(theta, grid)
+    logits = q @ k.mT / 4
+    edited = logits.clone()
+    edited[..., ids] += bias.mT
+    maps = edited.softmax(-1)[..., ids]
+    expected = (torch.quantile(maps, 0.7, dim=-2) - 0.6).square().mean(-1)
+    expected = expected + 30 * (maps.mean(-2) - 0.11).square().mean(-1)
+    distance = (edited.softmax(-1) - logits.softmax(-1)).square().sum((-1, -2)).sqrt()
+    expected = expected + 0.5 * (distance if objective == "paper" else theta.square().mean((-1, -2, -3)))
+    torch.testing.assert_close(ops.regulation_loss(stats, bias, theta=theta, impl=impl, **how), expected)
+    found = ops.regulate(stats, grid, theta=theta, bias_scale=0.5, steps=2, step_size=3.0, impl=impl, **how)
+    torch.testing.assert_close(found.losses[0], expected)
+    leaf = theta.clone().requires_grad_()
+    loss = ops.regulation_loss(stats, 0.5 * ops.gaussian_bias(leaf, grid), theta=leaf, impl=impl, **how)
+    moved = leaf - 3.0 * torch.autograd.grad(loss.sum(), leaf)[0]
+    after = ops.regulation_loss(stats, 0.5 * ops.gaussian_bias(moved, grid), theta=moved, impl=impl, **how)
+    torch.testing.assert_close(found.losses[1], after.detach())
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_padded_targets_are_ignored(impl, objective):
+    stats = statistics(ids=[[3, 5], [4, -1]], impl=impl)
+    theta = initial(stats, (16, 16))
+    bias = ops.gaussian_bias(theta, (16, 16))
+    expected = ops.regulation_loss(stats, bias, theta=theta, objective=objective, impl=impl)
+    solved = ops.regulate(stats, (16, 16), theta=theta, objective=objective, steps=3, impl=impl)
+    for poison in (torch.nan, torch.inf):
+        theta[1, :, 1], bias[1, :, 1] = poison, poison
+        loss = ops.regulation_loss(stats, bias, theta=theta, objective=objective, impl=impl)
+        torch.testing.assert_close(loss, expected)
+        again = ops.regulate(stats, (16, 16), theta=theta, objective=objective, steps=3, impl=impl)
+        assert torch.equal(again.bias, solved.bias) and torch.equal(again.losses, solved.losses)
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_sample_without_targets_has_finite_gradients(impl, objective):
+    q, k, v = (x.requires_grad_() for x in attention_inputs(2, 2, 16, 9, 8, torch.float64))
+    bias = torch.zeros(2, 2, 1, 16, dtype=torch.float64, requires_grad=True)
+    ids, pinned = [[3], [-1]], [[0], [0]]
+    stats = ops.target_statistics(q, k, v, ids, pinned_ids=pinned, with_square=True, impl=impl)
+    loss = ops.regulation_loss(stats, bias, objective=objective, impl=impl)
+    out = ops.merge_targets(stats, v, ids, bias, pinned_ids=pinned, impl=impl)
+    for gradient in torch.autograd.grad(loss.sum() + out.square().sum(), (q, k, v, bias)):
+        assert gradient.isfinite().all() and (gradient[0] != 0).any()
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_a_step_with_nan_losses_is_never_kept(kind):
+    module = importlib.import_module("attnctl_fast.ops.regulate")
+    losses = torch.tensor([[[3.0]], [[torch.nan]], [[2.0]]])
+    thetas = torch.arange(3.0).view(3, 1, 1)
+    given = (losses.numpy(), thetas.numpy()) if kind == "numpy" else (losses, thetas)
+    for select in ("sample", "batch"):
+        assert float(module.keep_best(*given, select)[0, 0]) == 2.0
+    assert int(reference.keep_best(losses, "sample")) == 2
 
 
 def test_loss_without_theta_has_no_theta_term():

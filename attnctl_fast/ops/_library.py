@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 NAMESPACE = "attnctl_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def without_autocast(function: _Function) -> _Function:
+    """The operations choose their own precision: autocast would round the logits and statistics to half."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return run  # type: ignore[return-value]
 
 
 def composite(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -16,5 +33,5 @@ def composite(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     torch.compile see through."""
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, function, "CompositeImplicitAutograd")
+    _library.impl(name, without_autocast(function), "CompositeImplicitAutograd")
     return getattr(getattr(torch.ops, NAMESPACE), name)

@@ -107,7 +107,8 @@ class Terms:
     def __init__(self, logits: Array, objective: Objective) -> None:
         xp = namespace(logits)
         rows, targets, size = logits.shape
-        real = xp.asarray(xp.amax(logits, 2) > -xp.inf, dtype=logits.dtype)
+        self.real = xp.amax(logits, 2) != -xp.inf
+        real = xp.asarray(self.real, dtype=logits.dtype)
         count = xp.clip(real.sum(1, keepdims=True), 1, None)
         position = objective.quantile * (size - 1)
         self.objective = objective
@@ -122,6 +123,11 @@ class Terms:
         all_rows = rows * (targets + 1)
         row = np.arange(all_rows) if xp is np else torch.arange(all_rows, device=logits.device)
         self._first = row.reshape(rows, targets + 1)[:, :-1] * size
+
+    def only_real(self, x: Array) -> Array:
+        """`x` [n,T,..] with zeros for padded targets."""
+        xp = namespace(x)
+        return xp.where(self.real.reshape(*self.real.shape, *[1] * (x.ndim - 2)), x, xp.zeros_like(x))
 
     def measure(self, maps: Array) -> Measure:
         """The linearly interpolated quantile (as torch.quantile) and the mean of every map [n,T,M]."""

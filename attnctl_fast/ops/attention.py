@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from .._impl import resolve
 from .._validate import check_qkv, check_scale
-from ._library import NAMESPACE, composite
+from ._library import NAMESPACE, composite, without_autocast
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -36,6 +38,7 @@ def _dense_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Te
     return logits if mask is None else logits + mask
 
 
+@without_autocast
 def _dense_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Where no fused attention returns its logsumexp on every accelerator: the logits in memory."""
     logits = _dense_logits(q, k, mask, scale)
@@ -43,6 +46,7 @@ def _dense_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     return torch.exp(logits - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1)) @ v, lse
 
 
+@without_autocast
 def _dense_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -53,35 +57,57 @@ def _dense_backward(
     lse: Tensor,
     mask: Tensor | None,
     scale: float,
+    needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     probabilities = torch.exp(_dense_logits(q, k, mask, scale) - lse.unsqueeze(-1))
-    row = (grad_out * out).sum(-1)
-    row = row if grad_lse is None else row - grad_lse
-    grad_logits = probabilities * (grad_out @ v.mT - row.unsqueeze(-1)) * scale
-    return grad_logits @ k, grad_logits.mT @ q, probabilities.mT @ grad_out
+    grad_q, grad_k, grad_v = (q.new_empty(0) for _ in range(3))
+    if needed[0] or needed[1]:
+        row = (grad_out * out).sum(-1)
+        row = row if grad_lse is None else row - grad_lse
+        grad_logits = probabilities * (grad_out @ v.mT - row.unsqueeze(-1)) * scale
+        grad_q = grad_logits @ k if needed[0] else grad_q
+        grad_k = grad_logits.mT @ q if needed[1] else grad_k
+    return grad_q, grad_k, probabilities.mT @ grad_out if needed[2] else grad_v
+
+
+def _kept(gradients: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(  # type: ignore[return-value]
+        x.contiguous() if wanted else x.new_empty(0) for x, wanted in zip(gradients, needed, strict=True)
+    )
+
+
+def _unit_stride(*tensors: Tensor) -> list[Tensor]:
+    """The CPU's fused attention reads a head's numbers as neighbours, unchecked."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def _like(x: Tensor, result: Tensor) -> Tensor:
+    """`result` in the layout of empty_like(x), which is the one that the fake promises."""
+    wanted = torch.empty_like(x)
+    return result if result.stride() == wanted.stride() else wanted.copy_(result)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
 def attention_op(q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     mask = _mask(q, k, excluded_ids)
     if q.device.type != "cpu":
-        return _dense_forward(q, k, v, mask, scale)
-    out, lse = _cpu_forward(q, k, v, attn_mask=mask, scale=scale)
+        out, lse = _dense_forward(q, k, v, mask, scale)
+        return _like(q, out), lse
+    out, lse = _cpu_forward(*_unit_stride(q, k, v), attn_mask=mask, scale=scale)
     lse = lse.contiguous()
     if mask is not None:
         empty = mask[:, :, 0].isneginf().all(-1, keepdim=True)
         lse = lse.masked_fill(empty, -torch.inf)
-    return out, lse
+    if (lse == 0).any():
+        # What the kernel says of rows that are all NaN, as if they were masked.
+        broken = q.isnan().any(-1) | k.isnan().any((-1, -2)).unsqueeze(-1)
+        out, lse = out.masked_fill(broken.unsqueeze(-1), torch.nan), lse.masked_fill(broken, torch.nan)
+    return _like(q, out), lse
 
 
 @attention_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    batch, heads, image_tokens, width = q.shape
-    if q.device.type == "cpu":
-        out = q.new_empty(batch, image_tokens, heads, width).transpose(1, 2)
-    else:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty(q.shape[:3])
+    return torch.empty_like(q), q.new_empty(q.shape[:3])
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
@@ -95,21 +121,24 @@ def attention_backward_op(
     lse: Tensor,
     excluded_ids: Tensor,
     scale: float,
+    needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; an empty tensor for one that is not needed and would cost extra."""
     mask = _mask(q, k, excluded_ids)
     lse = lse.masked_fill(lse.isneginf(), 0.0)
     if q.device.type != "cpu":
-        return _dense_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale)
+        return _dense_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale, needed)
+    grad_out, q, k, v, out = _unit_stride(grad_out, q, k, v, out)
     if grad_lse is None:
         gradients = _cpu_backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
-        return tuple(x.contiguous() for x in gradients)
+        return _kept(gradients, needed)
     # dl = P (dP - rowsum(dO O) + dlse): a value column of ones whose output gradient is dlse, and whose saved output is
     # 0 so that the row sum does not see it, adds exactly the last term.
     grad = torch.cat([grad_out, grad_lse.unsqueeze(-1)], -1)
     wider_q, wider_k, wider_out = (F.pad(x, (0, 1)) for x in (q, k, out))
     wider_v = F.pad(v, (0, 1), value=1.0)
     gradients = _cpu_backward(grad, wider_q, wider_k, wider_v, wider_out, lse, 0.0, False, attn_mask=mask, scale=scale)
-    return tuple(x[..., :-1].contiguous() for x in gradients)
+    return _kept([x[..., :-1] for x in gradients], needed)
 
 
 @attention_backward_op.register_fake
@@ -123,8 +152,9 @@ def _(
     lse: Tensor,
     excluded_ids: Tensor,
     scale: float,
+    needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))  # type: ignore[return-value]
+    return _kept([x.new_empty(x.shape) for x in (q, k, v)], needed)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -138,8 +168,9 @@ def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     if grad_out is None and grad_lse is None:
         return None, None, None, None, None
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    gradients = attention_backward_op(grad_out, grad_lse, q, k, v, out, lse, excluded_ids, ctx.scale)
-    return *(x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad, strict=False)), None, None
+    needed = list(ctx.needs_input_grad[:3])
+    gradients = attention_backward_op(grad_out, grad_lse, q, k, v, out, lse, excluded_ids, ctx.scale, needed)
+    return *(x if wanted else None for x, wanted in zip(gradients, needed, strict=True)), None, None
 
 
 attention_op.register_autograd(_backward, setup_context=_save)

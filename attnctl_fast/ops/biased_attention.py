@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import reference
@@ -62,6 +63,7 @@ def biased_attention(
     check_qkv(q, k, v)
     targets, pinned = check_targets(target_ids, pinned_ids, k)
     scale = check_scale(scale, q.shape[3])
-    check_bias(bias, (*q.shape[:2], targets.shape[-1], q.shape[2]), q.device)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    bias = check_bias(bias, (*q.shape[:2], targets.shape[-1], q.shape[2]), q.device, wide)
     run = biased_attention_reference if resolve(impl) == "reference" else biased_attention_op
     return run(q, k, v, bias * scale if bias_inside_scale else bias, targets, pinned, scale)

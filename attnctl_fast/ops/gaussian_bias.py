@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import reference
 from .._impl import resolve
@@ -44,7 +41,10 @@ def basis_axes(
         raise ValueError(f"centres is {centres!r}; it must be one of {', '.join(map(repr, CENTRES))}")
     if sigma is None:
         sigma = default_sigma(grid)
-    sigma_y, sigma_x = (float(s) for s in (sigma if isinstance(sigma, tuple) else (sigma, sigma)))
+    pair = tuple(sigma) if isinstance(sigma, (tuple, list)) else (sigma, sigma)
+    if len(pair) != 2:
+        raise ValueError(f"sigma is {sigma}; it must be one number or (sigma_y, sigma_x)")
+    sigma_y, sigma_x = float(pair[0]), float(pair[1])
     if not (0 < sigma_y < float("inf") and 0 < sigma_x < float("inf")):
         raise ValueError(f"sigma is {sigma}; it must be positive and finite (None takes the default of the grid)")
     axes = _axis_centres(height, sigma_y, centres), _axis_centres(width, sigma_x, centres)
@@ -63,20 +63,12 @@ def basis_shape(grid: tuple[int, int], sigma: Sigma | None = None, centres: str 
     return len(axis_y), len(axis_x)
 
 
-@functools.lru_cache(maxsize=64)
-def _axis_basis(
-    side: int, centres: tuple[float, ...], sigma: float, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    cells = torch.arange(side, dtype=dtype, device=device)
-    return torch.exp(-((cells[:, None] - torch.tensor(centres, dtype=dtype, device=device)) ** 2) / (2 * sigma**2))
-
-
 def axis_basis(side: int, centres: list[float], sigma: float, like: Tensor) -> Tensor:
-    """G[y, i] = exp(-(y - c_i)^2 / 2 sigma^2): [side, r]. It is kept, so it must not be written to."""
-    if torch.compiler.is_compiling() or isinstance(like, FakeTensor):
-        return _axis_basis.__wrapped__(side, tuple(centres), sigma, like.dtype, like.device)
-    with torch.inference_mode(False):
-        return _axis_basis(side, tuple(centres), sigma, like.dtype, like.device)
+    """G[y, i] = exp(-(y - c_i)^2 / 2 sigma^2): [side, r]."""
+    cells = torch.arange(side, dtype=like.dtype, device=like.device)
+    return torch.exp(
+        -((cells[:, None] - torch.tensor(centres, dtype=like.dtype, device=like.device)) ** 2) / (2 * sigma**2)
+    )
 
 
 def full_basis(grid: tuple[int, int], sigma: Sigma | None, centres: str, like: Tensor) -> Tensor:
@@ -98,7 +90,7 @@ def _gaussian_bias(theta: Tensor, basis_y: Tensor, basis_x: Tensor) -> Tensor:
 gaussian_bias_op = composite("gaussian_bias(Tensor theta, Tensor basis_y, Tensor basis_x) -> Tensor", _gaussian_bias)
 
 
-def check_theta(theta: Tensor, shape: tuple[int, ...], axes: tuple[int, int]) -> None:
+def check_theta(theta: Tensor, shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
     """Raise ValueError unless theta is a float tensor of the (leading) shape [B,H,T,r_y,r_x]."""
     if not theta.dtype.is_floating_point or theta.ndim != 5 or theta.shape[:3] != (shape or theta.shape[:3]):
         wanted = [*(shape or "BHT"), *axes]
@@ -135,7 +127,11 @@ def gaussian_bias(
     """
     axis_y, axis_x, sigma_y, sigma_x = basis_axes(grid, sigma, centres)
     check_theta(theta, (), (len(axis_y), len(axis_x)))
+    wide = theta.to(torch.promote_types(theta.dtype, torch.float32))
+    height, width = check_grid(grid)
     if resolve(impl) == "reference":
-        return gaussian_bias_reference(theta, full_basis(grid, sigma, centres, theta))
-    basis_y = axis_basis(grid[0], axis_y, sigma_y, theta)
-    return gaussian_bias_op(theta, basis_y, axis_basis(grid[1], axis_x, sigma_x, theta))
+        span = gaussian_bias_reference(wide, full_basis((height, width), sigma, centres, wide))
+    else:
+        basis_y = axis_basis(height, axis_y, sigma_y, wide)
+        span = gaussian_bias_op(wide, basis_y, axis_basis(width, axis_x, sigma_x, wide))
+    return span.to(theta.dtype)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import TokenIds, check_targets
+from .._validate import TokenIds, check_dtype, check_targets
 from ._library import composite
-from .target_statistics import TargetStatistics, gather_columns
+from .target_statistics import TargetStatistics, gather_columns, joint_lse
 
 _SCHEMA = (
     "(Tensor rest_out, Tensor rest_lse, Tensor logits, Tensor pinned_logits, Tensor v, Tensor bias, "
@@ -35,8 +35,7 @@ def _merge_targets(
     weights = torch.cat([z, rest_lse.unsqueeze(2)], 2).softmax(2)
     rest_weight, columns, values = weights[:, :, -1], weights[:, :, :-1], gather_columns(v, target_ids)
     if pinned_ids.shape[-1]:
-        plain_lse = torch.logaddexp(rest_lse, logits.logsumexp(2)).unsqueeze(2)
-        lse = torch.logaddexp(rest_lse, z.logsumexp(2)).unsqueeze(2)
+        plain_lse, lse = (joint_lse(rest_lse, x).unsqueeze(2) for x in (logits, z))
         restored = torch.exp(pinned_logits - plain_lse) - torch.exp(pinned_logits - lse)
         columns = torch.cat([columns, restored], 2)
         values = torch.cat([values, gather_columns(v, pinned_ids)], 2)
@@ -47,14 +46,15 @@ def _merge_targets(
 merge_targets_op = composite("merge_targets" + _SCHEMA, _merge_targets)
 
 
-def check_bias(bias: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raise ValueError unless `bias` is a float tensor of `shape` [B,H,T,M] on `device`."""
+def check_bias(bias: Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`bias` in `dtype`; ValueError unless it is a float tensor of `shape` [B,H,T,M] on `device`, no wider."""
     if not bias.dtype.is_floating_point or tuple(bias.shape) != tuple(shape):
         raise ValueError(
             f"bias is {bias.dtype} of shape {tuple(bias.shape)}; it must be a float tensor [B,H,T,M] = {list(shape)}"
         )
     if bias.device != device:
         raise ValueError(f"bias is on {bias.device} but the attention is on {device}; move it there")
+    return check_dtype("bias", bias, dtype)
 
 
 def merge_targets(
@@ -85,6 +85,10 @@ def merge_targets(
     Raises:
         ValueError: a bias, ids or values that do not fit the statistics.
     """
+    if v.ndim != 4 or v.shape[:2] != stats.rest_out.shape[:2] or v.shape[3] != stats.rest_out.shape[3]:
+        raise ValueError(f"v has shape {tuple(v.shape)}, which does not fit rest_out {tuple(stats.rest_out.shape)}")
+    if not v.dtype.is_floating_point or v.device != stats.rest_out.device:
+        raise ValueError(f"v is {v.dtype} on {v.device}; it must be a float tensor on {stats.rest_out.device}")
     targets, pinned = check_targets(target_ids, pinned_ids, v)
     if targets.shape[-1] != stats.logits.shape[2]:
         raise ValueError(
@@ -97,11 +101,9 @@ def merge_targets(
             f"pinned_ids names {pinned.shape[-1]} tokens, but the statistics hold {held} pinned columns; "
             "pass the ids that target_statistics got"
         )
-    if v.ndim != 4 or v.shape[:2] != stats.rest_out.shape[:2] or v.shape[3] != stats.rest_out.shape[3]:
-        raise ValueError(f"v has shape {tuple(v.shape)}, which does not fit rest_out {tuple(stats.rest_out.shape)}")
     if bias is None:
         bias = torch.zeros_like(stats.logits)
-    check_bias(bias, stats.logits.shape, stats.logits.device)
+    bias = check_bias(bias, stats.logits.shape, stats.logits.device, stats.logits.dtype)
     pinned_logits = stats.logits[:, :, :0] if stats.pinned_logits is None else stats.pinned_logits
     merge = merge_targets_reference if resolve(impl) == "reference" else merge_targets_op
     return merge(stats.rest_out, stats.rest_lse, stats.logits, pinned_logits, v, bias, targets, pinned)

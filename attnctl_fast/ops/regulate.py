@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ from .._validate import check_grid
 from ._library import NAMESPACE
 from ._objective import Array, Distance, Objective, Terms, arrays, namespace, softmax, softmax_backward_, tensor
 from .gaussian_bias import Sigma, axis_basis, basis_axes, check_theta, full_basis
-from .target_statistics import TargetStatistics
+from .target_statistics import TargetStatistics, check_statistics
 
 SELECTIONS = ("sample", "batch")
 
@@ -27,6 +29,14 @@ class Regulation(NamedTuple):
     bias: Tensor
     theta: Tensor
     losses: Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_basis(
+    side: int, centres: tuple[float, ...], sigma: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """`axis_basis`, made once; for use inside of opaque operations, which neither trace nor write to it."""
+    return axis_basis(side, list(centres), sigma, torch.empty(0, dtype=dtype, device=device))
 
 
 def _span(theta: Array, basis_y: Array, basis_x: Array, bias_scale: float) -> Array:
@@ -76,7 +86,7 @@ def descend(
     distance = None
     if rest_square is not None:
         distance = Distance.of(softmax(edited, xp.empty_like(edited)), rest_square)
-    thetas, high, mean, distances = [theta], [], [], []
+    thetas, high, mean, distances = [terms.only_real(theta)], [], [], []
     # A step on penalty * mean theta^2 only shrinks theta.
     shrink = None
     if objective.name == "official":
@@ -132,7 +142,10 @@ def regulate_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     aim = Objective(objective, quantile, level, mass, mass_weight, penalty)
     axis_y, axis_x, _, _ = basis_axes((grid[0], grid[1]), (sigma[0], sigma[1]), centres)
-    bases = axis_basis(grid[0], axis_y, sigma[0], logits), axis_basis(grid[1], axis_x, sigma[1], logits)
+    bases = (
+        _kept_basis(grid[0], tuple(axis_y), sigma[0], logits.dtype, logits.device),
+        _kept_basis(grid[1], tuple(axis_x), sigma[1], logits.dtype, logits.device),
+    )
     flat = [x if x is None else x.flatten(0, 1) for x in (logits, rest_lse, rest_square, theta)]
     with np.errstate(all="ignore"):
         maps, rest, square, initial = arrays(*flat)
@@ -141,7 +154,6 @@ def regulate_op(
         losses = losses.reshape(steps, *logits.shape[:2])
         kept = keep_best(losses, thetas.reshape(steps, *theta.shape), select)
         bias = _span(kept, basis_y, basis_x, bias_scale).reshape(maps.shape)
-        bias *= (namespace(maps).amax(maps, 2) > -np.inf)[..., None]
     return tensor(bias).view(logits.shape), tensor(kept), tensor(losses)
 
 
@@ -229,8 +241,8 @@ def regulate(
         stats: from `target_statistics` (`with_square=True` for the paper's objective).
         grid: (height, width), height*width == M.
         theta: initial weights `[B,H,T,r_y,r_x]` (see `basis_shape`) in the logits' dtype; None draws them uniformly
-            from [0, 1), as the released code does.
-        generator: for that draw; on the device of the statistics.
+            from [0, 1), as the released code does. A padded target's are ignored and come back as zero.
+        generator: for that draw; on the device of the statistics. Under `torch.compile` pass theta instead.
         steps: how many weights are evaluated, the initial one included (released code: 20).
         step_size: of the descent, per head (the released code's 100 * B * H on the mean over batch and heads).
         sigma, centres: as for `gaussian_bias`.
@@ -250,11 +262,14 @@ def regulate(
             steps < 1.
     """
     logits = stats.logits
-    check_grid(grid, logits.shape[3])
+    check_statistics(stats)
+    grid = check_grid(grid, logits.shape[3])
     axis_y, axis_x, sigma_y, sigma_x = basis_axes(grid, sigma, centres)
     aim = Objective.checked(objective, quantile, level, mass, mass_weight, penalty, stats.rest_square)
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; at least 1 is needed")
+    if isinstance(steps, float) or steps < 1:
+        raise ValueError(f"steps is {steps}; it must be an int of at least 1")
+    if not math.isfinite(step_size):
+        raise ValueError(f"step_size is {step_size}; it must be finite")
     if select not in SELECTIONS:
         raise ValueError(f"select is {select!r}; it must be one of {', '.join(map(repr, SELECTIONS))}")
     shape = (*logits.shape[:3], len(axis_y), len(axis_x))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._impl import resolve
-from .._validate import TokenIds, check_grid, check_qkv, check_targets
+from .._validate import TokenIds, check_dtype, check_grid, check_qkv, check_targets
 from .biased_attention import biased_attention
 from .gaussian_bias import Sigma, basis_shape, check_theta, gaussian_bias
 
@@ -44,10 +45,11 @@ def regulated_attention(
         ValueError: as `biased_attention` and `gaussian_bias`, or a grid that does not match M.
     """
     check_qkv(q, k, v)
-    check_grid(grid, q.shape[2])
+    grid = check_grid(grid, q.shape[2])
     targets, pinned = check_targets(target_ids, pinned_ids, k)
     impl = resolve(impl)
     check_theta(theta, (*q.shape[:2], targets.shape[-1]), basis_shape(grid, sigma, centres))
+    theta = check_dtype("theta", theta, torch.promote_types(q.dtype, torch.float32))
     bias = gaussian_bias(theta, grid, sigma=sigma, centres=centres, impl=impl)
     return biased_attention(
         q,

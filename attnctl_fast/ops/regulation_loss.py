@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
+from .._validate import check_dtype
 from ._library import NAMESPACE, composite
 from ._objective import (
     Array,
@@ -21,8 +22,9 @@ from ._objective import (
     softmax_backward_,
     tensor,
 )
+from .gaussian_bias import check_theta
 from .merge_targets import check_bias
-from .target_statistics import TargetStatistics
+from .target_statistics import TargetStatistics, check_statistics
 
 regulation_loss_reference = composite(
     "regulation_loss_reference(Tensor logits, Tensor rest_lse, Tensor? rest_square, Tensor bias, Tensor? theta, "
@@ -59,13 +61,13 @@ def regulation_loss_op(
     maps, rest, square, added, weights = _flat(logits, rest_lse, rest_square, bias, theta)
     with np.errstate(all="ignore"):
         terms = Terms(maps, aim)
-        probabilities = _softmax(maps + added, rest)
+        probabilities = _softmax(maps + terms.only_real(added), rest)
         measured = terms.measure(probabilities[:, :-1])
         loss = terms.loss(measured.high, measured.mean)
         if square is not None:
             loss = loss + penalty * Distance.of(_softmax(maps, rest), square).value(probabilities)
         elif weights is not None:
-            loss = loss + penalty * (terms.share * (weights**2).mean((-1, -2))).sum(-1)
+            loss = loss + penalty * (terms.share * (terms.only_real(weights) ** 2).mean((-1, -2))).sum(-1)
     return tensor(loss).view(logits.shape[:2])
 
 
@@ -88,15 +90,17 @@ def regulation_loss_backward_op(
     mass: float | None,
     mass_weight: float,
     penalty: float,
+    of_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of logits, rest_lse, rest_square (or empty), bias and theta (or empty)."""
+    """Gradients of logits, rest_lse, rest_square (or empty), bias and theta (or empty). Without `of_statistics` the
+    first three leave out what only they need."""
     aim = Objective(objective, quantile, level, mass, mass_weight, penalty)
     maps, rest, square, added, weights = _flat(logits, rest_lse, rest_square, bias, theta)
     (outer,) = arrays(grad.flatten()[:, None, None])
     grad_square, grad_theta = logits.new_empty(0), logits.new_empty(0)
     with np.errstate(all="ignore"):
         terms = Terms(maps, aim)
-        probabilities = _softmax(maps + added, rest)
+        probabilities = _softmax(maps + terms.only_real(added), rest)
         gradient = terms.gradient(terms.measure(probabilities[:, :-1]), namespace(maps).empty_like(probabilities))
         of_plain: Array = 0.0
         if square is not None:
@@ -105,6 +109,7 @@ def regulation_loss_backward_op(
             value = distance.value(probabilities)
             of_edited = distance.gradient(probabilities, value)
             gradient += penalty * of_edited
+        if square is not None and of_statistics:
             # kappa = rest_square / P^2 depends on the plain rest's probability P as well.
             change = (probabilities[:, -1] - plain[:, -1]) * reciprocal(plain[:, -1])
             slope = (penalty * reciprocal(value))[:, None] * change**2
@@ -112,9 +117,9 @@ def regulation_loss_backward_op(
             of_plain[:, -1] -= slope * plain[:, -1] * distance.kappa
             of_plain = softmax_backward_(of_plain, plain) * outer
             grad_square = tensor(0.5 * slope * outer[:, 0]).view(rest_square.shape)  # type: ignore[union-attr]
-        elif weights is not None:
+        if square is None and weights is not None:
             scale = (2 * penalty / (weights.shape[2] * weights.shape[3])) * terms.share
-            grad_theta = tensor(outer[..., None] * scale[..., None, None] * weights).view(theta.shape)  # type: ignore[union-attr]
+            grad_theta = tensor(outer[..., None] * scale[..., None, None] * terms.only_real(weights)).view(theta.shape)  # type: ignore[union-attr]
         of_bias = softmax_backward_(gradient, probabilities) * outer
         of_logits = of_bias + of_plain
     of_bias, of_logits = tensor(of_bias), tensor(of_logits)
@@ -133,7 +138,7 @@ def _(grad, logits, rest_lse, rest_square, bias, theta, objective, *rest):  # ty
     return (
         torch.empty_like(logits, memory_format=torch.contiguous_format),
         torch.empty_like(rest_lse, memory_format=torch.contiguous_format),
-        rest_square.new_empty(rest_square.shape) if paper else logits.new_empty(0),
+        rest_square.new_empty(rest_square.shape) if paper and rest[-1] else logits.new_empty(0),
         logits.new_empty(logits.shape),
         theta.new_empty(theta.shape) if theta is not None and not paper else logits.new_empty(0),
     )
@@ -145,7 +150,8 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    gradients = regulation_loss_backward_op(grad, *ctx.saved_tensors, *ctx.terms)
+    of_statistics = any(ctx.needs_input_grad[:3])
+    gradients = regulation_loss_backward_op(grad, *ctx.saved_tensors, *ctx.terms, of_statistics)
     paper = ctx.terms[0] == "paper"
     exists = (True, True, paper, True, not paper)
     kept = (
@@ -196,7 +202,11 @@ def regulation_loss(
         ValueError: an unknown objective, a bias that does not fit, a quantile outside [0, 1], or the paper's objective
             without rest_square.
     """
-    check_bias(bias, tuple(stats.logits.shape), stats.logits.device)
+    check_statistics(stats)
+    bias = check_bias(bias, tuple(stats.logits.shape), stats.logits.device, stats.logits.dtype)
+    if theta is not None:
+        check_theta(theta, tuple(stats.logits.shape[:3]), tuple(theta.shape[3:]))
+        theta = check_dtype("theta", theta, stats.logits.dtype)
     aim = Objective.checked(objective, quantile, level, mass, mass_weight, penalty, stats.rest_square)
     run = regulation_loss_reference if resolve(impl) == "reference" else regulation_loss_op
     square = stats.rest_square if objective == "paper" else None

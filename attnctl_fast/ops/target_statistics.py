@@ -49,6 +49,20 @@ def gather_columns(x: Tensor, ids: Tensor) -> Tensor:
     return x.gather(2, rows)
 
 
+def joint_lse(rest_lse: Tensor, logits: Tensor) -> Tensor:
+    """The logsumexp over all columns, [B,H,M]. In one call: that of padded targets alone has no gradient."""
+    return torch.cat([logits, rest_lse.unsqueeze(2)], 2).logsumexp(2)
+
+
+def check_statistics(stats: TargetStatistics) -> None:
+    """Raise ValueError unless the statistics are float32 or float64, as `target_statistics` makes them."""
+    if stats.logits.dtype not in (torch.float32, torch.float64) or stats.rest_lse.dtype != stats.logits.dtype:
+        raise ValueError(
+            f"the statistics hold logits in {stats.logits.dtype} and rest_lse in {stats.rest_lse.dtype}; both must be "
+            "float32 or both float64, as target_statistics makes them"
+        )
+
+
 def _target_logits(q: Tensor, k: Tensor, target_ids: Tensor, scale: float) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     logits = (gather_columns(k, target_ids).to(wide) * scale) @ q.to(wide).mT
@@ -110,7 +124,6 @@ def target_statistics(
     logits = columns(q, k, targets, scale)
     square = None
     if with_square:
-        lse = torch.logaddexp(rest_lse, logits.logsumexp(2))
-        square = _rest_square(q, k, targets, lse, scale, impl)
+        square = _rest_square(q, k, targets, joint_lse(rest_lse, logits), scale, impl)
     pinned_logits = columns(q, k, pinned, scale) if pinned.shape[-1] else None
     return TargetStatistics(rest_out, rest_lse, logits, square, pinned_logits)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _README = """\
 # The shapes model
 
-{what}: a `StableDiffusionPipeline` in float16, which `attnctl_fast.shapes.load_pipeline` reads.
+{what}:
+a `StableDiffusionPipeline` in float16, which `attnctl_fast.shapes.load_pipeline` reads.
 
 - Data: {settings[examples]} drawings of one, two or three objects (50, 40 and 10 %), six colours, six shapes, with
   captions such as `a red circle and a blue star`. No picture or text from anywhere else.
@@ -38,8 +39,8 @@ _README = """\
   rounds differently and gives another model of the same kind.
 """
 _MEASURED = """
-Pictures from seeds {first} to {last}, {sampler}, in percent. Strict: every object of the prompt was found; exact: and
-no other object; colours: every colour of the prompt was found.
+Pictures from seeds {first} to {last}, {sampler}, in percent. Strict: every object of the
+prompt was found; exact: and no other object; colours: every colour of the prompt was found.
 
 | objects | strict | exact | colours |
 |---|---|---|---|
@@ -71,8 +72,9 @@ def export_pipeline(
         requires_safety_checker=False,
     )
     pipe.save_pretrained(folder, safe_serialization=True)
-    # Older releases of transformers read these two files instead of tokenizer.json.
+    # Releases 4 of transformers read these two files instead of tokenizer.json, and names with the prefix.
     tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    _prefix_names(folder / "text_encoder" / "model.safetensors", "text_model.")
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o644)
@@ -125,6 +127,15 @@ def _table(rows: dict[str, dict[str, float]], columns: Sequence[str], factor: fl
         f"| `{name}` | " + " | ".join(form.format(factor * values[column]) for column in columns) + " |"
         for name, values in rows.items()
     )
+
+
+def _prefix_names(path: Path, prefix: str) -> None:
+    """Give every tensor of a safetensors file a prefix that it lacks; releases 5 of transformers read both forms."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    named = {name if name.startswith(prefix) else prefix + name: tensor for name, tensor in tensors.items()}
+    save_file(named, path, metadata={"format": "pt"})
 
 
 def _half(module: Any) -> Any:
