@@ -13,8 +13,9 @@ PYTEST_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PACKAGING := setup.py pyproject.toml constraints.txt
 
-# The tensors here are small: more threads gain little, and waiting for each other they lose a lot where cores are shared.
-export OMP_NUM_THREADS ?= 1
+# Two threads that soon stop spinning for each other: on cores that others use too, spinning ones take many times as long.
+export OMP_NUM_THREADS ?= 2
+export GOMP_SPINCOUNT ?= 1000
 export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1

@@ -113,6 +113,7 @@ def test_regulation_targets_the_nouns_in_the_layers_of_the_model():
     assert {name: getattr(method, name) for name in evaluate.TUNED} == evaluate.TUNED
     (method,) = regulation(strength=0.125, layers=["down_blocks.0"])(scenes)
     assert (tuple(method.layers), method.strength) == (("down_blocks.0",), 0.125)
+    assert (method.mass, method.quantile) == (None, 0.9)
 
 
 def test_arms_take_turns(pipe):

@@ -67,6 +67,12 @@ def test_largest_first() -> None:
     assert [detection.colour for detection in found] == ["red", "blue"]
 
 
+def bow_tie() -> Image.Image:
+    pixels = np.full((64, 64, 3), BACKGROUND, dtype=np.uint8)
+    pixels[18:32, 18:32] = pixels[32:46, 32:46] = PALETTE["red"]
+    return Image.fromarray(pixels)
+
+
 @pytest.mark.parametrize(
     "image",
     [
@@ -76,8 +82,9 @@ def test_largest_first() -> None:
         Image.new("L", (64, 64), 128),
         paint(("red", "circle", 32, 32, 2.5)),
         paint(("red", "circle", 20, 32, 10), ("red", "circle", 32, 32, 10), ("red", "circle", 44, 32, 10)),
+        bow_tie(),
     ],
-    ids=["background", "white", "black", "grey", "speck", "a long blob"],
+    ids=["background", "white", "black", "grey", "speck", "a long blob", "none of the shapes"],
 )
 def test_nothing_where_there_is_no_object(image: Image.Image) -> None:
     assert shapes.detect(image) == []

@@ -96,6 +96,11 @@ def test_the_weights_are_small_half_precision_safetensors() -> None:
             assert {opened.get_tensor(name).dtype for name in opened.keys()} == {torch.float16}  # noqa: SIM118
 
 
+def test_the_configurations_name_no_folder_of_the_machine_that_trained() -> None:
+    for path in WEIGHTS.rglob("*.json"):
+        assert "_name_or_path" not in path.read_text(encoding="utf-8")
+
+
 def test_layers_are_the_cross_attention_at_16x16(pipe: Any) -> None:
     named = [name.removesuffix(".processor") for name in pipe.unet.attn_processors if ".attn2." in name]
     assert sorted(named) == sorted(cross_attention_layers())

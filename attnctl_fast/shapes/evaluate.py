@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
-# Chosen on the held-apart seeds from 100000 on (bench/results/shapes_tuning.jsonl). The official mass and level ask every
-# target for a fifth of the picture, as objects have in Stable Diffusion's; an object of this model covers a tenth.
+# Chosen on the held-apart seeds from 100000 on (bench/results/shapes_tuning.jsonl). The official mass asks every target
+# for a fifth of the picture, which fits what Stable Diffusion draws; an object of this model covers about a tenth.
 TUNED: Mapping[str, Any] = {"layers": LAYERS, "strength": 1.0, "mass": 0.08, "level": 0.6, "quantile": 0.95}
 
 Methods = Sequence[Any] | Callable[[Sequence[Scene]], Sequence[Any]]
@@ -91,9 +91,9 @@ class Comparison:
 def regulation(**options: Any) -> Callable[[Sequence[Scene]], tuple[AttentionRegulation, ...]]:
     """Attention regulation of every scene's nouns, as an arm's `methods`.
 
-    `options` are arguments of `AttentionRegulation.official`; those of `TUNED` where not given.
+    `options` are arguments of `AttentionRegulation.official`; without any, those of `TUNED` are taken.
     """
-    settings = {**TUNED, **options}
+    settings = options or dict(TUNED)
     return lambda scenes: (AttentionRegulation.official([list(scene.nouns) for scene in scenes], **settings),)
 
 

@@ -253,7 +253,7 @@ class Run:
         return torch.load(path, map_location="cpu", weights_only=True)["step"] if path.exists() else 0
 
     def _snapshot(self, step: int) -> Any:
-        from diffusers import UNet2DConditionModel
+        from safetensors.torch import load_file
 
         folder = self.out / "snapshots" / f"step-{step:05d}"
         if not folder.is_dir():
@@ -261,7 +261,9 @@ class Run:
             raise ValueError(
                 f"the run in {self.out} is past step {step} and kept no snapshot of it: choose from {have}"
             )
-        return UNet2DConditionModel.from_pretrained(folder).eval().requires_grad_(False).to(self.device)
+        unet = build_unet()
+        unet.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+        return unet.eval().requires_grad_(False).to(self.device)
 
     def _summary(self, stage: str) -> dict[str, float]:
         """Steps, seconds and the last hundred steps' mean losses; of a repeated step the last pass counts."""
