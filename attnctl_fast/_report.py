@@ -29,7 +29,7 @@ def versions() -> dict[str, Any]:
     report["cores"] = os.cpu_count()
     report["threads"] = torch.get_num_threads()
     report["gpus"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none"
-    report["implementation"] = resolve(None)
+    report["implementation"] = resolve(None, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return report
 
 

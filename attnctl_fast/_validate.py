@@ -144,3 +144,30 @@ def check_grid(grid: tuple[int, int], image_tokens: int | None = None) -> tuple[
             "pass the (height, width) of this layer"
         )
     return height, width
+
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+KERNEL_WIDTHS = (8, 256)
+KERNEL_COLUMNS = 64
+
+
+def check_kernel_dtype(x: Tensor) -> None:
+    """Raise ValueError unless the Triton kernels take tensors of x's dtype."""
+    if x.dtype not in KERNEL_DTYPES:
+        raise ValueError(
+            f"the Triton kernels take float16, bfloat16 and float32, not {x.dtype}; cast, or use impl='eager'"
+        )
+
+
+def check_kernel_limits(q: Tensor, columns: int = 0) -> None:
+    """Raise ValueError where the Triton kernels cannot run: dtype, head width, number of target and pinned columns."""
+    check_kernel_dtype(q)
+    elsewhere = "use impl='eager'"
+    least, most = KERNEL_WIDTHS
+    if not least <= q.shape[-1] <= most:
+        raise ValueError(f"the Triton kernels take head widths {least} to {most}, not {q.shape[-1]}; {elsewhere}")
+    if columns > KERNEL_COLUMNS:
+        raise ValueError(
+            f"the Triton kernels take at most {KERNEL_COLUMNS} target and pinned tokens together, not {columns}; "
+            f"name fewer, or {elsewhere}"
+        )

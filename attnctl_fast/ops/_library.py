@@ -35,3 +35,21 @@ def composite(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, without_autocast(function), "CompositeImplicitAutograd")
     return getattr(getattr(torch.ops, NAMESPACE), name)
+
+
+def opaque(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register `function`, which launches kernels, as one operation without a derivative, with the shapes `fake` gives.
+
+    Its derivative is an autograd.Function around it: a formula registered with the operation would cost every call
+    some 20 microseconds of host time, with or without gradients.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name)
+
+
+def differentiated(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records what is done with any of `tensors`."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -1,0 +1,143 @@
+"""How kernels are launched: their configuration, the device they run on, and a record for those who only compile them.
+
+A configuration is what may differ from GPU to GPU without changing a result: block sizes, warps, pipeline stages. It is
+looked up, never searched for, in `configs/<gpu>.json`, else in `configs/default.json`. There, every operation has a
+list of rules, `{"when": {"d": 64, "itemsize": 2}, "use": {"BLOCK_M": 128, "num_warps": 4, "num_stages": 2}}`: the
+first whose `when` bounds every size that it names from above applies.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+Table = dict[str, list[dict[str, dict[str, int]]]]
+
+
+class Launch(NamedTuple):
+    """One launch as it was asked for: run-time arguments in order, constants and configuration by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    config: dict[str, int]
+
+
+_forced: Table | None = None
+_record: list[Launch] | None = None
+
+
+def read_table(name: str) -> Table:
+    """The table `configs/<name>.json`, comments left out."""
+    return json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))["rules"]
+
+
+def device_slug(name: str) -> str:
+    """The name of a GPU as the name of its table: NVIDIA H200 -> nvidia-h200."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+@functools.lru_cache(maxsize=16)
+def _table(device: torch.device) -> Table:
+    default = read_table("default")
+    # The interpreter takes its time by the operation, whatever the size of a tile: it has a table of large ones.
+    name = "interpreter" if INTERPRETED else ""
+    if device.type == "cuda":
+        name = device_slug(torch.cuda.get_device_name(device))
+    return {**default, **read_table(name)} if (CONFIGS / f"{name}.json").is_file() else default
+
+
+@functools.lru_cache(maxsize=4096)
+def _looked_up(operation: str, device: torch.device, sizes: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    return choose(_table(device), operation, dict(sizes))
+
+
+def choose(table: Table, operation: str, sizes: dict[str, int]) -> dict[str, int]:
+    """The configuration of the first rule of `operation` whose bounds hold.
+
+    Raises:
+        KeyError: no rule for the operation, or none whose bounds hold.
+    """
+    for rule in table[operation]:
+        if all(sizes[name] <= bound for name, bound in rule.get("when", {}).items()):
+            return rule["use"]
+    raise KeyError(f"the configuration table has no rule for {operation} at {sizes}")
+
+
+def config(operation: str, device: torch.device, **sizes: int) -> dict[str, int]:
+    """Block sizes, `num_warps` and `num_stages` of one launch; do not change what is returned."""
+    if _forced is not None:
+        return choose(_forced, operation, sizes)
+    return _looked_up(operation, device, tuple(sorted(sizes.items())))
+
+
+@contextmanager
+def forced(table: Table) -> Iterator[None]:
+    """Use `table` on top of the default one, on every device: for the tuner and for tests."""
+    global _forced
+    before = _forced
+    _forced = {**read_table("default"), **(before or {}), **table}
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect launches instead of running them: what they would have written stays uninitialised."""
+    global _record
+    before, _record = _record, []
+    try:
+        yield _record
+    finally:
+        _record = before
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, config: dict[str, int], *arguments: Any, **constants: Any
+) -> None:
+    """Run `kernel` over `grid` on `device`, whichever is current; `arguments` are the run-time ones, in order."""
+    if _record is not None:
+        _record.append(Launch(kernel, grid, arguments, constants, config))
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **constants, **config)
+
+
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The type in which matrix units multiply inputs of `dtype`. The interpreter knows bfloat16 only by its bits."""
+    if dtype == torch.bfloat16 and INTERPRETED:
+        return tl.float32
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied only where its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def pieces(size: int, least: int = 16) -> tuple[int, int]:
+    """Two powers of two, the second perhaps 0, that cover `size` with little waste: 40 -> 32 + 16, 80 -> 64 + 16.
+
+    Both are at least `least`, the smallest side of a matrix instruction.
+    """
+    whole = max(triton.next_power_of_2(size), least)
+    first = whole // 2
+    if whole == size or first < least:
+        return whole, 0
+    rest = max(triton.next_power_of_2(size - first), least)
+    return (whole, 0) if first + rest >= whole else (first, rest)
