@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_qkv, check_scale
+from .._validate import check_kernel_limits, check_qkv, check_scale
 from ._library import NAMESPACE, composite, without_autocast
+from ._triton import attention as _triton
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -201,16 +202,22 @@ def attention(
         k, v: keys and values `[B,H,N,d]`, of the dtype and device of q.
         scale: factor of the logits, 1/sqrt(d) by default.
         return_lse: also return the logsumexp of each row's scaled logits.
-        impl: `"eager"` or `"reference"`; None for the default (see `attnctl_fast.use`).
+        impl: `"triton"`, `"eager"` or `"reference"`; None for the default (see `attnctl_fast.use`).
 
     Returns:
         out `[B,H,M,d]` in q's dtype, or `(out, lse)` with lse `[B,H,M]` in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or an empty dimension.
+        ValueError: shapes, dtypes or devices that do not fit, an empty dimension, or (Triton) float64 or a head width
+            outside 8..256.
     """
     check_qkv(q, k, v)
-    nothing = torch.empty(0, dtype=torch.int64, device=q.device)
-    out, lse = attention_without(q, k, v, nothing, check_scale(scale, q.shape[3]), resolve(impl))
-    out = out.to(q.dtype)
+    scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
+    if impl == "triton":
+        check_kernel_limits(q)
+        out, lse = _triton.attention(q, k, v, scale)
+    else:
+        nothing = torch.empty(0, dtype=torch.int64, device=q.device)
+        out, lse = attention_without(q, k, v, nothing, scale, impl)
+        out = out.to(q.dtype)
     return (out, lse) if return_lse else out

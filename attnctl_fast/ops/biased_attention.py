@@ -7,8 +7,9 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import TokenIds, check_qkv, check_scale, check_targets
+from .._validate import TokenIds, check_kernel_limits, check_qkv, check_scale, check_targets
 from ._library import composite
+from ._triton import biased_attention as _triton
 from .merge_targets import check_bias, merge_targets_op
 from .target_statistics import attention_without, target_logits_op
 
@@ -52,7 +53,7 @@ def biased_attention(
         pinned_ids: columns that keep their unbiased probability; the row is not renormalised.
         scale: factor of the logits, 1/sqrt(d) by default.
         bias_inside_scale: False is the released code's convention, True the paper's.
-        impl: `"eager"` or `"reference"`; None for the default.
+        impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
 
     Returns:
         out `[B,H,M,d]` in q's dtype.
@@ -65,5 +66,9 @@ def biased_attention(
     scale = check_scale(scale, q.shape[3])
     wide = torch.promote_types(q.dtype, torch.float32)
     bias = check_bias(bias, (*q.shape[:2], targets.shape[-1], q.shape[2]), q.device, wide)
-    run = biased_attention_reference if resolve(impl) == "reference" else biased_attention_op
+    impl, inside = resolve(impl, q.device), scale if bias_inside_scale else 1.0
+    if impl == "triton":
+        check_kernel_limits(q, targets.shape[-1] + pinned.shape[-1])
+        return _triton.biased_attention(q, k, v, bias, targets, pinned, scale, inside)
+    run = biased_attention_reference if impl == "reference" else biased_attention_op
     return run(q, k, v, bias * scale if bias_inside_scale else bias, targets, pinned, scale)

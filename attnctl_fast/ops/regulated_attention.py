@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .._impl import resolve
-from .._validate import TokenIds, check_dtype, check_grid, check_qkv, check_targets
+from .._validate import TokenIds, check_dtype, check_grid, check_kernel_limits, check_qkv, check_scale, check_targets
+from ._triton import biased_attention as _triton
 from .biased_attention import biased_attention
-from .gaussian_bias import Sigma, basis_shape, check_theta, gaussian_bias
+from .gaussian_bias import Sigma, basis_shape, check_theta, gaussian_bias, kernel_axes
 
 
 def regulated_attention(
@@ -28,7 +29,7 @@ def regulated_attention(
 ) -> Tensor:
     """`biased_attention` whose bias is `gaussian_bias(theta, grid)` (arXiv 2403.06381, Eq. 9-10).
 
-    Differentiable in q, k, v and theta. This version makes the bias, `[B,H,T,M]`, in memory.
+    Differentiable in q, k, v and theta. With Triton the bias is never in memory; otherwise it is, `[B,H,T,M]`.
 
     Args:
         q: queries `[B,H,M,d]`, any strides.
@@ -47,9 +48,15 @@ def regulated_attention(
     check_qkv(q, k, v)
     grid = check_grid(grid, q.shape[2])
     targets, pinned = check_targets(target_ids, pinned_ids, k)
-    impl = resolve(impl)
+    impl = resolve(impl, q.device)
     check_theta(theta, (*q.shape[:2], targets.shape[-1]), basis_shape(grid, sigma, centres))
     theta = check_dtype("theta", theta, torch.promote_types(q.dtype, torch.float32))
+    if impl == "triton":
+        scale = check_scale(scale, q.shape[3])
+        check_kernel_limits(q, targets.shape[-1] + pinned.shape[-1])
+        axes = tuple(kernel_axes(grid, sigma, centres))
+        inside = scale if bias_inside_scale else 1.0
+        return _triton.biased_attention(q, k, v, theta, targets, pinned, scale, inside, grid[1], axes)
     bias = gaussian_bias(theta, grid, sigma=sigma, centres=centres, impl=impl)
     return biased_attention(
         q,

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import TokenIds, check_qkv, check_scale, check_targets
+from .._validate import TokenIds, check_kernel_limits, check_qkv, check_scale, check_targets
 from ._library import composite
+from ._triton import target_statistics as _triton
 from .attention import attention_without
 
 
@@ -107,18 +108,31 @@ def target_statistics(
         pinned_ids: ids of P tokens that shall keep their unedited probabilities (they stay in the rest).
         scale: factor of the logits, 1/sqrt(d) by default.
         with_square: also compute `rest_square`, which only the paper's objective needs.
-        impl: `"eager"` or `"reference"`; None for the default.
+        impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
 
     Returns:
         `TargetStatistics`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; no target; an id out of range, twice, or both target and
-            pinned. Ids on an accelerator are trusted, for reading them would synchronise.
+            pinned; or (Triton) float64, a head width outside 8..256, or more than 64 target and pinned tokens. Ids on
+            an accelerator are trusted, for reading them would synchronise.
     """
     check_qkv(q, k, v)
     targets, pinned = check_targets(target_ids, pinned_ids, k)
-    scale, impl = check_scale(scale, q.shape[3]), resolve(impl)
+    scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
+    if impl == "triton":
+        check_kernel_limits(q, targets.shape[-1] + pinned.shape[-1])
+        rest_out, rest_lse, logits, square, pinned_logits = _triton.target_statistics(
+            q, k, v, targets, pinned, scale, with_square
+        )
+        return TargetStatistics(
+            rest_out,
+            rest_lse,
+            logits,
+            square if with_square else None,
+            pinned_logits if pinned.shape[-1] else None,
+        )
     columns = target_logits_reference if impl == "reference" else target_logits_op
     rest_out, rest_lse = attention_without(q, k, v, targets, scale, impl)
     logits = columns(q, k, targets, scale)

@@ -1,0 +1,1 @@
+"""The operations by Triton kernels: registration and derivatives. Importing it does not import Triton."""

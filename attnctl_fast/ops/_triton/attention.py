@@ -1,0 +1,82 @@
+"""`attention` by Triton kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .._library import differentiated, opaque
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    from ...kernels import attention as kernels
+
+    return kernels.attention(q, k, v, scale)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def gradients(wanted: list[Tensor | None], like: Tensor) -> list[Tensor]:
+    """`wanted` as an operation can return it: an empty tensor for what is not."""
+    return [like.new_empty(0) if x is None else x for x in wanted]
+
+
+def fake_gradients(inputs: list[Tensor], needed: list[bool]) -> list[Tensor]:
+    return [x.new_empty(x.shape) if keep else x.new_empty(0) for x, keep in zip(inputs, needed, strict=True)]
+
+
+def only(needed: list[bool], grads: list[Tensor]) -> list[Tensor | None]:
+    return [x if keep else None for x, keep in zip(grads, needed, strict=True)]
+
+
+def _backward(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
+    from ...kernels import attention_backward as kernels
+
+    return gradients(list(kernels.attention_backward(grad_out, *arguments)), grad_out)
+
+
+_forward_op = opaque(
+    "attention_triton(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+)
+_backward_op = opaque(
+    "attention_triton_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor lse, "
+    "float scale, bool[] needed) -> Tensor[]",
+    _backward,
+    lambda grad_out, grad_lse, q, k, v, lse, scale, needed: fake_gradients([q, k, v], needed),
+)
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return _forward_op(q, k, v, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, lse = ctx.saved_tensors
+        if grad_out is None and grad_lse is None:
+            return None, None, None, None
+        grad_out = torch.zeros_like(q) if grad_out is None else grad_out
+        needed = list(ctx.needs_input_grad[:3])
+        return *only(needed, _backward_op(grad_out, grad_lse, q, k, v, lse, ctx.scale, needed)), None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out [B,H,M,d] in q's dtype and lse [B,H,M] float32."""
+    run = _Attention.apply if differentiated(q, k, v) else _forward_op
+    return run(q, k, v, scale)

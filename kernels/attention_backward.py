@@ -1,0 +1,299 @@
+"""Gradients of attention in the four forms of attention.py; what is not needed is None and costs nothing.
+
+One launch gives the gradients of q and of the bias. Those of k and v take another, and a sum over parts where the rows
+are split to fill the device: in a fixed order, so that results repeat bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ._attention_gradients import _attention_bwd_columns_kernel, _attention_bwd_rows_kernel
+from ._launch import config, dot_dtype, launch, pieces, unit_stride
+from .attention import BIASED, NO_BASIS, PLAIN, REGULATED, STATISTICS, Basis, align_of
+
+
+class _Pass(NamedTuple):
+    """What a backward pass starts from. `lse` is that of the softmax of the weights, `plain_lse` that of all columns
+    without bias: given for pinned columns, room for it with `grad_square`."""
+
+    form: Any
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    lse: Tensor
+    grad_out: Tensor | None
+    grad_lse: Tensor | None = None
+    target_ids: Tensor | None = None
+    pinned_ids: Tensor | None = None
+    plain_lse: Tensor | None = None
+    logits: Tensor | None = None
+    grad_logits: Tensor | None = None
+    grad_pinned: Tensor | None = None
+    square: Tensor | None = None
+    grad_square: Tensor | None = None
+    bias: Tensor | None = None
+    bias_scale: float = 1.0
+    basis: Basis = NO_BASIS
+
+    def config(self, kernel: str, columns: int) -> dict[str, int]:
+        d, itemsize = self.q.shape[3], self.q.element_size()
+        return dict(config(kernel, self.q.device, d=d, n=columns, m=self.q.shape[2], itemsize=itemsize))
+
+    @property
+    def special(self) -> int:
+        """The number of targets and pinned columns."""
+        return sum(x.shape[-1] for x in (self.target_ids, self.pinned_ids) if x is not None)
+
+    def layout(self) -> list[int]:
+        """The strides of grad_out, q, k, v and the ids, then H, M, N, T and P."""
+        grad_out = self.q if self.grad_out is None else self.grad_out
+        strides = [stride for x in (grad_out, self.q, self.k, self.v) for stride in x.stride()[:3]]
+        ids = self.target_ids, self.pinned_ids
+        strides += [0 if x is None or x.ndim == 1 else x.stride(0) for x in ids]
+        return [*strides, *self.q.shape[1:3], self.k.shape[2], *(0 if x is None else x.shape[-1] for x in ids)]
+
+    def constants(self) -> dict[str, Any]:
+        d1, d2 = pieces(self.q.shape[3])
+        read = [x for x in (self.grad_out, self.q, self.k, self.v) if x is not None]
+        return {
+            "FORM": self.form.value,
+            "D": self.q.shape[3],
+            "D1": d1,
+            "D2": d2,
+            "COLUMNS": max(triton.next_power_of_2(self.special), 16) if self.special else 0,
+            "PINNED": self.plain_lse is not None and self.grad_square is None,
+            "ALIGN": align_of(*read),
+            "DOT": dot_dtype(self.q.dtype),
+        }
+
+
+def _backward(x: _Pass, needed: Sequence[bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dq, dk, dv and the gradient of the bias, as `needed` says of each."""
+    dq = torch.empty_like(x.q, memory_format=torch.contiguous_format) if needed[0] else None
+    grad_bias = None
+    delta = pinned_delta = None
+    if needed[1]:
+        delta, pinned_delta = torch.empty_like(x.lse), torch.empty_like(x.lse)
+    if needed[0] or needed[1] or needed[3]:
+        grad_bias = _rows(x, dq, delta, pinned_delta, needed[3])
+    dk, dv = _columns(x, delta, pinned_delta, needed[1], needed[2])
+    return dq, dk, dv, grad_bias
+
+
+def _rows(
+    x: _Pass, dq: Tensor | None, delta: Tensor | None, pinned_delta: Tensor | None, with_bias: bool
+) -> Tensor | None:
+    """Fill dq and the row terms, as far as they are there, and return the gradient of the bias."""
+    batch, heads, image_tokens, _ = x.q.shape
+    # Without dq there is no loop over the columns, which is another choice of blocks.
+    use = x.config("attention_bwd_rows", 0 if dq is None else x.k.shape[2])
+    blocks = triton.cdiv(image_tokens, use["BLOCK_M"])
+    grad_bias = None
+    if with_bias and x.bias is not None:
+        shape = x.bias.shape if x.form.value == BIASED.value else (blocks, *x.bias.shape)
+        grad_bias = x.bias.new_empty(shape)
+    launch(
+        _attention_bwd_rows_kernel,
+        (blocks, batch * heads),
+        x.q.device,
+        use,
+        x.grad_out,
+        x.grad_lse,
+        x.grad_logits,
+        x.grad_pinned,
+        x.grad_square,
+        x.q,
+        x.k,
+        x.v,
+        x.target_ids,
+        x.pinned_ids,
+        x.bias,
+        x.lse,
+        x.plain_lse,
+        x.logits,
+        x.square,
+        delta,
+        pinned_delta,
+        dq,
+        grad_bias,
+        *x.layout(),
+        x.scale,
+        x.bias_scale,
+        *x.basis,
+        **x.constants(),
+    )
+    return grad_bias if grad_bias is None or x.form.value == BIASED.value else _summed(grad_bias, grad_bias.dtype)
+
+
+def _columns(
+    x: _Pass, delta: Tensor | None, pinned_delta: Tensor | None, with_k: bool, with_v: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dk and dv, as far as wanted; dk needs the row terms."""
+    if with_v and x.grad_out is None:
+        return _columns(x, delta, pinned_delta, with_k, False)[0], x.v.new_zeros(x.v.shape)
+    if not (with_k or with_v):
+        return None, None
+    batch, heads, tokens, _ = x.k.shape
+    use = x.config("attention_bwd_columns", tokens)
+    programs, width = use.pop("PROGRAMS"), use.pop("BLOCK_N")
+    constants = x.constants()
+    blocks = triton.cdiv(x.q.shape[2], use["BLOCK_M"])
+    wanted = triton.cdiv(programs, triton.cdiv(tokens, width) * batch * heads)
+    blocks_each = triton.cdiv(blocks, min(blocks, wanted))
+    splits = triton.cdiv(blocks, blocks_each)
+    dtype = x.q.dtype if splits == 1 else torch.float32
+    dk, dv = (x.q.new_empty(splits, *x.k.shape, dtype=dtype) if needed else None for needed in (with_k, with_v))
+    # Targets and pinned columns, few and with more to compute, are a launch of their own.
+    tiles = [(False, tokens, width)]
+    if x.special:
+        tiles.append((True, x.special, min(width, constants["COLUMNS"])))
+    for special, columns, block_n in tiles:
+        launch(
+            _attention_bwd_columns_kernel,
+            (triton.cdiv(columns, block_n) * splits, batch * heads),
+            x.q.device,
+            use,
+            x.grad_out,
+            x.grad_logits,
+            x.grad_pinned,
+            x.grad_square,
+            x.q,
+            x.k,
+            x.v,
+            x.target_ids,
+            x.pinned_ids,
+            x.bias,
+            x.lse,
+            x.plain_lse,
+            x.square,
+            delta,
+            pinned_delta,
+            dk,
+            dv,
+            *x.layout(),
+            splits,
+            blocks_each,
+            x.scale,
+            x.bias_scale,
+            *x.basis,
+            SPECIAL=special,
+            BLOCK_N=block_n,
+            **constants,
+        )
+    return None if dk is None else _summed(dk, x.k.dtype), None if dv is None else _summed(dv, x.v.dtype)
+
+
+def _summed(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0).to(dtype)
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    scale: float,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dq, dk and dv in the dtype of q, contiguous; None for each that is not `needed`."""
+    given = _Pass(
+        PLAIN,
+        unit_stride(q),
+        unit_stride(k),
+        unit_stride(v),
+        scale,
+        lse.contiguous(),
+        unit_stride(grad_out),
+        _flat(grad_lse),
+    )
+    return _backward(given, [*needed, False])[:3]
+
+
+def target_statistics_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_logits: Tensor | None,
+    grad_square: Tensor | None,
+    grad_pinned: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    target_ids: Tensor,
+    pinned_ids: Tensor,
+    rest_lse: Tensor,
+    logits: Tensor,
+    square: Tensor | None,
+    scale: float,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dq, dk and dv in the dtype of q, contiguous; None for each that is not `needed`."""
+    lse = rest_lse.contiguous()
+    with_square = square is not None and grad_square is not None
+    given = _Pass(
+        STATISTICS,
+        unit_stride(q),
+        unit_stride(k),
+        unit_stride(v),
+        scale,
+        lse,
+        None if grad_out is None else unit_stride(grad_out),
+        _flat(grad_lse),
+        target_ids,
+        # Pinned columns are ordinary ones but for the gradient by their logits.
+        pinned_ids if grad_pinned is not None else pinned_ids[..., :0],
+        plain_lse=torch.empty_like(lse) if with_square else None,
+        logits=logits.contiguous() if with_square else None,
+        grad_logits=_flat(grad_logits),
+        grad_pinned=_flat(grad_pinned),
+        square=_flat(square) if with_square else None,
+        grad_square=_flat(grad_square) if with_square else None,
+    )
+    return _backward(given, [*needed, False])[:3]
+
+
+def biased_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    target_ids: Tensor,
+    pinned_ids: Tensor,
+    lse: Tensor,
+    plain_lse: Tensor | None,
+    scale: float,
+    bias_scale: float,
+    basis: Basis | None,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dq, dk, dv in the dtype of q, and the float32 gradient of `bias`, which is S or with `basis` theta; contiguous,
+    None for each that is not `needed`."""
+    given = _Pass(
+        BIASED if basis is None else REGULATED,
+        unit_stride(q),
+        unit_stride(k),
+        unit_stride(v),
+        scale,
+        lse.contiguous(),
+        unit_stride(grad_out),
+        target_ids=target_ids,
+        pinned_ids=pinned_ids,
+        plain_lse=_flat(plain_lse),
+        bias=bias.contiguous(),
+        bias_scale=bias_scale,
+        basis=basis or NO_BASIS,
+    )
+    return _backward(given, needed)
