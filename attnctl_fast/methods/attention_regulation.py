@@ -143,7 +143,7 @@ class _Regulating:
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Edited:
         method, call = self.method, self.call
         if self.target_ids.device != q.device:
-            self.target_ids, self.pinned_ids = self.target_ids.to(q.device), self.pinned_ids.to(q.device)
+            self.target_ids, self.pinned_ids = (_moved(x, q.device) for x in (self.target_ids, self.pinned_ids))
         grid = layer.grid(call.latents)
         inside = method.convention == "paper"
         sigma, centres = method.sigma, method.convention
@@ -185,7 +185,14 @@ class _Regulating:
         generator = torch.Generator().manual_seed(seed)
         # Target by target, so that the first targets' weights do not depend on how many there are.
         theta = torch.stack([torch.rand(heads, *centres, generator=generator) for _ in range(targets)], 1)
-        return theta.to(logits).expand(batch, -1, -1, -1, -1)
+        return _moved(theta.to(logits.dtype).expand(batch, -1, -1, -1, -1), logits.device)
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`; from pinned memory to a GPU, where the host would otherwise wait for everything before it."""
+    if device.type == "cuda":
+        return x.contiguous().pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def _id_tensor(rows: list[list[int]], images: int) -> Tensor:

@@ -17,11 +17,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._validate import KERNEL_COLUMNS, check_kernel_dtype
+
 Array: TypeAlias = Any
 
 OBJECTIVES = ("official", "paper")
 DEFAULT_PENALTY = {"official": 0.09, "paper": 0.1}
 DEFAULT_MASS_WEIGHT = 80.0
+
+
+# Of the Triton kernels, which hold a map in one program.
+KERNEL_TOKENS = 4096
+
+
+def check_kernel_maps(logits: Tensor) -> None:
+    """Raise ValueError unless the Triton kernels take maps [B,H,T,M] like these."""
+    check_kernel_dtype(logits)
+    targets, tokens = logits.shape[2:]
+    for number, limit, name, remedy in (
+        (tokens, KERNEL_TOKENS, "image tokens", "choose a smaller layer"),
+        (targets, KERNEL_COLUMNS, "targets", "name fewer"),
+    ):
+        if number > limit:
+            raise ValueError(
+                f"the Triton kernels regulate at most {limit} {name}, not {number}; {remedy}, or use impl='eager'"
+            )
 
 
 def namespace(x: Array) -> ModuleType:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_grid
+from .._validate import check_grid, check_kernel_dtype
 from ._library import composite
+from ._triton import gaussian_bias as _triton
 
 CENTRES = ("official", "paper")
 Sigma = float | tuple[float, float]
@@ -61,6 +64,19 @@ def basis_shape(grid: tuple[int, int], sigma: Sigma | None = None, centres: str 
     """The number of centres along each axis, (r_y, r_x): the last two dimensions of theta."""
     axis_y, axis_x, _, _ = basis_axes(grid, sigma, centres)
     return len(axis_y), len(axis_x)
+
+
+def kernel_axes(grid: tuple[int, int], sigma: Sigma | None, centres: str) -> list[float]:
+    """What the kernels make the basis of, along y and then along x: start, step and rest, so that centre i lies at
+    start + (i + 1) * (step + rest). The step has 12 bits, and its multiples are exact in float32."""
+    _, _, sigma_y, sigma_x = basis_axes(grid, sigma, centres)
+    start = 0.0 if centres == "official" else -1.0
+    axes = []
+    for width in (sigma_y, sigma_x):
+        mantissa, exponent = math.frexp(2 * width)
+        step = math.ldexp(round(mantissa * 2**12), exponent - 12)
+        axes += [start, step, 2 * width - step]
+    return axes
 
 
 def axis_basis(side: int, centres: list[float], sigma: float, like: Tensor) -> Tensor:
@@ -118,6 +134,7 @@ def gaussian_bias(
         sigma: width of the Gaussians in cells, one float or (sigma_y, sigma_x); None takes `default_sigma(grid)`.
         centres: `"official"` (every 2 sigma from cell 2 sigma, counted from 0, short of the side) or `"paper"` (every
             2 sigma counted from 1, the side included).
+        impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
 
     Returns:
         S `[B,H,T,M]`, M = height*width, in theta's dtype.
@@ -127,9 +144,13 @@ def gaussian_bias(
     """
     axis_y, axis_x, sigma_y, sigma_x = basis_axes(grid, sigma, centres)
     check_theta(theta, (), (len(axis_y), len(axis_x)))
-    wide = theta.to(torch.promote_types(theta.dtype, torch.float32))
     height, width = check_grid(grid)
-    if resolve(impl) == "reference":
+    impl = resolve(impl, theta.device)
+    if impl == "triton":
+        check_kernel_dtype(theta)
+        return _triton.gaussian_bias(theta, [height, width], kernel_axes(grid, sigma, centres))
+    wide = theta.to(torch.promote_types(theta.dtype, torch.float32))
+    if impl == "reference":
         span = gaussian_bias_reference(wide, full_basis((height, width), sigma, centres, wide))
     else:
         basis_y = axis_basis(height, axis_y, sigma_y, wide)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import TokenIds, check_dtype, check_targets
+from .._validate import TokenIds, check_dtype, check_kernel_dtype, check_kernel_limits, check_targets
 from ._library import composite
+from ._triton import merge_targets as _triton
 from .target_statistics import TargetStatistics, gather_columns, joint_lse
 
 _SCHEMA = (
@@ -77,7 +78,7 @@ def merge_targets(
         target_ids, pinned_ids: as given to `target_statistics`. A pinned column is put back to its unedited
             probability, and the row is not renormalised, as in the released code of attention regulation.
         bias: what is added to the scaled logits of the targets, `[B,H,T,M]`; None for the unedited output.
-        impl: `"eager"` or `"reference"`; None for the default.
+        impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
 
     Returns:
         out `[B,H,M,d]` in v's dtype.
@@ -101,9 +102,16 @@ def merge_targets(
             f"pinned_ids names {pinned.shape[-1]} tokens, but the statistics hold {held} pinned columns; "
             "pass the ids that target_statistics got"
         )
+    if bias is not None:
+        bias = check_bias(bias, stats.logits.shape, stats.logits.device, stats.logits.dtype)
+    pinned_logits = stats.logits[:, :, :0] if stats.pinned_logits is None else stats.pinned_logits
+    arguments = (stats.rest_out, stats.rest_lse, stats.logits, pinned_logits, v)
+    impl = resolve(impl, v.device)
+    if impl == "triton":
+        check_kernel_limits(v, targets.shape[-1] + pinned.shape[-1])
+        check_kernel_dtype(stats.logits)
+        return _triton.merge_targets(*arguments, bias, targets, pinned)
     if bias is None:
         bias = torch.zeros_like(stats.logits)
-    bias = check_bias(bias, stats.logits.shape, stats.logits.device, stats.logits.dtype)
-    pinned_logits = stats.logits[:, :, :0] if stats.pinned_logits is None else stats.pinned_logits
-    merge = merge_targets_reference if resolve(impl) == "reference" else merge_targets_op
-    return merge(stats.rest_out, stats.rest_lse, stats.logits, pinned_logits, v, bias, targets, pinned)
+    merge = merge_targets_reference if impl == "reference" else merge_targets_op
+    return merge(*arguments, bias, targets, pinned)

@@ -15,11 +15,25 @@ from .. import reference
 from .._impl import resolve
 from .._validate import check_grid
 from ._library import NAMESPACE
-from ._objective import Array, Distance, Objective, Terms, arrays, namespace, softmax, softmax_backward_, tensor
-from .gaussian_bias import Sigma, axis_basis, basis_axes, check_theta, full_basis
+from ._objective import (
+    Array,
+    Distance,
+    Objective,
+    Terms,
+    arrays,
+    check_kernel_maps,
+    namespace,
+    softmax,
+    softmax_backward_,
+    tensor,
+)
+from ._triton.regulate import regulate as regulate_triton_op
+from .gaussian_bias import Sigma, axis_basis, basis_axes, check_theta, full_basis, kernel_axes
 from .target_statistics import TargetStatistics, check_statistics
 
 SELECTIONS = ("sample", "batch")
+# Of the Triton kernels: cells and centres along an axis of the grid.
+KERNEL_SIDE, KERNEL_CENTRES = 256, 64
 
 
 class Regulation(NamedTuple):
@@ -210,6 +224,21 @@ regulate_op.register_fake(_fake)
 regulate_reference_op.register_fake(_fake)
 
 
+def _check_kernel_limits(logits: Tensor, grid: tuple[int, int], centres: tuple[int, ...]) -> None:
+    """Raise ValueError where the Triton kernels cannot run."""
+    check_kernel_maps(logits)
+    if max(grid) > KERNEL_SIDE:
+        raise ValueError(
+            f"the Triton kernels regulate grids of at most {KERNEL_SIDE} cells along an axis, not {grid}; use "
+            "impl='eager'"
+        )
+    if max(centres) > KERNEL_CENTRES:
+        raise ValueError(
+            f"the Triton kernels take at most {KERNEL_CENTRES} centres along an axis, not {max(centres)}; pass a "
+            "larger sigma, or use impl='eager'"
+        )
+
+
 def regulate(
     stats: TargetStatistics,
     grid: tuple[int, int],
@@ -252,7 +281,7 @@ def regulate(
             sample's result does not depend on its batch) or `"batch"` (over all, the released code's for several
             images). The paper does not say.
         objective, quantile, level, mass, mass_weight, penalty: as for `regulation_loss`.
-        impl: `"eager"` or `"reference"`; None for the default.
+        impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
 
     Returns:
         `Regulation(bias, theta, losses)`; `bias` goes to `merge_targets` and is zero for padded targets.
@@ -281,8 +310,12 @@ def regulate(
             f"theta is {theta.dtype} on {theta.device}, but the statistics are {logits.dtype} on {logits.device}; "
             "cast it"
         )
-    run = regulate_reference_op if resolve(impl) == "reference" else regulate_op
+    impl = resolve(impl, logits.device)
     square = stats.rest_square if objective == "paper" else None
     detached = [x if x is None else x.detach() for x in (logits, stats.rest_lse, square, theta)]
     settings = (bias_scale, steps, step_size, select, aim.name, *aim.terms)
+    if impl == "triton":
+        _check_kernel_limits(logits, grid, shape[3:])
+        return Regulation(*regulate_triton_op(*detached, list(grid), kernel_axes(grid, sigma, centres), *settings))
+    run = regulate_reference_op if impl == "reference" else regulate_op
     return Regulation(*run(*detached, list(grid), [sigma_y, sigma_x], centres, *settings))

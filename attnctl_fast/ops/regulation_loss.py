@@ -16,12 +16,14 @@ from ._objective import (
     Objective,
     Terms,
     arrays,
+    check_kernel_maps,
     namespace,
     reciprocal,
     softmax,
     softmax_backward_,
     tensor,
 )
+from ._triton.regulation_loss import regulation_loss as regulation_loss_triton
 from .gaussian_bias import check_theta
 from .merge_targets import check_bias
 from .target_statistics import TargetStatistics, check_statistics
@@ -193,7 +195,7 @@ def regulation_loss(
         mass_weight: 80 by default. The paper writes the mass term with sums: its alpha is mass_weight / M^2, its mu is
             mass; it states neither number.
         penalty: 0.09 (official) or 0.1 (paper) by default.
-        impl: `"eager"` or `"reference"`; None for the default.
+        impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
 
     Returns:
         loss `[B,H]` in the statistics' dtype.
@@ -208,6 +210,11 @@ def regulation_loss(
         check_theta(theta, tuple(stats.logits.shape[:3]), tuple(theta.shape[3:]))
         theta = check_dtype("theta", theta, stats.logits.dtype)
     aim = Objective.checked(objective, quantile, level, mass, mass_weight, penalty, stats.rest_square)
-    run = regulation_loss_reference if resolve(impl) == "reference" else regulation_loss_op
+    impl = resolve(impl, stats.logits.device)
     square = stats.rest_square if objective == "paper" else None
+    if impl == "triton":
+        check_kernel_maps(stats.logits)
+        theta = theta if objective == "official" else None
+        return regulation_loss_triton(stats.logits, stats.rest_lse, square, bias, theta, aim.name, *aim.terms)
+    run = regulation_loss_reference if impl == "reference" else regulation_loss_op
     return run(stats.logits, stats.rest_lse, square, bias, theta, aim.name, *aim.terms)

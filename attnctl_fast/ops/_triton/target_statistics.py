@@ -39,11 +39,34 @@ def _fake(
     return rows.new_empty(q.shape), rows, columns[0], square, columns[1]
 
 
+def _given(x: Tensor | None) -> Tensor | None:
+    """None for what is empty: a square that was not asked for, logits of no pinned tokens; and for their gradients, of
+    which torch.compile makes zeros."""
+    return x if x is not None and x.numel() else None
+
+
 def _backward(*arguments: Any) -> list[Tensor]:
     from ...kernels import attention_backward as kernels
 
-    q = arguments[5]
-    return gradients(list(kernels.target_statistics_backward(*arguments)), q)
+    *grads, q, k, v, target_ids, pinned_ids, rest_lse, logits, square, scale, needed = arguments
+    return gradients(
+        list(
+            kernels.target_statistics_backward(
+                *map(_given, grads),
+                q,
+                k,
+                v,
+                target_ids,
+                pinned_ids,
+                rest_lse,
+                logits,
+                _given(square),
+                scale,
+                needed,
+            )
+        ),
+        q,
+    )
 
 
 _forward_op = opaque(
