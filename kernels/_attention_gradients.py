@@ -10,8 +10,18 @@ import triton
 import triton.language as tl
 
 from ._gaussian import bias_tile, store_theta_gradient
-from ._tiles import add_weighted, aligned, chunked_dots, is_named, load_ids, load_pieces, row_dots, store_pieces
-from .attention import BIASED, PLAIN, REGULATED, STATISTICS, finite_or_zero
+from ._tiles import (
+    add_weighted,
+    aligned,
+    chunked_dots,
+    finite_or_zero,
+    is_named,
+    load_ids,
+    load_pieces,
+    row_dots,
+    store_pieces,
+)
+from .attention import BIASED, PLAIN, REGULATED, STATISTICS
 
 
 @triton.jit

@@ -127,3 +127,9 @@ def load_ids(target_ptr, pinned_ptr, b, stride_target, stride_pinned, T, P, COLU
 def is_named(columns, ids):
     """Whether `ids` [COLUMNS] names each of `columns` [N]: bool [N]."""
     return tl.sum((columns[:, None] == ids[None, :]).to(tl.int32), 1) > 0
+
+
+@triton.jit
+def finite_or_zero(maximum):
+    """A row's maximum as what to subtract: -inf, of a row without columns, would give NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)

@@ -17,18 +17,22 @@ from torch import Tensor
 
 from ._gaussian import bias_tile
 from ._launch import config, dot_dtype, launch, pieces, unit_stride
-from ._tiles import add_weighted, aligned, is_named, load_ids, load_pieces, row_dots, row_products, store_pieces
+from ._tiles import (
+    add_weighted,
+    aligned,
+    finite_or_zero,
+    is_named,
+    load_ids,
+    load_pieces,
+    row_dots,
+    row_products,
+    store_pieces,
+)
 
 PLAIN = tl.constexpr(0)
 STATISTICS = tl.constexpr(1)
 BIASED = tl.constexpr(2)
 REGULATED = tl.constexpr(3)
-
-
-@triton.jit
-def finite_or_zero(maximum):
-    """A row's maximum as what to subtract: -inf, of a row without columns, would give NaN."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
@@ -248,17 +252,17 @@ def _attention_fwd_kernel(
             weights = tl.exp(edited - top[:, None])  # [BLOCK_M, COLUMNS]
             shrink = tl.exp(maximum - top)
             total = total * shrink + tl.sum(weights, 1)
-            lse = top + tl.log(total)
             weights = weights / total[:, None]
             norm = shrink / total
             if PINNED:
-                plain_lse = plain_top + tl.log(plain_total)
+                # Not from the logarithms: their rounding would be the weight's where a pinned column holds the row.
                 pinned = tl.where((named & (slots >= T))[None, :], special, float("-inf"))
-                weights += tl.exp(pinned - plain_lse[:, None]) - tl.exp(pinned - lse[:, None])
+                kept = tl.exp(pinned - plain_top[:, None]) / plain_total[:, None]
+                weights += kept - tl.exp(pinned - top[:, None]) / total[:, None]
                 if plain_lse_ptr is not None:
-                    tl.store(plain_lse_ptr + head + rows, plain_lse, mask=inside)
+                    tl.store(plain_lse_ptr + head + rows, plain_top + tl.log(plain_total), mask=inside)
             if lse_ptr is not None:
-                tl.store(lse_ptr + head + rows, lse, mask=inside)
+                tl.store(lse_ptr + head + rows, top + tl.log(total), mask=inside)
 
         acc1 *= norm[:, None]
         if D2 > 0:

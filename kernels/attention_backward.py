@@ -145,13 +145,16 @@ def _columns(
     programs, width = use.pop("PROGRAMS"), use.pop("BLOCK_N")
     constants = x.constants()
     blocks = triton.cdiv(x.q.shape[2], use["BLOCK_M"])
-    wanted = triton.cdiv(programs, triton.cdiv(tokens, width) * batch * heads)
-    blocks_each = triton.cdiv(blocks, min(blocks, wanted))
+    parts = triton.cdiv(programs, triton.cdiv(tokens, width) * batch * heads)
+    blocks_each = triton.cdiv(blocks, min(blocks, parts))
     splits = triton.cdiv(blocks, blocks_each)
     dtype = x.q.dtype if splits == 1 else torch.float32
-    dk, dv = (x.q.new_empty(splits, *x.k.shape, dtype=dtype) if needed else None for needed in (with_k, with_v))
-    # Targets and pinned columns, few and with more to compute, are a launch of their own.
-    tiles = [(False, tokens, width)]
+    # Targets and pinned columns, few and with more to compute, are a launch of their own; the only one where nothing
+    # but their logits has a gradient.
+    free = any(grad is not None for grad in (x.grad_out, x.grad_lse, x.grad_square))
+    allocate = x.q.new_empty if free else x.q.new_zeros
+    dk, dv = (allocate(splits, *x.k.shape, dtype=dtype) if wanted else None for wanted in (with_k, with_v))
+    tiles = [(False, tokens, width)] if free else []
     if x.special:
         tiles.append((True, x.special, min(width, constants["COLUMNS"])))
     for special, columns, block_n in tiles:

@@ -1,0 +1,581 @@
+"""The inner loop of attention regulation: every step of the descent in one launch, the choice of the best in a second.
+
+One program runs the steps of one batch and head. A grid of HEIGHT x WIDTH cells (powers of two) is a tile
+[CELLS, GROUP], the targets of a group innermost; S = G_y theta G_x^T and its transpose are four small matrix products.
+Where all targets fit one group, everything stays in registers. Otherwise the groups take turns, and what one leaves for
+its next turn goes through 4 T M + 3 M floats of global memory, which stay in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._gaussian import axis_weight, bias_tile
+from ._launch import config, launch
+from ._objective import (
+    Aim,
+    add_columns,
+    distance,
+    goal,
+    load_maps,
+    load_plain_rest,
+    measure,
+    probabilities,
+    shares,
+    survey,
+)
+from ._tiles import finite_or_zero
+
+_SIZES = ["stride_scratch", "T", "height", "width", "ry", "rx", "steps", "rank"]
+
+
+@triton.jit
+def _axis(side, count, start, step, rest, CELLS: tl.constexpr, CENTRES: tl.constexpr):
+    """G of one axis [CELLS, CENTRES], and its transpose; zero outside of the grid and of the centres."""
+    cell, centre = tl.arange(0, CELLS)[:, None], tl.arange(0, CENTRES)[None, :]
+    basis = tl.where((cell < side) & (centre < count), axis_weight(cell, centre, start, step, rest), 0.0)
+    cell, centre = tl.arange(0, CELLS)[None, :], tl.arange(0, CENTRES)[:, None]
+    transposed = tl.where((cell < side) & (centre < count), axis_weight(cell, centre, start, step, rest), 0.0)
+    return basis, transposed
+
+
+@triton.jit
+def _bases(
+    height,
+    width,
+    ry,
+    rx,
+    start_y,
+    step_y,
+    rest_y,
+    start_x,
+    step_x,
+    rest_x,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RY: tl.constexpr,
+    RX: tl.constexpr,
+):
+    basis_y, basis_y_t = _axis(height, ry, start_y, step_y, rest_y, HEIGHT, RY)
+    basis_x, basis_x_t = _axis(width, rx, start_x, step_x, rest_x, WIDTH, RX)
+    return basis_y, basis_y_t, basis_x, basis_x_t
+
+
+@triton.jit
+def _span(theta, basis_y, basis_x_t, GROUP: tl.constexpr):
+    """S [CELLS, GROUP] of theta [RY * GROUP, RX]."""
+    HEIGHT: tl.constexpr = basis_y.shape[0]
+    RY: tl.constexpr = basis_y.shape[1]
+    WIDTH: tl.constexpr = basis_x_t.shape[1]
+    rows = tl.dot(theta, basis_x_t, input_precision="ieee")  # [RY * GROUP, WIDTH]
+    rows = tl.permute(tl.reshape(rows, [RY, GROUP, WIDTH]), [0, 2, 1])
+    span = tl.dot(basis_y, tl.reshape(rows, [RY, WIDTH * GROUP]), input_precision="ieee")  # [HEIGHT, WIDTH * GROUP]
+    return tl.reshape(span, [HEIGHT * WIDTH, GROUP])
+
+
+@triton.jit
+def _contract(maps, basis_y_t, basis_x, GROUP: tl.constexpr):
+    """The transpose: what `maps` [CELLS, GROUP], a gradient by S, gives theta, [RY * GROUP, RX]."""
+    HEIGHT: tl.constexpr = basis_y_t.shape[1]
+    RY: tl.constexpr = basis_y_t.shape[0]
+    WIDTH: tl.constexpr = basis_x.shape[0]
+    rows = tl.dot(basis_y_t, tl.reshape(maps, [HEIGHT, WIDTH * GROUP]), input_precision="ieee")  # [RY, WIDTH * GROUP]
+    rows = tl.permute(tl.reshape(rows, [RY, WIDTH, GROUP]), [0, 2, 1])
+    return tl.dot(tl.reshape(rows, [RY * GROUP, WIDTH]), basis_x, input_precision="ieee")
+
+
+@triton.jit
+def _centres(first, T, ry, rx, RY: tl.constexpr, RX: tl.constexpr, GROUP: tl.constexpr):
+    """Offsets into theta [T, ry, rx] of a group's tile [RY * GROUP, RX], which of them exist, and the tile's slots."""
+    row, q = tl.arange(0, RY * GROUP), tl.arange(0, RX)[None, :]
+    p, slot = (row // GROUP)[:, None], row % GROUP
+    t = first + slot[:, None]
+    return (t * ry + p) * rx + q, (t < T) & (p < ry) & (q < rx), slot
+
+
+@triton.jit
+def _of_slots(values, slot, GROUP: tl.constexpr):
+    """values [GROUP] spread over the rows of theta's tile: [RY * GROUP, 1]."""
+    return tl.sum(tl.where(slot[:, None] == tl.arange(0, GROUP)[None, :], values[None, :], 0.0), 1)[:, None]
+
+
+@triton.jit
+def _theta_step(theta, maps, share, slot, basis_y_t, basis_x, rate, shrink, GROUP: tl.constexpr):
+    """Theta's tile after one step down the gradient; the penalty on theta^2 only shrinks it."""
+    kept = 1.0 - shrink * _of_slots(share, slot, GROUP)
+    return kept * theta - rate * _contract(maps, basis_y_t, basis_x, GROUP)
+
+
+@triton.jit
+def _add_squares(losses_ptr, thetas_ptr, steps, stride_loss, stride_theta, size, factor):
+    """Add factor * sum theta^2 to the loss of every step."""
+    STEPS: tl.constexpr = 16
+    NUMBERS: tl.constexpr = 128
+    for start in range(0, steps, STEPS):
+        step = start + tl.arange(0, STEPS)
+        squares = tl.zeros([STEPS, NUMBERS], tl.float32)
+        for first in range(0, size, NUMBERS):
+            number = first + tl.arange(0, NUMBERS)
+            places = (step * stride_theta)[:, None] + number[None, :]
+            mask = (step < steps)[:, None] & (number < size)[None, :]
+            theta = tl.load(thetas_ptr + places, mask=mask, other=0.0)
+            squares += theta * theta
+        losses = tl.load(losses_ptr + step * stride_loss, mask=step < steps, other=0.0)
+        tl.store(losses_ptr + step * stride_loss, losses + factor * tl.sum(squares, 1), mask=step < steps)
+
+
+@triton.jit
+def _tile(ptr, first, CELLS: tl.constexpr, GROUP: tl.constexpr):
+    """Where a group's tile [CELLS, GROUP] lies in [.., CELLS] at `ptr`."""
+    t = first + tl.arange(0, GROUP)
+    return ptr + t[None, :] * CELLS + tl.arange(0, CELLS)[:, None]
+
+
+@triton.jit
+def _load_start(theta_ptr, offsets, exists, slot, share, GROUP: tl.constexpr):
+    """The initial theta of a group, zero for padded targets."""
+    return tl.load(theta_ptr + offsets, mask=exists & (_of_slots(share, slot, GROUP) > 0), other=0.0)
+
+
+@triton.jit
+def _descend_whole(
+    logits,
+    rest,
+    plain,
+    plain_rest,
+    kappa,
+    share,
+    theta,
+    offsets,
+    exists,
+    slot,
+    losses_ptr,
+    thetas_ptr,
+    bases,
+    size,
+    steps,
+    stride_loss,
+    stride_theta,
+    rate,
+    shrink,
+    bias_scale,
+    penalty,
+    aim,
+    PAPER: tl.constexpr,
+    CUTS: tl.constexpr,
+):
+    """Every step, with all targets in registers."""
+    basis_y, basis_y_t, basis_x, basis_x_t = bases
+    CELLS: tl.constexpr = logits.shape[0]
+    GROUP: tl.constexpr = logits.shape[1]
+    for _ in range(steps):
+        tl.store(thetas_ptr + offsets, theta, mask=exists)
+        z = logits + bias_scale * _span(theta, basis_y, basis_x_t, GROUP)
+        top, total = add_columns(rest, tl.full([CELLS], 1.0, tl.float32), z)
+        top, scale = finite_or_zero(top), 1.0 / total
+        maps = probabilities(z, top, scale)
+        loss, gradient = measure(maps, share, size, aim, CUTS)
+        inner = tl.zeros([CELLS], tl.float32)
+        if PAPER:
+            change = maps - plain
+            rest_map = tl.exp(rest - top) * scale
+            length, pull, gradient_rest = distance(tl.sum(change * change, 1), rest_map, plain_rest, kappa, penalty)
+            loss += penalty * length
+            gradient += pull * change
+            inner = rest_map * gradient_rest
+        tl.store(losses_ptr, loss)
+        weighted = maps * gradient
+        inner += tl.sum(weighted, 1)
+        descent = weighted - maps * inner[:, None]
+        theta = _theta_step(theta, descent, share, slot, basis_y_t, basis_x, rate, shrink, GROUP)
+        losses_ptr += stride_loss
+        thetas_ptr += stride_theta
+
+
+@triton.jit
+def _descend_groups(
+    scratch_ptr,
+    reals,
+    count,
+    losses_ptr,
+    thetas_ptr,
+    bases,
+    T,
+    size,
+    ry,
+    rx,
+    steps,
+    stride_loss,
+    stride_theta,
+    rate,
+    shrink,
+    bias_scale,
+    penalty,
+    aim,
+    PAPER: tl.constexpr,
+    CELLS: tl.constexpr,
+    RY: tl.constexpr,
+    RX: tl.constexpr,
+    GROUP: tl.constexpr,
+    CUTS: tl.constexpr,
+):
+    """Every step, group after group; theta starts and stays in memory. The barriers stand between what some threads
+    store and others load."""
+    basis_y, basis_y_t, basis_x, basis_x_t = bases
+    logits_ptr, maps_ptr, weighted_ptr, plain_ptr, rest_ptr = _areas(scratch_ptr, T, CELLS, GROUP)
+    cells = tl.arange(0, CELLS)
+    for step in range(steps):
+        rest = tl.load(rest_ptr + cells)
+        top, total = rest, tl.full([CELLS], 1.0, tl.float32)
+        for first in range(0, T, GROUP):
+            offsets, exists, slot = _centres(first, T, ry, rx, RY, RX, GROUP)
+            theta = tl.load(thetas_ptr + offsets, mask=exists, other=0.0)
+            z = tl.load(_tile(logits_ptr, first, CELLS, GROUP))
+            z += bias_scale * _span(theta, basis_y, basis_x_t, GROUP)
+            top, total = add_columns(top, total, z)
+            tl.store(_tile(maps_ptr, first, CELLS, GROUP), z)
+        top, scale = finite_or_zero(top), 1.0 / total
+        tl.debug_barrier()
+
+        loss, pull = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
+        inner = tl.zeros([CELLS], tl.float32)
+        if PAPER:
+            squares = tl.zeros([CELLS], tl.float32)
+            for first in range(0, T, GROUP):
+                z = tl.load(_tile(maps_ptr, first, CELLS, GROUP))
+                change = probabilities(z, top, scale) - tl.load(_tile(plain_ptr, first, CELLS, GROUP))
+                squares += tl.sum(change * change, 1)
+            rest_map = tl.exp(rest - top) * scale
+            plain_rest, kappa = tl.load(rest_ptr + CELLS + cells), tl.load(rest_ptr + 2 * CELLS + cells)
+            length, pull, gradient_rest = distance(squares, rest_map, plain_rest, kappa, penalty)
+            loss += penalty * length
+            inner = rest_map * gradient_rest
+        for first in range(0, T, GROUP):
+            maps = probabilities(tl.load(_tile(maps_ptr, first, CELLS, GROUP)), top, scale)
+            term, gradient = measure(maps, shares(reals, first, count, GROUP), size, aim, CUTS)
+            loss += term
+            if PAPER:
+                gradient += pull * (maps - tl.load(_tile(plain_ptr, first, CELLS, GROUP)))
+            weighted = maps * gradient
+            inner += tl.sum(weighted, 1)
+            tl.debug_barrier()
+            tl.store(_tile(maps_ptr, first, CELLS, GROUP), maps)
+            tl.store(_tile(weighted_ptr, first, CELLS, GROUP), weighted)
+        tl.store(losses_ptr, loss)
+        tl.debug_barrier()
+
+        if step + 1 < steps:
+            for first in range(0, T, GROUP):
+                offsets, exists, slot = _centres(first, T, ry, rx, RY, RX, GROUP)
+                theta = tl.load(thetas_ptr + offsets, mask=exists, other=0.0)
+                maps = tl.load(_tile(maps_ptr, first, CELLS, GROUP))
+                descent = tl.load(_tile(weighted_ptr, first, CELLS, GROUP)) - maps * inner[:, None]
+                share = shares(reals, first, count, GROUP)
+                theta = _theta_step(theta, descent, share, slot, basis_y_t, basis_x, rate, shrink, GROUP)
+                tl.store(thetas_ptr + stride_theta + offsets, theta, mask=exists)
+            tl.debug_barrier()
+        losses_ptr += stride_loss
+        thetas_ptr += stride_theta
+
+
+@triton.jit
+def _areas(scratch_ptr, T, CELLS: tl.constexpr, GROUP: tl.constexpr):
+    """Logits, maps, maps times gradient, unedited maps: [T, CELLS] each, T rounded up to groups. And rest, its unedited
+    probability, kappa: [CELLS] each."""
+    size = tl.cdiv(T, GROUP) * GROUP * CELLS
+    rest_ptr = scratch_ptr + 4 * size
+    return scratch_ptr, scratch_ptr + size, scratch_ptr + 2 * size, scratch_ptr + 3 * size, rest_ptr
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _regulate_fwd_kernel(
+    logits_ptr,
+    rest_ptr,
+    square_ptr,
+    theta_ptr,
+    losses_ptr,
+    thetas_ptr,
+    scratch_ptr,
+    stride_scratch,
+    T,
+    height,
+    width,
+    ry,
+    rx,
+    start_y,
+    step_y,
+    rest_y,
+    start_x,
+    step_x,
+    rest_x,
+    steps,
+    rank,
+    fraction,
+    level,
+    mass,
+    mass_weight,
+    penalty,
+    bias_scale,
+    step_size,
+    PAPER: tl.constexpr,
+    GIVEN_MASS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RY: tl.constexpr,
+    RX: tl.constexpr,
+    GROUP: tl.constexpr,
+    CUTS: tl.constexpr,
+):
+    CELLS: tl.constexpr = HEIGHT * WIDTH
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    M, centres = height * width, ry * rx
+    stride_theta = rows.to(tl.int64) * T * centres
+    cells = tl.arange(0, CELLS)
+    y, x = cells // WIDTH, cells % WIDTH
+    inside, places = (y < height) & (x < width), y * width + x
+    logits_ptr += row * T * M
+    theta_ptr += row * T * centres
+    thetas_ptr += row * T * centres
+    losses_ptr += row
+    rate, shrink = step_size * bias_scale, 0.0 * penalty
+    if not PAPER:
+        shrink = 2.0 * step_size * penalty / centres
+
+    rest = tl.load(rest_ptr + row * M + places, mask=inside, other=0.0)  # [CELLS]
+    reals, count, plain_top, plain_scale = survey(logits_ptr, rest, T, M, places, inside, PAPER, GROUP)
+    aim = (rank, fraction, level, goal(mass, count, GIVEN_MASS), mass_weight)
+    plain_rest, kappa = rest, rest
+    if PAPER:
+        plain_rest, kappa = load_plain_rest(square_ptr + row * M, rest, plain_top, plain_scale, places, inside)
+
+    if WHOLE:
+        logits = load_maps(logits_ptr, 0, T, M, places, inside, float("-inf"), GROUP)
+        plain = logits
+        if PAPER:
+            plain = probabilities(logits, plain_top, plain_scale)
+        share = shares(reals, 0, count, GROUP)
+        offsets, exists, slot = _centres(0, T, ry, rx, RY, RX, GROUP)
+        theta = _load_start(theta_ptr, offsets, exists, slot, share, GROUP)
+        bases = _bases(height, width, ry, rx, start_y, step_y, rest_y, start_x, step_x, rest_x, HEIGHT, WIDTH, RY, RX)
+        _descend_whole(
+            logits,
+            rest,
+            plain,
+            plain_rest,
+            kappa,
+            share,
+            theta,
+            offsets,
+            exists,
+            slot,
+            losses_ptr,
+            thetas_ptr,
+            bases,
+            M,
+            steps,
+            rows,
+            stride_theta,
+            rate,
+            shrink,
+            bias_scale,
+            penalty,
+            aim,
+            PAPER,
+            CUTS,
+        )
+    else:
+        scratch_ptr += row * stride_scratch
+        kept_logits_ptr, _, _, plain_ptr, kept_rest_ptr = _areas(scratch_ptr, T, CELLS, GROUP)
+        tl.store(kept_rest_ptr + cells, rest)
+        tl.store(kept_rest_ptr + CELLS + cells, plain_rest)
+        tl.store(kept_rest_ptr + 2 * CELLS + cells, kappa)
+        for first in range(0, T, GROUP):
+            logits = load_maps(logits_ptr, first, T, M, places, inside, float("-inf"), GROUP)
+            tl.store(_tile(kept_logits_ptr, first, CELLS, GROUP), logits)
+            if PAPER:
+                tl.store(_tile(plain_ptr, first, CELLS, GROUP), probabilities(logits, plain_top, plain_scale))
+            offsets, exists, slot = _centres(first, T, ry, rx, RY, RX, GROUP)
+            share = shares(reals, first, count, GROUP)
+            theta = _load_start(theta_ptr, offsets, exists, slot, share, GROUP)
+            tl.store(thetas_ptr + offsets, theta, mask=exists)
+        tl.debug_barrier()
+        bases = _bases(height, width, ry, rx, start_y, step_y, rest_y, start_x, step_x, rest_x, HEIGHT, WIDTH, RY, RX)
+        _descend_groups(
+            scratch_ptr,
+            reals,
+            count,
+            losses_ptr,
+            thetas_ptr,
+            bases,
+            T,
+            M,
+            ry,
+            rx,
+            steps,
+            rows,
+            stride_theta,
+            rate,
+            shrink,
+            bias_scale,
+            penalty,
+            aim,
+            PAPER,
+            CELLS,
+            RY,
+            RX,
+            GROUP,
+            CUTS,
+        )
+    if not PAPER:
+        # The penalty of all steps at once: a sum over theta in every step would cost more than all of them here.
+        tl.debug_barrier()
+        _add_squares(losses_ptr, thetas_ptr, steps, rows, stride_theta, T * centres, penalty / (centres * count))
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _select_fwd_kernel(
+    losses_ptr,
+    thetas_ptr,
+    bias_ptr,
+    kept_ptr,
+    H,
+    T,
+    height,
+    width,
+    ry,
+    rx,
+    start_y,
+    step_y,
+    rest_y,
+    start_x,
+    step_x,
+    rest_x,
+    steps,
+    bias_scale,
+    BATCH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    T_BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    row, rows = tl.program_id(1), tl.num_programs(1)
+    first, number = (row // H) * H, H
+    if BATCH:
+        first, number = row * 0, rows
+    lowest = tl.full([], float("inf"), tl.float32)
+    best = tl.zeros([], tl.int32)
+    for start in range(0, steps, STEPS):
+        step = start + tl.arange(0, STEPS)
+        sums = tl.zeros([STEPS], tl.float32)
+        for start_h in range(0, number, HEADS):
+            h = start_h + tl.arange(0, HEADS)
+            mask = (step < steps)[:, None] & (h < number)[None, :]
+            sums += tl.sum(tl.load(losses_ptr + step[:, None] * rows + first + h[None, :], mask=mask, other=0.0), 1)
+        # NaN never wins, and of equal losses the first does.
+        sums = tl.where((step < steps) & (sums == sums), sums, float("inf"))
+        low = tl.min(sums, 0)
+        at = tl.min(tl.where(sums == low, step, steps), 0)
+        best = tl.where(low < lowest, at, best)
+        lowest = tl.minimum(low, lowest)
+
+    M = height * width
+    places = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    size = T * ry * rx
+    thetas_ptr += (best.to(tl.int64) * rows + row) * size
+    bias = bias_tile(
+        thetas_ptr, places, width, T, ry, rx, start_y, step_y, rest_y, start_x, step_x, rest_x, T_BLOCK
+    )  # [T_BLOCK, BLOCK_M]
+    t = tl.arange(0, T_BLOCK)[:, None]
+    bias_ptr += row.to(tl.int64) * T * M
+    tl.store(bias_ptr + t * M + places[None, :], bias_scale * bias, mask=(t < T) & (places < M)[None, :])
+    kept_ptr += row.to(tl.int64) * size
+    if tl.program_id(0) == 0:
+        for start in range(0, size, BLOCK_M):
+            at = start + tl.arange(0, BLOCK_M)
+            theta = tl.load(thetas_ptr + at, mask=at < size, other=0.0)
+            tl.store(kept_ptr + at, theta, mask=at < size)
+
+
+def regulate(
+    statistics: tuple[Tensor, Tensor, Tensor | None],
+    theta: Tensor,
+    grid: Sequence[int],
+    axes: Sequence[float],
+    bias_scale: float,
+    steps: int,
+    step_size: float,
+    whole_batch: bool,
+    *aim: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(bias [B,H,T,M], theta, losses [steps,B,H]), all float32, from `statistics` (logits, rest_lse, rest_square).
+
+    `axes`: see `_gaussian`, along y and then x. `aim`: see `Aim.of`.
+    """
+    logits, rest_lse, rest_square = statistics
+    settings = Aim.of(logits.shape[3], *aim)
+    batch, heads, targets, tokens = logits.shape
+    ry, rx = theta.shape[3:]
+    block = {"HEIGHT": max(triton.next_power_of_2(grid[0]), 16), "WIDTH": max(triton.next_power_of_2(grid[1]), 16)}
+    block |= {"RY": max(triton.next_power_of_2(ry), 16), "RX": max(triton.next_power_of_2(rx), 16)}
+    use = dict(config("regulate_fwd", logits.device, cells=block["HEIGHT"] * block["WIDTH"], targets=targets))
+    group = use["GROUP"] = min(use["GROUP"], triton.next_power_of_2(targets))
+    whole = use["WHOLE"] = bool(use["WHOLE"]) and group >= targets
+    cells = block["HEIGHT"] * block["WIDTH"]
+    scratch = 0 if whole else (4 * triton.cdiv(targets, group) * group + 3) * cells
+    losses = logits.new_empty(steps, batch, heads)
+    thetas = logits.new_empty(steps, *theta.shape)
+    launch(
+        _regulate_fwd_kernel,
+        (batch * heads,),
+        logits.device,
+        use,
+        logits.contiguous(),
+        rest_lse.contiguous(),
+        None if rest_square is None else rest_square.contiguous(),
+        theta.contiguous(),
+        losses,
+        thetas,
+        logits.new_empty(batch * heads, scratch) if scratch else losses,
+        scratch,
+        targets,
+        *grid,
+        ry,
+        rx,
+        *axes,
+        steps,
+        *settings.numbers,
+        bias_scale,
+        step_size,
+        **settings.constants,
+        **block,
+    )
+    bias, kept = torch.empty_like(logits, memory_format=torch.contiguous_format), thetas.new_empty(theta.shape)
+    use = config("select_fwd", logits.device)
+    launch(
+        _select_fwd_kernel,
+        (triton.cdiv(tokens, use["BLOCK_M"]), batch * heads),
+        logits.device,
+        use,
+        losses,
+        thetas,
+        bias,
+        kept,
+        heads,
+        targets,
+        *grid,
+        ry,
+        rx,
+        *axes,
+        steps,
+        bias_scale,
+        BATCH=whole_batch,
+        T_BLOCK=triton.next_power_of_2(targets),
+    )
+    return bias, kept, losses
