@@ -19,6 +19,8 @@ DIFFUSERS = [
     "tqdm>=4.60",
 ]
 BENCH = ["pytest>=8", "pytest-benchmark>=5"]
+# A torch for CUDA or ROCm brings its own; the tests run the kernels without a GPU, in Triton's interpreter.
+TRITON = "triton>=3.6; sys_platform == 'linux'"
 
 setup(
     name="attnctl-fast",
@@ -34,6 +36,7 @@ setup(
         "attnctl_fast.kernels",
         "attnctl_fast.methods",
         "attnctl_fast.ops",
+        "attnctl_fast.ops._triton",
         "attnctl_fast.shapes",
     ],
     package_dir={"attnctl_fast.kernels": "kernels"},
@@ -46,7 +49,7 @@ setup(
     extras_require={
         "diffusers": DIFFUSERS,
         "bench": BENCH,
-        "test": [*DIFFUSERS, *BENCH, "hypothesis>=6.100", "mypy>=1.10", "peft>=0.17", "ruff>=0.6"],
+        "test": [*DIFFUSERS, *BENCH, TRITON, "hypothesis>=6.100", "mypy>=1.10", "peft>=0.17", "ruff>=0.6"],
     },
     entry_points={"console_scripts": ["attnctl-fast=attnctl_fast.cli:main"]},
 )

@@ -1,9 +1,32 @@
 """What several test files need."""
 
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+
+# Triton reads this when it decorates a kernel, so it stands before the first import of one: without a GPU the kernels
+# run in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    from triton.language import core
+    from triton.runtime.interpreter import InterpretedFunction
+
+    _call = InterpretedFunction.__call__
+
+    def _call_patched(self, *arguments, **keywords):
+        """The interpreter patches triton.language anew for every function that a kernel calls, although its last patch
+        still holds. Without that, interpreted kernels take half the time."""
+        if self.fn.__module__.startswith("triton.") and core.is_builtin(core.arange):
+            return _call(self, *arguments, **keywords)
+        return self.rewrite()(*arguments, **keywords)
+
+    InterpretedFunction.__call__ = _call_patched
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +52,16 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Makes uninitialised memory NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])

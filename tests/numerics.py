@@ -1,23 +1,40 @@
-"""Inputs of every awkward kind, and the rule that errors are judged by."""
+"""Inputs of every awkward kind, where they lie, and the rule that errors are judged by."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 ULPS = 4
 RUNS = 8
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+TRITON = ["triton"] if find_spec("triton") else []  # there is none for macOS and Windows
+FAST = ["eager", *TRITON]
+IMPLS = ["reference", *FAST]
+
+
+def widest(impl: str) -> torch.dtype:
+    """The widest dtype that an implementation takes."""
+    return torch.float32 if impl == "triton" else torch.float64
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Numbers from [0, 1), the same on every device."""
+    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def randn(*shape: int, dtype: torch.dtype, seed: int, strided: bool = False) -> Tensor:
-    """[B,H,M,d] normal numbers, rounded to dtype; strided: a view of [B,M,H*d]."""
+    """[B,H,M,d] normal numbers, rounded to dtype, the same on every device; strided: a view of [B,M,H*d]."""
     generator = torch.Generator().manual_seed(seed)
     if not strided:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
     batch, heads, tokens, width = shape
-    flat = torch.randn(batch, tokens, heads * width, generator=generator, dtype=torch.float64).to(dtype)
+    flat = torch.randn(batch, tokens, heads * width, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
     return flat.unflatten(-1, (heads, width)).transpose(1, 2)
 
 
@@ -53,16 +70,31 @@ def carried_by_lse(lse: Tensor, values: Tensor) -> Tensor:
     return torch.finfo(torch.float32).eps * lse.abs() * values.abs().amax((-1, -2)).unsqueeze(-1)
 
 
-def carried_to_gradients(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, scale: float) -> dict[str, Tensor]:
-    """The same for the gradients: dv = P^T dO and dl = P (dP - rowsum(P dP)) with every P off by that."""
+def carried_to_gradients(
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, scale: float, added: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The same for the gradients: dv = P^T dO and dl = P (dP - rowsum(P dP)) with every P off by that.
+
+    `added` [B,H,M,N]: what an edit adds to the logits; with it come the logits' own errors, and both softmaxes count,
+    that of the edited logits and that of the others, which pinned columns keep.
+    """
     q, k, v, grad_out = (x.detach().double() for x in (q, k, v, grad_out))
     logits = scale * (q @ k.mT)
-    lse = logits.logsumexp(-1, keepdim=True)
     slope = 2 * (grad_out @ v.mT).abs().amax(-1, keepdim=True)
-    off = torch.finfo(torch.float32).eps * lse.abs() * logits.softmax(-1)
-    off_logits = scale * slope * off
-    pairs = {"q": off_logits @ k.abs(), "k": off_logits.mT @ q.abs(), "v": off.mT @ grad_out.abs()}
-    return {name: error.amax(-1) for name, error in pairs.items()}
+    off = sum(_off_by_lse(x) for x in ([logits] if added is None else [logits, logits + added]))
+    off_logits = slope * off
+    pairs = {
+        "q": scale * off_logits @ k.abs(),
+        "k": scale * off_logits.mT @ q.abs(),
+        "v": off.mT @ grad_out.abs(),
+    }
+    errors = {name: error.amax(-1) for name, error in pairs.items()}
+    return errors if added is None else {**errors, "logits": off_logits}
+
+
+def _off_by_lse(logits: Tensor) -> Tensor:
+    """The error of softmax(logits) that the rounding of the logsumexp makes."""
+    return torch.finfo(torch.float32).eps * logits.logsumexp(-1, keepdim=True).abs() * logits.softmax(-1)
 
 
 def assert_rows_close(
@@ -85,6 +117,23 @@ def assert_rows_close(
     assert excess[worst] <= 0, (
         f"{what}: row {worst} is off by {error.flatten()[worst]}, allowed {allowed.flatten()[worst]}"
     )
+
+
+def assert_right(
+    actual: Tensor,
+    plain: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    *others: Tensor,
+    what: str = "out",
+    carried: Tensor | float = 0.0,
+) -> None:
+    """`actual` is plain(q, k, *others): by torch.testing.assert_close in float64, else by `assert_rows_close`."""
+    if q.dtype == torch.float64:
+        torch.testing.assert_close(actual, plain(q, k, *others))
+    else:
+        truth = plain(*(x.double() for x in (q, k, *others)))
+        assert_rows_close(actual, plain_runs(plain, q, k, *others), truth, actual.dtype, what, carried)
 
 
 def full_softmax_output(

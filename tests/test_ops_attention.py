@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from numerics import (
+    DEVICE,
+    FAST,
+    IMPLS,
+    assert_right,
     assert_rows_close,
     attention_inputs,
     carried_by_lse,
@@ -15,14 +21,15 @@ from numerics import (
     full_softmax_output,
     orders,
     plain_runs,
+    rand,
     randn,
+    widest,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnctl_fast import ops, reference, use
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-IMPLS = ["reference", "eager"]
 # (M, N, d): one of each size that matters, and the whole grid under `-m full`.
 SHAPES = [(1, 1, 8), (63, 77, 40), (64, 120, 80), (256, 77, 160), (256, 154, 64), (64, 333, 128), (256, 512, 40)]
 FULL = [
@@ -61,17 +68,20 @@ def test_attention(impl, dtype, m, n, d):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "d"), FULL)
-def test_attention_full_grid(dtype, m, n, d):
+def test_attention_full_grid(impl, dtype, m, n, d):
     q, k, v = attention_inputs(1, 2, m, n, d, dtype, strided=True)
     truth = F.scaled_dot_product_attention(*_wide(q, k, v))
-    assert_rows_close(ops.attention(q, k, v), plain_runs(_plain_attention, q, k, v), truth, dtype, "out")
+    out = ops.attention(q, k, v, impl=impl)
+    assert_rows_close(out, plain_runs(_plain_attention, q, k, v), truth, dtype, "out")
 
 
+@pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sharp", [1.0, 6.0])
-def test_attention_gradients(dtype, sharp):
+def test_attention_gradients(impl, dtype, sharp):
     leaves = [x.requires_grad_() for x in attention_inputs(1, 2, 64, 77, 40, dtype, sharp)]
     weight, lse_weight = (
         randn(1, 2, 64, 40, dtype=dtype, seed=7),
@@ -84,7 +94,7 @@ def test_attention_gradients(dtype, sharp):
     def plain(q, k, v):
         return total(_plain_attention(q, k, v), (q @ k.mT * 40**-0.5).logsumexp(-1))
 
-    ours = torch.autograd.grad(total(*ops.attention(*leaves, return_lse=True)), leaves)
+    ours = torch.autograd.grad(total(*ops.attention(*leaves, return_lse=True, impl=impl)), leaves)
     carried = carried_to_gradients(*leaves[:3], weight, 40**-0.5)
     wide = [x.detach().double().requires_grad_() for x in leaves]
     truth = torch.autograd.grad(plain(*wide), wide)
@@ -98,15 +108,16 @@ def test_only_wanted_gradients_are_made(monkeypatch):
     backward = module.attention_backward_op
     monkeypatch.setattr(module, "attention_backward_op", lambda *args: asked.append(args[-1]) or backward(*args))
     q, k, v = attention_inputs(1, 2, 16, 9, 8, torch.float32)
-    ops.attention(q.requires_grad_(), k, v).sum().backward()
+    ops.attention(q.requires_grad_(), k, v, impl="eager").sum().backward()
     assert asked == [[True, False, False]]
-    bias = torch.zeros(1, 2, 1, 16, requires_grad=True)
-    ops.biased_attention(q.detach(), k, v, bias, [3]).sum().backward()
+    bias = torch.zeros(1, 2, 1, 16, device=DEVICE, requires_grad=True)
+    ops.biased_attention(q.detach(), k, v, bias, [3], impl="eager").sum().backward()
     assert len(asked) == 1, "the bias alone needs no backward pass of the attention"
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("layout", ["transposed", "stepped", "expanded"])
-def test_any_strides(layout):
+def test_any_strides(impl, layout):
     def made(tokens, seed):
         if layout == "transposed":
             return randn(2, 2, 8, tokens, dtype=torch.float32, seed=seed).mT
@@ -119,8 +130,8 @@ def test_any_strides(layout):
     weight = randn(2, 2, 8, 16, dtype=torch.float32, seed=4).mT
     results = []
     for q, k, v in (leaves, plain):
-        out, lse = ops.attention(q, k, v, return_lse=True)
-        merged = ops.biased_attention(q, k, v, torch.ones(2, 2, 1, 16), [3], pinned_ids=[0])
+        out, lse = ops.attention(q, k, v, return_lse=True, impl=impl)
+        merged = ops.biased_attention(q, k, v, torch.ones(2, 2, 1, 16, device=DEVICE), [3], pinned_ids=[0], impl=impl)
         results.append([out, lse, merged, *torch.autograd.grad(((out + merged) * weight).sum() + lse.sum(), (q, k, v))])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected)
@@ -133,7 +144,7 @@ def test_a_nan_query_or_key_gives_nan(impl, tokens):
     q[0, 0, 3] = torch.nan
     k[1, 1, 0, 2] = torch.nan
     out, lse = ops.attention(q, k, v, return_lse=True, impl=impl)
-    expected = torch.zeros(2, 2, 16, dtype=torch.bool)
+    expected = torch.zeros(2, 2, 16, dtype=torch.bool, device=DEVICE)
     expected[0, 0, 3] = expected[1, 1] = True
     assert torch.equal(out.isnan().any(-1), expected) and torch.equal(lse.isnan(), expected)
 
@@ -144,13 +155,13 @@ def test_autocast_leaves_the_precision_alone(impl):
 
     def run():
         stats = ops.target_statistics(q, k, v, [3], pinned_ids=[0], with_square=True, impl=impl)
-        theta = torch.rand(1, 2, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+        theta = rand(1, 2, 1, 1, 1)
         found = ops.regulate(stats, (4, 4), theta=theta, steps=3, impl=impl)
         loss = ops.regulation_loss(stats, found.bias, impl=impl)
         return [*stats, *found, loss, ops.merge_targets(stats, v, [3], found.bias, pinned_ids=[0], impl=impl)]
 
     expected = run()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         ours = run()
     for a, b in zip(ours, expected, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
@@ -158,23 +169,34 @@ def test_autocast_leaves_the_precision_alone(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_settings_that_are_not_the_defaults(impl):
-    q, k, v = attention_inputs(2, 2, 128, 11, 8, torch.float64)
+    q, k, v = attention_inputs(2, 2, 128, 11, 8, widest(impl))
     grid, sigma, scale, ids = (8, 16), (1.5, 2.0), 0.7, [3, 6]
-    theta = randn(2, 2, 2, 6, dtype=torch.float64, seed=3).unflatten(-1, ops.basis_shape(grid, sigma))
-    y, x = torch.arange(8.0).double(), torch.arange(16.0).double()
-    rows = torch.exp(-((y[:, None] - torch.tensor([3.0, 6.0])) ** 2) / (2 * 1.5**2))
-    columns = torch.exp(-((x[:, None] - torch.tensor([4.0, 8.0, 12.0])) ** 2) / (2 * 2.0**2))
-    bias = (rows @ theta @ columns.mT).flatten(-2)
-    expected = full_softmax_output(q, k, v, bias, ids, [0], scale)
+    theta = randn(2, 2, 2, 6, dtype=q.dtype, seed=3).unflatten(-1, ops.basis_shape(grid, sigma))
+
+    def spanned(theta):
+        y, x = (torch.arange(side, dtype=theta.dtype, device=DEVICE)[:, None] for side in grid)
+        rows = torch.exp(-((y - torch.tensor([3.0, 6.0], device=DEVICE)) ** 2) / (2 * 1.5**2))
+        columns = torch.exp(-((x - torch.tensor([4.0, 8.0, 12.0], device=DEVICE)) ** 2) / (2 * 2.0**2))
+        return (rows @ theta @ columns.mT).flatten(-2)
+
+    def biased(q, k, v, bias):
+        return full_softmax_output(q, k, v, bias, ids, [0], scale)
+
+    def regulated(q, k, v, theta):
+        return biased(q, k, v, spanned(theta))
+
+    bias = spanned(theta)
     how = {"pinned_ids": [0], "scale": scale, "impl": impl}
-    torch.testing.assert_close(ops.regulated_attention(q, k, v, theta, ids, grid, sigma=sigma, **how), expected)
-    torch.testing.assert_close(ops.biased_attention(q, k, v, bias, ids, **how), expected)
+    ours = ops.regulated_attention(q, k, v, theta, ids, grid, sigma=sigma, **how)
+    assert_right(ours, regulated, q, k, v, theta, what="regulated")
+    assert_right(ops.biased_attention(q, k, v, bias, ids, **how), biased, q, k, v, bias, what="biased")
     stats = ops.target_statistics(q, k, v, ids, with_square=True, **how)
-    torch.testing.assert_close(ops.merge_targets(stats, v, ids, bias, pinned_ids=[0], impl=impl), expected)
+    merged = ops.merge_targets(stats, v, ids, bias, pinned_ids=[0], impl=impl)
+    assert_right(merged, biased, q, k, v, bias, what="merged", carried=carried_by_lse(stats.rest_lse, v))
     rest = (scale * q @ k.mT).softmax(-1)[..., [0, 1, 2, 4, 5, 7, 8, 9, 10]]
     torch.testing.assert_close(stats.rest_square, rest.square().sum(-1))
-    plain = full_softmax_output(q, k, v, torch.zeros_like(bias), ids, [], scale)
-    torch.testing.assert_close(ops.attention(q, k, v, scale=scale, impl=impl), plain)
+    plain = functools.partial(F.scaled_dot_product_attention, scale=scale)
+    assert_right(ops.attention(q, k, v, scale=scale, impl=impl), plain, q, k, v)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -212,7 +234,7 @@ def test_statistics_and_merge(impl, dtype, m, n, d):
 def test_merge_is_stable_at_any_bias(impl, raised):
     q, k, v = attention_inputs(1, 2, 64, 77, 40, torch.float32, 8.0)
     ids = [5, 9]
-    bias = torch.full((1, 2, 2, 64), raised)
+    bias = torch.full((1, 2, 2, 64), raised, device=DEVICE)
     bias[:, :, 1] *= 0.5
     stats = ops.target_statistics(q, k, v, ids, pinned_ids=[0], impl=impl)
     out = ops.merge_targets(stats, v, ids, bias, pinned_ids=[0], impl=impl)
@@ -228,30 +250,34 @@ def test_merge_is_stable_at_any_bias(impl, raised):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_all_columns_are_targets(impl):
-    q, k, v = attention_inputs(1, 2, 16, 3, 8, torch.float64)
+    q, k, v = attention_inputs(1, 2, 16, 3, 8, widest(impl))
     stats = ops.target_statistics(q, k, v, [2, 0, 1], with_square=True, impl=impl)
     assert (stats.rest_lse == -torch.inf).all() and (stats.rest_out == 0).all() and (stats.rest_square == 0).all()
     merged = ops.merge_targets(stats, v, [2, 0, 1], impl=impl)
-    torch.testing.assert_close(merged, F.scaled_dot_product_attention(q, k, v))
+    assert_right(merged, _plain_attention, q, k, v)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("inside", [False, True])
 def test_biased_attention_conventions(impl, inside):
-    q, k, v = attention_inputs(2, 2, 16, 11, 8, torch.float64)
-    bias = randn(2, 2, 2, 16, dtype=torch.float64, seed=4)
-    added = torch.zeros(2, 2, 16, 11, dtype=torch.float64)
-    added[..., [3, 6]] = bias.mT
-    logits = (q @ k.mT + added) / 8**0.5 if inside else q @ k.mT / 8**0.5 + added
+    q, k, v = attention_inputs(2, 2, 16, 11, 8, widest(impl))
+    bias = randn(2, 2, 2, 16, dtype=q.dtype, seed=4)
+
+    def plain(q, k, v, bias):
+        added = q.new_zeros(2, 2, 16, 11)
+        added[..., [3, 6]] = bias.mT
+        logits = (q @ k.mT + added) / 8**0.5 if inside else q @ k.mT / 8**0.5 + added
+        return logits.softmax(-1) @ v
+
     out = ops.biased_attention(q, k, v, bias, [3, 6], bias_inside_scale=inside, impl=impl)
-    torch.testing.assert_close(out, logits.softmax(-1) @ v)
+    assert_right(out, plain, q, k, v, bias)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_different_targets_per_sample_equal_each_sample_alone(impl):
-    q, k, v = attention_inputs(3, 2, 16, 11, 8, torch.float64)
+    q, k, v = attention_inputs(3, 2, 16, 11, 8, widest(impl))
     rows, pins = [[3, 6], [5], []], [[0, 9], [0, 7], [0]]
-    bias = randn(3, 2, 2, 16, dtype=torch.float64, seed=4)
+    bias = randn(3, 2, 2, 16, dtype=q.dtype, seed=4)
     bias[1:, :, 1] = torch.nan  # a padded target's bias is ignored
     bias[2] = torch.nan
     out = ops.biased_attention(
@@ -259,22 +285,28 @@ def test_different_targets_per_sample_equal_each_sample_alone(impl):
     )
     for i in range(2):
         one = slice(i, i + 1)
-        alone = ops.biased_attention(
-            q[one], k[one], v[one], bias[one, :, : len(rows[i])], rows[i], pinned_ids=pins[i], impl=impl
-        )
+        real = bias[one, :, : len(rows[i])]
+        alone = ops.biased_attention(q[one], k[one], v[one], real, rows[i], pinned_ids=pins[i], impl=impl)
         torch.testing.assert_close(out[one], alone)
-    torch.testing.assert_close(out[2:], F.scaled_dot_product_attention(q[2:], k[2:], v[2:]))
+
+        def plain(q, k, v, bias, i=i):
+            return full_softmax_output(q, k, v, bias, rows[i], pins[i], 8**-0.5)
+
+        assert_right(out[one], plain, q[one], k[one], v[one], real)
+    assert_right(out[2:], _plain_attention, q[2:], k[2:], v[2:])
 
 
-def test_padded_targets_get_zero_gradient():
-    q, k, v = attention_inputs(2, 2, 16, 11, 8, torch.float64)
-    bias = randn(2, 2, 2, 16, dtype=torch.float64, seed=4).requires_grad_()
-    ops.biased_attention(q, k, v, bias, [[3, 6], [5, -1]]).square().sum().backward()
+@pytest.mark.parametrize("impl", IMPLS)
+def test_padded_targets_get_zero_gradient(impl):
+    q, k, v = attention_inputs(2, 2, 16, 11, 8, widest(impl))
+    bias = randn(2, 2, 2, 16, dtype=q.dtype, seed=4).requires_grad_()
+    ops.biased_attention(q, k, v, bias, [[3, 6], [5, -1]], impl=impl).square().sum().backward()
     assert (bias.grad[1, :, 1] == 0).all() and (bias.grad[1, :, 0] != 0).any() and (bias.grad[0] != 0).any()
 
 
+@pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_biased_attention_gradients(dtype):
+def test_biased_attention_gradients(impl, dtype):
     ids, pinned, scale = [5, 9], [0, 12], 40**-0.5
     leaves = [*attention_inputs(1, 2, 64, 77, 40, dtype, 3.0), 3 * randn(1, 2, 2, 64, dtype=torch.float32, seed=5)]
     leaves = [x.requires_grad_() for x in leaves]
@@ -287,7 +319,7 @@ def test_biased_attention_gradients(dtype):
         return total(full_softmax_output(*inputs, ids, pinned, scale))
 
     q, k, v, bias = leaves
-    ours = torch.autograd.grad(total(ops.biased_attention(q, k, v, bias, ids, pinned_ids=pinned)), leaves)
+    ours = torch.autograd.grad(total(ops.biased_attention(q, k, v, bias, ids, pinned_ids=pinned, impl=impl)), leaves)
     carried = carried_to_gradients(*leaves[:3], weight, 40**-0.5)
     wide = [x.detach().double().requires_grad_() for x in leaves]
     truth = torch.autograd.grad(plain(*wide), wide)
@@ -301,29 +333,38 @@ def test_gaussian_bias_equals_the_sum_over_centres(centres, grid):
     height, width = grid
     sigma_y, sigma_x = ops.default_sigma(grid)
     shape = ops.basis_shape(grid, centres=centres)
-    theta = torch.rand(2, 2, 3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ys = list(range(int(2 * sigma_y), height, int(2 * sigma_y)))
     xs = list(range(int(2 * sigma_x), width, int(2 * sigma_x)))
     if centres == "paper":
         ys = [int(2 * sigma_y) * p - 1 for p in range(1, int(height / (2 * sigma_y)) + 1)]
         xs = [int(2 * sigma_x) * p - 1 for p in range(1, int(width / (2 * sigma_x)) + 1)]
     assert shape == (len(ys), len(xs))
-    y, x = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
-    expected = torch.zeros(2, 2, 3, height, width, dtype=torch.float64)
-    for i, cy in enumerate(ys):
-        for j, cx in enumerate(xs):
-            gauss = torch.exp(-((y - cy) ** 2) / (2 * sigma_y**2) - (x - cx) ** 2 / (2 * sigma_x**2))
-            expected += theta[..., i, j, None, None] * gauss
+    pairs = [(i, j) for i in range(len(ys)) for j in range(len(xs))]
+
+    def summed(theta, pairs):
+        y, x = torch.meshgrid(*(torch.arange(side, dtype=theta.dtype, device=DEVICE) for side in grid), indexing="ij")
+        total = theta.new_zeros(*theta.shape[:3], height, width)
+        for i, j in pairs:
+            gauss = torch.exp(-((y - ys[i]) ** 2) / (2 * sigma_y**2) - (x - xs[j]) ** 2 / (2 * sigma_x**2))
+            total += theta[..., i, j, None, None] * gauss
+        return total.flatten(-2)
+
     for impl in IMPLS:
-        torch.testing.assert_close(ops.gaussian_bias(theta, grid, centres=centres, impl=impl), expected.flatten(-2))
+        theta = rand(2, 2, 3, *shape, dtype=widest(impl))
+        truth = summed(theta.double(), pairs)
+        ours = ops.gaussian_bias(theta, grid, centres=centres, impl=impl)
+        if impl == "triton":
+            assert_rows_close(ours, [summed(theta, p) for p in (pairs, pairs[::-1])], truth, torch.float32, "bias")
+        else:
+            torch.testing.assert_close(ours, truth)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_gaussian_bias_rounds_once(impl, dtype):
     grid = (512, 16)
-    theta = torch.rand(1, 1, 1, *ops.basis_shape(grid), generator=torch.Generator().manual_seed(0)).to(dtype)
-    truth = ops.gaussian_bias(theta.double(), grid)
+    theta = rand(1, 1, 1, *ops.basis_shape(grid)).to(dtype)
+    truth = ops.gaussian_bias(theta.double(), grid, impl="eager")
     bias = ops.gaussian_bias(theta, grid, impl=impl)
     assert bias.dtype == dtype
     assert ((bias.double() - truth).abs() <= torch.finfo(dtype).eps * truth.abs() + 1e-6).all()
@@ -341,11 +382,11 @@ def test_default_sigma_is_the_released_codes_but_never_zero():
 @pytest.mark.parametrize("centres", ["official", "paper"])
 def test_regulated_attention_is_biased_attention_with_its_bias(impl, centres):
     grid = (8, 16)
-    q, k, v = attention_inputs(2, 2, 128, 11, 8, torch.float64)
-    theta = randn(2, 2, 2, ops.basis_shape(grid, centres=centres)[0], dtype=torch.float64, seed=3)
-    theta = theta.unsqueeze(-1).expand(-1, -1, -1, -1, ops.basis_shape(grid, centres=centres)[1])
+    q, k, v = attention_inputs(2, 2, 128, 11, 8, widest(impl))
+    theta = randn(2, 2, 2, 64, dtype=q.dtype, seed=3)[..., : math.prod(ops.basis_shape(grid, centres=centres))]
+    theta = theta.unflatten(-1, ops.basis_shape(grid, centres=centres))
     how = {"pinned_ids": [0], "bias_inside_scale": True, "impl": impl}
-    bias = ops.gaussian_bias(theta, grid, centres=centres)
+    bias = ops.gaussian_bias(theta, grid, centres=centres, impl=impl)
     out = ops.regulated_attention(q, k, v, theta, [3, 6], grid, centres=centres, **how)
     torch.testing.assert_close(out, ops.biased_attention(q, k, v, bias, [3, 6], **how))
 
@@ -355,7 +396,7 @@ def test_nan_and_inf_propagate(impl):
     q, k, v = attention_inputs(1, 2, 16, 9, 8, torch.float32)
     q[0, 0, 3, 1] = torch.nan
     q[0, 1, 5, 2] = torch.inf
-    out = ops.biased_attention(q, k, v, torch.ones(1, 2, 1, 16), [4], pinned_ids=[0], impl=impl)
+    out = ops.biased_attention(q, k, v, torch.ones(1, 2, 1, 16, device=DEVICE), [4], pinned_ids=[0], impl=impl)
     broken = out.isnan().any(-1)[0]
     assert broken[0, 3] and broken[1, 5] and broken.sum() == 2
     stats = ops.target_statistics(q, k, v, [4], impl=impl)
@@ -364,17 +405,17 @@ def test_nan_and_inf_propagate(impl):
 
 @pytest.mark.parametrize("excluded", [[], [2, 5], list(range(9))])
 def test_the_form_for_accelerators_equals_the_cpus(excluded):
-    """Off the CPU the logits are materialised; that code runs here on the CPU's tensors."""
+    """Off the CPU eager materialises the logits; that code runs here on the CPU's tensors."""
     module = importlib.import_module("attnctl_fast.ops.attention")
-    q, k, v = attention_inputs(2, 2, 16, 9, 8, torch.float64)
+    q, k, v = (x.cpu() for x in attention_inputs(2, 2, 16, 9, 8, torch.float64))
     ids = torch.tensor(excluded, dtype=torch.int64)
     mask = module._mask(q, k, ids)
     out, lse = module.attention_op(q, k, v, ids, 0.3)
     for ours, expected in zip(module._dense_forward(q, k, v, mask, 0.3), (out, lse), strict=True):
         torch.testing.assert_close(ours, expected)
     finite = lse.masked_fill(lse.isneginf(), 0.0)
-    for grad_lse in (None, randn(2, 2, 16, 1, dtype=torch.float64, seed=5)[..., 0]):
-        grad_out = randn(2, 2, 16, 8, dtype=torch.float64, seed=4)
+    for grad_lse in (None, randn(2, 2, 16, 1, dtype=torch.float64, seed=5)[..., 0].cpu()):
+        grad_out = randn(2, 2, 16, 8, dtype=torch.float64, seed=4).cpu()
         fused = module.attention_backward_op(grad_out, grad_lse, q, k, v, out, lse, ids, 0.3, [True] * 3)
         for needed in ([True, True, True], [True, False, False], [False, True, True], [False, False, True]):
             with _Products() as products:
@@ -409,17 +450,20 @@ class _LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_eager_makes_no_full_map():
+@pytest.mark.parametrize("impl", FAST)
+def test_no_full_map_is_made(impl):
+    if impl == "eager" and DEVICE.type != "cpu":
+        pytest.skip("off the CPU, eager materialises the logits")
     q, k, v = attention_inputs(1, 2, 1024, 300, 8, torch.float32)
     full_map = 2 * 1024 * 300 * 4
-    bias = torch.zeros(1, 2, 2, 1024, requires_grad=True)
-    with _LargestTensor() as eager:
-        ops.biased_attention(q.requires_grad_(), k, v, bias, [3, 6], pinned_ids=[0], impl="eager").sum().backward()
-        stats = ops.target_statistics(q.detach(), k, v, [3, 6], with_square=True)
-        ops.regulate(stats, (32, 32), objective="paper", steps=2)
+    bias = torch.zeros(1, 2, 2, 1024, device=DEVICE, requires_grad=True)
+    with _LargestTensor() as ours:
+        ops.biased_attention(q.requires_grad_(), k, v, bias, [3, 6], pinned_ids=[0], impl=impl).sum().backward()
+        stats = ops.target_statistics(q.detach(), k, v, [3, 6], with_square=True, impl=impl)
+        ops.regulate(stats, (32, 32), objective="paper", steps=2, impl=impl)
     with _LargestTensor() as textbook:
         ops.biased_attention(q, k, v, bias, [3, 6], impl="reference")
-    assert eager.bytes < full_map / 4
+    assert ours.bytes < full_map / 4
     assert textbook.bytes >= full_map
 
 

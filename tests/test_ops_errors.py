@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from numerics import attention_inputs
+from numerics import DEVICE, TRITON, attention_inputs, rand, randn
 
 import attnctl_fast as ac
 from attnctl_fast import ops
@@ -32,7 +32,7 @@ def test_shapes_dtypes_and_devices(qkv, attend):
     refused("q has shape (2, 16, 8); it must be [batch, heads, tokens, head width]", attend, q[:, 0], k, v)
     refused("k has dtype torch.float16 but q has torch.float32; cast them", attend, q, k.half(), v)
     refused("q has dtype torch.int32; it must be a floating-point", attend, q.int(), k, v)
-    refused("v is on meta but q is on cpu; move them", attend, q, k, v.to("meta"))
+    refused(f"v is on meta but q is on {q.device}; move them", attend, q, k, v.to("meta"))
     refused("k has shape (2, 2, 9, 8) but v has (2, 2, 8, 8)", attend, q, k, v[:, :, 1:])
     refused("must agree in batch, heads and head width", attend, q[:, :1], k, v)
     refused("q has shape (2, 2, 0, 8): every dimension must be at least 1", attend, q[:, :, :0], k, v)
@@ -77,12 +77,11 @@ def test_bias_and_statistics_that_do_not_fit(qkv):
         stats,
         v,
         [3, 5],
-        torch.zeros(2, 2, 1, 16),
+        torch.zeros(2, 2, 1, 16, device=DEVICE),
         pinned_ids=[0],
     )
-    refused(
-        "must be a float tensor [B,H,T,M] = [2, 2, 1, 16]", ops.biased_attention, q, k, v, torch.zeros(2, 2, 2, 16), [3]
-    )
+    two = torch.zeros(2, 2, 2, 16, device=DEVICE)
+    refused("must be a float tensor [B,H,T,M] = [2, 2, 1, 16]", ops.biased_attention, q, k, v, two, [3])
     refused("bias is on meta", ops.biased_attention, q, k, v, torch.zeros(2, 2, 1, 16, device="meta"), [3])
     refused(
         "v has shape (2, 2, 9, 4), which does not fit rest_out (2, 2, 16, 8)",
@@ -92,13 +91,13 @@ def test_bias_and_statistics_that_do_not_fit(qkv):
         [3, 5],
         pinned_ids=[0],
     )
-    refused("must be a float tensor [B,H,T,M] = [2, 2, 2, 16]", ops.regulation_loss, stats, torch.zeros(2, 2, 2, 15))
+    refused("must be a float tensor [B,H,T,M] = [2, 2, 2, 16]", ops.regulation_loss, stats, two[..., :15])
 
 
 def test_dtypes_of_what_is_added(qkv):
     q, k, v = qkv
     stats = ops.target_statistics(q, k, v, [3], with_square=True)
-    bias, theta = torch.rand(2, 2, 1, 16), torch.rand(2, 2, 1, 1, 1)
+    bias, theta = rand(2, 2, 1, 16), rand(2, 2, 1, 1, 1)
     wide = "is torch.float64 but the computation is torch.float32; cast it"
     refused(f"bias {wide}", ops.biased_attention, q, k, v, bias.double(), [3])
     refused(f"bias {wide}", ops.merge_targets, stats, v, [3], bias.double())
@@ -114,15 +113,16 @@ def test_dtypes_of_what_is_added(qkv):
     refused("the statistics hold logits in torch.bfloat16", ops.regulate, narrow, (4, 4))
     refused("the statistics hold logits in torch.bfloat16", ops.regulation_loss, narrow, bias)
     for shape in ((2, 2, 2, 1, 1), (2, 2, 1, 9), (1, 1, 1, 1, 1)):
-        refused("theta is torch.float32 of shape", ops.regulation_loss, stats, bias, theta=torch.rand(shape))
+        refused("theta is torch.float32 of shape", ops.regulation_loss, stats, bias, theta=rand(*shape))
 
 
 def test_values_that_do_not_fit_the_statistics(qkv):
     q, k, v = qkv
     stats = ops.target_statistics(q, k, v, [3])
     refused("v has shape (9, 8), which does not fit rest_out", ops.merge_targets, stats, v[0, 0], [3])
-    refused("v is torch.int32 on cpu; it must be a float tensor on cpu", ops.merge_targets, stats, v.int(), [3])
-    refused("v is torch.float32 on meta; it must be a float tensor on cpu", ops.merge_targets, stats, v.to("meta"), [3])
+    wanted = f"it must be a float tensor on {q.device}"
+    refused(f"v is torch.int32 on {q.device}; {wanted}", ops.merge_targets, stats, v.int(), [3])
+    refused(f"v is torch.float32 on meta; {wanted}", ops.merge_targets, stats, v.to("meta"), [3])
 
 
 def test_grid_sigma_and_centres(qkv):
@@ -138,19 +138,19 @@ def test_grid_sigma_and_centres(qkv):
     refused("the grid's height 2 holds no centre for sigma 1", ops.regulate, stats, (2, 8))
     refused("the grid's width 4 holds no centre for sigma 3", ops.regulate, stats, (4, 4), sigma=(1.0, 3.0))
     refused("centres is 'grid'; it must be one of 'official', 'paper'", ops.basis_shape, (8, 8), centres="grid")
-    theta = torch.zeros(2, 2, 1, 2, 1)
+    theta = torch.zeros(2, 2, 1, 2, 1, device=DEVICE)
     refused(
         "theta has 2x1 centres, but this grid, sigma and centres give 1x1", ops.regulate, stats, (4, 4), theta=theta
     )
     refused("theta is torch.float32 of shape (2, 2, 1, 2)", ops.gaussian_bias, theta[..., 0], (4, 4))
     refused(
-        "theta is torch.float64 on cpu, but the statistics are torch.float32 on cpu; cast it",
+        f"theta is torch.float64 on {theta.device}, but the statistics are torch.float32 on {theta.device}; cast it",
         ops.regulate,
         stats,
         (4, 4),
-        theta=torch.zeros(2, 2, 1, 1, 1, dtype=torch.float64),
+        theta=theta[:, :, :, :1].double(),
     )
-    refused("grid 3x5 has 15 cells", ops.regulated_attention, *qkv, torch.zeros(2, 2, 1, 1, 1), [3], (3, 5))
+    refused("grid 3x5 has 15 cells", ops.regulated_attention, *qkv, theta[:, :, :, :1], [3], (3, 5))
 
 
 def test_objective_and_steps(qkv):
@@ -170,27 +170,77 @@ def test_objective_and_steps(qkv):
     refused("step_size is nan; it must be finite", ops.regulate, stats, (4, 4), step_size=float("nan"))
     refused("scale is nan; it must be finite", ops.attention, *qkv, scale=float("nan"))
     refused("select is 'best'", ops.regulate, stats, (4, 4), select="best")
-    refused("quantile is 1.5; it must be in [0, 1]", ops.regulation_loss, stats, torch.zeros(2, 2, 1, 16), quantile=1.5)
+    refused("quantile is 1.5; it must be in [0, 1]", ops.regulation_loss, stats, stats.logits, quantile=1.5)
 
 
 def test_implementations(qkv):
     refused("impl is 'cuda'; it must be one of 'reference', 'eager', 'triton'", ops.attention, *qkv, impl="cuda")
-    refused(
-        "impl is 'triton', and this version carries no Triton kernels yet; use 'eager'",
-        ops.attention,
-        *qkv,
-        impl="triton",
-    )
     with pytest.raises(ValueError, match="impl is 'fast'"), ac.use("fast"):
         pass
     ops.attention(*qkv)
 
 
+KERNELS = {"impl": "triton"}
+needs_triton = pytest.mark.skipif(not TRITON, reason="needs Triton")
+
+
+@needs_triton
+def test_what_the_kernels_do_not_take():
+    def made(width, dtype=torch.float32, tokens=80):
+        return attention_inputs(1, 1, 16, tokens, width, dtype)
+
+    def statistics(width, ids=(3,), pinned_ids=(), dtype=torch.float32):
+        return ops.target_statistics(*made(width, dtype), list(ids), pinned_ids=list(pinned_ids), **KERNELS)
+
+    wide = "the Triton kernels take float16, bfloat16 and float32, not torch.float64; cast, or use impl='eager'"
+    q, k, v = made(8, torch.float64)
+    bias, theta = randn(1, 1, 1, 16, dtype=q.dtype, seed=4), rand(1, 1, 1, 1, 1, dtype=q.dtype)
+    stats = ops.target_statistics(q, k, v, [3], with_square=True, impl="eager")
+    refused(wide, ops.attention, q, k, v, **KERNELS)
+    refused(wide, statistics, 8, dtype=torch.float64)
+    refused(wide, ops.biased_attention, q, k, v, bias, [3], **KERNELS)
+    refused(wide, ops.regulated_attention, q, k, v, theta, [3], (4, 4), **KERNELS)
+    refused(wide, ops.merge_targets, stats, v, [3], bias, **KERNELS)
+    refused(wide, ops.gaussian_bias, theta, (4, 4), **KERNELS)
+    refused(wide, ops.regulation_loss, stats, bias, **KERNELS)
+    refused(wide, ops.regulate, stats, (4, 4), **KERNELS)
+    for width in (4, 264):
+        refused(f"the Triton kernels take head widths 8 to 256, not {width}; use impl='eager'", statistics, width)
+        refused(f"head widths 8 to 256, not {width}", ops.attention, *made(width), **KERNELS)
+    many = "the Triton kernels take at most 64 target and pinned tokens together, not 66; name fewer"
+    refused(many, statistics, 8, range(64), pinned_ids=[70, 71])
+    half = torch.zeros(1, 1, 64, 16, device=DEVICE)
+    refused(many, ops.biased_attention, *made(8), half, list(range(64)), pinned_ids=[70, 71], **KERNELS)
+
+
+@needs_triton
+def test_the_kernels_run_up_to_their_limits():
+    q, k, v = attention_inputs(1, 1, 16, 80, 256, torch.float32)
+    ids, pinned = list(range(62)), [70, 71]
+    bias = randn(1, 1, 62, 16, dtype=torch.float32, seed=4)
+    ours, expected = (ops.biased_attention(q, k, v, bias, ids, pinned_ids=pinned, impl=i) for i in ("triton", "eager"))
+    torch.testing.assert_close(ours, expected)
+
+
+@needs_triton
+def test_tensors_where_no_kernel_runs(qkv):
+    q, k, v = (x.to("meta") for x in qkv)
+    refused("the implementation is 'triton', but the tensors are on meta; move them", ops.attention, q, k, v, **KERNELS)
+
+
 @pytest.mark.parametrize(
-    ("value", "expected"), [("reference", "reference"), ("", "eager"), ("nonsense", "ATTNCTL_IMPL is 'nonsense'")]
+    ("value", "expected"),
+    [
+        ("reference", "reference"),
+        pytest.param("triton", "triton", marks=needs_triton),
+        ("", "triton" if DEVICE.type == "cuda" else "eager"),
+        ("nonsense", "ATTNCTL_IMPL is 'nonsense'"),
+    ],
 )
 def test_environment_variable(value, expected):
-    program = "from attnctl_fast._impl import resolve; print(resolve(None))"
+    program = (
+        f"import torch; from attnctl_fast._impl import resolve; print(resolve(None, torch.device({DEVICE.type!r})))"
+    )
     run = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "ATTNCTL_IMPL": value},

@@ -6,16 +6,15 @@ import shutil
 
 import pytest
 import torch
-from numerics import attention_inputs, randn
+from numerics import DEVICE, FAST, IMPLS, TRITON, attention_inputs, rand, randn, widest
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from attnctl_fast import ops
+from attnctl_fast.ops.gaussian_bias import kernel_axes
 
 GRID = (4, 6)
-IMPLS = ["reference", "eager"]
-FLOAT64 = torch.float64
 
 
 def inputs(dtype=torch.float32, grad=False, strided=True):
@@ -25,9 +24,10 @@ def inputs(dtype=torch.float32, grad=False, strided=True):
     return [x.requires_grad_(grad) for x in (q, k, v, bias, theta)]
 
 
-ids = torch.tensor([[3, 5], [4, -1]])
-pins = torch.tensor([0, 8])
-none = torch.empty(0, dtype=torch.int64)
+ids = torch.tensor([[3, 5], [4, -1]], device=DEVICE)
+real_ids = torch.tensor([[3, 5], [4, 1]], device=DEVICE)
+pins = torch.tensor([0, 8], device=DEVICE)
+none = torch.empty(0, dtype=torch.int64, device=DEVICE)
 
 LOSS = ("official", 0.9, 0.9, None, 80.0, 0.09)
 SOLVER = (list(GRID), [1.0, 1.0], "official", 1.0, 3, 100.0, "sample")
@@ -37,11 +37,12 @@ def registered(grad: bool, strided: bool = True):
     """(operation, arguments) for everything in torch.ops.attnctl_fast."""
     q, k, v, bias, theta = inputs(grad=grad, strided=strided)
     with torch.no_grad():
-        stats = ops.target_statistics(q, k, v, ids, pinned_ids=pins, with_square=True)
+        stats = ops.target_statistics(q, k, v, ids, pinned_ids=pins, with_square=True, impl="eager")
     rest_out, rest_lse, logits, square, pinned = (x.requires_grad_(grad) for x in stats)
     merge = (rest_out, rest_lse, logits, pinned, v, bias, ids, pins)
-    y = torch.rand(4, 1)
-    x = torch.rand(6, 2)
+    y = rand(4, 1)
+    x = rand(6, 2)
+    ones = torch.ones(2, 2, 24, device=DEVICE)
     paper = ("paper", *LOSS[1:])
     solver = (logits.detach(), rest_lse.detach())
     return {
@@ -49,7 +50,7 @@ def registered(grad: bool, strided: bool = True):
         "attention_reference": [(q, k, v, ids, 0.3)],
         "attention_backward": [
             (torch.ones_like(q), g, *(t.detach() for t in (q, k, v, rest_out, rest_lse)), ids, 0.3, needed)
-            for g, needed in ((None, [True, True, True]), (torch.ones(2, 2, 24), [True, False, True]))
+            for g, needed in ((None, [True, True, True]), (ones, [True, False, True]))
         ],
         "target_logits": [(q, k, ids, 0.3), (q, k, pins, 0.3)],
         "target_logits_reference": [(q, k, ids, 0.3)],
@@ -59,14 +60,14 @@ def registered(grad: bool, strided: bool = True):
         "biased_attention": [(q, k, v, bias, ids, pins, 0.3)],
         "biased_attention_reference": [(q, k, v, bias, ids, pins, 0.3)],
         "gaussian_bias": [(theta, y, x)],
-        "gaussian_bias_reference": [(theta, torch.rand(1, 2, 4, 6))],
+        "gaussian_bias_reference": [(theta, rand(1, 2, 4, 6))],
         "regulation_loss": [
             (logits, rest_lse, None, bias, theta, *LOSS),
             (logits, rest_lse, square, bias, None, *paper),
         ],
         "regulation_loss_reference": [(logits, rest_lse, square, bias, theta, *paper)],
         "regulation_loss_backward": [
-            (torch.ones(2, 2), *(t if t is None else t.detach() for t in arguments), *terms, of_statistics)
+            (ones[..., 0], *(t if t is None else t.detach() for t in arguments), *terms, of_statistics)
             for arguments, terms, of_statistics in (
                 ((logits, rest_lse, None, bias, theta), LOSS, False),
                 ((logits, rest_lse, square, bias, None), paper, False),
@@ -81,6 +82,63 @@ def registered(grad: bool, strided: bool = True):
     }
 
 
+def kernels(strided: bool = True):
+    """(operation, arguments) for the kernels' operations, which have no derivative of their own."""
+    q, k, v, bias, theta = inputs(strided=strided)
+    halves = [x.half() for x in (q, k, v)]
+    stats = ops.target_statistics(q, k, v, ids, pinned_ids=pins, with_square=True, impl="eager")
+    rest_out, rest_lse, logits, square, pinned = (x.contiguous() for x in stats)
+    merge = (rest_out, rest_lse, logits, pinned, v.half(), bias, ids, pins)
+    axes = kernel_axes(GRID, 1.0, "official")
+    out, empty = halves[0].contiguous(), bias.new_empty(0)
+    spanned, given = (bias, ids, pins), (0.3, 1.0, 0, [])
+    by_theta, gaussians = (theta, ids, pins), (0.3, 0.5, GRID[1], axes)
+    paper, official = (logits, rest_lse, square, bias, None), (logits, rest_lse, None, bias, theta)
+    terms, paper_terms = LOSS, ("paper", *LOSS[1:])
+    solver = (theta, list(GRID), axes, *SOLVER[3:])
+    upstream = (rest_out, rest_lse, logits.nan_to_num(neginf=0.0), square, pinned)
+    ones = torch.ones(2, 2, device=DEVICE)
+    return {
+        "attention_triton": [(q, k, v, 0.3), (*halves, 0.3)],
+        "attention_triton_backward": [
+            (out, None, *halves, rest_lse, 0.3, [True, True, True]),
+            (out, rest_lse, *halves, rest_lse, 0.3, [False, True, False]),
+        ],
+        "target_statistics_triton": [(*halves, ids, pins, 0.3, True), (q, k, v, ids, none, 0.3, False)],
+        "target_statistics_triton_backward": [
+            (*upstream, *halves, ids, pins, rest_lse, logits, square, 0.3, [True, True, True]),
+            (None, rest_lse, *[None] * 3, *halves, ids, none, rest_lse, logits, empty, 0.3, [True, False, False]),
+        ],
+        "biased_attention_triton": [
+            (*halves, *spanned, *given, True),
+            (*halves, *by_theta, *gaussians, False),
+            (q, k, v, theta, ids, none, *gaussians, True),
+        ],
+        "biased_attention_triton_backward": [
+            (out, *halves, *spanned, rest_lse, rest_lse, *given, [True, False, False, True]),
+            (out, *halves, bias, ids, none, rest_lse, empty, *given, [False, False, False, True]),
+            (out, *halves, *by_theta, rest_lse, rest_lse, *gaussians, [True] * 4),
+        ],
+        "gaussian_bias_triton": [(theta, list(GRID), axes), (theta.half(), list(GRID), axes)],
+        "gaussian_bias_triton_backward": [(bias, list(GRID), list(theta.shape[3:]), axes)],
+        "merge_targets_triton": [merge, (*merge[:3], logits[:, :, :0], v, None, ids, none)],
+        "merge_targets_triton_backward": [
+            (out, *merge, [True] * 6),
+            (out, *merge, [False, True, False, False, True, False]),
+        ],
+        "regulation_loss_triton": [(*official, *terms), (*paper, *paper_terms)],
+        "regulation_loss_triton_backward": [
+            (ones, *official, *terms, [False, False, False, True, True]),
+            (ones, *paper, *paper_terms, [True, True, True, True, False]),
+        ],
+        "regulate_triton": [
+            (logits, rest_lse, None, *solver, *terms),
+            (logits, rest_lse, square, *solver, *paper_terms),
+        ],
+    }
+
+
+KERNELS = sorted(kernels()) if TRITON else []
 NAMES = sorted(registered(False))
 
 
@@ -90,13 +148,21 @@ def test_every_registered_operation_is_checked():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("attnctl_fast::")
     }
-    assert names == set(NAMES)
+    assert names - set(KERNELS) == set(NAMES)
+    assert not TRITON or set(KERNELS) <= names
 
 
 @pytest.mark.parametrize(("grad", "strided"), [(False, False), (True, True)])
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name, grad, strided):
     for arguments in registered(grad, strided)[name]:
+        opcheck(getattr(torch.ops.attnctl_fast, name), arguments)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("name", KERNELS)
+def test_opcheck_of_kernels(name, strided):
+    for arguments in kernels(strided)[name]:
         opcheck(getattr(torch.ops.attnctl_fast, name), arguments)
 
 
@@ -144,12 +210,12 @@ def public(impl, ids=ids, pins=pins):
 PUBLIC = sorted(public("eager"))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", "eager"])
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name != "regulate"])
 def test_gradcheck(name, impl):
     # One sample has no padding here: -inf logits have no finite differences.
-    function = public(impl, torch.tensor([[3, 5], [4, 1]]))[name]
-    arguments = [x.detach().contiguous().requires_grad_() for x in inputs(FLOAT64)]
+    function = public(impl, real_ids)[name]
+    arguments = [x.detach().contiguous().requires_grad_() for x in inputs(torch.float64)]
     assert gradcheck(function, arguments, fast_mode=True)
 
 
@@ -162,8 +228,8 @@ def _grads(function, arguments):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", PUBLIC)
 def test_one_graph_under_compile(name, impl):
-    function = public(impl, torch.tensor([[3, 5], [4, 1]]))[name]
-    arguments = inputs(FLOAT64, grad=name != "regulate")
+    function = public(impl, real_ids)[name]
+    arguments = inputs(widest(impl), grad=name != "regulate")
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for ours, expected in zip(_grads(compiled, arguments), _grads(function, arguments), strict=True):
@@ -171,25 +237,29 @@ def test_one_graph_under_compile(name, impl):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++")
+@pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("strided", [False, True])
-def test_compiled_with_inductor(strided):
+def test_compiled_with_inductor(impl, strided):
     q, k, v, bias, _ = inputs(strided=strided)
 
     def function(q, k, v, bias):
-        return ops.biased_attention(q, k, v, bias, ids, pinned_ids=pins) + 2 * ops.attention(q, k, v)
+        edited = ops.biased_attention(q, k, v, bias, ids, pinned_ids=pins, impl=impl)
+        return edited + 2 * ops.attention(q, k, v, impl=impl)
 
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v, bias), function(q, k, v, bias))
 
 
-def test_compile_takes_ids_as_a_sequence():
-    q, k, v, bias, _ = inputs()
+@pytest.mark.parametrize("impl", FAST)
+def test_compile_takes_ids_as_a_sequence(impl):
+    def function(*x):
+        return ops.biased_attention(*x, [3, 5], pinned_ids=[0], impl=impl)
+
+    arguments = inputs()[:4]
     torch.compiler.reset()
-    compiled = torch.compile(
-        lambda *x: ops.biased_attention(*x, [3, 5], pinned_ids=[0]), fullgraph=True, backend="aot_eager"
-    )
-    torch.testing.assert_close(compiled(q, k, v, bias), ops.biased_attention(q, k, v, bias, [3, 5], pinned_ids=[0]))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), function(*arguments))
 
 
 @pytest.mark.parametrize("strided", [False, True])

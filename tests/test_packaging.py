@@ -64,6 +64,9 @@ def test_wheel_holds_every_file_of_the_package(wheel):
     names = names_in(wheel)
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "attnctl_fast").rglob("*.py")}
     expected |= {f"attnctl_fast/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
+    configurations = {path.name for path in (ROOT / "kernels" / "configs").glob("*.json")}
+    assert "default.json" in configurations
+    expected |= {f"attnctl_fast/kernels/configs/{name}" for name in configurations}
     weights = [path for path in (ROOT / "attnctl_fast" / "shapes" / "weights").rglob("*") if path.is_file()]
     assert any(path.suffix == ".safetensors" for path in weights)
     expected |= {path.relative_to(ROOT).as_posix() for path in weights}
@@ -183,16 +186,61 @@ def test_importing_operations_and_commands_needs_no_extra(module):
     assert not cuda
 
 
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # what import and find_spec take for a module that is not there
+import torch, attnctl_fast as ac
+from attnctl_fast import ops
+q, k, v = torch.rand(3, 1, 2, 16, 8).unbind()
+stats = ops.target_statistics(q, k, v, [3], pinned_ids=[0])
+ops.merge_targets(stats, v, [3], ops.regulate(stats, (4, 4)).bias, pinned_ids=[0])
+for refused in (lambda: ops.attention(q, k, v, impl="triton"), lambda: ac.use("triton").__enter__()):
+    try:
+        refused()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_without_triton_all_but_its_kernels_works():
+    said = python(WITHOUT_TRITON, cwd=ROOT, ATTNCTL_IMPL="").splitlines()
+    assert said == ["impl is 'triton', but Triton is not installed: pip install triton, or use 'eager'"] * 2
+
+
+def test_the_implementation_of_the_environment_needs_triton_too():
+    code = (
+        WITHOUT_TRITON.partition("stats = ")[0] + "try:\n    ops.attention(q, k, v)\nexcept ValueError as e: print(e)"
+    )
+    said = python(code, cwd=ROOT, ATTNCTL_IMPL="triton")
+    assert said.startswith("the environment variable ATTNCTL_IMPL is 'triton', but Triton is not installed")
+
+
+def test_triton_on_a_cpu_says_how_to_run_it_there():
+    code = "import torch; from attnctl_fast import ops; ops.attention(*torch.rand(3, 1, 2, 4, 8), impl='triton')"
+    code = f"try:\n    {code}\nexcept ValueError as e: print(e)"
+    said = python(code, cwd=ROOT, TRITON_INTERPRET="")
+    assert "the tensors are on cpu" in said and "TRITON_INTERPRET=1" in said and "'eager'" in said
+
+
 def test_console_script_is_the_command_line(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (entry,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
         assert "attnctl-fast = attnctl_fast.cli:main" in archive.read(entry).decode()
 
 
-def test_every_requirement_is_pinned_for_every_python(wheel):
+def requirements_of(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (entry,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(entry).decode())
+    return [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+
+
+def test_the_core_needs_torch_and_numpy_only(wheel):
+    core = {r.name for r in requirements_of(wheel) if r.marker is None or r.marker.evaluate({"extra": ""})}
+    assert core == {"torch", "numpy"}
+
+
+def test_every_requirement_is_pinned_for_every_python(wheel):
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     for version in PYTHONS:
@@ -200,10 +248,9 @@ def test_every_requirement_is_pinned_for_every_python(wheel):
         pinned = {pin.name: str(pin.specifier) for pin in here}
         assert len(pinned) == len(here), f"two pins for one package on Python {version}"
         assert all(specifier.startswith("==") for specifier in pinned.values())
-        for line in metadata.get_all("Requires-Dist"):
-            wanted = Requirement(line)
+        for wanted in requirements_of(wheel):
             if wanted.marker is None or any(wanted.marker.evaluate({"extra": extra}) for extra in EXTRAS):
-                assert wanted.specifier.contains(pinned[wanted.name].removeprefix("==")), (version, line)
+                assert wanted.specifier.contains(pinned[wanted.name].removeprefix("==")), (version, wanted)
 
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

@@ -1,0 +1,319 @@
+"""What the kernel tests run over: inputs of every family, fenced in by NaN, and every operation as one function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from numerics import (
+    DEVICE,
+    assert_rows_close,
+    attention_inputs,
+    carried_by_lse,
+    carried_to_gradients,
+    full_softmax_output,
+    orders,
+    rand,
+    randn,
+)
+from torch import Tensor
+
+from attnctl_fast import ops
+from attnctl_fast.ops import TargetStatistics
+
+GRIDS = {1: (1, 1), 16: (4, 4), 63: (7, 9), 64: (8, 8), 240: (12, 20), 256: (16, 16), 1024: (32, 32), 4096: (64, 64)}
+STATISTICS = TargetStatistics._fields
+IMPL = "triton"
+Tensors = dict[str, Tensor]
+
+
+def fenced(x: Tensor) -> Tensor:
+    """`x` as a view into storage that is NaN all around it, so that a read out of bounds shows; ids among zeros."""
+    around = x.new_full([side + 2 for side in x.shape], torch.nan if x.is_floating_point() else 0)
+    inner = around[tuple(slice(1, -1) for _ in x.shape)]
+    inner.copy_(x)
+    return inner
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of inputs. `ids`: one row for all samples, or one per sample; `raised`: amplitude of the bias."""
+
+    m: int = 64
+    n: int = 20
+    d: int = 16
+    dtype: torch.dtype = torch.float32
+    ids: tuple[tuple[int, ...], ...] = ((5, 9),)
+    pinned: tuple[tuple[int, ...], ...] = ((0, 12),)
+    batch: int = 1
+    heads: int = 2
+    sharp: float = 1.0
+    raised: float = 3.0
+    strided: bool = False
+    sigma: float | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return GRIDS[self.m]
+
+    @property
+    def scale(self) -> float:
+        return self.d**-0.5
+
+    def rows(self, ids: Sequence[tuple[int, ...]]) -> list[list[int]]:
+        return [list(row) for row in (ids * self.batch if len(ids) == 1 else ids)]
+
+    def tensor_ids(self, ids: Sequence[tuple[int, ...]]) -> Tensor:
+        return fenced(torch.tensor(ids[0] if len(ids) == 1 else ids, dtype=torch.int64, device=DEVICE))
+
+    @cached_property
+    def edit(self) -> dict[str, Tensor]:
+        return {"target_ids": self.tensor_ids(self.ids), "pinned_ids": self.tensor_ids(self.pinned)}
+
+    @property
+    def basis(self) -> dict[str, object]:
+        return {"grid": self.grid, "sigma": self.sigma}
+
+    def tensors(self) -> Tensors:
+        """Every operation's inputs by name, the statistics as float64 gives them for these q, k and v."""
+        made = dict(zip("qkv", self._qkv(), strict=True))
+        targets, shape = len(self.ids[0]), ops.basis_shape(**self.basis)
+        padded = torch.tensor(self.rows(self.ids), device=DEVICE)[:, None, :, None] < 0
+        bias = self.raised * randn(self.batch, self.heads, targets, self.m, dtype=torch.float32, seed=5)
+        theta = self.raised * (rand(self.batch, self.heads, targets, *shape, seed=6) - 0.3)
+        made["bias"] = bias.masked_fill(padded, torch.nan)
+        made["theta"] = theta.masked_fill(padded.unsqueeze(-1), torch.nan)
+        wide = (made[name].double() for name in "qkv")
+        statistics = ops.target_statistics(*wide, **self.edit, with_square=True, impl="reference")
+        made |= {name: x.float() for name, x in statistics._asdict().items() if x is not None}
+        return {name: x if self.strided else fenced(x) for name, x in made.items()}
+
+    def _qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (self.batch, self.heads, self.m, self.n, self.d)
+        return attention_inputs(*shape, self.dtype, self.sharp, strided=self.strided)
+
+
+class Operation(NamedTuple):
+    """`run(case, impl, tensors)` gives the outputs by name; `leaves` are the inputs that it differentiates."""
+
+    leaves: tuple[str, ...]
+    run: Callable[[Case, str, Tensors], Tensors]
+
+
+def _attention(case: Case, impl: str, t: Tensors) -> Tensors:
+    out, lse = ops.attention(t["q"], t["k"], t["v"], return_lse=True, impl=impl)
+    return {"out": out, "lse": lse}
+
+
+def _target_statistics(case: Case, impl: str, t: Tensors) -> Tensors:
+    stats = ops.target_statistics(t["q"], t["k"], t["v"], **case.edit, with_square=True, impl=impl)
+    return {name: x for name, x in stats._asdict().items() if x is not None}
+
+
+def _biased_attention(case: Case, impl: str, t: Tensors) -> Tensors:
+    return {"out": ops.biased_attention(t["q"], t["k"], t["v"], t["bias"], **case.edit, impl=impl)}
+
+
+def _regulated_attention(case: Case, impl: str, t: Tensors) -> Tensors:
+    inputs = (t["q"], t["k"], t["v"], t["theta"])
+    return {"out": ops.regulated_attention(*inputs, **case.edit, **case.basis, impl=impl)}
+
+
+def _gaussian_bias(case: Case, impl: str, t: Tensors) -> Tensors:
+    return {"bias": ops.gaussian_bias(t["theta"], **case.basis, impl=impl)}
+
+
+def statistics_of(t: Tensors) -> TargetStatistics:
+    return TargetStatistics(*(t.get(name) for name in STATISTICS))
+
+
+def _merge_targets(case: Case, impl: str, t: Tensors) -> Tensors:
+    return {"out": ops.merge_targets(statistics_of(t), t["v"], bias=t["bias"], **case.edit, impl=impl)}
+
+
+def _loss(objective: str) -> Callable[[Case, str, Tensors], Tensors]:
+    def run(case: Case, impl: str, t: Tensors) -> Tensors:
+        theta = t["theta"] if objective == "official" else None
+        how = {"objective": objective, "theta": theta, "impl": impl}
+        return {"loss": ops.regulation_loss(statistics_of(t), t["bias"], **how)}
+
+    return run
+
+
+OPERATIONS = {
+    "attention": Operation(("q", "k", "v"), _attention),
+    "target_statistics": Operation(("q", "k", "v"), _target_statistics),
+    "biased_attention": Operation(("q", "k", "v", "bias"), _biased_attention),
+    "regulated_attention": Operation(("q", "k", "v", "theta"), _regulated_attention),
+    "gaussian_bias": Operation(("theta",), _gaussian_bias),
+    "merge_targets": Operation(("rest_out", "rest_lse", "logits", "pinned_logits", "v", "bias"), _merge_targets),
+    "regulation_loss_official": Operation(("logits", "rest_lse", "bias", "theta"), _loss("official")),
+    "regulation_loss_paper": Operation(("logits", "rest_lse", "rest_square", "bias"), _loss("paper")),
+}
+ATTENTION = ("attention", "target_statistics", "biased_attention", "regulated_attention")
+LOSSES = ("regulation_loss_official", "regulation_loss_paper")
+
+
+def plain(name: str, case: Case, t: Tensors) -> Tensors:
+    """The outputs in plain PyTorch, the attention itself in the inputs' dtype."""
+    outputs = OPERATIONS[name].run(case, "reference", t)
+    if name not in ATTENTION or t["q"].dtype in (torch.float32, torch.float64):
+        return outputs
+    if name == "target_statistics":
+        gone = [set(row) for row in case.rows(case.ids)]
+        kept = [[i for i in range(case.n) if i not in row] for row in gone]
+        rest = [_attended(t["q"][i], t["k"][i, :, columns], t["v"][i, :, columns]) for i, columns in enumerate(kept)]
+        return {**outputs, "rest_out": torch.stack(rest)}
+    if name == "attention":
+        return {**outputs, "out": _attended(t["q"], t["k"], t["v"])}
+    bias = t["bias"] if name == "biased_attention" else ops.gaussian_bias(t["theta"], **case.basis, impl="reference")
+    samples = []
+    for i, (ids, pinned) in enumerate(zip(case.rows(case.ids), case.rows(case.pinned), strict=True)):
+        real = [t for t, token in enumerate(ids) if token >= 0]
+        inputs = (t["q"][i], t["k"][i], t["v"][i], bias[i][:, real], [ids[t] for t in real])
+        samples.append(full_softmax_output(*inputs, [token for token in pinned if token >= 0], case.scale))
+    return {"out": torch.stack(samples)}
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q.shape[-1] ** -0.5 * (q @ k.mT)).softmax(-1) @ v
+
+
+def upstream(outputs: Tensors) -> Tensors:
+    """Gradients of the outputs: normal numbers, none where an output is -inf and has no slope."""
+    made = {}
+    for seed, (output, x) in enumerate(outputs.items()):
+        made[output] = randn(*x.shape, dtype=x.dtype, seed=20 + seed).masked_fill(x.isneginf(), 0.0)
+    return made
+
+
+def gradients(
+    case: Case, t: Tensors, grads: Tensors, leaves: Sequence[str], run: Callable[[Case, Tensors], Tensors]
+) -> Tensors:
+    """The gradients of `leaves`, given those of the outputs of `run(case, tensors)`."""
+    inputs = {key: x.detach().requires_grad_(key in leaves) for key, x in t.items()}
+    outputs = run(case, inputs)
+    pairs = [(x, grads[key].to(x.dtype)) for key, x in outputs.items() if x.requires_grad]
+    found = torch.autograd.grad([x for x, _ in pairs], [inputs[leaf] for leaf in leaves], [g for _, g in pairs])
+    return dict(zip(leaves, found, strict=True))
+
+
+def _widened(t: Tensors) -> Tensors:
+    return {name: x.double() for name, x in t.items()}
+
+
+def _permuted(t: Tensors, order: Tensor, names: Sequence[str]) -> Tensors:
+    return {name: x[..., order] if name in names else x for name, x in t.items()}
+
+
+def _plain_runs(name: str, t: Tensors, grads: Tensors | None, evaluate: Callable[..., Tensors]) -> list[Tensors]:
+    """Plain PyTorch's results with the head width in several orders."""
+    runs = []
+    for order in orders(t["q"].shape[-1]):
+        if name == "merge_targets":
+            summed = ("rest_out", "v", "out")
+            found = evaluate(_permuted(t, order, summed), grads and _permuted(grads, order, summed))
+            runs.append(_permuted(found, order.argsort(), summed))
+        elif name == "gaussian_bias":
+            return [evaluate(t, grads)]
+        else:
+            found = evaluate(_permuted(t, order, ("q", "k")), grads)
+            runs.append(_permuted(found, order.argsort(), ("q", "k") if grads else ()))
+    return runs
+
+
+def _carried(name: str, case: Case, t: Tensors, grads: Tensors | None) -> Tensors:
+    """What a logsumexp held in float32 adds to the error of the outputs or, given theirs, of the gradients."""
+    t = _widened(t)
+    if name == "merge_targets":
+        real = [[token >= 0 for token in row] for row in case.rows(case.ids)]
+        bias = t["bias"].masked_fill(~torch.tensor(real, device=DEVICE)[:, None, :, None], 0.0)
+        joint = torch.cat([t["logits"] + bias, t["rest_lse"].unsqueeze(2)], 2)
+        lse = joint.logsumexp(2)
+        if grads is None:
+            return {"out": carried_by_lse(lse, t["v"])}
+        off = torch.finfo(torch.float32).eps * lse.abs() * (t["rest_lse"] - lse).exp()
+        return {"rest_out": off * grads["out"].double().abs().amax(-1)}
+    if name not in ATTENTION or grads is None:
+        return {}
+    grad_out = grads.get("out", grads.get("rest_out"))
+    inputs = (t["q"], t["k"], t["v"], grad_out, case.scale)
+    if name in ("attention", "target_statistics"):
+        return carried_to_gradients(*inputs)
+    bias = t["bias"] if name == "biased_attention" else ops.gaussian_bias(t["theta"], **case.basis, impl="reference")
+    columns = torch.zeros(case.batch, bias.shape[2], case.n, dtype=torch.float64, device=DEVICE)
+    for i, row in enumerate(case.rows(case.ids)):
+        for slot, token in enumerate(row):
+            if token >= 0:
+                columns[i, slot, token] = 1
+            else:
+                bias[i, :, slot] = 0
+    carried = carried_to_gradients(*inputs, bias.mT @ columns[:, None])
+    off = (carried.pop("logits") @ columns.mT[:, None]).mT  # [B,H,T,M]
+    if name == "biased_attention":
+        return {**carried, "bias": off.amax(-1)}
+    theta = t["theta"].nan_to_num().requires_grad_()
+    span = ops.gaussian_bias(theta, **case.basis, impl="reference")
+    (by_centre,) = torch.autograd.grad(span, theta, off)
+    return {**carried, "theta": by_centre.flatten(-2).amax(-1)}
+
+
+def assert_near(ours: Tensor, truth: Tensor, what: str) -> None:
+    """The losses' rule (MATH.md, Chaos): within 1e-5 of the largest element."""
+    off = (ours.double() - truth).abs().amax()
+    assert off <= 1e-5 * truth.abs().amax() + 1e-9, f"{what} is off by {off} of {truth.abs().amax()}"
+
+
+def assert_all_right(name: str, case: Case, ours: Tensors, tensors: Tensors, grads: Tensors | None = None) -> None:
+    """`ours`, the outputs or, given theirs, the gradients, by the rule for errors in numerics.py."""
+
+    def evaluate(t: Tensors, grads: Tensors | None) -> Tensors:
+        if grads is None:
+            return plain(name, case, t)
+        return gradients(case, t, grads, list(ours), lambda c, inputs: plain(name, c, inputs))
+
+    truth = evaluate(_widened(tensors), grads)
+    runs = [] if name in LOSSES else _plain_runs(name, tensors, grads, evaluate)
+    carried = _carried(name, case, tensors, grads)
+    for key, actual in ours.items():
+        what = f"{name}: {'gradient of ' if grads else ''}{key}, {case}"
+        infinite = truth[key].isneginf()
+        assert torch.equal(actual.isneginf(), infinite), what
+        if key == "rest_square":  # where every column is a target it is zero, whatever the rest is
+            infinite = tensors["rest_lse"].isneginf()
+        kept, expected, *plains = (x.masked_fill(infinite, 0.0) for x in (actual, truth[key], *(r[key] for r in runs)))
+        if name in LOSSES:
+            assert not kept.isnan().any(), what
+            assert_near(kept, expected, what)
+        else:
+            if key == "theta":  # a row is one target's centres
+                kept, expected, *plains = (x.flatten(-2) for x in (kept, expected, *plains))
+            judged = case.dtype if key in ("out", "rest_out", "q", "k", "v") else torch.float32
+            assert_rows_close(kept, plains, expected, judged, what, carried.get(key, 0.0))
+
+
+def run_triton(name: str, case: Case, tensors: Tensors | None = None) -> Tensors:
+    """The kernels' outputs."""
+    return OPERATIONS[name].run(case, IMPL, case.tensors() if tensors is None else tensors)
+
+
+def triton_gradients(
+    name: str, case: Case, tensors: Tensors, grads: Tensors, leaves: Sequence[str] | None = None
+) -> Tensors:
+    leaves = [x for x in OPERATIONS[name].leaves if x in tensors] if leaves is None else list(leaves)
+    return gradients(case, tensors, grads, leaves, lambda c, t: OPERATIONS[name].run(c, IMPL, t))
+
+
+def check(name: str, case: Case, backward: bool = True) -> None:
+    """Outputs and all gradients of one operation by the rule."""
+    tensors = case.tensors()
+    with torch.no_grad():
+        outputs = run_triton(name, case, tensors)
+    assert_all_right(name, case, outputs, tensors)
+    if backward:
+        grads = {key: fenced(x) for key, x in upstream(outputs).items()}
+        found = triton_gradients(name, case, tensors, grads)
+        assert_all_right(name, case, found, tensors, grads)

@@ -1,0 +1,243 @@
+"""How kernels are launched: how many times, with which configurations, and without waiting for the device."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import pkgutil
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import (
+    ATTENTION,
+    OPERATIONS,
+    Case,
+    check,
+    gradients,
+    run_triton,
+    statistics_of,
+    upstream,
+)
+from numerics import DEVICE
+
+from attnctl_fast import ops
+
+pytest.importorskip("triton")
+_launch = importlib.import_module("attnctl_fast.kernels._launch")
+on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+
+TABLE = _launch.read_table("default")
+# What each setting may shrink or grow to; a kernel must give the same result at both ends.
+SMALLEST = {"CUTS": 4, "num_warps": 1, "num_stages": 1}
+LARGEST = {"CUTS": 8, "num_warps": 8, "num_stages": 3}
+
+
+def kernel_modules():
+    package = importlib.import_module("attnctl_fast.kernels")
+    return [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of kernels as they are launched."""
+    names = []
+    original = _launch.launch
+
+    def launch(kernel, *arguments, **constants):
+        names.append(kernel.fn.__name__)
+        return original(kernel, *arguments, **constants)
+
+    for module in kernel_modules():
+        if getattr(module, "launch", None) is original:
+            monkeypatch.setattr(module, "launch", launch)
+    return names
+
+
+def regulated_layer(case, t):
+    stats = ops.target_statistics(t["q"], t["k"], t["v"], **case.edit, impl="triton")
+    found = ops.regulate(stats, theta=t["theta"], **case.basis, steps=3, impl="triton")
+    return ops.merge_targets(stats, t["v"], bias=found.bias, **case.edit, impl="triton")
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_runs_kernels(name, launches):
+    case = Case(16, 9, 8, ids=((3, 5),), pinned=((0,),))
+    with torch.no_grad():
+        outputs = run_triton(name, case)
+    forward = len(launches)
+    assert forward >= 1
+    found = gradients(
+        case, case.tensors(), upstream(outputs), [OPERATIONS[name].leaves[-1]], lambda c, t: run_triton(name, c, t)
+    )
+    assert found and len(launches) > 2 * forward, "the backward pass launches kernels too"
+
+
+def test_a_regulated_layer_is_at_most_four_launches_more_than_a_plain_one(launches):
+    case = Case(64, 20, 16)
+    t = case.tensors()
+    run_triton("attention", case, t)
+    assert len(launches) == 1
+    launches.clear()
+    regulated_layer(case, t)
+    assert len(launches) <= 1 + 4
+    launches.clear()
+    run_triton("biased_attention", case, t)
+    run_triton("regulated_attention", case, t)
+    assert len(launches) == 2, "an edit with a given bias or theta is one launch"
+
+
+def test_recording_runs_nothing():
+    case = Case(16, 9, 8, ids=((3, 5),), pinned=((0,),))
+    t = case.tensors()
+    with _launch.recording() as record:
+        for name in OPERATIONS:
+            run_triton(name, case, t)
+    assert {launch.kernel.fn.__name__ for launch in record} and all(launch.config for launch in record)
+    for launch in record:
+        assert not set(launch.constants) & set(launch.config)
+
+
+@pytest.mark.parametrize("operation", TABLE)
+def test_every_operation_ends_with_a_rule_for_all_sizes(operation):
+    rules = TABLE[operation]
+    assert "when" not in rules[-1] and all(rule.get("when") for rule in rules[:-1])
+    assert len({frozenset(rule["use"]) for rule in rules}) == 1, "rules of one operation set the same things"
+    for rule in rules:
+        assert set(rule) <= {"when", "use"}
+        assert {"num_warps", "num_stages"} <= set(rule["use"])
+        assert all(isinstance(value, int) for value in (*rule["use"].values(), *rule.get("when", {}).values()))
+
+
+def test_every_table_names_operations_of_the_default_one():
+    for path in _launch.CONFIGS.glob("*.json"):
+        rules = json.loads(path.read_text())["rules"]
+        assert set(rules) <= set(TABLE), path
+        for operation, found in rules.items():
+            assert {frozenset(r["use"]) for r in found} == {frozenset(r["use"]) for r in TABLE[operation]}, path
+
+
+def test_the_first_rule_whose_bounds_hold_applies():
+    rules = [
+        {"when": {"d": 64, "itemsize": 2}, "use": {"A": 1}},
+        {"when": {"d": 64}, "use": {"A": 2}},
+        {"use": {"A": 3}},
+    ]
+    sizes = [{"d": d, "itemsize": itemsize} for d, itemsize in ((64, 2), (64, 4), (65, 2))]
+    assert [_launch.choose({"op": rules}, "op", size)["A"] for size in sizes] == [1, 2, 3]
+    with pytest.raises(KeyError):
+        _launch.choose({"op": rules}, "other", {})
+
+
+def test_forced_tables_nest_and_end():
+    one, two = ([{"use": {"A": i}}] for i in (1, 2))
+    with _launch.forced({"op": one}):
+        assert _launch.config("op", DEVICE) == {"A": 1}
+        with contextlib.suppress(RuntimeError), _launch.forced({"op": two}):
+            assert _launch.config("op", DEVICE) == {"A": 2}
+            raise RuntimeError
+        assert _launch.config("op", DEVICE) == {"A": 1}
+        assert _launch.config("attention_fwd", DEVICE, d=40, itemsize=2, n=77)["num_warps"] >= 1
+    with pytest.raises(KeyError):
+        _launch.config("op", DEVICE)
+
+
+PIECES = {1: (16, 0), 8: (16, 0), 40: (32, 16), 64: (64, 0), 77: (64, 16), 80: (64, 16), 160: (128, 32), 250: (256, 0)}
+
+
+@pytest.mark.parametrize("size", PIECES)
+def test_pieces_cover_a_size_with_little_waste(size):
+    assert _launch.pieces(size) == PIECES[size]
+    assert sum(_launch.pieces(size)) >= size
+
+
+def test_gpu_names_are_file_names():
+    assert _launch.device_slug("NVIDIA H200") == "nvidia-h200"
+    assert _launch.device_slug("AMD Instinct MI300X (gfx942)") == "amd-instinct-mi300x-gfx942"
+
+
+def shipped(use):
+    return use
+
+
+def shrunk(use):
+    return {name: SMALLEST.get(name, 16 if name.startswith("BLOCK") else 1) for name in use}
+
+
+def grown(use):
+    return {name: LARGEST.get(name, 2 * value if name.startswith("BLOCK") else value) for name, value in use.items()}
+
+
+@pytest.mark.parametrize("change", [shipped, shrunk, grown])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_results_do_not_depend_on_the_configuration(name, change):
+    """As shipped (the interpreter has blocks of its own), as on a small GPU, where blocks must be small, and on a large
+    one."""
+    table = {operation: [{"use": change(rules[-1]["use"])}] for operation, rules in TABLE.items()}
+    with _launch.forced(table):
+        case = Case(63, 77, 40, heads=1, dtype=torch.float16)
+        check(name, case if name in ATTENTION else replace(case, dtype=torch.float32))
+        if name == "biased_attention":
+            check(name, Case(64, 133, 24, heads=1))
+
+
+@pytest.mark.parametrize("change", [shrunk, grown])
+@pytest.mark.parametrize("objective", ["official", "paper"])
+def test_the_solver_does_not_depend_on_the_configuration(objective, change):
+    case = Case(64, sharp=2.0, ids=((3, 4, 5, 6, 7),))
+    t = case.tensors()
+    how = {"theta": t["theta"], **case.basis, "steps": 3, "step_size": 0.1, "objective": objective}
+    expected = ops.regulate(statistics_of(t), impl="reference", **how)
+    table = {operation: [{"use": change(rules[-1]["use"])}] for operation, rules in TABLE.items()}
+    with _launch.forced(table):
+        found = ops.regulate(statistics_of(t), impl="triton", **how)
+    for key in ("losses", "theta", "bias"):
+        torch.testing.assert_close(getattr(found, key), getattr(expected, key), atol=1e-4, rtol=1e-4)
+
+
+@on_gpu
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_no_operation_waits_for_the_device(name, backward):
+    case = Case(64, 77, 40, dtype=torch.float16 if name in ATTENTION else torch.float32)
+    t = case.tensors()
+    grads = upstream(run_triton(name, case, t))
+    leaves = OPERATIONS[name].leaves if backward else ()
+
+    def run():
+        if leaves:
+            return gradients(case, t, grads, leaves, lambda c, x: run_triton(name, c, x))
+        return run_triton(name, case, t)
+
+    run()  # compiles
+    with _without_waiting():
+        run()
+
+
+@contextlib.contextmanager
+def _without_waiting():
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@on_gpu
+@pytest.mark.parametrize("m", [256, 1024])
+def test_a_regulated_layer_never_waits_and_is_captured_in_a_graph(m):
+    case = Case(m, 77, 40, heads=8, dtype=torch.float16)
+    t = case.tensors()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        regulated_layer(case, t)  # compiles
+        with _without_waiting():
+            regulated_layer(case, t)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = regulated_layer(case, t)
+    t["q"].neg_()
+    graph.replay()
+    torch.testing.assert_close(out, regulated_layer(case, t))
