@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tables import RESULTS, rates_table
+from checkout import RESULTS, git_state
+from tables import rates_table
 
 from attnctl_fast._report import overhead, spread, versions
 from attnctl_fast.shapes import LAYERS, load_pipeline
@@ -141,16 +141,6 @@ def _rates(result: Evaluation) -> dict[str, float]:
 def _option(text: str) -> tuple[str, list[float]]:
     name, values = text.split("=")
     return name, [float(value) for value in values.split(",")]
-
-
-def git_state() -> str | None:
-    """The commit, with `-dirty` where tracked files differ from it; `None` outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 import torch
-from rates import git_state
-from tables import RESULTS, regulate_table
+from checkout import RESULTS, git_state
+from tables import regulate_table
 from torch import Tensor
 
 from attnctl_fast import ops, reference

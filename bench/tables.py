@@ -1,4 +1,4 @@
-"""The README's tables, made from the result files: python bench/tables.py [--check].
+"""The tables of README.md and kernels/README.md, made from the result files: python bench/tables.py [--check].
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; `TABLES` says what makes it.
 """
@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
+from checkout import RESULTS, ROOT
+
+RESOURCES = ROOT / "bench" / "resources.json"
+PAGES = (ROOT / "README.md", ROOT / "kernels" / "README.md")
 CRITERIA = ("strict", "exact", "colours")
 
 
@@ -74,10 +76,96 @@ def regulate_table(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# The table NAME of the README, from its result file; a table whose file is missing is an error.
+def gpu_table(folder: Path) -> str:
+    """The last run of bench/gpu.py on every GPU, float16, each as a Markdown table with its settings below."""
+    files = [path for path in sorted(folder.glob("*.jsonl")) if "gpu" in last_line(path)]
+    if not files:
+        return "No GPU was at hand yet, so there is no figure for one; `python bench/gpu.py` measures them."
+    return "\n\n".join(_gpu_run(path) for path in files)
+
+
+def _gpu_run(path: Path) -> str:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    run = [line for line in lines if line["date"] == lines[-1]["date"]]
+    groups: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for line in run:
+        if line.get("dtype") == "float16" and "p50" in line:
+            groups.setdefault((line["op"], line["model"], line["shape"]), {})[line["impl"]] = line
+    header = [
+        "",
+        "shape",
+        "kernels, us",
+        "launched, us",
+        "stock PyTorch's best, us",
+        "ratio",
+        "as published, us",
+        "ratio",
+    ]
+    rows = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
+    for (op, model, shape), impls in groups.items():
+        if "triton" not in impls:
+            continue
+        ours = impls.pop("triton")
+        loop = impls.get("published")
+        stock = {name: x for name, x in impls.items() if not name.startswith(("published", "plain", "reference"))}
+        cells = [f"`{op}`", f"{model} {shape}", _microseconds(_fastest(ours)), _microseconds(ours)]
+        if stock:
+            name = min(stock, key=lambda x: _fastest(stock[x])["p50"])
+            best = _fastest(stock[name])
+            cells += [f"{_microseconds(best)} {name}", f"{best['p50'] / _fastest(ours)['p50']:.1f}"]
+        else:
+            cells += ["", ""]
+        cells += [_microseconds(loop), f"{loop['p50'] / ours['p50']:.0f}"] if loop else ["", ""]
+        rows.append(cells)
+    last = run[-1]
+    checks = next((x for x in run if x["op"] == "correctness"), None)
+    right = f"{checks['done'] - len(checks['failures'])} of {checks['done']} checks right; " if checks else ""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines += [
+        "",
+        f"{last['gpu']}, float16: medians with 20th and 80th percentile, in a CUDA graph where that is faster; launched"
+        f" one by one, with the host's time, in the fourth column and as published. {right}copy "
+        f"{last['copy_gb_per_s']:.0f} GB/s; torch {last['versions']['torch']}, triton {last['versions']['triton']}, "
+        f"commit {last['git']}.",
+    ]
+    return "\n".join(lines)
+
+
+def _fastest(line: dict[str, Any]) -> dict[str, float]:
+    return min((x for x in (line, line.get("graph")) if x), key=lambda x: x["p50"])
+
+
+def _microseconds(times: dict[str, float]) -> str:
+    return f"{times['p50']:.3g} ({times['p20']:.3g} to {times['p80']:.3g})"
+
+
+def resources_table(path: Path) -> str:
+    """bench/resources.json as a Markdown table: per kernel and target, the most that a shipped variant takes."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    targets = list(content["kernels"])
+    kernels: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for target, entries in content["kernels"].items():
+        for name, values in entries.items():
+            found = dict(zip(content["fields"], values, strict=True))
+            kernels.setdefault(name.partition(":")[0], {}).setdefault(target, []).append(found)
+    rows = [["kernel", "variants", *targets], ["---", "---:", *["---:"] * len(targets)]]
+    for kernel, by_target in sorted(kernels.items()):
+        cells = []
+        for target in targets:
+            most = {field: max(x[field] for x in by_target[target]) for field in content["fields"] if field != "key"}
+            cells.append(f"{most['registers']}, {most['shared'] / 1024:.0f}, {most['spilled']}")
+        rows.append([f"`{kernel}`", str(max(map(len, by_target.values()))), *cells])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", f"Registers per thread, KiB of shared memory, bytes spilled; Triton {content['triton']}."]
+    return "\n".join(lines)
+
+
+# The table NAME of a page, from its result file; a table whose file is missing is an error.
 TABLES: dict[str, Callable[[], str]] = {
     "rates": lambda: rates_table(last_line(RESULTS / "shapes_rates.jsonl")),
     "regulate": lambda: regulate_table(last_line(RESULTS / "cpu_regulate.jsonl")),
+    "gpu": lambda: gpu_table(RESULTS),
+    "resources": lambda: resources_table(RESOURCES),
 }
 
 
@@ -98,15 +186,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; fail when a table is out of date")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = fill(before)
-    if check and before != after:
-        print("README.md has a table that its result file does not give; run python bench/tables.py", file=sys.stderr)
-        return 1
-    if not check:
-        readme.write_text(after, encoding="utf-8")
-    return 0
+    code = 0
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = fill(before)
+        if check and before != after:
+            name = page.relative_to(ROOT)
+            print(f"{name} has a table that its result file does not give; run python bench/tables.py", file=sys.stderr)
+            code = 1
+        if not check:
+            page.write_text(after, encoding="utf-8")
+    return code
 
 
 def _percent(rate: float) -> str:

@@ -1,0 +1,24 @@
+"""The checkout that a measurement runs from. Importing this makes `attnctl_fast` importable from a bare one."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+if importlib.util.find_spec("attnctl_fast") is None:
+    sys.path.append(str(ROOT))
+
+
+def git_state() -> str | None:
+    """The commit, with `-dirty` where tracked files differ from it; `None` outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None

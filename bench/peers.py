@@ -1,0 +1,166 @@
+"""The rivals: stock PyTorch at its best, and attention regulation's inner loop as it was published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+
+from attnctl_fast import reference
+from attnctl_fast.ops.gaussian_bias import axis_basis, basis_axes
+
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+Compile = Callable[[Any], Any]
+
+
+def axes(grid: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """The default basis along y [height, r_y] and x [width, r_x]."""
+    axis_y, axis_x, sigma_y, sigma_x = basis_axes(grid, None, "official")
+    return axis_basis(grid[0], axis_y, sigma_y, like), axis_basis(grid[1], axis_x, sigma_x, like)
+
+
+def span(theta: Tensor, basis: tuple[Tensor, Tensor]) -> Tensor:
+    """S [.., M] of theta [.., r_y, r_x]."""
+    return (basis[0] @ (theta @ basis[1].mT)).flatten(-2)
+
+
+def sdpa(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    with sdpa_kernel(SDPA[backend]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class Columns(NamedTuple):
+    """What a prompt's targets give once: their ids [T], one-hot columns [N,T] in the dtype of k, and which target each
+    text token is, or -1 [N]."""
+
+    ids: Tensor
+    one_hot: Tensor
+    slots: Tensor
+
+    @classmethod
+    def of(cls, target_ids: Tensor, k: Tensor) -> Columns:
+        named = torch.arange(k.shape[2], device=k.device)[:, None] == target_ids
+        slots = torch.where(named.any(1), named.int().argmax(1), -1)
+        return cls(target_ids, named.to(k.dtype), slots)
+
+
+def masked_sdpa(backend: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, columns: Columns) -> Tensor:
+    """The bias scattered into a mask [B,H,M,N] of zeros. Fused backends want its rows aligned, so they are padded."""
+    tokens = k.shape[2]
+    mask = q.new_zeros(*q.shape[:3], -(-tokens // 8) * 8)
+    mask = mask.index_copy(3, columns.ids, bias.mT.to(q.dtype))
+    return sdpa(backend, q, k, v, mask[..., :tokens])
+
+
+def low_rank_sdpa(backend: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, columns: Columns) -> Tensor:
+    """softmax(scale q k^T + S) as one product: q' = [q, S / scale], k' = [k, one-hot], a multiple of 8 columns."""
+    width, targets = q.shape[3], bias.shape[2]
+    spare = -(width + targets) % 8
+    scale = width**-0.5
+    wide_q = F.pad(torch.cat([q, (bias.mT / scale).to(q.dtype)], 3), (0, spare))
+    wide_k = F.pad(torch.cat([k, columns.one_hot.expand(*k.shape[:2], -1, -1)], 3), (0, spare))
+    with sdpa_kernel(SDPA[backend]):
+        out = F.scaled_dot_product_attention(wide_q, wide_k, F.pad(v, (0, targets + spare)), scale=scale)
+    return out[..., :width]
+
+
+def flex(compile: Compile) -> Callable[..., Tensor]:
+    """FlexAttention whose score function reads the bias, as a function of (q, k, v, bias, columns)."""
+    attend = compile(flex_attention)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, columns: Columns) -> Tensor:
+        def score(logit: Tensor, b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
+            slot = columns.slots[n]
+            return torch.where(slot >= 0, logit + bias[b, h, slot.clamp(min=0), m], logit)
+
+        return attend(q, k, v, score_mod=score)
+
+    return run
+
+
+def published(
+    q: Tensor, k: Tensor, target_ids: Tensor, theta: Tensor, basis: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """(losses [steps,B,H], bias) of the inner loop as published: full logits, autograd, a host sync in every step."""
+    bias, _, losses = reference.regulate_full_logits(full_logits(q, k), target_ids, theta, basis, steps=steps)
+    return losses, bias
+
+
+def published_without_sync(
+    q: Tensor, k: Tensor, target_ids: Tensor, theta: Tensor, basis: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """The same with the best step chosen on the device."""
+    logits, maps = full_logits(q, k), basis.flatten(0, 1).flatten(-2)
+    share = min(1.0, 0.2 * len(target_ids)) / len(target_ids)
+    current, losses = theta, []
+    best, lowest = logits.new_zeros(*theta.shape[:3], logits.shape[2]), logits.new_full((), torch.inf)
+    with torch.enable_grad():
+        for _ in range(steps):
+            current = current.detach().requires_grad_()
+            bias = (current.flatten(-2).unsqueeze(-1) * maps).sum(-2)
+            edited = logits.index_add(3, target_ids, bias.mT)
+            found = edited.softmax(-1).index_select(3, target_ids)
+            loss = (torch.quantile(found, 0.9, dim=-2) - 0.9).square().mean(-1)
+            loss = loss + 80.0 * (found.mean(-2) - share).square().mean(-1)
+            loss = loss + 0.09 * current.square().mean((-1, -2, -3))
+            total = loss.detach().mean()
+            best = torch.where(total < lowest, bias.detach(), best)
+            lowest = torch.minimum(total, lowest)
+            losses.append(loss.detach())
+            (gradient,) = torch.autograd.grad(loss.sum(), current)
+            current = current - 100.0 * gradient
+    return torch.stack(losses), best
+
+
+def full_logits(q: Tensor, k: Tensor) -> Tensor:
+    return (q.float() @ k.float().mT) * q.shape[3] ** -0.5
+
+
+def statistics_loop(
+    grid: tuple[int, int], basis: tuple[Tensor, Tensor], steps: int, compile: Compile
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(losses [steps,B,H], bias) from (logits [B,H,T,M], rest_lse [B,H,M], theta): the closed forms of one step of the
+    official objective in plain PyTorch, compiled, in a loop. `basis`: from `axes`."""
+
+    def step(theta: Tensor, logits: Tensor, rest: Tensor, basis_y: Tensor, basis_x: Tensor) -> tuple[Tensor, Tensor]:
+        count, size = logits.shape[2:]
+        position = 0.9 * (size - 1)
+        rank, fraction = int(position), position - int(position)
+        edited = torch.cat([logits + span(theta, (basis_y, basis_x)), rest.unsqueeze(2)], 2)
+        maps = edited.softmax(2)[:, :, :count]
+        values, places = maps.topk(size - rank)
+        lower, upper = values[..., -1], values[..., max(-2, -values.shape[-1])]
+        above, off = torch.lerp(lower, upper, fraction) - 0.9, maps.mean(3) - min(1.0, 0.2 * count) / count
+        loss = (above**2 + 80 * off**2).mean(2) + 0.09 * theta.square().mean((-1, -2, -3))
+        slope = (160 / (count * size) * off).unsqueeze(-1).expand_as(maps)
+        slopes = torch.stack([above * (1 - fraction), above * fraction], -1) * (2 / count)
+        at = torch.stack([places[..., -1], places[..., max(-2, -values.shape[-1])]], -1)
+        slope = slope.scatter_add(3, at, slopes) * maps
+        slope = slope - slope.sum(2, keepdim=True) * maps
+        gradient = basis_y.mT @ slope.unflatten(3, grid) @ basis_x
+        shrink = 1 - 100 * 2 * 0.09 / (count * theta.shape[3] * theta.shape[4])
+        return theta * shrink - 100 * gradient, loss
+
+    fused = compile(step)
+
+    def run(logits: Tensor, rest_lse: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        thetas, losses = [theta], []
+        for _ in range(steps):
+            following, loss = fused(thetas[-1], logits, rest_lse, *basis)
+            thetas.append(following)
+            losses.append(loss)
+        history = torch.stack(losses)
+        kept = torch.stack(thetas[:-1])[history.mean(2).argmin(0), torch.arange(len(theta), device=theta.device)]
+        return history, span(kept, basis)
+
+    return run

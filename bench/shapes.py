@@ -1,0 +1,188 @@
+"""The layers of Stable Diffusion whose kernels are compiled, tuned and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnctl_fast import ops
+
+# Where SOS and EOS stand, which keep their probabilities, and the targets between them.
+PINNED = [0, 12]
+
+
+class Layer(NamedTuple):
+    """One cross-attention layer: `tokens` text tokens, heads of `width` numbers; targets and steps of regulation."""
+
+    model: str
+    heads: int
+    grid: tuple[int, int]
+    width: int
+    tokens: int = 77
+    targets: int = 2
+    batch: int = 1
+    steps: int = 20
+
+    @property
+    def image_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def sizes(self) -> str:
+        return f"B{self.batch} H{self.heads} M{self.image_tokens} N{self.tokens} d{self.width} T{self.targets}"
+
+
+class Inputs(NamedTuple):
+    """q, k, v as a layer's projections give them, [B,M,H*d] seen as [B,H,M,d]; float32 theta and bias; the ids."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    target_ids: Tensor
+    pinned_ids: Tensor
+    theta: Tensor
+    bias: Tensor
+
+
+def inputs(layer: Layer, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
+    """Random inputs, logits of about unit size, a bias of about the size that regulation finds."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    def heads(tokens: int) -> Tensor:
+        flat = normal(layer.batch, tokens, layer.heads * layer.width).to(dtype)
+        return flat.unflatten(-1, (layer.heads, layer.width)).transpose(1, 2)
+
+    rows = layer.batch, layer.heads, layer.targets
+    targets = torch.tensor([i for i in range(1, layer.tokens) if i not in PINNED][: layer.targets], device=device)
+    pinned = torch.tensor([i for i in PINNED if i < layer.tokens], device=device)
+    theta = torch.rand(*rows, *ops.basis_shape(layer.grid), generator=generator, device=device)
+    q, k, v = heads(layer.image_tokens), heads(layer.tokens), heads(layer.tokens)
+    return Inputs(q, k, v, targets, pinned, theta, normal(*rows, layer.image_tokens))
+
+
+# The cross-attention layers at batch 1, from the largest grid to the smallest: SD 1.5 and SD 2 at 512 px, SD 2 at 768
+# px, SDXL at 1024 px.
+LAYERS = [
+    *(Layer("SD 1.5", 8, (side, side), width) for side, width in ((64, 40), (32, 80), (16, 160), (8, 160))),
+    *(Layer("SD 2", heads, (side, side), 64) for side, heads in ((64, 5), (32, 10), (16, 20), (8, 20))),
+    *(Layer("SD 2 768", heads, (side, side), 64) for side, heads in ((96, 5), (48, 10), (24, 20), (12, 20))),
+    *(Layer("SDXL", heads, (side, side), 64) for side, heads in ((64, 10), (32, 20))),
+]
+# The kernels regulate up to 4096 image tokens.
+REGULATED = [layer for layer in LAYERS if layer.image_tokens <= 4096]
+# Of the aims (B*H, M) = (20, 256) and (20, 1024).
+SMALL, LARGE = LAYERS[6], LAYERS[13]
+
+_MOST = ("regulated", "merge", "plain, gradients", "statistics, gradients", "regulated, gradients")
+_SOME = ("plain", "statistics", "merge", "regulated, gradients")
+_ALL = (
+    *("plain", "statistics", "statistics, square", "biased", "regulated", "merge"),
+    *("plain, gradients", "statistics, gradients", "biased, gradients", "regulated, gradients", "merge, gradients"),
+    *("biased, bias gradient", "regulated, theta gradient"),
+)
+# What is compiled: every width, text length and dtype at the grid where the models have it, all forms at one of them,
+# and the widest heads that there may be. Kernels do not depend on batch, heads and, but for the solver, the grid.
+_COMPILED = [
+    (torch.float16, Layer("", 20, (16, 16), 64), _ALL),
+    (torch.float16, Layer("", 8, (64, 64), 40), _MOST),
+    (torch.float16, Layer("", 8, (32, 32), 80), _MOST),
+    (torch.float16, Layer("", 8, (16, 16), 160), _MOST),
+    (torch.float16, Layer("", 20, (32, 32), 64, tokens=154), ("plain", "statistics", "regulated")),
+    (torch.bfloat16, Layer("", 20, (32, 32), 64), _SOME),
+    (torch.float32, Layer("", 20, (16, 16), 64), _SOME),
+    (torch.float32, Layer("", 8, (16, 16), 160), _SOME),
+    (torch.float16, Layer("", 8, (16, 16), 256), _SOME),
+    (torch.float32, Layer("", 8, (16, 16), 256), _SOME),
+]
+_SOLVED = [
+    *((Layer("", 8, (side, side), 64), ("official", "official, loss")) for side in (8, 16, 32, 64)),
+    *((Layer("", 8, (side, side), 64, targets=8), ("official", "official, loss")) for side in (16, 64)),
+    (Layer("", 8, (16, 16), 64), ("paper", "paper, loss", "paper, all gradients", "basis")),
+    (Layer("", 8, (64, 64), 64), ("paper",)),
+]
+
+
+def attention_cases(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """Everything of a layer that launches kernels for q, k and v, forward and backward, by name."""
+    q, k, v, ids, pinned, theta, bias = inputs(layer, dtype)
+
+    def differentiated(function: Callable[..., Any], *tensors: Tensor) -> None:
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        results = function(*leaves)
+        results = [x for x in (results if isinstance(results, tuple) else (results,)) if x is not None]
+        torch.autograd.backward(results, [torch.ones_like(x) for x in results])
+
+    def statistics(q: Tensor, k: Tensor, v: Tensor, square: bool = False) -> Any:
+        return ops.target_statistics(q, k, v, ids, pinned_ids=pinned, with_square=square, impl="triton")
+
+    def merge(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Any:
+        return ops.merge_targets(statistics(q, k, v), v, ids, bias, pinned_ids=pinned, impl="triton")
+
+    def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Any:
+        return ops.biased_attention(q, k, v, bias, ids, pinned_ids=pinned, impl="triton")
+
+    def regulated(q: Tensor, k: Tensor, v: Tensor, theta: Tensor) -> Any:
+        return ops.regulated_attention(q, k, v, theta, ids, layer.grid, pinned_ids=pinned, impl="triton")
+
+    plain = partial(ops.attention, return_lse=True, impl="triton")
+    forms: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+        "plain": (plain, (q, k, v)),
+        "statistics": (statistics, (q, k, v)),
+        "merge": (merge, (q, k, v, bias)),
+        "biased": (biased, (q, k, v, bias)),
+        "regulated": (regulated, (q, k, v, theta)),
+    }
+    return {
+        **{name: partial(function, *tensors) for name, (function, tensors) in forms.items()},
+        **{f"{name}, gradients": partial(differentiated, f, *tensors) for name, (f, tensors) in forms.items()},
+        "statistics, square": partial(statistics, q, k, v, True),
+        "biased, bias gradient": partial(differentiated, partial(biased, q, k, v), bias),
+        "regulated, theta gradient": partial(differentiated, partial(regulated, q, k, v), theta),
+    }
+
+
+def solver_cases(layer: Layer) -> dict[str, Callable[[], Any]]:
+    """Everything that launches kernels for the statistics of a layer, by name."""
+    q, _, _, _, _, theta, logits = inputs(layer, torch.float16)
+    lse = torch.empty(layer.batch, layer.heads, layer.image_tokens)
+    made = ops.TargetStatistics(torch.empty_like(q, dtype=torch.float32), lse, logits, torch.empty_like(lse), None)
+
+    def solve(objective: str) -> None:
+        ops.regulate(made, layer.grid, theta=theta, objective=objective, impl="triton")
+
+    def loss(objective: str, differentiated: bool) -> None:
+        """Forward, and the gradient of the bias or of everything."""
+        bias = torch.empty_like(logits).requires_grad_()
+        leaves = [x.detach().requires_grad_(differentiated) for x in (logits, lse, lse, theta)]
+        stats = made._replace(logits=leaves[0], rest_lse=leaves[1], rest_square=leaves[2])
+        ops.regulation_loss(stats, bias, theta=leaves[3], objective=objective, impl="triton").sum().backward()
+
+    def basis() -> None:
+        ops.gaussian_bias(theta.detach().requires_grad_(), layer.grid, impl="triton").sum().backward()
+
+    cases: dict[str, Callable[[], Any]] = {"basis": basis}
+    for objective in ("official", "paper"):
+        cases[objective] = partial(solve, objective)
+        cases[f"{objective}, loss"] = partial(loss, objective, False)
+        cases[f"{objective}, all gradients"] = partial(loss, objective, True)
+    return cases
+
+
+def kernel_cases() -> list[tuple[str, Callable[[], Any]]]:
+    """What launches every kernel as it is shipped: name and function."""
+    found = []
+    for dtype, layer, names in _COMPILED:
+        cases = attention_cases(layer, dtype)
+        where = f"{str(dtype).removeprefix('torch.')} d{layer.width} N{layer.tokens}"
+        found += [(f"{where}, {name}", cases[name]) for name in names]
+    for layer, names in _SOLVED:
+        cases = solver_cases(layer)
+        found += [(f"M{layer.image_tokens} T{layer.targets}, {name}", cases[name]) for name in names]
+    return found

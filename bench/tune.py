@@ -1,0 +1,291 @@
+"""Finds launch configurations for the GPU at hand and writes kernels/configs/<gpu>.json.
+
+    python bench/tune.py                    every kernel and shape that --budget-seconds (1500) allows
+    python bench/tune.py --only NAME        kernels whose name contains NAME; the rules of others stay as they are
+    TRITON_INTERPRET=1 python bench/tune.py --dry-run --output FILE
+                                            two configurations on a tiny shape on a CPU, to see that all of it runs
+
+From the default configuration of a shape, every value of `VALUES` is tried for one setting at a time; then those that
+gain are put together while they gain. The results must be those of the operation in float64. A configuration gets a
+rule where it is faster than the default by `MARGIN`, both timed in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from attnctl_fast.kernels import _launch
+from checkout import git_state
+from comparisons import OURS, Comparison, Run, comparison
+from compiled import Job, in_parallel
+from gpu import TINY
+from shapes import LAYERS, Layer
+from timing import Clock, first_line
+
+from attnctl_fast._report import versions
+
+Config = dict[str, int]
+Sizes = dict[str, int]
+MARGIN = 0.05
+VALUES = {
+    "num_warps": (1, 2, 4, 8, 16),
+    "num_stages": (1, 2, 3),
+    "BLOCK_M": (16, 32, 64, 128, 256),
+    "BLOCK_N": (16, 32, 64, 128),
+    "ON_CHIP_N": (0, 128),
+    "TILES": (1, 2, 4, 8),
+    "BLOCK_Y": (8, 16, 32, 64),
+    "BLOCK_X": (16, 32, 64),
+    "GROUP": (1, 2, 4, 8),
+    "CUTS": (4, 8),
+    "STEPS": (8, 16, 32),
+    "HEADS": (8, 16, 32),
+    "PROGRAMS": (64, 128, 256, 512),
+}
+# The operations by whose time, together, a kernel's configuration is judged.
+JUDGED_BY = {
+    "regulate_fwd": ("regulate",),
+    "attention_fwd": ("attention", "target_statistics", "regulated_attention"),
+    "merge_targets_fwd": ("merge_targets",),
+    "select_fwd": ("regulate",),
+    "gaussian_bias_fwd": ("gaussian_bias",),
+    "attention_bwd_rows": ("regulated_attention_edit", "regulated_attention_all"),
+    "attention_bwd_columns": ("regulated_attention_all",),
+    "merge_targets_bwd": ("merge_targets_all",),
+    "merge_targets_values_bwd": ("merge_targets_all",),
+    "gaussian_bias_bwd": ("gaussian_bias_all",),
+    "regulation_loss_fwd": ("regulation_loss",),
+    "regulation_loss_bwd": ("regulation_loss",),
+}
+
+
+class Found(NamedTuple):
+    """The sizes that a kernel was asked for, its configuration there, and its time over the default's."""
+
+    sizes: Sizes
+    config: Config
+    ratio: float
+
+
+@contextmanager
+def asked(kernel: str) -> Iterator[list[Sizes]]:
+    """Collects the sizes with which configurations of `kernel` are looked up."""
+    found: list[Sizes] = []
+    choose = _launch.choose
+
+    def noted(table: _launch.Table, operation: str, sizes: Sizes) -> Config:
+        if operation == kernel and sizes not in found:
+            found.append(sizes)
+        return choose(table, operation, sizes)
+
+    with mock.patch.object(_launch, "choose", noted), _launch.forced({}):
+        yield found
+
+
+class Tuner:
+    """Looks for the configuration of one kernel at one shape."""
+
+    def __init__(self, clock: Clock, kernel: str, layer: Layer, dtype: torch.dtype) -> None:
+        self.clock, self.kernel = clock, kernel
+        self._comparisons: list[tuple[Comparison, Run]] = []
+        for operation in JUDGED_BY[kernel]:
+            one = comparison(operation, layer, dtype, clock.device, lambda function: function)
+            self._comparisons.append((one, one.contenders[OURS].build()))
+        with _launch.recording(), asked(kernel) as sizes:
+            self._run()
+        if len(sizes) != 1:
+            raise ValueError(
+                f"{kernel} is looked up with {len(sizes)} sets of sizes by {JUDGED_BY[kernel]}; name others"
+            )
+        self.sizes = sizes[0]
+        self.default = _launch.choose(_launch.read_table("default"), kernel, self.sizes)
+
+    def _run(self) -> None:
+        for _, run in self._comparisons:
+            run()
+
+    def _using(self, config: Config) -> Run:
+        table = {self.kernel: [{"use": config}]}
+
+        def run() -> None:
+            with _launch.forced(table):
+                self._run()
+
+        return run
+
+    def _right(self, config: Config) -> bool:
+        """Whether a configuration compiles, fits the GPU and gives the right results."""
+        try:
+            with _launch.forced({self.kernel: [{"use": config}]}):
+                return all(one.errors(run())[1] <= one.tolerance for one, run in self._comparisons)
+        except Exception as error:
+            print(f"  {config}: {first_line(error)}", flush=True)
+            return False
+
+    def _times(self, configs: Sequence[Config]) -> list[float]:
+        """Microseconds of every configuration, infinite where it is not right."""
+        runs = {str(i): self._using(x) for i, x in enumerate(configs) if self._right(x)}
+        found = self.clock.compare_graphs(runs)[0] if self.clock.on_gpu else self.clock.compare(runs)
+        return [found[str(i)]["p50"] if str(i) in found else float("inf") for i in range(len(configs))]
+
+    def _compile(self, configs: Sequence[Config]) -> None:
+        """Compile in parallel what `configs` launch; what fails will say so when it is run."""
+        from triton.runtime import driver
+
+        gpu = driver.active.get_current_target()
+        jobs: dict[str, Job] = {}
+        for config in configs:
+            try:
+                with _launch.recording() as launches:
+                    self._using(config)()
+            except Exception:
+                continue
+            jobs.update({job.key: job for job in (Job(launch, gpu) for launch in launches)})
+        for _ in in_parallel([job.compile_only for job in jobs.values()], os.cpu_count() or 1):
+            pass
+
+    def neighbours(self) -> list[Config]:
+        """The default with one setting changed."""
+        return [
+            {**self.default, name: value}
+            for name, was in self.default.items()
+            for value in VALUES[name]
+            if value != was
+        ]
+
+    def search(self, most: int | None = None) -> Found:
+        tried = [self.default, *self.neighbours()][:most]
+        if self.clock.on_gpu:
+            self._compile(tried)
+        times = dict(zip(range(len(tried)), self._times(tried), strict=True))
+        best = self.default
+        for index in sorted(times, key=lambda i: times[i]):
+            if times[index] >= times[0]:
+                break
+            change = {name: value for name, value in tried[index].items() if value != self.default[name]}
+            together = {**best, **change}
+            now, then = self._times([together, best])
+            best = together if now < then else best
+        if best == self.default:
+            return Found(self.sizes, self.default, 1.0)
+        now, then = self._times([best, self.default])
+        ratio = now / then
+        return Found(self.sizes, best, ratio) if ratio < 1 - MARGIN else Found(self.sizes, self.default, 1.0)
+
+
+def rules(found: Sequence[Found], default: list[dict[str, Config]]) -> list[dict[str, Config]]:
+    """Rules that give every size of `found` its configuration, and every other what `default` does or a larger size's;
+    none that changes nothing."""
+    ordered = sorted(found, key=lambda x: sorted(x.sizes.items()))
+    kept = [{"when": dict(x.sizes), "use": dict(x.config)} for x in ordered]
+
+    def right(candidate: list[dict[str, Config]]) -> bool:
+        table = {"": [*candidate, *default]}
+        return all(_launch.choose(table, "", x.sizes) == x.config for x in found)
+
+    if not right(kept):
+        raise ValueError("the sizes cannot be told apart by upper bounds in one order")
+    for rule in list(kept):
+        without = [x for x in kept if x is not rule]
+        if right(without):
+            kept = without
+    return kept
+
+
+def shapes() -> Iterator[tuple[Layer, torch.dtype]]:
+    """Every layer with the batch that guidance doubles, float16 first."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for layer in LAYERS:
+            yield layer._replace(batch=2), dtype
+
+
+def tune(
+    clock: Clock, kernels: Sequence[str], places: Sequence[tuple[Layer, torch.dtype]], end: float, most: int | None
+) -> tuple[dict[str, list[Found]], list[str]]:
+    """What was found by kernel, and what failed or there was no time for."""
+    found: dict[str, list[Found]] = {}
+    skipped = []
+    for layer, dtype in places:
+        for kernel in kernels:
+            where = f"{kernel} {layer.model} {layer.sizes} {str(dtype).removeprefix('torch.')}"
+            if time.monotonic() > end:
+                skipped.append(where)
+                continue
+            try:
+                tuner = Tuner(clock, kernel, layer, dtype)
+                if any(x.sizes == tuner.sizes for x in found.get(kernel, [])):
+                    continue
+                result = tuner.search(most)
+            except Exception as error:
+                skipped.append(f"{where}: {first_line(error)}")
+                continue
+            found.setdefault(kernel, []).append(result)
+            print(f"{where}: {result.config}, {100 * (result.ratio - 1):+.1f} %", flush=True)
+    return found, skipped
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="NAME")
+    parser.add_argument("--budget-seconds", type=float, default=1500)
+    parser.add_argument("--output", type=Path, help="default: kernels/configs/<gpu>.json")
+    parser.add_argument("--dry-run", action="store_true")
+    arguments = parser.parse_args(argv)
+    dry = arguments.dry_run
+    if dry and not (_launch.INTERPRETED and arguments.output):
+        parser.error("--dry-run needs --output, and TRITON_INTERPRET=1 for Triton's interpreter")
+    if not dry and (_launch.INTERPRETED or not torch.cuda.is_available()):
+        parser.error("no GPU that PyTorch sees, or TRITON_INTERPRET is set; --dry-run runs on a CPU")
+
+    device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
+    kernels = [name for name in JUDGED_BY if arguments.only in name]
+    places = [(TINY, torch.float32)] if dry else list(shapes())
+    end = time.monotonic() + arguments.budget_seconds
+    with torch.no_grad():
+        found, skipped = tune(Clock(device), kernels, places, end, 2 if dry else None)
+
+    name = "none (dry run)" if dry else torch.cuda.get_device_name(device)
+    path = arguments.output or _launch.CONFIGS / f"{_launch.device_slug(name)}.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["rules"] if path.is_file() else {}
+    default = _launch.read_table("default")
+    made = {kernel: rules(results, default[kernel]) for kernel, results in found.items()}
+    table: dict[str, Any] = {
+        "gpu": name,
+        "target": _target(),
+        "date": time.strftime("%Y-%m-%d"),
+        "git": git_state(),
+        "versions": {key: versions()[key] for key in ("torch", "triton")},
+        "margin": MARGIN,
+        "rules": before | {kernel: [*new, *default[kernel]] for kernel, new in made.items() if new},
+    }
+    for kernel in [kernel for kernel, new in made.items() if not new]:
+        table["rules"].pop(kernel, None)
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    if skipped:
+        print(f"failed, or not reached within {arguments.budget_seconds:.0f} s:", *skipped, sep="\n  ")
+    print(f"{sum(map(len, made.values()))} rules written to {path}")
+    return 0
+
+
+def _target() -> str | None:
+    """The GPU's target as bench/resources.py names it; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(0).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
