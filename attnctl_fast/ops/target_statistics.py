@@ -123,16 +123,8 @@ def target_statistics(
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
     if impl == "triton":
         check_kernel_limits(q, targets.shape[-1] + pinned.shape[-1])
-        rest_out, rest_lse, logits, square, pinned_logits = _triton.target_statistics(
-            q, k, v, targets, pinned, scale, with_square
-        )
-        return TargetStatistics(
-            rest_out,
-            rest_lse,
-            logits,
-            square if with_square else None,
-            pinned_logits if pinned.shape[-1] else None,
-        )
+        found = _triton.target_statistics(q, k, v, targets, pinned, scale, with_square)
+        return TargetStatistics(*found[:3], found[3] if with_square else None, found[4] if pinned.shape[-1] else None)
     columns = target_logits_reference if impl == "reference" else target_logits_op
     rest_out, rest_lse = attention_without(q, k, v, targets, scale, impl)
     logits = columns(q, k, targets, scale)
