@@ -345,15 +345,19 @@ def test_best_step_per_sample_or_batch(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_samples_do_not_depend_on_their_batch(impl):
+    """In float64 without its padding; in float32, where another order of summation parts trajectories, with it and to
+    the bit."""
     stats = statistics(batch=3, ids=[[3, 5], [8, -1], [1, 2]], dtype=widest(impl), heads=2)
     theta = initial(stats, (16, 16))
     together = ops.regulate(stats, (16, 16), theta=theta, impl=impl, steps=6)
-    for i, ids in enumerate([2, 1, 2]):
+    exact = impl == "triton"
+    close = {"atol": 0, "rtol": 0} if exact else {"atol": 1e-10, "rtol": 1e-10}
+    for i, real in enumerate([2, 1, 2]):
+        ids = 2 if exact else real
         alone = TargetStatistics(
             stats.rest_out[i : i + 1], stats.rest_lse[i : i + 1], stats.logits[i : i + 1, :, :ids], None, None
         )
         one = ops.regulate(alone, (16, 16), theta=theta[i : i + 1, :, :ids], impl=impl, steps=6)
-        close = SINGLE if impl == "triton" else {"atol": 1e-10, "rtol": 1e-10}
         torch.testing.assert_close(together.bias[i : i + 1, :, :ids], one.bias, **close)
         torch.testing.assert_close(together.losses[:, i : i + 1], one.losses, **close)
     assert (together.bias[1, :, 1] == 0).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def gradients(wanted: list[Tensor | None], like: Tensor) -> list[Tensor]:
-    """`wanted` as an operation can return it: an empty tensor for what is not."""
-    return [like.new_empty(0) if x is None else x for x in wanted]
+def gradients(grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of `inputs` as an operation can return them: an empty tensor for one that is None."""
+    return [x.new_empty(0) if grad is None else grad for grad, x in zip(grads, inputs, strict=True)]
 
 
 def fake_gradients(inputs: list[Tensor], needed: list[bool]) -> list[Tensor]:
@@ -38,7 +39,7 @@ def only(needed: list[bool], grads: list[Tensor]) -> list[Tensor | None]:
 def _backward(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
     from ...kernels import attention_backward as kernels
 
-    return gradients(list(kernels.attention_backward(grad_out, *arguments)), grad_out)
+    return gradients(kernels.attention_backward(grad_out, *arguments), arguments[1:4])
 
 
 _forward_op = opaque(

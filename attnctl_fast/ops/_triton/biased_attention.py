@@ -84,7 +84,7 @@ def _backward(
     grads = kernels.biased_attention_backward(
         grad_out, q, k, v, bias, target_ids, pinned_ids, *lses, scale, bias_scale, basis, needed
     )
-    return gradients(list(grads), bias)
+    return gradients(grads, (q, k, v, bias))
 
 
 _forward_op = opaque(

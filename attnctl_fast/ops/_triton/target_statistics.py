@@ -49,24 +49,10 @@ def _backward(*arguments: Any) -> list[Tensor]:
     from ...kernels import attention_backward as kernels
 
     *grads, q, k, v, target_ids, pinned_ids, rest_lse, logits, square, scale, needed = arguments
-    return gradients(
-        list(
-            kernels.target_statistics_backward(
-                *map(_given, grads),
-                q,
-                k,
-                v,
-                target_ids,
-                pinned_ids,
-                rest_lse,
-                logits,
-                _given(square),
-                scale,
-                needed,
-            )
-        ),
-        q,
+    found = kernels.target_statistics_backward(
+        *map(_given, grads), q, k, v, target_ids, pinned_ids, rest_lse, logits, _given(square), scale, needed
     )
+    return gradients(found, (q, k, v))
 
 
 _forward_op = opaque(
