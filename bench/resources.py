@@ -1,7 +1,7 @@
 """Registers, spills, shared memory and code of every kernel at its shipped configurations, without a GPU.
 
     python bench/resources.py                   print the table
-    python bench/resources.py --check           fail on a spill over that of bench/resources.json, on shared memory over a
+    python bench/resources.py --check           fail on a spill over bench/resources.json, on shared memory over a
                                                 target's limit, and on growth over that file beyond `MARGINS`
     python bench/resources.py --update          rewrite bench/resources.json
     python bench/resources.py --only NAME       kernels or cases whose name contains NAME
