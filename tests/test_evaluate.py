@@ -34,7 +34,7 @@ class Draughtsman:
                 steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 controlled_by=self.controlled_by,
-                impl=resolve(None),
+                impl=resolve(None, torch.device("cpu")),
                 bar=self._progress_bar_config,
             )
         )
