@@ -171,8 +171,11 @@ def regulate(
     rest_lse: Tensor,
     rest_square: Tensor | None,
     theta: Tensor,
+    previous: Tensor | None,
     basis: Tensor,
     bias_scale: float,
+    ema: float,
+    strength: float,
     objective: str,
     steps: int,
     step_size: float,
@@ -183,11 +186,15 @@ def regulate(
     mass_weight: float,
     penalty: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient descent on theta by autograd; (bias, theta) of the best step and the losses of all: [steps,B,H]."""
+    """Gradient descent on theta by autograd; (bias, theta) of the best step and the losses of all: [steps,B,H].
+
+    The bias is averaged with that of `previous`, or of the initial theta, and multiplied by `strength`.
+    """
     with torch.inference_mode(False), torch.enable_grad():
         square = None if rest_square is None else rest_square.detach().clone()
         fixed = logits.detach().clone(), rest_lse.detach().clone(), square
         padded = (logits == -torch.inf).all(-1)[..., None, None]
+        before = torch.where(padded, 0.0, theta if previous is None else previous)
         current, basis = torch.where(padded, 0.0, theta.detach()).clone(), basis.detach().clone()
         thetas, losses = [], []
         for _ in range(steps):
@@ -200,7 +207,8 @@ def regulate(
             current = (current - step_size * gradient).detach()
     history = torch.stack(losses)
     kept = torch.stack(thetas)[keep_best(history, select), torch.arange(theta.shape[0], device=theta.device)]
-    return bias_scale * gaussian_bias(kept, basis), kept, history
+    average = (1 - ema) * gaussian_bias(kept, basis) + ema * gaussian_bias(before, basis)
+    return strength * bias_scale * average, kept, history
 
 
 def regulate_full_logits(

@@ -69,7 +69,8 @@ class Job:
     """One kernel, specialised for one target."""
 
     def __init__(self, launch: Any, gpu: GPUTarget) -> None:
-        kernel, options = launch.kernel, {**launch.constants, **launch.config}
+        config = _launch.without_registers(launch.config) if gpu.backend == "hip" else launch.config
+        kernel, options = launch.kernel, {**launch.constants, **config}
         backend, bind = _binder(kernel, gpu)
         bound, specialisation, _ = bind(*launch.arguments, **options)
         parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialisation, None)

@@ -155,7 +155,10 @@ def solver_cases(layer: Layer) -> dict[str, Callable[[], Any]]:
     made = ops.TargetStatistics(torch.empty_like(q, dtype=torch.float32), lse, logits, torch.empty_like(lse), None)
 
     def solve(objective: str) -> None:
-        ops.regulate(made, layer.grid, theta=theta, objective=objective, impl="triton")
+        """A method's first evaluation, and one that knows the weights of the step before."""
+        for previous in (None, theta):
+            how = {"theta": theta, "previous": previous, "ema": 0.25, "objective": objective}
+            ops.regulate(made, layer.grid, impl="triton", **how)
 
     def loss(objective: str, differentiated: bool) -> None:
         """Forward, and the gradient of the bias or of everything."""

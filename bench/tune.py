@@ -52,6 +52,7 @@ VALUES = {
     "STEPS": (8, 16, 32),
     "HEADS": (8, 16, 32),
     "PROGRAMS": (64, 128, 256, 512),
+    "maxnreg": (96, 128, 168, 255),
 }
 # The operations by whose time, together, a kernel's configuration is judged.
 JUDGED_BY = {
@@ -62,6 +63,7 @@ JUDGED_BY = {
     "gaussian_bias_fwd": ("gaussian_bias",),
     "attention_bwd_rows": ("regulated_attention_edit", "regulated_attention_all"),
     "attention_bwd_columns": ("regulated_attention_all",),
+    "attention_bwd_special": ("regulated_attention_all",),
     "merge_targets_bwd": ("merge_targets_all",),
     "merge_targets_values_bwd": ("merge_targets_all",),
     "gaussian_bias_bwd": ("gaussian_bias_all",),

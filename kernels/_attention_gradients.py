@@ -212,7 +212,7 @@ def _attention_bwd_rows_kernel(
     if FORM != PLAIN:
         slots = tl.arange(0, COLUMNS)
         is_target = slots < T
-        places = rows[:, None] + slots[None, :].to(tl.int64) * M  # [BLOCK_M, COLUMNS]
+        places = rows[:, None] + slots[None, :] * M  # [BLOCK_M, COLUMNS]
         ids = load_ids(target_ptr, pinned_ptr, b, stride_target, stride_pinned, T, P, COLUMNS)
         named = ids >= 0
         target = (named & is_target)[None, :]
@@ -556,7 +556,7 @@ def _attention_bwd_columns_kernel(
                 )
         bias = None
         if SPECIAL:
-            places = rows[None, :] + slots[:, None].to(tl.int64) * M  # [BLOCK_N, BLOCK_M]
+            places = rows[None, :] + slots[:, None] * M  # [BLOCK_N, BLOCK_M]
             if FORM == BIASED:
                 bias = tl.load(bias_ptr + head * T + places, mask=target & inside[None, :], other=0.0)
                 bias *= bias_scale

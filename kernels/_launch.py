@@ -3,7 +3,8 @@
 A configuration is what may differ from GPU to GPU without changing a result: block sizes, warps, pipeline stages. It is
 looked up, never searched for, in `configs/<gpu>.json`, else in `configs/default.json`. There, every operation has a
 list of rules, `{"when": {"d": 64, "itemsize": 2}, "use": {"BLOCK_M": 128, "num_warps": 4, "num_stages": 2}}`: the
-first whose `when` bounds every size that it names from above applies.
+first whose `when` bounds every size that it names from above applies. `maxnreg` is the number of registers that a
+thread may take: without it, NVIDIA's assembler spills a few bytes where that lets one block more run at a time.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def choose(table: Table, operation: str, sizes: dict[str, int]) -> dict[str, int
 
 
 def config(operation: str, device: torch.device, **sizes: int) -> dict[str, int]:
-    """Block sizes, `num_warps` and `num_stages` of one launch; do not change what is returned."""
+    """Block sizes, `num_warps`, `num_stages` and `maxnreg` of one launch; do not change what is returned."""
     if _forced is not None:
         return choose(_forced, operation, sizes)
     return _looked_up(operation, device, tuple(sorted(sizes.items())))
@@ -114,8 +115,15 @@ def launch(
     if _record is not None:
         _record.append(Launch(kernel, grid, arguments, constants, config))
         return
+    if torch.version.hip is not None:
+        config = without_registers(config)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **constants, **config)
+
+
+def without_registers(config: dict[str, int]) -> dict[str, int]:
+    """`config` as AMD's compiler takes it, which knows no `maxnreg`."""
+    return {name: value for name, value in config.items() if name != "maxnreg"}
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:

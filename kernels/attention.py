@@ -153,6 +153,11 @@ def _attention_fwd_kernel(
             q1, q2 = 0.0, 0.0
         else:
             q1, q2 = load_pieces(q_ptr, rows, inside, stride_qm, D, D1, D2, DOT)  # [BLOCK_M, D1], [BLOCK_M, D2]
+        if FORM != PLAIN:
+            # Loaded here, not once: they are few and cached, and registers are what the main tile runs out of.
+            special = scale * row_products(
+                q1, q2, q_ptr, rows, inside, stride_qm, k_ptr, ids, named, stride_kn, D, D1, D2, DOT
+            )  # [BLOCK_M, COLUMNS]
         acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
         acc2 = acc1
         if D2 > 0:
@@ -202,10 +207,6 @@ def _attention_fwd_kernel(
             highest = finite_or_zero(maximum)
 
         if FORM != PLAIN:
-            # Loaded here, not once: they are few and cached, and registers are what the main tile runs out of.
-            special = scale * row_products(
-                q1, q2, q_ptr, rows, inside, stride_qm, k_ptr, ids, named, stride_kn, D, D1, D2, DOT
-            )  # [BLOCK_M, COLUMNS]
             plain = tl.where((named & is_target)[None, :], special, float("-inf"))
             plain_top = finite_or_zero(tl.maximum(maximum, tl.max(plain, 1)))
             plain_total = total * tl.exp(maximum - plain_top) + tl.sum(tl.exp(plain - plain_top[:, None]), 1)
@@ -218,7 +219,7 @@ def _attention_fwd_kernel(
                 share = tl.exp(maximum - plain_top) / plain_total
                 tl.store(square_ptr + head + rows, square * share * share, mask=inside)
             written = tl.where(named[None, :], special, float("-inf"))
-            places = rows[:, None] + slots[None, :].to(tl.int64) * M
+            places = rows[:, None] + slots[None, :] * M
             mask = inside[:, None] & is_target[None, :]
             tl.store(logits_ptr + head * T + places, written, mask=mask)
             if PINNED:
@@ -226,7 +227,7 @@ def _attention_fwd_kernel(
                 tl.store(pinned_logits_ptr + head * P - T.to(tl.int64) * M + places, written, mask=mask)
         if FORM >= BIASED:
             if FORM == BIASED:
-                places = rows[:, None] + slots[None, :].to(tl.int64) * M
+                places = rows[:, None] + slots[None, :] * M
                 mask = inside[:, None] & (named & is_target)[None, :]
                 bias = tl.load(bias_ptr + head * T + places, mask=mask, other=0.0)  # [BLOCK_M, COLUMNS]
             else:

@@ -141,26 +141,27 @@ def _columns(
     if not (with_k or with_v):
         return None, None
     batch, heads, tokens, _ = x.k.shape
-    use = x.config("attention_bwd_columns", tokens)
-    programs, width = use.pop("PROGRAMS"), use.pop("BLOCK_N")
-    constants = x.constants()
-    blocks = triton.cdiv(x.q.shape[2], use["BLOCK_M"])
-    parts = triton.cdiv(programs, triton.cdiv(tokens, width) * batch * heads)
-    blocks_each = triton.cdiv(blocks, min(blocks, parts))
-    splits = triton.cdiv(blocks, blocks_each)
-    dtype = x.q.dtype if splits == 1 else torch.float32
     # Targets and pinned columns, few and with more to compute, are a launch of their own; the only one where nothing
     # but their logits has a gradient.
     free = any(grad is not None for grad in (x.grad_out, x.grad_lse, x.grad_square))
+    ordinary, special = x.config("attention_bwd_columns", tokens), x.config("attention_bwd_special", tokens)
+    programs = ordinary.pop("PROGRAMS")
+    # Rows are split evenly, into whole blocks of both.
+    block = max(ordinary["BLOCK_M"], special["BLOCK_M"])
+    blocks = triton.cdiv(x.q.shape[2], block)
+    parts = triton.cdiv(programs, triton.cdiv(tokens, ordinary["BLOCK_N"]) * batch * heads)
+    rows_each = triton.cdiv(blocks, min(blocks, parts)) * block
+    splits = triton.cdiv(x.q.shape[2], rows_each)
+    dtype = x.q.dtype if splits == 1 else torch.float32
     allocate = x.q.new_empty if free else x.q.new_zeros
     dk, dv = (allocate(splits, *x.k.shape, dtype=dtype) if wanted else None for wanted in (with_k, with_v))
-    tiles = [(False, tokens, width)] if free else []
+    tiles = [(False, tokens, ordinary)] if free else []
     if x.special:
-        tiles.append((True, x.special, min(width, constants["COLUMNS"])))
-    for special, columns, block_n in tiles:
+        tiles.append((True, x.special, special))
+    for is_special, columns, use in tiles:
         launch(
             _attention_bwd_columns_kernel,
-            (triton.cdiv(columns, block_n) * splits, batch * heads),
+            (triton.cdiv(columns, use["BLOCK_N"]) * splits, batch * heads),
             x.q.device,
             use,
             x.grad_out,
@@ -182,13 +183,12 @@ def _columns(
             dv,
             *x.layout(),
             splits,
-            blocks_each,
+            rows_each // use["BLOCK_M"],
             x.scale,
             x.bias_scale,
             *x.basis,
-            SPECIAL=special,
-            BLOCK_N=block_n,
-            **constants,
+            SPECIAL=is_special,
+            **x.constants(),
         )
     return None if dk is None else _summed(dk, x.k.dtype), None if dv is None else _summed(dv, x.v.dtype)
 
@@ -252,7 +252,7 @@ def target_statistics_backward(
         unit_stride(v),
         scale,
         lse,
-        None if grad_out is None else unit_stride(grad_out),
+        None if grad_out is None else unit_stride(grad_out.to(q.dtype)),
         _flat(grad_lse),
         target_ids,
         # Pinned columns are ordinary ones but for the gradient by their logits.

@@ -3,7 +3,7 @@
 One program runs the steps of one batch and head. A grid of HEIGHT x WIDTH cells (powers of two) is a tile
 [CELLS, GROUP], the targets of a group innermost; S = G_y theta G_x^T and its transpose are four small matrix products.
 Where all targets fit one group, everything stays in registers. Otherwise the groups take turns, and what one leaves for
-its next turn goes through 4 T M + 3 M floats of global memory, which stay in the cache.
+its next turn goes through 4 T M + 3 M floats of global memory, which stay in the cache. So do the axes of the basis.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _tile(ptr, first, CELLS: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def _load_start(theta_ptr, offsets, exists, slot, share, GROUP: tl.constexpr):
-    """The initial theta of a group, zero for padded targets."""
+    """A given theta of a group, zero for padded targets."""
     return tl.load(theta_ptr + offsets, mask=exists & (_of_slots(share, slot, GROUP) > 0), other=0.0)
 
 
@@ -205,7 +205,6 @@ def _descend_groups(
     count,
     losses_ptr,
     thetas_ptr,
-    bases,
     T,
     size,
     ry,
@@ -219,7 +218,8 @@ def _descend_groups(
     penalty,
     aim,
     PAPER: tl.constexpr,
-    CELLS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
     RY: tl.constexpr,
     RX: tl.constexpr,
     GROUP: tl.constexpr,
@@ -227,46 +227,51 @@ def _descend_groups(
 ):
     """Every step, group after group; theta starts and stays in memory. The barriers stand between what some threads
     store and others load."""
-    basis_y, basis_y_t, basis_x, basis_x_t = bases
-    logits_ptr, maps_ptr, weighted_ptr, plain_ptr, rest_ptr = _areas(scratch_ptr, T, CELLS, GROUP)
+    CELLS: tl.constexpr = HEIGHT * WIDTH
+    logits_ptr, kept_ptr, maps_ptr, plain_ptr, rest_ptr, bases_ptr = _areas(scratch_ptr, T, CELLS, GROUP)
     cells = tl.arange(0, CELLS)
     for step in range(steps):
-        rest = tl.load(rest_ptr + cells)
-        top, total = rest, tl.full([CELLS], 1.0, tl.float32)
         for first in range(0, T, GROUP):
             offsets, exists, slot = _centres(first, T, ry, rx, RY, RX, GROUP)
             theta = tl.load(thetas_ptr + offsets, mask=exists, other=0.0)
+            basis_y, basis_x_t = _load_bases(bases_ptr, HEIGHT, WIDTH, RY, RX, False)
             z = tl.load(_tile(logits_ptr, first, CELLS, GROUP))
             z += bias_scale * _span(theta, basis_y, basis_x_t, GROUP)
-            top, total = add_columns(top, total, z)
-            tl.store(_tile(maps_ptr, first, CELLS, GROUP), z)
-        top, scale = finite_or_zero(top), 1.0 / total
+            tl.store(_tile(kept_ptr, first, CELLS, GROUP), z)
         tl.debug_barrier()
 
+        rest = tl.load(rest_ptr + cells)
+        top, total = rest, tl.full([CELLS], 1.0, tl.float32)
+        for first in range(0, T, GROUP):
+            top, total = add_columns(top, total, tl.load(_tile(kept_ptr, first, CELLS, GROUP)))
+        top, scale = finite_or_zero(top), 1.0 / total
+
         loss, pull = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
-        inner = tl.zeros([CELLS], tl.float32)
+        inner, squares = tl.zeros([CELLS], tl.float32), tl.zeros([CELLS], tl.float32)
         if PAPER:
-            squares = tl.zeros([CELLS], tl.float32)
-            for first in range(0, T, GROUP):
-                z = tl.load(_tile(maps_ptr, first, CELLS, GROUP))
-                change = probabilities(z, top, scale) - tl.load(_tile(plain_ptr, first, CELLS, GROUP))
-                squares += tl.sum(change * change, 1)
             rest_map = tl.exp(rest - top) * scale
+        for first in range(0, T, GROUP):
+            maps = probabilities(tl.load(_tile(kept_ptr, first, CELLS, GROUP)), top, scale)
+            tl.store(_tile(maps_ptr, first, CELLS, GROUP), maps)
+            if PAPER:
+                change = maps - tl.load(_tile(plain_ptr, first, CELLS, GROUP))
+                squares += tl.sum(change * change, 1)
+        if PAPER:
             plain_rest, kappa = tl.load(rest_ptr + CELLS + cells), tl.load(rest_ptr + 2 * CELLS + cells)
             length, pull, gradient_rest = distance(squares, rest_map, plain_rest, kappa, penalty)
             loss += penalty * length
             inner = rest_map * gradient_rest
+        tl.debug_barrier()
+
         for first in range(0, T, GROUP):
-            maps = probabilities(tl.load(_tile(maps_ptr, first, CELLS, GROUP)), top, scale)
+            maps = tl.load(_tile(maps_ptr, first, CELLS, GROUP))
             term, gradient = measure(maps, shares(reals, first, count, GROUP), size, aim, CUTS)
             loss += term
             if PAPER:
                 gradient += pull * (maps - tl.load(_tile(plain_ptr, first, CELLS, GROUP)))
             weighted = maps * gradient
             inner += tl.sum(weighted, 1)
-            tl.debug_barrier()
-            tl.store(_tile(maps_ptr, first, CELLS, GROUP), maps)
-            tl.store(_tile(weighted_ptr, first, CELLS, GROUP), weighted)
+            tl.store(_tile(kept_ptr, first, CELLS, GROUP), weighted)
         tl.store(losses_ptr, loss)
         tl.debug_barrier()
 
@@ -275,8 +280,9 @@ def _descend_groups(
                 offsets, exists, slot = _centres(first, T, ry, rx, RY, RX, GROUP)
                 theta = tl.load(thetas_ptr + offsets, mask=exists, other=0.0)
                 maps = tl.load(_tile(maps_ptr, first, CELLS, GROUP))
-                descent = tl.load(_tile(weighted_ptr, first, CELLS, GROUP)) - maps * inner[:, None]
+                descent = tl.load(_tile(kept_ptr, first, CELLS, GROUP)) - maps * inner[:, None]
                 share = shares(reals, first, count, GROUP)
+                basis_y_t, basis_x = _load_bases(bases_ptr, HEIGHT, WIDTH, RY, RX, True)
                 theta = _theta_step(theta, descent, share, slot, basis_y_t, basis_x, rate, shrink, GROUP)
                 tl.store(thetas_ptr + stride_theta + offsets, theta, mask=exists)
             tl.debug_barrier()
@@ -286,11 +292,36 @@ def _descend_groups(
 
 @triton.jit
 def _areas(scratch_ptr, T, CELLS: tl.constexpr, GROUP: tl.constexpr):
-    """Logits, maps, maps times gradient, unedited maps: [T, CELLS] each, T rounded up to groups. And rest, its unedited
-    probability, kappa: [CELLS] each."""
+    """Logits, edited logits and then maps times gradient, maps, unedited maps: [T, CELLS] each, T rounded up to groups.
+    Then rest, its unedited probability, kappa: [CELLS] each. Then G_y [HEIGHT, RY] and G_x [WIDTH, RX]."""
     size = tl.cdiv(T, GROUP) * GROUP * CELLS
     rest_ptr = scratch_ptr + 4 * size
-    return scratch_ptr, scratch_ptr + size, scratch_ptr + 2 * size, scratch_ptr + 3 * size, rest_ptr
+    return (
+        scratch_ptr,
+        scratch_ptr + size,
+        scratch_ptr + 2 * size,
+        scratch_ptr + 3 * size,
+        rest_ptr,
+        rest_ptr + 3 * CELLS,
+    )
+
+
+@triton.jit
+def _load_bases(
+    ptr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """G_y and G_x^T, or G_y^T and G_x, from where `_areas` keeps them. Loaded whenever they are used: as operands of
+    products they would otherwise stay in registers, replicated, all the time."""
+    y, p = tl.arange(0, HEIGHT), tl.arange(0, RY)
+    x, q = tl.arange(0, WIDTH), tl.arange(0, RX)
+    x_ptr = ptr + HEIGHT * RY
+    if TRANSPOSED:
+        basis_y = tl.load(ptr + y[None, :] * RY + p[:, None])
+        basis_x = tl.load(x_ptr + x[:, None] * RX + q[None, :])
+    else:
+        basis_y = tl.load(ptr + y[:, None] * RY + p[None, :])
+        basis_x = tl.load(x_ptr + x[None, :] * RX + q[:, None])
+    return basis_y, basis_x
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -299,6 +330,7 @@ def _regulate_fwd_kernel(
     rest_ptr,
     square_ptr,
     theta_ptr,
+    previous_ptr,
     losses_ptr,
     thetas_ptr,
     scratch_ptr,
@@ -343,6 +375,10 @@ def _regulate_fwd_kernel(
     logits_ptr += row * T * M
     theta_ptr += row * T * centres
     thetas_ptr += row * T * centres
+    if previous_ptr is not None:
+        # Padded targets left out, it follows the last step's.
+        previous_ptr += row * T * centres
+        kept_previous_ptr = thetas_ptr + steps * stride_theta
     losses_ptr += row
     rate, shrink = step_size * bias_scale, 0.0 * penalty
     if not PAPER:
@@ -363,6 +399,9 @@ def _regulate_fwd_kernel(
         share = shares(reals, 0, count, GROUP)
         offsets, exists, slot = _centres(0, T, ry, rx, RY, RX, GROUP)
         theta = _load_start(theta_ptr, offsets, exists, slot, share, GROUP)
+        if previous_ptr is not None:
+            previous = _load_start(previous_ptr, offsets, exists, slot, share, GROUP)
+            tl.store(kept_previous_ptr + offsets, previous, mask=exists)
         bases = _bases(height, width, ry, rx, start_y, step_y, rest_y, start_x, step_x, rest_x, HEIGHT, WIDTH, RY, RX)
         _descend_whole(
             logits,
@@ -392,7 +431,12 @@ def _regulate_fwd_kernel(
         )
     else:
         scratch_ptr += row * stride_scratch
-        kept_logits_ptr, _, _, plain_ptr, kept_rest_ptr = _areas(scratch_ptr, T, CELLS, GROUP)
+        kept_logits_ptr, _, _, plain_ptr, kept_rest_ptr, bases_ptr = _areas(scratch_ptr, T, CELLS, GROUP)
+        basis_y = _axis(height, ry, start_y, step_y, rest_y, HEIGHT, RY)[0]
+        basis_x = _axis(width, rx, start_x, step_x, rest_x, WIDTH, RX)[0]
+        tl.store(bases_ptr + tl.arange(0, HEIGHT)[:, None] * RY + tl.arange(0, RY)[None, :], basis_y)
+        bases_ptr += HEIGHT * RY
+        tl.store(bases_ptr + tl.arange(0, WIDTH)[:, None] * RX + tl.arange(0, RX)[None, :], basis_x)
         tl.store(kept_rest_ptr + cells, rest)
         tl.store(kept_rest_ptr + CELLS + cells, plain_rest)
         tl.store(kept_rest_ptr + 2 * CELLS + cells, kappa)
@@ -405,15 +449,16 @@ def _regulate_fwd_kernel(
             share = shares(reals, first, count, GROUP)
             theta = _load_start(theta_ptr, offsets, exists, slot, share, GROUP)
             tl.store(thetas_ptr + offsets, theta, mask=exists)
+            if previous_ptr is not None:
+                previous = _load_start(previous_ptr, offsets, exists, slot, share, GROUP)
+                tl.store(kept_previous_ptr + offsets, previous, mask=exists)
         tl.debug_barrier()
-        bases = _bases(height, width, ry, rx, start_y, step_y, rest_y, start_x, step_x, rest_x, HEIGHT, WIDTH, RY, RX)
         _descend_groups(
             scratch_ptr,
             reals,
             count,
             losses_ptr,
             thetas_ptr,
-            bases,
             T,
             M,
             ry,
@@ -427,7 +472,8 @@ def _regulate_fwd_kernel(
             penalty,
             aim,
             PAPER,
-            CELLS,
+            HEIGHT,
+            WIDTH,
             RY,
             RX,
             GROUP,
@@ -439,7 +485,7 @@ def _regulate_fwd_kernel(
         _add_squares(losses_ptr, thetas_ptr, steps, rows, stride_theta, T * centres, penalty / (centres * count))
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=[*_SIZES, "previous"])
 def _select_fwd_kernel(
     losses_ptr,
     thetas_ptr,
@@ -458,8 +504,11 @@ def _select_fwd_kernel(
     step_x,
     rest_x,
     steps,
-    bias_scale,
+    previous,
+    factor,
+    ema,
     BATCH: tl.constexpr,
+    AVERAGED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     T_BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
@@ -488,27 +537,36 @@ def _select_fwd_kernel(
     M = height * width
     places = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     size = T * ry * rx
-    thetas_ptr += (best.to(tl.int64) * rows + row) * size
+    best_ptr = thetas_ptr + (best.to(tl.int64) * rows + row) * size
     bias = bias_tile(
-        thetas_ptr, places, width, T, ry, rx, start_y, step_y, rest_y, start_x, step_x, rest_x, T_BLOCK
+        best_ptr, places, width, T, ry, rx, start_y, step_y, rest_y, start_x, step_x, rest_x, T_BLOCK
     )  # [T_BLOCK, BLOCK_M]
+    if AVERAGED:
+        previous_ptr = thetas_ptr + (previous.to(tl.int64) * rows + row) * size
+        before = bias_tile(
+            previous_ptr, places, width, T, ry, rx, start_y, step_y, rest_y, start_x, step_x, rest_x, T_BLOCK
+        )
+        bias += ema * (before - bias)
     t = tl.arange(0, T_BLOCK)[:, None]
     bias_ptr += row.to(tl.int64) * T * M
-    tl.store(bias_ptr + t * M + places[None, :], bias_scale * bias, mask=(t < T) & (places < M)[None, :])
+    tl.store(bias_ptr + t * M + places[None, :], factor * bias, mask=(t < T) & (places < M)[None, :])
     kept_ptr += row.to(tl.int64) * size
     if tl.program_id(0) == 0:
         for start in range(0, size, BLOCK_M):
             at = start + tl.arange(0, BLOCK_M)
-            theta = tl.load(thetas_ptr + at, mask=at < size, other=0.0)
+            theta = tl.load(best_ptr + at, mask=at < size, other=0.0)
             tl.store(kept_ptr + at, theta, mask=at < size)
 
 
 def regulate(
     statistics: tuple[Tensor, Tensor, Tensor | None],
     theta: Tensor,
+    previous: Tensor | None,
     grid: Sequence[int],
     axes: Sequence[float],
     bias_scale: float,
+    ema: float,
+    strength: float,
     steps: int,
     step_size: float,
     whole_batch: bool,
@@ -528,9 +586,12 @@ def regulate(
     group = use["GROUP"] = min(use["GROUP"], triton.next_power_of_2(targets))
     whole = use["WHOLE"] = bool(use["WHOLE"]) and group >= targets
     cells = block["HEIGHT"] * block["WIDTH"]
-    scratch = 0 if whole else (4 * triton.cdiv(targets, group) * group + 3) * cells
+    scratch = 0
+    if not whole:
+        bases = block["HEIGHT"] * block["RY"] + block["WIDTH"] * block["RX"]
+        scratch = (4 * triton.cdiv(targets, group) * group + 3) * cells + bases
     losses = logits.new_empty(steps, batch, heads)
-    thetas = logits.new_empty(steps, *theta.shape)
+    thetas = logits.new_empty(steps if previous is None else steps + 1, *theta.shape)
     launch(
         _regulate_fwd_kernel,
         (batch * heads,),
@@ -540,6 +601,7 @@ def regulate(
         rest_lse.contiguous(),
         None if rest_square is None else rest_square.contiguous(),
         theta.contiguous(),
+        None if previous is None else previous.contiguous(),
         losses,
         thetas,
         logits.new_empty(batch * heads, scratch) if scratch else losses,
@@ -574,8 +636,11 @@ def regulate(
         rx,
         *axes,
         steps,
-        bias_scale,
+        0 if previous is None else steps,
+        strength * bias_scale,
+        ema,
         BATCH=whole_batch,
+        AVERAGED=ema > 0,
         T_BLOCK=triton.next_power_of_2(targets),
     )
     return bias, kept, losses

@@ -89,14 +89,9 @@ def test_growth_and_limits(resources):
         return {("gfx942", "a"): resources.Resources(**numbers)}
 
     committed = {place: ("key", x) for place, x in figures().items()}
-    assert not list(resources.over_limits(figures(), {}))
-    assert "spills 4 bytes" in next(resources.over_limits(figures(spilled=4), {}))
-    spilling = {place: ("key", x) for place, x in figures(spilled=4).items()}
-    assert not list(resources.over_limits(figures(spilled=4), spilling))
-    assert "spills 8 bytes per thread, 4 before" in next(resources.over_limits(figures(spilled=8), spilling))
-    assert "65537 bytes of shared memory, over the limit of 65536" in next(
-        resources.over_limits(figures(shared=65537), {})
-    )
+    assert not list(resources.over_limits(figures()))
+    assert "spills 4 bytes" in next(resources.over_limits(figures(spilled=4)))
+    assert "65537 bytes of shared memory, over the limit of 65536" in next(resources.over_limits(figures(shared=65537)))
     for small in ({}, {"registers": 110}, {"registers": 40}, {"code": 10240}, {"shared": 72089}):
         assert not list(resources.grown(figures(**small), committed)), small
     for large in ({"registers": 111}, {"code": 10241}, {"shared": 72090}, {"matrix": 0}):

@@ -182,9 +182,10 @@ def test_regulate(objective, m, targets):
     stats = ops.TargetStatistics(*(t.get(name) for name in ops.TargetStatistics._fields))
     wide = ops.TargetStatistics(*(x if x is None else x.double() for x in stats))
     # With a small step, ranks hardly swap: three of them stay where the textbook's do.
-    how = {**case.basis, "objective": objective, "steps": 3, "step_size": 0.1}
-    ours = ops.regulate(stats, theta=t["theta"], impl="triton", **how)
-    truth = ops.regulate(wide, theta=t["theta"].double(), impl="reference", **how)
+    how = {**case.basis, "objective": objective, "steps": 3, "step_size": 0.1, "ema": 0.25, "strength": 0.9}
+    previous = torch.rand_like(t["theta"])
+    ours = ops.regulate(stats, theta=t["theta"], previous=previous, impl="triton", **how)
+    truth = ops.regulate(wide, theta=t["theta"].double(), previous=previous.double(), impl="reference", **how)
     torch.testing.assert_close(ours.losses.double(), truth.losses, atol=1e-6, rtol=2e-5)
     torch.testing.assert_close(ours.theta.double(), truth.theta, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(ours.bias.double(), truth.bias, atol=1e-4, rtol=1e-4)

@@ -7,6 +7,7 @@ import importlib
 import json
 import pkgutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from kernel_cases import (
     upstream,
 )
 from numerics import DEVICE
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnctl_fast import ops
+from attnctl_fast import AttentionRegulation, ops, use
+from attnctl_fast.methods._base import Call
 
 pytest.importorskip("triton")
 _launch = importlib.import_module("attnctl_fast.kernels._launch")
@@ -32,6 +35,22 @@ TABLE = _launch.read_table("default")
 # What each setting may shrink or grow to; a kernel must give the same result at both ends.
 SMALLEST = {"CUTS": 4, "num_warps": 1, "num_stages": 1}
 LARGEST = {"CUTS": 8, "num_warps": 8, "num_stages": 3}
+
+
+# Operations of PyTorch that launch nothing.
+VIEWS = {"aten::detach", "aten::expand", "aten::slice", "aten::view", "aten::alias", "aten::promote_types"}
+
+
+class Ran(TorchDispatchMode):
+    """The names of the operations that ran."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name().partition(".")[0])
+        return func(*args, **(kwargs or {}))
 
 
 def kernel_modules():
@@ -88,6 +107,25 @@ def test_a_regulated_layer_is_at_most_four_launches_more_than_a_plain_one(launch
     assert len(launches) == 2, "an edit with a given bias or theta is one launch"
 
 
+def test_attention_regulation_adds_no_kernels_of_its_own(launches, monkeypatch):
+    """The method's average, strength and decay are part of the choosing kernel."""
+    case = Case(64, 20, 16)
+    t = case.tensors()
+    call = Call(SimpleNamespace(positions=lambda _: [[3, 5]], special=lambda: [[0, 9]]), 1, step=0, steps=10)
+    call.latents = (8, 8)
+    edit = AttentionRegulation([3, 5], steps=2).start(call)
+    theta = torch.rand(1, t["q"].shape[1], 2, *ops.basis_shape((8, 8)), device=DEVICE)
+    monkeypatch.setattr(type(edit), "_initial_theta", lambda *_: theta)
+    edit.target_ids, edit.pinned_ids = edit.target_ids.to(DEVICE), edit.pinned_ids.to(DEVICE)
+    layer = SimpleNamespace(name="layer", grid=lambda latents: latents)
+    for call.step in range(2):
+        launches.clear()
+        with use("triton"), Ran() as ran:
+            edit.attend(layer, t["q"][:1], t["k"][:1], t["v"][:1], 0.25)
+        assert len(launches) <= 1 + 4
+        assert {name for name in ran.names if not name.startswith("attnctl_fast::")} <= VIEWS
+
+
 def test_recording_runs_nothing():
     case = Case(16, 9, 8, ids=((3, 5),), pinned=((0,),))
     t = case.tensors()
@@ -99,14 +137,20 @@ def test_recording_runs_nothing():
         assert not set(launch.constants) & set(launch.config)
 
 
+def settings(rule):
+    """The names that a rule sets; only some need to say how many registers a thread may take."""
+    return frozenset(rule["use"]) - {"maxnreg"}
+
+
 @pytest.mark.parametrize("operation", TABLE)
 def test_every_operation_ends_with_a_rule_for_all_sizes(operation):
     rules = TABLE[operation]
     assert "when" not in rules[-1] and all(rule.get("when") for rule in rules[:-1])
-    assert len({frozenset(rule["use"]) for rule in rules}) == 1, "rules of one operation set the same things"
+    assert len({settings(rule) for rule in rules}) == 1, "rules of one operation set the same things"
     for rule in rules:
         assert set(rule) <= {"when", "use"}
         assert {"num_warps", "num_stages"} <= set(rule["use"])
+        assert rule["use"].get("maxnreg", 0) * 32 * rule["use"]["num_warps"] <= 65536, "the registers of one block"
         assert all(isinstance(value, int) for value in (*rule["use"].values(), *rule.get("when", {}).values()))
 
 
@@ -115,7 +159,7 @@ def test_every_table_names_operations_of_the_default_one():
         rules = json.loads(path.read_text())["rules"]
         assert set(rules) <= set(TABLE), path
         for operation, found in rules.items():
-            assert {frozenset(r["use"]) for r in found} == {frozenset(r["use"]) for r in TABLE[operation]}, path
+            assert {settings(rule) for rule in found} == {settings(rule) for rule in TABLE[operation]}, path
 
 
 def test_the_first_rule_whose_bounds_hold_applies():

@@ -30,7 +30,7 @@ pins = torch.tensor([0, 8], device=DEVICE)
 none = torch.empty(0, dtype=torch.int64, device=DEVICE)
 
 LOSS = ("official", 0.9, 0.9, None, 80.0, 0.09)
-SOLVER = (list(GRID), [1.0, 1.0], "official", 1.0, 3, 100.0, "sample")
+SOLVER = (list(GRID), [1.0, 1.0], "official", 1.0, 0.25, 0.9, 3, 100.0, "sample")
 
 
 def registered(grad: bool, strided: bool = True):
@@ -75,10 +75,10 @@ def registered(grad: bool, strided: bool = True):
             )
         ],
         "regulate": [
-            (*solver, None, theta.detach(), *SOLVER, *LOSS),
-            (*solver, square.detach(), theta.detach(), *SOLVER, *paper),
+            (*solver, None, theta.detach(), None, *SOLVER, *LOSS),
+            (*solver, square.detach(), theta.detach(), theta.detach(), *SOLVER, *paper),
         ],
-        "regulate_reference": [(*solver, None, theta.detach(), *SOLVER, *LOSS)],
+        "regulate_reference": [(*solver, None, theta.detach(), None, *SOLVER, *LOSS)],
     }
 
 
@@ -95,7 +95,7 @@ def kernels(strided: bool = True):
     by_theta, gaussians = (theta, ids, pins), (0.3, 0.5, GRID[1], axes)
     paper, official = (logits, rest_lse, square, bias, None), (logits, rest_lse, None, bias, theta)
     terms, paper_terms = LOSS, ("paper", *LOSS[1:])
-    solver = (theta, list(GRID), axes, *SOLVER[3:])
+    solver = (list(GRID), axes, *SOLVER[3:])
     upstream = (rest_out, rest_lse, logits.nan_to_num(neginf=0.0), square, pinned)
     ones = torch.ones(2, 2, device=DEVICE)
     return {
@@ -132,8 +132,8 @@ def kernels(strided: bool = True):
             (ones, *paper, *paper_terms, [True, True, True, True, False]),
         ],
         "regulate_triton": [
-            (logits, rest_lse, None, *solver, *terms),
-            (logits, rest_lse, square, *solver, *paper_terms),
+            (logits, rest_lse, None, theta, None, *solver, *terms),
+            (logits, rest_lse, square, theta, theta, *solver, *paper_terms),
         ],
     }
 

@@ -138,7 +138,7 @@ def textbook_loss(stats, theta, grid, bias_scale=1.0, **how):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_padded_targets_are_ignored(impl, objective):
-    stats = statistics(ids=[[3, 5], [4, -1]], impl=impl, dtype=widest(impl))
+    stats = statistics(2, ids=[[3, 5], [4, -1]], impl=impl, dtype=widest(impl))
     theta = initial(stats, (16, 16))
     bias = ops.gaussian_bias(theta, (16, 16), impl=impl)
     expected = ops.regulation_loss(stats, bias, theta=theta, objective=objective, impl=impl)
@@ -149,6 +149,40 @@ def test_padded_targets_are_ignored(impl, objective):
         torch.testing.assert_close(loss, expected)
         again = ops.regulate(stats, (16, 16), theta=theta, objective=objective, steps=3, impl=impl)
         assert torch.equal(again.bias, solved.bias) and torch.equal(again.losses, solved.losses)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_bias_is_averaged_with_the_step_before(impl, objective):
+    """EMA over S, as the released code does, from weights alone; only the bias knows of it."""
+    stats = statistics(2, ids=[[3, 5], [4, -1]], impl=impl, dtype=widest(impl))
+    theta, grid = initial(stats, (16, 16)), (16, 16)
+    how = {"theta": theta, "objective": objective, "steps": 3, "bias_scale": 0.5, "impl": impl}
+    plain = ops.regulate(stats, grid, **how)
+    previous = torch.rand_like(theta)
+    for given in (previous, None):
+        found = ops.regulate(stats, grid, previous=given, ema=0.25, strength=0.9, **how)
+        before = 0.5 * ops.gaussian_bias(theta if given is None else given, grid, impl=impl)
+        before[1, :, 1] = 0.0
+        torch.testing.assert_close(found.bias, 0.9 * (0.75 * plain.bias + 0.25 * before), **SINGLE)
+        assert torch.equal(found.theta, plain.theta) and torch.equal(found.losses, plain.losses)
+    previous[1, :, 1] = torch.nan
+    again = ops.regulate(stats, grid, previous=previous, ema=0.25, **how)
+    assert again.bias.isfinite().all() and (again.bias[1, :, 1] == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_a_bias_cannot_be_averaged_with_is_an_error(impl):
+    stats = statistics(impl=impl, dtype=widest(impl))
+    theta = initial(stats, (16, 16))
+    for how, message in (
+        ({"previous": theta[..., :1]}, "previous has"),
+        ({"previous": theta.half()}, "previous is torch.float16"),
+        ({"ema": 1.5}, r"ema is 1.5; it must lie in \[0, 1\]"),
+        ({"strength": torch.inf}, "strength is inf"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.regulate(stats, (16, 16), theta=theta, impl=impl, **how)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

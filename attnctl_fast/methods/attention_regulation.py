@@ -147,19 +147,21 @@ class _Regulating:
         grid = layer.grid(call.latents)
         inside = method.convention == "paper"
         sigma, centres = method.sigma, method.convention
-        bias_scale = scale if inside else 1.0
         stats = ops.target_statistics(
             q, k, v, self.target_ids, pinned_ids=self.pinned_ids, scale=scale, with_square=inside
         )
         theta = self._initial_theta(layer, stats.logits, ops.basis_shape(grid, sigma, centres))
-        best = ops.regulate(
+        found = ops.regulate(
             stats,
             grid,
             theta=theta,
             objective=method.convention,
             steps=method.steps,
             step_size=method.step_size,
-            bias_scale=bias_scale,
+            bias_scale=scale if inside else 1.0,
+            previous=self.previous.get(layer.name),
+            ema=method.ema,
+            strength=method.strength * method.decay**call.step,
             quantile=method.quantile,
             level=method.level,
             mass=method.mass,
@@ -167,14 +169,10 @@ class _Regulating:
             penalty=method.penalty,
             sigma=sigma,
             centres=centres,
-        ).bias
-        previous = self.previous.get(layer.name)
-        if previous is None:
-            previous = bias_scale * ops.gaussian_bias(theta, grid, sigma=sigma, centres=centres)
-        self.previous[layer.name] = best
-        bias = (method.strength * method.decay**call.step) * torch.lerp(best, previous, method.ema)
-        out = ops.merge_targets(stats, v, self.target_ids, bias, pinned_ids=self.pinned_ids)
-        return Edited(out, bias, self.target_ids, self.pinned_ids)
+        )
+        self.previous[layer.name] = found.theta
+        out = ops.merge_targets(stats, v, self.target_ids, found.bias, pinned_ids=self.pinned_ids)
+        return Edited(out, found.bias, self.target_ids, self.pinned_ids)
 
     def _initial_theta(self, layer: Layer, logits: Tensor, centres: tuple[int, int]) -> Tensor:
         """Uniform weights `[B,H,T,r_y,r_x]`, the same for every sample, whatever the batch and its longest list of

@@ -106,14 +106,14 @@ def _gaussian_bias(theta: Tensor, basis_y: Tensor, basis_x: Tensor) -> Tensor:
 gaussian_bias_op = composite("gaussian_bias(Tensor theta, Tensor basis_y, Tensor basis_x) -> Tensor", _gaussian_bias)
 
 
-def check_theta(theta: Tensor, shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
-    """Raise ValueError unless theta is a float tensor of the (leading) shape [B,H,T,r_y,r_x]."""
+def check_theta(theta: Tensor, shape: tuple[int, ...], axes: tuple[int, ...], name: str = "theta") -> None:
+    """Raise ValueError, under its `name`, unless theta is a float tensor of the (leading) shape [B,H,T,r_y,r_x]."""
     if not theta.dtype.is_floating_point or theta.ndim != 5 or theta.shape[:3] != (shape or theta.shape[:3]):
         wanted = [*(shape or "BHT"), *axes]
-        raise ValueError(f"theta is {theta.dtype} of shape {tuple(theta.shape)}; it must be a float tensor {wanted}")
+        raise ValueError(f"{name} is {theta.dtype} of shape {tuple(theta.shape)}; it must be a float tensor {wanted}")
     if tuple(theta.shape[3:]) != axes:
         raise ValueError(
-            f"theta has {theta.shape[3]}x{theta.shape[4]} centres, but this grid, sigma and centres give "
+            f"{name} has {theta.shape[3]}x{theta.shape[4]} centres, but this grid, sigma and centres give "
             f"{axes[0]}x{axes[1]} (see ops.basis_shape)"
         )
 

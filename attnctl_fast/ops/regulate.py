@@ -37,8 +37,9 @@ KERNEL_SIDE, KERNEL_CENTRES = 256, 64
 
 
 class Regulation(NamedTuple):
-    """bias: what to add to the targets' scaled logits, `[B,H,T,M]`. theta: the weights behind it, `[B,H,T,r_y,r_x]`.
-    losses: of every step, per batch and head, `[steps,B,H]`, step 0 being that of the initial theta."""
+    """bias: what to add to the targets' scaled logits, `[B,H,T,M]`. theta: the weights of the step that was kept,
+    `[B,H,T,r_y,r_x]`. losses: of every step, per batch and head, `[steps,B,H]`, step 0 being that of the initial theta.
+    """
 
     bias: Tensor
     theta: Tensor
@@ -140,10 +141,13 @@ def regulate_op(
     rest_lse: Tensor,
     rest_square: Tensor | None,
     theta: Tensor,
+    previous: Tensor | None,
     grid: Sequence[int],
     sigma: Sequence[float],
     centres: str,
     bias_scale: float,
+    ema: float,
+    strength: float,
     steps: int,
     step_size: float,
     select: str,
@@ -160,14 +164,18 @@ def regulate_op(
         _kept_basis(grid[0], tuple(axis_y), sigma[0], logits.dtype, logits.device),
         _kept_basis(grid[1], tuple(axis_x), sigma[1], logits.dtype, logits.device),
     )
-    flat = [x if x is None else x.flatten(0, 1) for x in (logits, rest_lse, rest_square, theta)]
+    flat = [x if x is None else x.flatten(0, 1) for x in (logits, rest_lse, rest_square, theta, previous)]
     with np.errstate(all="ignore"):
-        maps, rest, square, initial = arrays(*flat)
+        maps, rest, square, initial, before = arrays(*flat)
         basis_y, basis_x = arrays(*bases)
         losses, thetas = descend(maps, rest, square, initial, (basis_y, basis_x), bias_scale, steps, step_size, aim)
         losses = losses.reshape(steps, *logits.shape[:2])
         kept = keep_best(losses, thetas.reshape(steps, *theta.shape), select)
-        bias = _span(kept, basis_y, basis_x, bias_scale).reshape(maps.shape)
+        average = kept.reshape(initial.shape)
+        if ema > 0:
+            before = thetas[0] if before is None else Terms(maps, aim).only_real(before)
+            average = average + ema * (before - average)
+        bias = _span(average, basis_y, basis_x, strength * bias_scale).reshape(maps.shape)
     return tensor(bias).view(logits.shape), tensor(kept), tensor(losses)
 
 
@@ -177,10 +185,13 @@ def regulate_reference_op(
     rest_lse: Tensor,
     rest_square: Tensor | None,
     theta: Tensor,
+    previous: Tensor | None,
     grid: Sequence[int],
     sigma: Sequence[float],
     centres: str,
     bias_scale: float,
+    ema: float,
+    strength: float,
     steps: int,
     step_size: float,
     select: str,
@@ -197,8 +208,11 @@ def regulate_reference_op(
         rest_lse,
         rest_square,
         theta,
+        previous,
         basis,
         bias_scale,
+        ema,
+        strength,
         objective,
         steps,
         step_size,
@@ -211,7 +225,9 @@ def regulate_reference_op(
     )
 
 
-def _fake(logits, rest_lse, rest_square, theta, grid, sigma, centres, bias_scale, steps, *rest):  # type: ignore[no-untyped-def]
+def _fake(  # type: ignore[no-untyped-def]
+    logits, rest_lse, rest_square, theta, previous, grid, sigma, centres, bias_scale, ema, strength, steps, *rest
+):
     contiguous = torch.contiguous_format
     return (
         torch.empty_like(logits, memory_format=contiguous),
@@ -251,6 +267,9 @@ def regulate(
     sigma: Sigma | None = None,
     centres: str = "official",
     bias_scale: float = 1.0,
+    previous: Tensor | None = None,
+    ema: float = 0.0,
+    strength: float = 1.0,
     select: str = "sample",
     quantile: float = 0.9,
     level: float = 0.9,
@@ -277,6 +296,10 @@ def regulate(
         sigma, centres: as for `gaussian_bias`.
         bias_scale: factor of S before it is added to the scaled logits: 1 in the released code; the paper adds S before
             scaling, which is bias_scale = scale.
+        previous: weights of the sampling step before, as `Regulation.theta` gave them, shaped and typed like theta;
+            None for the initial ones. A padded target's are ignored.
+        ema: weight of their bias in the bias returned, from 0 to 1 (the released code: 0.25).
+        strength: factor of the bias returned (the released code: 0.99 to the power of the sampling step).
         select: whose loss decides which step is kept: `"sample"` (mean over the heads of each sample, so that a
             sample's result does not depend on its batch) or `"batch"` (over all, the released code's for several
             images). The paper does not say.
@@ -287,8 +310,8 @@ def regulate(
         `Regulation(bias, theta, losses)`; `bias` goes to `merge_targets` and is zero for padded targets.
 
     Raises:
-        ValueError: a grid that does not match M or holds no centre, theta that does not fit, sigma not positive, or
-            steps < 1.
+        ValueError: a grid that does not match M or holds no centre, theta or previous that does not fit, sigma not
+            positive, ema outside of [0, 1], or steps < 1.
     """
     logits = stats.logits
     check_statistics(stats)
@@ -297,23 +320,29 @@ def regulate(
     aim = Objective.checked(objective, quantile, level, mass, mass_weight, penalty, stats.rest_square)
     if isinstance(steps, float) or steps < 1:
         raise ValueError(f"steps is {steps}; it must be an int of at least 1")
-    if not math.isfinite(step_size):
-        raise ValueError(f"step_size is {step_size}; it must be finite")
+    for name, number in (("step_size", step_size), ("strength", strength)):
+        if not math.isfinite(number):
+            raise ValueError(f"{name} is {number}; it must be finite")
+    if not 0 <= ema <= 1:
+        raise ValueError(f"ema is {ema}; it must lie in [0, 1]")
     if select not in SELECTIONS:
         raise ValueError(f"select is {select!r}; it must be one of {', '.join(map(repr, SELECTIONS))}")
     shape = (*logits.shape[:3], len(axis_y), len(axis_x))
     if theta is None:
         theta = torch.rand(shape, generator=generator, device=logits.device, dtype=logits.dtype)
-    check_theta(theta, shape[:3], shape[3:])
-    if theta.dtype != logits.dtype or theta.device != logits.device:
-        raise ValueError(
-            f"theta is {theta.dtype} on {theta.device}, but the statistics are {logits.dtype} on {logits.device}; "
-            "cast it"
-        )
+    for name, given in (("theta", theta), ("previous", previous)):
+        if given is None:
+            continue
+        check_theta(given, shape[:3], shape[3:], name)
+        if given.dtype != logits.dtype or given.device != logits.device:
+            raise ValueError(
+                f"{name} is {given.dtype} on {given.device}, but the statistics are {logits.dtype} on "
+                f"{logits.device}; cast it"
+            )
     impl = resolve(impl, logits.device)
     square = stats.rest_square if objective == "paper" else None
-    detached = [x if x is None else x.detach() for x in (logits, stats.rest_lse, square, theta)]
-    settings = (bias_scale, steps, step_size, select, aim.name, *aim.terms)
+    detached = [x if x is None else x.detach() for x in (logits, stats.rest_lse, square, theta, previous)]
+    settings = (bias_scale, ema, strength, steps, step_size, select, aim.name, *aim.terms)
     if impl == "triton":
         _check_kernel_limits(logits, grid, shape[3:])
         return Regulation(*regulate_triton_op(*detached, list(grid), kernel_axes(grid, sigma, centres), *settings))

@@ -15,9 +15,12 @@ def _forward(
     rest_lse: Tensor,
     rest_square: Tensor | None,
     theta: Tensor,
+    previous: Tensor | None,
     grid: Sequence[int],
     axes: Sequence[float],
     bias_scale: float,
+    ema: float,
+    strength: float,
     steps: int,
     step_size: float,
     select: str,
@@ -26,10 +29,23 @@ def _forward(
     from ...kernels import regulate as kernels
 
     statistics = logits, rest_lse, rest_square
-    return kernels.regulate(statistics, theta, grid, axes, bias_scale, steps, step_size, select == "batch", *aim)
+    return kernels.regulate(
+        statistics,
+        theta,
+        previous,
+        grid,
+        axes,
+        bias_scale,
+        ema,
+        strength,
+        steps,
+        step_size,
+        select == "batch",
+        *aim,
+    )
 
 
-def _fake(logits, rest_lse, rest_square, theta, grid, axes, bias_scale, steps, *rest):  # type: ignore[no-untyped-def]
+def _fake(logits, rest_lse, rest_square, theta, previous, grid, axes, bias_scale, ema, strength, steps, *rest):  # type: ignore[no-untyped-def]
     return (
         logits.new_empty(logits.shape),
         theta.new_empty(theta.shape),
@@ -38,9 +54,10 @@ def _fake(logits, rest_lse, rest_square, theta, grid, axes, bias_scale, steps, *
 
 
 regulate = opaque(
-    "regulate_triton(Tensor logits, Tensor rest_lse, Tensor? rest_square, Tensor theta, int[] grid, float[] axes, "
-    "float bias_scale, int steps, float step_size, str select, str objective, float quantile, float level, "
-    "float? mass, float mass_weight, float penalty) -> (Tensor, Tensor, Tensor)",
+    "regulate_triton(Tensor logits, Tensor rest_lse, Tensor? rest_square, Tensor theta, Tensor? previous, int[] grid, "
+    "float[] axes, float bias_scale, float ema, float strength, int steps, float step_size, str select, "
+    "str objective, float quantile, float level, float? mass, float mass_weight, float penalty) "
+    "-> (Tensor, Tensor, Tensor)",
     _forward,
     _fake,
 )
