@@ -157,8 +157,7 @@ def solver_cases(layer: Layer) -> dict[str, Callable[[], Any]]:
     def solve(objective: str) -> None:
         """A method's first evaluation, and one that knows the weights of the step before."""
         for previous in (None, theta):
-            how = {"theta": theta, "previous": previous, "ema": 0.25, "objective": objective}
-            ops.regulate(made, layer.grid, impl="triton", **how)
+            ops.regulate(made, layer.grid, theta=theta, previous=previous, ema=0.25, objective=objective, impl="triton")
 
     def loss(objective: str, differentiated: bool) -> None:
         """Forward, and the gradient of the bias or of everything."""
