@@ -7,6 +7,8 @@ Token ids are int64 tensors, [T] for all samples or [B,T] padded with -1. Half-p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: floa
     logits = _logits(q, k, scale).masked_fill(excluded[:, None, None, :], -torch.inf)
     lse = logits.logsumexp(-1)
     return _normalise(logits, lse) @ _wide(v), lse
+
+
+def attention_with_context_gradient(
+    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """softmax(l) v, and softmax over image tokens of l^T times the weighted queries (MATH.md section 2)."""
+    logits, queries = _logits(q, k, scale), _wide(q)
+    if query_weight is not None:
+        queries = queries * query_weight[:, None, :, None]
+    return logits.softmax(-1) @ _wide(v), logits.mT.softmax(-1) @ queries
+
+
+def composed_attention(
+    q: Tensor, ks: Sequence[Tensor], vs: Sequence[Tensor], shares: Sequence[float], scale: float
+) -> Tensor:
+    """The attention to every context, summed by their shares (MATH.md section 2, CACAO)."""
+    return sum(w * (_logits(q, k, scale).softmax(-1) @ _wide(v)) for k, v, w in zip(ks, vs, shares, strict=True))  # type: ignore[return-value]
 
 
 def target_logits(q: Tensor, k: Tensor, target_ids: Tensor, scale: float) -> Tensor:
@@ -207,7 +226,9 @@ def regulate(
             current = (current - step_size * gradient).detach()
     history = torch.stack(losses)
     kept = torch.stack(thetas)[keep_best(history, select), torch.arange(theta.shape[0], device=theta.device)]
-    average = (1 - ema) * gaussian_bias(kept, basis) + ema * gaussian_bias(before, basis)
+    average = gaussian_bias(kept, basis)
+    if ema > 0:
+        average = (1 - ema) * average + ema * gaussian_bias(before, basis)
     return strength * bias_scale * average, kept, history
 
 

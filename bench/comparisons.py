@@ -115,6 +115,34 @@ def merge_targets(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.Co
     return Comparison("merge_targets", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, _first)
 
 
+def attention_with_context_gradient(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.Compile) -> Comparison:
+    q, k, v = x[:3]
+    contenders = _implementations(partial(ops.attention_with_context_gradient, q, k, v))
+    for name in peers.SDPA:
+        contenders[f"SDPA {name}, twice"] = _ready(partial(peers.sdpa_pair, name, q, k, v))
+    contenders["published"] = _ready(partial(peers.published_context_gradient, q, k, v))
+    contenders["plain attention"] = Contender(lambda: partial(ops.attention, q, k, v, impl=OURS), checked=False)
+    truth = ops.attention_with_context_gradient(*_wide(x)[:3], impl="reference")
+    moved = _size(q, k, v, q) + 4 * k.numel()
+    return Comparison(
+        "attention_with_context_gradient", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, tuple
+    )
+
+
+def composed_attention(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.Compile) -> Comparison:
+    """The prompt and two edits, one of them negated."""
+    shift = [(x.k.roll(i, 2), x.v.roll(i, 1)) for i in range(3)]
+    ks, vs = ([pair[i] for pair in shift] for i in range(2))
+    weights = [1.0, 1.3, -0.4]
+    contenders = _implementations(partial(ops.composed_attention, x.q, ks, vs, weights))
+    for name in peers.SDPA:
+        contenders[f"SDPA {name}, each"] = _ready(partial(peers.sdpa_each, name, x.q, ks, vs, weights))
+    wide_ks, wide_vs = ([t.double() for t in ts] for ts in (ks, vs))
+    truth = _first(ops.composed_attention(x.q.double(), wide_ks, wide_vs, weights, impl="reference"))
+    moved = _size(x.q, x.q, *ks, *vs)
+    return Comparison("composed_attention", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, _first)
+
+
 def gaussian_bias(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.Compile) -> Comparison:
     truth = _first(ops.gaussian_bias(x.theta.double(), layer.grid, impl="reference"))
     contenders = _implementations(partial(ops.gaussian_bias, x.theta, layer.grid))
@@ -354,6 +382,8 @@ OPERATIONS: dict[str, Build] = {
     "regulate": regulate,
     "regulated_layer": regulated_layer,
     "target_statistics": target_statistics,
+    "attention_with_context_gradient": attention_with_context_gradient,
+    "composed_attention": composed_attention,
     "merge_targets": merge_targets,
     "biased_attention": biased_attention,
     "regulated_attention": regulated_attention,

@@ -106,6 +106,12 @@ class Job:
         return found
 
 
+def operation(launch: Any) -> str:
+    """The name of a launch in the tables of configurations."""
+    name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+    return "attention_bwd_special" if launch.constants.get("SPECIAL") else name
+
+
 def recorded(cases: Cases, table: _launch.Table | None, errors: list[str]) -> Iterator[tuple[str, Any]]:
     """Name and launch of everything that `cases` launch, with `table` on top of the default configurations."""
     # CPU tensors stand for a GPU's: nothing runs, so nothing has to be on a device.
@@ -119,7 +125,7 @@ def recorded(cases: Cases, table: _launch.Table | None, errors: list[str]) -> It
                     except Exception as error:
                         errors.append(f"{case}: {type(error).__name__}: {error}")
                 for launch in launches:
-                    yield f"{launch.kernel.__name__.strip('_').removesuffix('_kernel')}: {case}", launch
+                    yield f"{operation(launch)}: {case}", launch
     finally:
         _impl.INTERPRETED = before
 

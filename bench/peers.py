@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +37,26 @@ def span(theta: Tensor, basis: tuple[Tensor, Tensor]) -> Tensor:
 def sdpa(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     with sdpa_kernel(SDPA[backend]):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def sdpa_pair(backend: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention and softmax_m(l^T) Q, which is attention of the keys to the queries."""
+    return sdpa(backend, q, k, v), sdpa(backend, k, q, q)
+
+
+def published_context_gradient(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with the logits in memory, and a transposed copy of them."""
+    logits = q.shape[-1] ** -0.5 * (q @ k.mT)
+    return logits.softmax(-1) @ v, logits.mT.contiguous().softmax(-1) @ q
+
+
+def sdpa_each(backend: str, q: Tensor, ks: Sequence[Tensor], vs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Attention to every context, and their weighted mean."""
+    total = sum(weights)
+    out = sdpa(backend, q, ks[0], vs[0]) * (weights[0] / total)
+    for k, v, weight in zip(ks[1:], vs[1:], weights[1:], strict=True):
+        out = torch.add(out, sdpa(backend, q, k, v), alpha=weight / total)
+    return out
 
 
 class Columns(NamedTuple):

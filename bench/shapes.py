@@ -80,10 +80,14 @@ REGULATED = [layer for layer in LAYERS if layer.image_tokens <= 4096]
 # Of the aims (B*H, M) = (20, 256) and (20, 1024).
 SMALL, LARGE = LAYERS[6], LAYERS[13]
 
-_MOST = ("regulated", "merge", "plain, gradients", "statistics, gradients", "regulated, gradients")
-_SOME = ("plain", "statistics", "merge", "regulated, gradients")
+_MOST = (
+    *("regulated", "merge", "context", "composed"),
+    *("plain, gradients", "statistics, gradients", "regulated, gradients"),
+)
+_SOME = ("plain", "statistics", "merge", "context", "composed", "regulated, gradients")
 _ALL = (
     *("plain", "statistics", "statistics, square", "biased", "regulated", "merge"),
+    *("context", "context, masked", "composed", "context, gradients", "composed, gradients"),
     *("plain, gradients", "statistics, gradients", "biased, gradients", "regulated, gradients", "merge, gradients"),
     *("biased, bias gradient", "regulated, theta gradient"),
 )
@@ -132,17 +136,28 @@ def attention_cases(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], 
         return ops.regulated_attention(q, k, v, theta, ids, layer.grid, pinned_ids=pinned, impl="triton")
 
     plain = partial(ops.attention, return_lse=True, impl="triton")
+
+    def context(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None) -> Any:
+        return ops.attention_with_context_gradient(q, k, v, query_weight=weight, impl="triton")
+
+    def composed(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return ops.composed_attention(q, [k, k], [v, v], [1.0, 0.5], impl="triton")
+
+    mask = torch.ones(layer.image_tokens)
     forms: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         "plain": (plain, (q, k, v)),
         "statistics": (statistics, (q, k, v)),
         "merge": (merge, (q, k, v, bias)),
         "biased": (biased, (q, k, v, bias)),
         "regulated": (regulated, (q, k, v, theta)),
+        "context": (context, (q, k, v)),
+        "composed": (composed, (q, k, v)),
     }
     return {
         **{name: partial(function, *tensors) for name, (function, tensors) in forms.items()},
         **{f"{name}, gradients": partial(differentiated, f, *tensors) for name, (f, tensors) in forms.items()},
         "statistics, square": partial(statistics, q, k, v, True),
+        "context, masked": partial(context, q, k, v, mask),
         "biased, bias gradient": partial(differentiated, partial(biased, q, k, v), bias),
         "regulated, theta gradient": partial(differentiated, partial(regulated, q, k, v), theta),
     }
@@ -155,9 +170,9 @@ def solver_cases(layer: Layer) -> dict[str, Callable[[], Any]]:
     made = ops.TargetStatistics(torch.empty_like(q, dtype=torch.float32), lse, logits, torch.empty_like(lse), None)
 
     def solve(objective: str) -> None:
-        """A method's first evaluation, and one that knows the weights of the step before."""
-        for previous in (None, theta):
-            ops.regulate(made, layer.grid, theta=theta, previous=previous, ema=0.25, objective=objective, impl="triton")
+        """Alone, and as a method does that knows the weights of the step before."""
+        for previous, ema in ((None, 0.0), (theta, 0.25)):
+            ops.regulate(made, layer.grid, theta=theta, previous=previous, ema=ema, objective=objective, impl="triton")
 
     def loss(objective: str, differentiated: bool) -> None:
         """Forward, and the gradient of the bias or of everything."""

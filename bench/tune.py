@@ -58,10 +58,13 @@ VALUES = {
 JUDGED_BY = {
     "regulate_fwd": ("regulate",),
     "attention_fwd": ("attention", "target_statistics", "regulated_attention"),
+    "context_gradient_fwd": ("attention_with_context_gradient",),
+    "context_gradient_merge": ("attention_with_context_gradient",),
+    "composed_attention_fwd": ("composed_attention",),
     "merge_targets_fwd": ("merge_targets",),
     "select_fwd": ("regulate",),
     "gaussian_bias_fwd": ("gaussian_bias",),
-    "attention_bwd_rows": ("regulated_attention_edit", "regulated_attention_all"),
+    "attention_bwd_rows": ("regulated_attention_all",),
     "attention_bwd_columns": ("regulated_attention_all",),
     "attention_bwd_special": ("regulated_attention_all",),
     "merge_targets_bwd": ("merge_targets_all",),
@@ -93,6 +96,13 @@ def asked(kernel: str) -> Iterator[list[Sizes]]:
 
     with mock.patch.object(_launch, "choose", noted), _launch.forced({}):
         yield found
+
+
+def within_registers(config: Config) -> Config:
+    """`config`, with no more registers a thread than the 65536 of a block allow."""
+    if "maxnreg" not in config:
+        return config
+    return {**config, "maxnreg": min(config["maxnreg"], 65536 // (32 * config["num_warps"]))}
 
 
 class Tuner:
@@ -160,10 +170,10 @@ class Tuner:
     def neighbours(self) -> list[Config]:
         """The default with one setting changed."""
         return [
-            {**self.default, name: value}
+            within_registers({**self.default, name: value})
             for name, was in self.default.items()
             for value in VALUES[name]
-            if value != was
+            if value != was and not (name == "maxnreg" and torch.version.hip)
         ]
 
     def search(self, most: int | None = None) -> Found:
@@ -176,7 +186,7 @@ class Tuner:
             if times[index] >= times[0]:
                 break
             change = {name: value for name, value in tried[index].items() if value != self.default[name]}
-            together = {**best, **change}
+            together = within_registers({**best, **change})
             now, then = self._times([together, best])
             best = together if now < then else best
         if best == self.default:

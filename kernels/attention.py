@@ -357,9 +357,9 @@ def _forward(
     )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """out [B,H,M,d] in q's dtype and lse [B,H,M] float32."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """out [B,H,M,d] in `dtype`, by default q's, and lse [B,H,M] float32."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format, dtype=dtype)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     _forward(PLAIN, unit_stride(q), unit_stride(k), unit_stride(v), out, lse, scale)
     return out, lse

@@ -147,7 +147,7 @@ def _columns(
     ordinary, special = x.config("attention_bwd_columns", tokens), x.config("attention_bwd_special", tokens)
     programs = ordinary.pop("PROGRAMS")
     # Rows are split evenly, into whole blocks of both.
-    block = max(ordinary["BLOCK_M"], special["BLOCK_M"])
+    block = max(ordinary["BLOCK_M"], special["BLOCK_M"]) if x.special else ordinary["BLOCK_M"]
     blocks = triton.cdiv(x.q.shape[2], block)
     parts = triton.cdiv(programs, triton.cdiv(tokens, ordinary["BLOCK_N"]) * batch * heads)
     rows_each = triton.cdiv(blocks, min(blocks, parts)) * block

@@ -52,6 +52,7 @@ def registered(grad: bool, strided: bool = True):
             (torch.ones_like(q), g, *(t.detach() for t in (q, k, v, rest_out, rest_lse)), ids, 0.3, needed)
             for g, needed in ((None, [True, True, True]), (ones, [True, False, True]))
         ],
+        "attention_with_context_gradient_reference": [(q, k, v, None, 0.3), (q, k, v, rand(2, 24), 0.3)],
         "target_logits": [(q, k, ids, 0.3), (q, k, pins, 0.3)],
         "target_logits_reference": [(q, k, ids, 0.3)],
         "rest_square_reference": [(q, k, ids, 0.3)],
@@ -104,6 +105,8 @@ def kernels(strided: bool = True):
             (out, None, *halves, rest_lse, 0.3, [True, True, True]),
             (out, rest_lse, *halves, rest_lse, 0.3, [False, True, False]),
         ],
+        "attention_with_context_gradient_triton": [(*halves, None, 0.3), (q, k, v, rand(2, 24), 0.3)],
+        "composed_attention_triton": [(*halves[:1], halves[1:2] * 2, halves[2:] * 2, rand(2), 0.3)],
         "target_statistics_triton": [(*halves, ids, pins, 0.3, True), (q, k, v, ids, none, 0.3, False)],
         "target_statistics_triton_backward": [
             (*upstream, *halves, ids, pins, rest_lse, logits, square, 0.3, [True, True, True]),
@@ -175,6 +178,11 @@ def public(impl, ids=ids, pins=pins):
     def merged(q, k, v, bias, theta):
         return ops.merge_targets(statistics(q, k, v), v, ids, bias, pinned_ids=pins, impl=impl)
 
+    def context(q, k, v, bias, theta):
+        out, update = ops.attention_with_context_gradient(q, k, v, impl=impl)
+        gammas = {"gamma_attn": 0.3, "gamma_norm": 0.7}
+        return out, ops.context_update(update, k, bias[0, 0, :, :16].mT, convention="paper", **gammas)
+
     def rest_square(q, k, v, bias, theta):
         return statistics(q, k, v, True).rest_square
 
@@ -193,6 +201,14 @@ def public(impl, ids=ids, pins=pins):
 
     return {
         "attention": lambda q, k, v, bias, theta: ops.attention(q, k, v, return_lse=True, impl=impl),
+        "attention_with_context_gradient": lambda q, k, v, bias, theta: ops.attention_with_context_gradient(
+            q, k, v, query_weight=bias[:, 0, 0], impl=impl
+        ),
+        "composed_attention": lambda q, k, v, bias, theta: ops.composed_attention(
+            q, [k, k[:, :, :5], k], [v, v[:, :, :5], v], [1.0, -0.4, 0.3], impl=impl
+        ),
+        "context_energy": lambda q, k, v, bias, theta: tuple(ops.context_energy(q, k, alpha=0.1, impl=impl)),
+        "context_update": context,
         "biased_attention": lambda q, k, v, bias, theta: ops.biased_attention(
             q, k, v, bias, ids, pinned_ids=pins, impl=impl
         ),

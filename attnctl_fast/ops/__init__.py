@@ -1,7 +1,11 @@
 """Attention-control primitives as differentiable, compilable torch operations."""
 
 from .attention import attention
+from .attention_with_context_gradient import attention_with_context_gradient
 from .biased_attention import biased_attention
+from .composed_attention import composed_attention
+from .context_energy import ContextEnergy, context_energy
+from .context_update import context_update
 from .gaussian_bias import basis_shape, default_sigma, gaussian_bias
 from .merge_targets import merge_targets
 from .regulate import Regulation, regulate
@@ -10,11 +14,16 @@ from .regulation_loss import regulation_loss
 from .target_statistics import TargetStatistics, target_statistics
 
 __all__ = [
+    "ContextEnergy",
     "Regulation",
     "TargetStatistics",
     "attention",
+    "attention_with_context_gradient",
     "basis_shape",
     "biased_attention",
+    "composed_attention",
+    "context_energy",
+    "context_update",
     "default_sigma",
     "gaussian_bias",
     "merge_targets",

@@ -55,6 +55,20 @@ _backward_op = opaque(
 )
 
 
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    scale: float,
+    needed: list[bool],
+    grad_lse: Tensor | None = None,
+) -> list[Tensor | None]:
+    """dq, dk and dv, as `needed` says of each."""
+    return only(needed, _backward_op(grad_out, grad_lse, q, k, v, lse, scale, needed))
+
+
 class _Attention(Function):
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -74,7 +88,7 @@ class _Attention(Function):
             return None, None, None, None
         grad_out = torch.zeros_like(q) if grad_out is None else grad_out
         needed = list(ctx.needs_input_grad[:3])
-        return *only(needed, _backward_op(grad_out, grad_lse, q, k, v, lse, ctx.scale, needed)), None
+        return *backward(grad_out, q, k, v, lse, ctx.scale, needed, grad_lse), None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,85 @@
+"""Attention to several contexts at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._impl import resolve
+from .._validate import check_kernel_limits, check_qkv, check_scale
+from ._triton import composed_attention as _triton
+from .attention import attention_without
+
+# Of the sum of the weights' sizes: below it, normalising would amplify rounding instead of composing.
+LEAST_TOTAL = 1e-3
+
+
+def check_weights(weights: Sequence[float], contexts: int) -> list[float]:
+    """`weights` over their sum; ValueError unless they are one finite number per context with a sum that is not
+    (nearly) zero."""
+    weights = [float(x) for x in weights]
+    if len(weights) != contexts:
+        raise ValueError(f"weights holds {len(weights)} numbers for {contexts} contexts; pass one per context")
+    if not all(math.isfinite(x) for x in weights):
+        raise ValueError(f"weights is {weights}; every weight must be finite")
+    total, size = sum(weights), sum(abs(x) for x in weights)
+    if abs(total) <= LEAST_TOTAL * size:
+        raise ValueError(
+            f"weights {weights} sum to {total:g}; the output is divided by their sum, so negated contexts must not "
+            "weigh as much as the others: lower a negative weight"
+        )
+    return [x / total for x in weights]
+
+
+def composed_attention(
+    q: Tensor,
+    ks: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """sum_i w_i softmax(scale q k_i^T) v_i / sum_i w_i (arXiv 2306.09869, "CACAO").
+
+    A positive weight adds a context (conjunction), a negative one takes it away (negation); the main context has
+    weight 1. As the weights are normalised, this is what combining after the output projection gives. Differentiable in
+    q, ks and vs.
+
+    Args:
+        q: queries `[B,H,M,d]`, any strides.
+        ks, vs: keys and values `[B,H,N_i,d]` of every context; their lengths may differ.
+        weights: one number per context.
+        scale: factor of the logits, 1/sqrt(d) by default.
+        impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
+
+    Returns:
+        out `[B,H,M,d]` in q's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, another number of ks, vs and weights, no context, or
+            weights whose sum is (nearly) zero.
+    """
+    if len(ks) != len(vs) or not ks:
+        raise ValueError(f"there are {len(ks)} keys and {len(vs)} values; pass one of each per context, at least one")
+    for k, v in zip(ks, vs, strict=True):
+        check_qkv(q, k, v)
+    shares = check_weights(weights, len(ks))
+    scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
+    if impl == "reference":
+        return reference.composed_attention(q, ks, vs, shares, scale).to(q.dtype)
+    if impl == "triton":
+        check_kernel_limits(q)
+        return _triton.composed_attention(q, ks, vs, shares, scale)
+    nothing = torch.empty(0, dtype=torch.int64, device=q.device)
+    wide = q.to(torch.promote_types(q.dtype, torch.float32))
+    out = None
+    for k, v, share in zip(ks, vs, shares, strict=True):
+        one, _ = attention_without(wide, k.to(wide.dtype), v.to(wide.dtype), nothing, scale, impl)
+        out = share * one if out is None else torch.add(out, one, alpha=share)
+    assert out is not None
+    return out.to(q.dtype)

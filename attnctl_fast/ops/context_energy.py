@@ -1,0 +1,45 @@
+"""The energies whose descent is a Bayesian context update."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .attention import attention
+from .context_update import flat_keys
+
+
+class ContextEnergy(NamedTuple):
+    """attention: (alpha/2) sum_n ||k_n||^2 - sum_n logsumexp_m(l_mn), all heads together, `[B]`. context:
+    logsumexp_n(||k_n||^2 / 2), `[B]`."""
+
+    attention: Tensor
+    context: Tensor
+
+
+def context_energy(
+    q: Tensor, k: Tensor, *, scale: float | None = None, alpha: float = 0.0, impl: str | None = None
+) -> ContextEnergy:
+    """The energies E(Q; K) and E(K) of a cross-attention layer (arXiv 2306.09869; MATH.md section 2).
+
+    A step of `context_update` with small gammas lowers their weighted sum, which is what they are for: to watch it over
+    layers and steps. Differentiable; no full map is made.
+
+    Args:
+        q: queries `[B,H,M,d]`.
+        k: keys `[B,H,N,d]`, of the dtype and device of q.
+        scale: factor of the logits l, 1/sqrt(d) by default.
+        alpha: weight of the squared norm.
+        impl: as for `attention`, which does the work.
+
+    Returns:
+        `ContextEnergy(attention, context)` in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: as `attention`.
+    """
+    # The logsumexp over image tokens, [B,H,N], whatever the values; detached, for torch.compile takes no tensor twice.
+    _, lse = attention(k, q, q.detach(), scale=scale, return_lse=True, impl=impl)
+    square = flat_keys(k).square().sum(-1)
+    return ContextEnergy(alpha / 2 * square.sum(-1) - lse.sum((1, 2)), (square / 2).logsumexp(-1))

@@ -1,0 +1,108 @@
+"""The step of a Bayesian context update, from what attention says of the keys back to the context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+CONVENTIONS = ("official", "paper")
+KeyProjection: TypeAlias = Tensor | Callable[[Tensor], Tensor]
+
+
+def flat_keys(k: Tensor) -> Tensor:
+    """The keys of all heads side by side: [B,N,H*d], float32 at least."""
+    return k.transpose(1, 2).flatten(2).to(torch.promote_types(k.dtype, torch.float32))
+
+
+def _check_number(name: str, value: float | Tensor) -> None:
+    if isinstance(value, Tensor):
+        if value.ndim:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a number or a 0-d tensor")
+    elif not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be finite")
+
+
+def project_back(pull: Tensor, to_k: KeyProjection) -> Tensor:
+    """`pull` [B,N,H*d] times the weight of the key projection: [B,N,d_ctx].
+
+    A module is differentiated, not read: the weight may be adapted (LoRA), quantised or offloaded.
+    """
+    if isinstance(to_k, Tensor):
+        return pull.to(to_k.dtype) @ to_k
+    width = getattr(to_k, "in_features", None)
+    if not isinstance(width, int):
+        raise ValueError(
+            f"to_k is {type(to_k).__name__}, which does not say its in_features; pass a linear module or its weight "
+            "[H*d, d_ctx]"
+        )
+    parameter = next(to_k.parameters(), None) if isinstance(to_k, torch.nn.Module) else None
+    floating = parameter is not None and parameter.dtype.is_floating_point
+    dtype = parameter.dtype if parameter is not None and floating else pull.dtype
+    # The projection is linear, so its derivative is the same at every context.
+    origin = torch.zeros(*pull.shape[:2], width, dtype=dtype, device=pull.device)
+    out, pull_back = torch.func.vjp(to_k, origin)[:2]
+    return pull_back(pull.to(out.dtype))[0]
+
+
+def context_update(
+    update: Tensor,
+    k: Tensor,
+    to_k: KeyProjection,
+    *,
+    gamma_attn: float | Tensor,
+    gamma_norm: float | Tensor,
+    token_weight: Tensor | None = None,
+    alpha: float = 0.0,
+    convention: str = "official",
+) -> Tensor:
+    """The increment of the context: minus gamma times the gradient of the two energies (arXiv 2306.09869).
+
+    (gamma_attn u_n (concat_h update_n - alpha k_n) - gamma_norm p_n k_n) W_K for every text token n, where p is the
+    softmax over tokens of the squared norm of the keys, all heads together (MATH.md section 2). Differentiable in
+    update, k, the gammas and token_weight, and in the projection's weight where that is given as a tensor.
+
+    Args:
+        update: from `attention_with_context_gradient`, `[B,H,N,d]`.
+        k: the layer's keys, `[B,H,N,d]`.
+        to_k: the key projection, a linear module (called, never read) or its weight `[H*d, d_ctx]`.
+        gamma_attn, gamma_norm: the steps on either energy, floats or 0-d tensors.
+        token_weight: u, how far each token may move on the attention's energy, `[N]` or `[B,N]`.
+        alpha: weight of the squared norm in the attention's energy; the released code has none.
+        convention: `"official"` (p = softmax ||k||^2) or `"paper"` (p = softmax ||k||^2 / 2, its energy's gradient).
+
+    Returns:
+        the increment `[B,N,d_ctx]`, in the dtype of the projection.
+
+    Raises:
+        ValueError: shapes that do not fit, a gamma that is not finite (tensors are trusted), or an unknown convention.
+    """
+    if update.ndim != 4 or update.shape != k.shape:
+        raise ValueError(
+            f"update has shape {tuple(update.shape)} and k {tuple(k.shape)}; both must be [batch, heads, tokens, width]"
+        )
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention is {convention!r}; it must be one of {', '.join(map(repr, CONVENTIONS))}")
+    _check_number("gamma_attn", gamma_attn)
+    _check_number("gamma_norm", gamma_norm)
+    _check_number("alpha", alpha)
+    batch, heads, tokens, width = k.shape
+    if isinstance(to_k, Tensor) and (to_k.ndim != 2 or to_k.shape[0] != heads * width):
+        raise ValueError(f"to_k has shape {tuple(to_k.shape)}; it must be [H*d, d_ctx] with H*d = {heads * width}")
+    keys = flat_keys(k)
+    pull = flat_keys(update)
+    if alpha:
+        pull = pull - alpha * keys
+    pull = gamma_attn * pull
+    if token_weight is not None:
+        if token_weight.shape not in ((tokens,), (batch, tokens)):
+            raise ValueError(
+                f"token_weight has shape {tuple(token_weight.shape)}; it must be [{tokens}] or [{batch}, {tokens}]"
+            )
+        pull = pull * token_weight.unsqueeze(-1).to(pull.dtype)
+    square = keys.square().sum(-1)
+    share = (square if convention == "official" else square / 2).softmax(-1)
+    return project_back(pull - gamma_norm * share.unsqueeze(-1) * keys, to_k)

@@ -1,0 +1,282 @@
+"""Attention and the pull of its energy on the keys, softmax_m(l^T) (w Q), from one pass over the queries.
+
+A program's share of the rows streams past all columns: a tile's logits serve the row softmax of the output and a column
+softmax that runs along in registers. A second kernel adds the programs' columns in a fixed order. Where a context is
+too long or a head too wide for that, and in float32, the attention kernel runs twice instead: the second softmax is
+attention as well, of the keys to the queries.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import config, dot_dtype, launch, pieces, unit_stride
+from ._tiles import aligned, finite_or_zero, load_piece, store_piece
+from .attention import align_of, attention
+
+_STRIDES = [f"stride_{x}{y}" for x, last in (("q", "m"), ("k", "n"), ("v", "n")) for y in "bh" + last]
+
+
+@triton.jit
+def _logits(q, k, taken, scale):
+    """Scaled logits [BLOCK_M, COLUMNS], -inf for columns that are not `taken`."""
+    return tl.where(taken[None, :], scale * tl.dot(q, tl.trans(k)), float("-inf"))
+
+
+@triton.jit
+def _add_rows(top, total, acc, logits, inside, x, DOT: tl.constexpr):
+    """A running softmax over rows, of every column of `logits` [BLOCK_M, COLUMNS], and what it weighs, [COLUMNS, D1],
+    with a tile of rows x added; rows that are not `inside` take no part."""
+    logits = tl.where(inside[:, None], logits, float("-inf"))
+    highest = tl.maximum(top, tl.max(logits, 0))
+    safe = finite_or_zero(highest)
+    shrink = tl.exp(top - safe)
+    weights = tl.exp(logits - safe[None, :])
+    total = total * shrink + tl.sum(weights, 0)
+    return highest, total, tl.dot(tl.trans(weights.to(DOT)), x, acc * shrink[:, None])
+
+
+@triton.jit
+def _store_columns(
+    update_ptr,
+    top_ptr,
+    total_ptr,
+    top,
+    total,
+    acc,
+    columns,
+    N,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """A part's columns as they are, or, of the only part, the update and the logsumexp."""
+    taken = columns < N
+    if PARTS:
+        tl.store(top_ptr + columns, top, mask=taken)
+        tl.store(total_ptr + columns, total, mask=taken)
+    else:
+        total = tl.where(taken, total, 1.0)
+        tl.store(top_ptr + columns, finite_or_zero(top) + tl.log(total), mask=taken)
+        acc /= total[:, None]
+    store_piece(update_ptr, acc, columns, taken, D, D, 0, D1)
+
+
+@triton.jit(do_not_specialize=[*_STRIDES, "stride_w", "H", "M", "N", "tiles"])
+def _context_gradient_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    weight_ptr,
+    out_ptr,
+    lse_ptr,
+    update_ptr,
+    top_ptr,
+    total_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_w,
+    H,
+    M,
+    N,
+    tiles,
+    scale,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    PARTS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """out and lse of one of several parts of the rows, `tiles` tiles, and the part's columns: sums [parts,B,H,N,d] over
+    rows, their largest logits and the totals of the weights, [parts,B,H,N]."""
+    row = tl.program_id(1)
+    b = (row // H).to(tl.int64)
+    h = (row % H).to(tl.int64)
+    q_ptr += aligned(b * stride_qb + h * stride_qh, ALIGN)
+    k_ptr += aligned(b * stride_kb + h * stride_kh, ALIGN)
+    v_ptr += aligned(b * stride_vb + h * stride_vh, ALIGN)
+    stride_qm = aligned(stride_qm, ALIGN)
+    stride_kn = aligned(stride_kn, ALIGN)
+    stride_vn = aligned(stride_vn, ALIGN)
+    head = row.to(tl.int64) * M
+    part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + row
+
+    columns1 = tl.arange(0, N1)
+    top_a = tl.full([N1], float("-inf"), tl.float32)
+    total_a = tl.zeros([N1], tl.float32)
+    update_a = tl.zeros([N1, D1], tl.float32)
+    if N2 > 0:
+        columns2 = N1 + tl.arange(0, N2)
+        top_b = tl.full([N2], float("-inf"), tl.float32)
+        total_b = tl.zeros([N2], tl.float32)
+        update_b = tl.zeros([N2, D1], tl.float32)
+
+    first = tl.program_id(0) * tiles
+    # Keys and values come from the cache in every turn: as operands they would fill the registers all the time.
+    for tile in tl.range(first, tl.minimum(first + tiles, tl.cdiv(M, BLOCK_M)), disable_licm=True):
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = rows < M
+        q = load_piece(q_ptr, rows, inside, stride_qm, D, 0, D1, DOT)  # [BLOCK_M, D1]
+        k = load_piece(k_ptr, columns1, columns1 < N, stride_kn, D, 0, D1, DOT)
+        la = _logits(q, k, columns1 < N, scale)  # [BLOCK_M, N1]
+        maximum = tl.max(la, 1)
+        if N2 > 0:
+            k = load_piece(k_ptr, columns2, columns2 < N, stride_kn, D, 0, D1, DOT)
+            lb = _logits(q, k, columns2 < N, scale)  # [BLOCK_M, N2]
+            maximum = tl.maximum(maximum, tl.max(lb, 1))
+        maximum = finite_or_zero(maximum)
+        p = tl.exp(la - maximum[:, None])
+        total = tl.sum(p, 1)
+        v = load_piece(v_ptr, columns1, columns1 < N, stride_vn, D, 0, D1, DOT)
+        acc = tl.dot(p.to(DOT), v)
+        if N2 > 0:
+            p = tl.exp(lb - maximum[:, None])
+            total += tl.sum(p, 1)
+            v = load_piece(v_ptr, columns2, columns2 < N, stride_vn, D, 0, D1, DOT)
+            acc = tl.dot(p.to(DOT), v, acc)
+        store_piece(out_ptr + head * D, acc / total[:, None], rows, inside, D, D, 0, D1)
+        tl.store(lse_ptr + head + rows, maximum + tl.log(total), mask=inside)
+
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + b * stride_w + rows, mask=inside, other=0.0)
+            q = (q.to(tl.float32) * weight[:, None]).to(DOT)
+        top_a, total_a, update_a = _add_rows(top_a, total_a, update_a, la, inside, q, DOT)
+        if N2 > 0:
+            top_b, total_b, update_b = _add_rows(top_b, total_b, update_b, lb, inside, q, DOT)
+
+    update_ptr += part * N * D
+    top_ptr += part * N
+    total_ptr += part * N
+    _store_columns(update_ptr, top_ptr, total_ptr, top_a, total_a, update_a, columns1, N, D, D1, PARTS)
+    if N2 > 0:
+        _store_columns(update_ptr, top_ptr, total_ptr, top_b, total_b, update_b, columns2, N, D, D1, PARTS)
+
+
+@triton.jit(do_not_specialize=["N", "parts"])
+def _context_gradient_merge_kernel(
+    parts_ptr,
+    tops_ptr,
+    totals_ptr,
+    update_ptr,
+    lse_ptr,
+    N,
+    parts,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The update and the logsumexp of a block of columns, from all parts in order."""
+    row, rows = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    taken = columns < N
+    top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_N, D1], tl.float32)
+    for part in range(parts):
+        first = (part * rows + row) * N
+        of_part = tl.load(tops_ptr + first + columns, mask=taken, other=float("-inf"))
+        highest = tl.maximum(top, of_part)
+        safe = finite_or_zero(highest)
+        shrink, grow = tl.exp(top - safe), tl.exp(of_part - safe)
+        total = total * shrink + grow * tl.load(totals_ptr + first + columns, mask=taken, other=0.0)
+        x = load_piece(parts_ptr + first * D, columns, taken, D, D, 0, D1, tl.float32)
+        acc = acc * shrink[:, None] + x * grow[:, None]
+        top = highest
+    total = tl.where(taken, total, 1.0)
+    store_piece(update_ptr + row * N * D, acc / total[:, None], columns, taken, D, D, 0, D1)
+    tl.store(lse_ptr + row * N + columns, finite_or_zero(top) + tl.log(total), mask=taken)
+
+
+def attention_with_context_gradient(
+    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out [B,H,M,d] in q's dtype and its lse [B,H,M]; the update [B,H,N,d] and the lse [B,H,N] of the columns; float32.
+
+    `query_weight`: [B,M], float32, or None.
+    """
+    batch, heads, image_tokens, d = q.shape
+    tokens = k.shape[2]
+    use = dict(config("context_gradient_fwd", q.device, d=d, n=tokens, m=image_tokens, itemsize=q.element_size()))
+    programs, most = use.pop("PROGRAMS"), use.pop("ON_CHIP_N")
+    if tokens > most or q.dtype == torch.float32:
+        values = q if query_weight is None else (q * query_weight[:, None, :, None]).to(q.dtype)
+        return *attention(q, k, v, scale), *attention(k, q, values, scale, torch.float32)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    if query_weight is not None:
+        query_weight = unit_stride(query_weight)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    update = lse.new_empty(batch, heads, tokens, d)
+    column_lse = lse.new_empty(batch, heads, tokens)
+    blocks = triton.cdiv(image_tokens, use["BLOCK_M"])
+    tiles = triton.cdiv(blocks, min(blocks, triton.cdiv(programs, batch * heads)))
+    parts = triton.cdiv(blocks, tiles)
+    sums, tops, totals = update, column_lse, column_lse
+    if parts > 1:
+        sums, tops = update.new_empty(parts, *update.shape), column_lse.new_empty(parts, *column_lse.shape)
+        totals = torch.empty_like(tops)
+    # One piece: two of them, with the two of the columns, would not fit the registers.
+    d1 = max(triton.next_power_of_2(d), 16)
+    n1, n2 = pieces(tokens)
+    launch(
+        _context_gradient_fwd_kernel,
+        (parts, batch * heads),
+        q.device,
+        use,
+        q,
+        k,
+        v,
+        query_weight,
+        out,
+        lse,
+        sums,
+        tops,
+        totals,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        0 if query_weight is None else query_weight.stride(0),
+        heads,
+        image_tokens,
+        tokens,
+        tiles,
+        scale,
+        D=d,
+        D1=d1,
+        N1=n1,
+        N2=n2,
+        PARTS=parts > 1,
+        ALIGN=align_of(q, k, v),
+        DOT=dot_dtype(q.dtype),
+    )
+    if parts > 1:
+        use = config("context_gradient_merge", q.device)
+        launch(
+            _context_gradient_merge_kernel,
+            (triton.cdiv(tokens, use["BLOCK_N"]), batch * heads),
+            q.device,
+            use,
+            sums,
+            tops,
+            totals,
+            update,
+            column_lse,
+            tokens,
+            parts,
+            D=d,
+            D1=d1,
+        )
+    return out, lse, update, column_lse

@@ -1,0 +1,305 @@
+"""attention_with_context_gradient, context_update, context_energy and composed_attention against float64 truth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import fenced
+from numerics import (
+    DEVICE,
+    FAST,
+    IMPLS,
+    assert_rows_close,
+    attention_inputs,
+    carried_to_gradients,
+    orders,
+    plain_runs,
+    rand,
+    randn,
+    widest,
+)
+
+from attnctl_fast import ops
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# (M, N, d): kept on chip and not, one part and several, one piece and two of the head and of the context.
+SHAPES = [(1, 1, 8), (63, 77, 40), (200, 77, 64), (64, 120, 80), (256, 20, 160), (64, 154, 16)]
+FULL = [(m, n, d) for m in (1, 63, 256, 1024, 4096) for n in (1, 77, 120, 154, 333) for d in (40, 64, 80, 128, 160)]
+
+
+def plain_out(q, k, v):
+    return (q.shape[-1] ** -0.5 * (q @ k.mT)).softmax(-1) @ v
+
+
+def plain_update(q, k, weighted):
+    """The columns' softmax; `weighted` are the queries as values, whose width is not reordered."""
+    return (q.shape[-1] ** -0.5 * (k @ q.mT)).softmax(-1) @ weighted
+
+
+def plain_composed(q, k, *others):
+    """Of keys side by side in `k`, as one tensor so that the width can be reordered."""
+    *values, shares, lengths = others
+    out = 0.0
+    for part, v, share in zip(k.split(lengths, 2), values, shares, strict=True):
+        out = out + share * ((q.shape[-1] ** -0.5 * (q @ part.mT)).softmax(-1) @ v)
+    return out
+
+
+def check_forward(impl, dtype, m, n, d, masked):
+    q, k, v = attention_inputs(2, 2, m, n, d, dtype, 2.0, strided=True)
+    weight = rand(2, m) if masked else None
+    out, update = ops.attention_with_context_gradient(
+        q, k, v, query_weight=None if weight is None else fenced(weight), impl=impl
+    )
+    assert out.dtype == dtype and update.dtype == torch.float32
+    weighted = q if weight is None else q * weight[:, None, :, None].to(dtype)
+    exact = q.double() if weight is None else q.double() * weight[:, None, :, None].double()
+    assert_rows_close(out, plain_runs(plain_out, q, k, v), plain_out(*(x.double() for x in (q, k, v))), dtype, "out")
+    truth = plain_update(q.double(), k.double(), exact)
+    assert_rows_close(update, plain_runs(plain_update, q, k, weighted), truth, dtype, "update")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "d"), SHAPES)
+def test_attention_with_context_gradient(impl, dtype, m, n, d, masked):
+    check_forward(impl, dtype, m, n, d, masked)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "d"), FULL)
+def test_attention_with_context_gradient_full_grid(impl, dtype, m, n, d):
+    check_forward(impl, dtype, m, n, d, True)
+
+
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_through_both_results(impl, dtype):
+    m, n, d = 64, 77, 40
+    leaves = [x.requires_grad_() for x in (*attention_inputs(1, 2, m, n, d, dtype), rand(1, m))]
+    of_out, of_update = randn(1, 2, m, d, dtype=dtype, seed=7), randn(1, 2, n, d, dtype=dtype, seed=8)
+
+    def total(out, update):
+        return (out * of_out.to(out.dtype)).sum() + (update * of_update.to(update.dtype)).sum()
+
+    def plain(q, k, v, weight):
+        weighted = q * weight[:, None, :, None].to(q.dtype)
+        logits = d**-0.5 * (q @ k.mT)
+        return total(logits.softmax(-1) @ v, logits.mT.softmax(-1) @ weighted)
+
+    q, k, v, weight = leaves
+    ours = torch.autograd.grad(
+        total(*ops.attention_with_context_gradient(q, k, v, query_weight=weight, impl=impl)), leaves
+    )
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    truth = torch.autograd.grad(plain(*wide), wide)
+    runs = []
+    for order in orders(d):
+        # q is a value as well, so it is put back in order there.
+        back = order.argsort()
+        runs.append(torch.autograd.grad(_reordered(q, k, v, weight, order, back, total), leaves))
+    rows = carried_to_gradients(q, k, v, of_out, d**-0.5)
+    columns = carried_to_gradients(k, q, q, of_update, d**-0.5)
+    carried = [rows["q"] + columns["k"] + columns["v"], rows["k"] + columns["q"], rows["v"], 0.0]
+    for name, a, *b, c, extra in zip(("q", "k", "v", "weight"), ours, *runs, truth, carried, strict=True):
+        if name == "weight":
+            a, b, c = a.unsqueeze(-1), [x.unsqueeze(-1) for x in b], c.unsqueeze(-1)
+            extra = (columns["v"] * q.detach().double().abs().sum(-1)).sum(1)
+        assert_rows_close(a, b, c, dtype, f"d{name}", extra)
+
+
+def _reordered(q, k, v, weight, order, back, total):
+    logits = q.shape[-1] ** -0.5 * (q[..., order] @ k[..., order].mT)
+    weighted = q[..., order][..., back] * weight[:, None, :, None].to(q.dtype)
+    return total(logits.softmax(-1) @ v, logits.mT.softmax(-1) @ weighted)
+
+
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("leaf", range(4))
+@pytest.mark.parametrize("result", range(2))
+def test_only_wanted_gradients_are_made(impl, leaf, result):
+    """Each alone is what it is with all others, and what a result does not depend on has none."""
+    tensors = [*attention_inputs(1, 2, 16, 9, 8, torch.float32), rand(1, 16)]
+
+    def results(leaves):
+        return ops.attention_with_context_gradient(*leaves[:3], query_weight=leaves[3], impl=impl)
+
+    every = [x.clone().requires_grad_() for x in tensors]
+    expected = torch.autograd.grad(results(every)[result].square().sum(), every, allow_unused=True)[leaf]
+    alone = [x.clone().requires_grad_(i == leaf) for i, x in enumerate(tensors)]
+    found = results(alone)[result]
+    if expected is None:
+        assert (result, leaf) in ((0, 3), (1, 2))
+        return
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), alone[leaf])[0], expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_stays_where_it_is(impl):
+    q, k, v = attention_inputs(2, 2, 32, 9, 8, torch.float16)
+    q[0, 0, 3], k[1, 1, 4] = torch.nan, torch.nan
+    out, update = ops.attention_with_context_gradient(q, k, v, impl=impl)
+    assert out[0, 0, 3].isnan().all() and update[0, 0].isnan().all()
+    assert out[1, 1].isnan().all() and update[1, 1, 4].isnan().all()
+    assert not out[0, 1].isnan().any() and not update[0, 1].isnan().any() and not update[1, 0].isnan().any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "lengths", "d"), [(1, (1,), 8), (63, (77, 9, 154), 40), (64, (20, 20), 160)])
+def test_composed_attention(impl, dtype, m, lengths, d):
+    weights = [1.0, 1.3, -0.4][: len(lengths)]
+    q = randn(2, 2, m, d, dtype=dtype, seed=1, strided=True)
+    ks = [randn(2, 2, n, d, dtype=dtype, seed=10 + i, strided=True) for i, n in enumerate(lengths)]
+    vs = [randn(2, 2, n, d, dtype=dtype, seed=20 + i, strided=True) for i, n in enumerate(lengths)]
+    shares = [x / sum(weights) for x in weights]
+    out = ops.composed_attention(q, ks, vs, weights, impl=impl)
+    assert out.dtype == dtype
+    runs = plain_runs(plain_composed, q, torch.cat(ks, 2), *vs, shares, lengths)
+    wide = [x.double() for x in vs]
+    truth = plain_composed(q.double(), torch.cat(ks, 2).double(), *wide, shares, lengths)
+    assert_rows_close(out, runs, truth, dtype, "out")
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_composed_attention_gradients(impl):
+    q = randn(1, 2, 16, 8, dtype=torch.float32, seed=1)
+    ks, vs = ([randn(1, 2, n, 8, dtype=torch.float32, seed=s + n) for n in (9, 5)] for s in (0, 50))
+
+    def gradients(impl, *tensors):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out = ops.composed_attention(leaves[0], leaves[1:3], leaves[3:], [1.0, -0.4], impl=impl)
+        return torch.autograd.grad(out.square().sum(), leaves)
+
+    truth = gradients("reference", *(x.double() for x in (q, *ks, *vs)))
+    for ours, exact in zip(gradients(impl, q, *ks, *vs), truth, strict=True):
+        torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_composition_is_an_affine_combination(impl):
+    """A context with itself at any weight is itself, and a negation undoes an equal conjunction."""
+    q, k, v = attention_inputs(2, 2, 16, 9, 8, widest(impl))
+    other = [randn(2, 2, 5, 8, dtype=q.dtype, seed=s) for s in (11, 12)]
+    expected = ops.attention(q, k, v, impl=impl)
+    for weight in (0.3, 2.0, -0.5):
+        same = ops.composed_attention(q, [k, k], [v, v], [1.0, weight], impl=impl)
+        torch.testing.assert_close(same, expected, atol=1e-5, rtol=1e-5)
+    keys, values = [k, other[0], other[0]], [v, other[1], other[1]]
+    undone = ops.composed_attention(q, keys, values, [1.0, 0.7, -0.7], impl=impl)
+    torch.testing.assert_close(undone, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_that_cannot_be_normalised_are_an_error():
+    q, k, v = attention_inputs(1, 1, 4, 3, 8, torch.float32)
+    for weights, message in (
+        ([1.0, -1.0], "sum to 0; .* lower a negative weight"),
+        ([1.0, -0.9999], "sum to"),
+        ([1.0, torch.inf], "finite"),
+        ([1.0], "1 numbers for 2 contexts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.composed_attention(q, [k, k], [v, v], weights)
+    with pytest.raises(ValueError, match="at least one"):
+        ops.composed_attention(q, [], [], [])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_update_is_minus_the_gradient_of_the_energies(impl):
+    """In the paper's convention, by autograd through context_energy."""
+    q, k, v = attention_inputs(2, 3, 16, 9, 8, widest(impl))
+    weight = randn(1, 1, 24, 5, dtype=q.dtype, seed=4)[0, 0]
+    context = randn(2, 1, 9, 5, dtype=q.dtype, seed=5)[:, 0].requires_grad_()
+    keys = (context @ weight.mT).unflatten(-1, (3, 8)).transpose(1, 2)
+    energy = ops.context_energy(q, keys, scale=1.0, alpha=0.2, impl=impl)
+    assert energy.attention.shape == energy.context.shape == (2,)
+    (slope,) = torch.autograd.grad((0.3 * energy.attention + 0.7 * energy.context).sum(), context)
+    _, update = ops.attention_with_context_gradient(q, keys, v, scale=1.0, impl=impl)
+    found = ops.context_update(update, keys, weight, gamma_attn=0.3, gamma_norm=0.7, alpha=0.2, convention="paper")
+    torch.testing.assert_close(found, -slope, atol=1e-5, rtol=1e-4)
+
+
+def test_a_small_step_lowers_the_energies():
+    q, k, v = attention_inputs(2, 3, 64, 9, 8, torch.float64)
+    weight = randn(1, 1, 24, 24, dtype=torch.float64, seed=4)[0, 0]
+    context = torch.linalg.solve(weight, k.transpose(1, 2).flatten(2).mT).mT
+    before = ops.context_energy(q, k)
+    _, update = ops.attention_with_context_gradient(q, k, v)
+    for gammas in ((1e-4, 0.0), (0.0, 1e-4)):
+        moved = context + ops.context_update(
+            update, k, weight, gamma_attn=gammas[0], gamma_norm=gammas[1], convention="paper"
+        )
+        after = ops.context_energy(q, (moved @ weight.mT).unflatten(-1, (3, 8)).transpose(1, 2))
+        index = gammas.index(0.0) ^ 1
+        assert (after[index] < before[index]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_module_is_called_and_never_read(dtype):
+    """As an adapter is: a linear module inside another, whose own weight is not the projection's."""
+
+    class Adapted(torch.nn.Module):
+        in_features = 5
+
+        def __init__(self):
+            super().__init__()
+            self.base = torch.nn.Linear(5, 24)
+            self.down, self.up = torch.nn.Linear(5, 2, bias=False), torch.nn.Linear(2, 24, bias=False)
+
+        @property
+        def weight(self):
+            raise AssertionError("the weight was read")
+
+        def forward(self, x):
+            return self.base(x) + self.up(self.down(x))
+
+    torch.manual_seed(0)
+    module = Adapted().to(DEVICE, dtype).requires_grad_(False)
+    whole = module.base.weight + module.up.weight @ module.down.weight
+    k, update = (randn(2, 3, 9, 8, dtype=dtype, seed=s) for s in (1, 2))
+    tokens = rand(2, 9)
+    how = {"gamma_attn": torch.tensor(0.3, device=DEVICE), "gamma_norm": 0.7, "token_weight": tokens}
+    expected = ops.context_update(update.float(), k, whole, **how)
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        with mode:
+            found = ops.context_update(update.float(), k, module, **how)
+        close = {} if dtype == torch.float32 else {"atol": 5e-2, "rtol": 5e-2}
+        assert found.dtype == dtype and found.shape == (2, 9, 5)
+        torch.testing.assert_close(found, expected, **close)
+
+
+def test_released_convention_and_token_weights():
+    k, update = (randn(2, 3, 9, 8, dtype=torch.float64, seed=s) for s in (1, 2))
+    weight = randn(1, 1, 24, 5, dtype=torch.float64, seed=4)[0, 0]
+    tokens = rand(9, dtype=torch.float64)
+    found = ops.context_update(update, k, weight, gamma_attn=0.3, gamma_norm=0.7, token_weight=tokens)
+    keys, pull = (x.transpose(1, 2).reshape(2, 9, 24) for x in (k, update))
+    share = keys.square().sum(-1).softmax(-1)
+    expected = (0.3 * tokens[:, None] * pull - 0.7 * share[..., None] * keys) @ weight
+    torch.testing.assert_close(found, expected)
+
+
+def test_bad_input_is_named():
+    q, k, v = attention_inputs(2, 2, 16, 9, 8, torch.float32)
+    for weight, message in (
+        (torch.ones(15), r"query_weight is .*\(15,\).*\[16\] or \[2, 16\]"),
+        (torch.ones(16, dtype=torch.int64), "float tensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.attention_with_context_gradient(q, k, v, query_weight=weight.to(DEVICE))
+    update, weight = torch.zeros_like(k), torch.ones(16, 5, device=DEVICE)
+    good = {"gamma_attn": 0.1, "gamma_norm": 0.1}
+    for changed, message in (
+        ({"gamma_attn": torch.nan}, "gamma_attn is nan; it must be finite"),
+        ({"gamma_norm": torch.ones(2)}, "gamma_norm has shape"),
+        ({"token_weight": torch.ones(3)}, "token_weight has shape"),
+        ({"convention": "mine"}, "convention is 'mine'"),
+        ({"update": update[:, :1]}, "update has shape"),
+        ({"to_k": weight[:3]}, "H\\*d = 16"),
+        ({"to_k": lambda x: x}, "in_features"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.context_update(**{"update": update, "k": k, "to_k": weight, **good, **changed})
