@@ -226,6 +226,14 @@ def test_results_do_not_depend_on_the_configuration(name, change):
             check(name, Case(64, 133, 24, heads=1))
 
 
+@pytest.mark.parametrize("blocks", [(32, 16), (16, 32)])
+def test_both_kernels_for_columns_split_the_rows_alike(blocks):
+    kernels = ("attention_bwd_columns", "attention_bwd_special")
+    table = {k: [{"use": {**TABLE[k][-1]["use"], "BLOCK_M": rows}}] for k, rows in zip(kernels, blocks, strict=True)}
+    with _launch.forced(table):
+        check("biased_attention", Case(63, 20, 16, heads=1))
+
+
 @pytest.mark.parametrize("change", [shrunk, grown])
 @pytest.mark.parametrize("objective", ["official", "paper"])
 def test_the_solver_does_not_depend_on_the_configuration(objective, change):
