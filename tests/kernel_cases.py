@@ -157,18 +157,21 @@ ATTENTION = ("attention", "target_statistics", "biased_attention", "regulated_at
 LOSSES = ("regulation_loss_official", "regulation_loss_paper")
 
 
-def plain(name: str, case: Case, t: Tensors) -> Tensors:
-    """The outputs in plain PyTorch, the attention itself in the inputs' dtype."""
+def plain(name: str, case: Case, t: Tensors, parts: int = 1) -> Tensors:
+    """The outputs in plain PyTorch, the attention itself in the inputs' dtype, its sums over the head width in `parts`
+    that are added."""
     outputs = OPERATIONS[name].run(case, "reference", t)
     if name not in ATTENTION or t["q"].dtype in (torch.float32, torch.float64):
         return outputs
     if name == "target_statistics":
         gone = [set(row) for row in case.rows(case.ids)]
         kept = [[i for i in range(case.n) if i not in row] for row in gone]
-        rest = [_attended(t["q"][i], t["k"][i, :, columns], t["v"][i, :, columns]) for i, columns in enumerate(kept)]
+        rest = [
+            _attended(t["q"][i], t["k"][i, :, columns], t["v"][i, :, columns], parts) for i, columns in enumerate(kept)
+        ]
         return {**outputs, "rest_out": torch.stack(rest)}
     if name == "attention":
-        return {**outputs, "out": _attended(t["q"], t["k"], t["v"])}
+        return {**outputs, "out": _attended(t["q"], t["k"], t["v"], parts)}
     bias = t["bias"] if name == "biased_attention" else ops.gaussian_bias(t["theta"], **case.basis, impl="reference")
     samples = []
     for i, (ids, pinned) in enumerate(zip(case.rows(case.ids), case.rows(case.pinned), strict=True)):
@@ -178,8 +181,10 @@ def plain(name: str, case: Case, t: Tensors) -> Tensors:
     return {"out": torch.stack(samples)}
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q.shape[-1] ** -0.5 * (q @ k.mT)).softmax(-1) @ v
+def _attended(q: Tensor, k: Tensor, v: Tensor, parts: int) -> Tensor:
+    logits = sum(a @ b.mT for a, b in zip(q.chunk(parts, -1), k.chunk(parts, -1), strict=True))
+    weights = (q.shape[-1] ** -0.5 * logits).softmax(-1)
+    return torch.cat([weights @ part for part in v.chunk(parts, -1)], -1)
 
 
 def upstream(outputs: Tensors) -> Tensors:
@@ -210,9 +215,10 @@ def _permuted(t: Tensors, order: Tensor, names: Sequence[str]) -> Tensors:
 
 
 def _plain_runs(name: str, t: Tensors, grads: Tensors | None, evaluate: Callable[..., Tensors]) -> list[Tensors]:
-    """Plain PyTorch's results with the head width in several orders."""
+    """Plain PyTorch's results with the head width in several orders, and but for the first in two halves: in half
+    precision, a single row's sums are the same in any order."""
     runs = []
-    for order in orders(t["q"].shape[-1]):
+    for parts, order in zip((1, 2, 2, 2, 2, 2, 2, 2), orders(t["q"].shape[-1]), strict=True):
         if name == "merge_targets":
             summed = ("rest_out", "v", "out")
             found = evaluate(_permuted(t, order, summed), grads and _permuted(grads, order, summed))
@@ -220,8 +226,10 @@ def _plain_runs(name: str, t: Tensors, grads: Tensors | None, evaluate: Callable
         elif name == "gaussian_bias":
             return [evaluate(t, grads)]
         else:
-            found = evaluate(_permuted(t, order, ("q", "k")), grads)
-            runs.append(_permuted(found, order.argsort(), ("q", "k") if grads else ()))
+            wide = ("v", "out", "rest_out")
+            moved = _permuted(t, order, ("q", "k", "v"))
+            found = evaluate(moved, grads and _permuted(grads, order, wide), parts)
+            runs.append(_permuted(found, order.argsort(), ("q", "k", "v") if grads else wide))
     return runs
 
 
@@ -270,10 +278,10 @@ def assert_near(ours: Tensor, truth: Tensor, what: str) -> None:
 def assert_all_right(name: str, case: Case, ours: Tensors, tensors: Tensors, grads: Tensors | None = None) -> None:
     """`ours`, the outputs or, given theirs, the gradients, by the rule for errors in numerics.py."""
 
-    def evaluate(t: Tensors, grads: Tensors | None) -> Tensors:
+    def evaluate(t: Tensors, grads: Tensors | None, parts: int = 1) -> Tensors:
         if grads is None:
-            return plain(name, case, t)
-        return gradients(case, t, grads, list(ours), lambda c, inputs: plain(name, c, inputs))
+            return plain(name, case, t, parts)
+        return gradients(case, t, grads, list(ours), lambda c, inputs: plain(name, c, inputs, parts))
 
     truth = evaluate(_widened(tensors), grads)
     runs = [] if name in LOSSES else _plain_runs(name, tensors, grads, evaluate)
