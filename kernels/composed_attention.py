@@ -19,7 +19,7 @@ def _composed_attention_fwd_kernel(
     q_ptr,
     k_ptrs,
     v_ptrs,
-    shares_ptr,
+    shares,
     out_ptr,
     lse_ptr,
     strides,
@@ -40,7 +40,7 @@ def _composed_attention_fwd_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """out, and the lse of every context, [C,B,H,M]. `strides` are those of batch, head and token of every context's k
-    and then its v; `tokens` are their lengths."""
+    and then its v; `shares` and `tokens` are their weights and lengths. By value: nothing is copied to the device."""
     row = tl.program_id(1)
     b = (row // H).to(tl.int64)
     h = (row % H).to(tl.int64)
@@ -88,7 +88,7 @@ def _composed_attention_fwd_kernel(
             if D2 > 0:
                 acc2 *= shrink[:, None]
             acc1, acc2 = add_weighted(acc1, acc2, p, v1, v2, D2, DOT)
-        norm = tl.load(shares_ptr + context) / total
+        norm = shares[context] / total
         out1 += acc1 * norm[:, None]
         if D2 > 0:
             out2 += acc2 * norm[:, None]
@@ -98,9 +98,9 @@ def _composed_attention_fwd_kernel(
 
 
 def composed_attention(
-    q: Tensor, ks: Sequence[Tensor], vs: Sequence[Tensor], shares: Tensor, scale: float
+    q: Tensor, ks: Sequence[Tensor], vs: Sequence[Tensor], shares: Sequence[float], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """out [B,H,M,d] in q's dtype and the lse [C,B,H,M], float32, of C contexts; `shares` [C] float32."""
+    """out [B,H,M,d] in q's dtype and the lse [C,B,H,M], float32, of C contexts."""
     q = unit_stride(q)
     ks, vs = tuple(map(unit_stride, ks)), tuple(map(unit_stride, vs))
     batch, heads, image_tokens, d = q.shape
@@ -117,7 +117,7 @@ def composed_attention(
         q,
         ks,
         vs,
-        shares,
+        tuple(shares),
         out,
         lse,
         tuple(stride for pair in zip(ks, vs, strict=True) for x in pair for stride in x.stride()[:3]),

@@ -461,6 +461,9 @@ def test_no_full_map_is_made(impl):
         ops.biased_attention(q.requires_grad_(), k, v, bias, [3, 6], pinned_ids=[0], impl=impl).sum().backward()
         stats = ops.target_statistics(q.detach(), k, v, [3, 6], with_square=True, impl=impl)
         ops.regulate(stats, (32, 32), objective="paper", steps=2, impl=impl)
+        out, update = ops.attention_with_context_gradient(q, k, v, impl=impl)
+        (out.sum() + update.sum() + ops.context_energy(q, k, impl=impl).attention.sum()).backward()
+        ops.composed_attention(q, [k, k], [v, v], [1.0, 0.5], impl=impl).sum().backward()
     with _LargestTensor() as textbook:
         ops.biased_attention(q, k, v, bias, [3, 6], impl="reference")
     assert ours.bytes < full_map / 4
