@@ -9,25 +9,32 @@ from typing import TYPE_CHECKING, Any
 from ._impl import use
 
 if TYPE_CHECKING:
-    from . import ops, shapes
-    from .methods import AttentionRegulation
+    from . import ops, schedules, shapes
+    from .methods import AttentionRegulation, Composition, Edit, EnergyContext
     from .pipeline import by_downsampling, capture, control, enable
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionRegulation",
+    "Composition",
+    "Edit",
+    "EnergyContext",
     "by_downsampling",
     "capture",
     "control",
     "enable",
     "ops",
+    "schedules",
     "shapes",
     "use",
 ]
 
 _HOME = {
     "AttentionRegulation": "methods",
+    "Composition": "methods",
+    "Edit": "methods",
+    "EnergyContext": "methods",
     "by_downsampling": "pipeline",
     "capture": "pipeline",
     "control": "pipeline",
@@ -41,7 +48,7 @@ if not (_here / "kernels").is_dir():
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("ops", "shapes"):
+    if name in ("ops", "schedules", "shapes"):
         return importlib.import_module(f".{name}", __name__)
     if name in _HOME:
         return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from ._contexts import Contexts
 from ._layers import Layer, cross_attention_layers
 from ._processors import ControlledProcessor, is_supported
 from ._tokens import Prompts
-from .methods._base import Call, Edit, Method
+from .methods import Composition, EnergyContext
+from .methods._base import Call, Editing, EditingMethod
 
 if TYPE_CHECKING:
     from ._capture import Capture, Recording
@@ -28,13 +31,20 @@ class Entry:
     what they are doing in the current call, by layer."""
 
     pipe: Any
-    methods: list[tuple[Method, list[str]]] = field(default_factory=list)
+    methods: list[tuple[EditingMethod, list[str]]] = field(default_factory=list)
+    energy: tuple[EnergyContext, list[str]] | None = None
+    composition: tuple[Composition, list[str]] | None = None
     captures: list[tuple[Capture, list[str]]] = field(default_factory=list)
-    edits: dict[str, Edit] = field(default_factory=dict)
+    edits: dict[str, Editing] = field(default_factory=dict)
     recordings: dict[str, Recording] = field(default_factory=dict)
 
-    def layers(self) -> set[str]:
+    def edited(self) -> set[str]:
+        """The layers whose attention is edited or recorded."""
         return {name for _, names in [*self.methods, *self.captures] for name in names}
+
+    def layers(self, all_layers: Iterable[str]) -> set[str]:
+        """The layers that need a processor: a moved context is read by all."""
+        return set(all_layers) if self.energy or self.composition else self.edited()
 
     def start(self, call: Call) -> None:
         self.edits = {name: edit for method, names in self.methods for edit in [method.start(call)] for name in names}
@@ -54,7 +64,8 @@ class Engine:
         self.entries: list[Entry] = []
         self.processors: dict[str, ControlledProcessor] = {}
         self.call: Call | None = None
-        self._hook: Any = None
+        self.contexts: Contexts | None = None
+        self._unhook: Callable[[], None]
         self._patches: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
         self._caller: Any = None
         self._guided = False
@@ -109,28 +120,55 @@ class Engine:
         if not self.entries:
             self.unet.__dict__[_KEY] = self
             outer = entry.pipe.unet
-            self._hook = outer.register_forward_pre_hook(torch.compiler.disable(self._before_unet), with_kwargs=True)
+            self._unhook = self._hook_onto(outer)
         if all(entry.pipe is not other.pipe for other in self.entries):
             self._patch(entry.pipe)
         self.entries.append(entry)
-        for name in entry.layers() - self.processors.keys():
+        for name in entry.layers(self.layers) - self.processors.keys():
             module = self.layers[name].module
             self.processors[name] = ControlledProcessor(module.processor, self.layers[name], self)
             module.set_processor(self.processors[name])
+        self._mark_edited()
+
+    def _mark_edited(self) -> None:
+        edited = {name for entry in self.entries for name in entry.edited()}
+        for name, processor in self.processors.items():
+            processor._set(edited=name in edited)
+
+    def _hook_onto(self, outer: Any) -> Callable[[], None]:
+        """Have `_before_unet` run before every evaluation of the UNet; returns what takes it off again."""
+        before = torch.compiler.disable(self._before_unet)
+        compiled = outer._compiled_call_impl
+        if compiled is None:
+            return outer.register_forward_pre_hook(before, with_kwargs=True).remove
+        # A UNet compiled in place (unet.compile()) traces its hooks; this runs before the graph.
+
+        @functools.wraps(compiled)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before(outer, args, kwargs)
+            return compiled(*args, **kwargs)
+
+        def remove() -> None:
+            if outer._compiled_call_impl is call:
+                outer._compiled_call_impl = compiled
+
+        outer._compiled_call_impl = call
+        return remove
 
     def remove(self, entry: Entry) -> None:
         """Take an entry off, in any order, and restore whatever no other entry needs."""
         self.entries.remove(entry)
         replaced = self._replaced()
-        needed = {name for other in self.entries for name in other.layers()}
+        needed = {name for other in self.entries for name in other.layers(self.layers)}
         for name in self.processors.keys() - needed:
             ours = self.processors.pop(name)
             if name not in replaced:
                 self.layers[name].module.set_processor(ours._inner)
         if all(entry.pipe is not other.pipe for other in self.entries):
             self._unpatch(entry.pipe)
+        self._mark_edited()
         if not self.entries:
-            self._hook.remove()
+            self._unhook()
             del self.unet.__dict__[_KEY]
         if replaced:
             warnings.warn(
@@ -151,7 +189,8 @@ class Engine:
             if getattr(pipe.unet, "_orig_mod", pipe.unet) is not self.unet:
                 raise RuntimeError("pipe.unet was replaced while control was on; leave control, then enter it again")
             result = encode(*args, **kwargs)
-            self._begin(pipe, signature.bind(pipe, *args, **kwargs).arguments, result)
+            arguments = signature.bind(pipe, *args, **kwargs).arguments
+            self._begin(pipe, arguments, result, functools.partial(_encoded, encode, signature, arguments))
             return result
 
         @functools.wraps(free)
@@ -160,9 +199,24 @@ class Engine:
                 self._end()
             return free(*args, **kwargs)
 
-        ours = {"encode_prompt": encode_prompt, "maybe_free_model_hooks": maybe_free_model_hooks}
+        ours: dict[str, Any] = {"encode_prompt": encode_prompt, "maybe_free_model_hooks": maybe_free_model_hooks}
+        if hasattr(pipe, "prepare_mask_latents"):
+            ours["prepare_mask_latents"] = self._noting_mask(pipe)
         self._patches.append((pipe, ours, {name: pipe.__dict__[name] for name in ours if name in pipe.__dict__}))
         pipe.__dict__.update(ours)
+
+    def _noting_mask(self, pipe: Any) -> Callable[..., Any]:
+        """An inpainting pipeline's `prepare_mask_latents`, noting the mask that it returns."""
+        prepare = pipe.prepare_mask_latents
+
+        @functools.wraps(prepare)
+        def prepare_mask_latents(*args: Any, **kwargs: Any) -> Any:
+            result = prepare(*args, **kwargs)
+            if self._caller is pipe and self.call is not None:
+                self.call.mask = result[0][-self.call.samples :]
+            return result
+
+        return prepare_mask_latents
 
     def _unpatch(self, pipe: Any) -> None:
         index = next(i for i, (patched, _, _) in enumerate(self._patches) if patched is pipe)
@@ -173,47 +227,63 @@ class Engine:
                 del pipe.__dict__[name]
                 pipe.__dict__.update({name: before[name]} if name in before else {})
 
-    def _begin(self, pipe: Any, arguments: dict[str, Any], result: Any) -> None:
+    def _begin(self, pipe: Any, arguments: dict[str, Any], result: Any, encode: Callable[[list[str]], Tensor]) -> None:
         embeddings = result[0] if isinstance(result, (tuple, list)) else result
         texts, second = (_as_list(arguments.get(name)) for name in ("prompt", "prompt_2"))
         given = arguments.get("prompt_embeds")
         count = len(texts) if texts is not None else len(embeddings if given is None else given)
         prompts = Prompts(pipe, texts, count, embeddings.shape[1], second)
-        self.call = Call(prompts, embeddings.shape[0] // count)
+        self.call = Call(prompts, embeddings.shape[0] // count, encode)
         self._caller, self._timestep = pipe, None
         self._guided = bool(arguments.get("do_classifier_free_guidance", True))
         try:
             for entry in self.entries:
                 if entry.pipe is pipe:
                     entry.start(self.call)
+            self._start_contexts(pipe, embeddings)
         except BaseException:
             self._end()
             raise
 
+    def _start_contexts(self, pipe: Any, embeddings: Tensor) -> None:
+        """Of nested controls the innermost context update acts, and the innermost composition."""
+        assert self.call is not None
+        own = [entry for entry in reversed(self.entries) if entry.pipe is pipe]
+        energy = next((entry.energy for entry in own if entry.energy), None)
+        composition = next((entry.composition for entry in own if entry.composition), None)
+        if energy or composition:
+            self.contexts = Contexts(self.call, embeddings, self.layers, energy, composition)
+            for name, slot in self.contexts.slots.items():
+                self.processors[name]._set(slot=slot)
+
     def _end(self) -> None:
-        self.call = self._caller = self._timestep = None
+        self.call = self.contexts = self._caller = self._timestep = None
         for entry in self.entries:
             entry.stop()
+        for processor in self.processors.values():
+            processor._set(slot=None)
 
     def _before_unet(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: note the latents' size and find out which sampling step this evaluation belongs to."""
         call = self.call
         if call is None:
             return
-        sample, timestep = (*args, *(kwargs[name] for name in ("sample", "timestep")[len(args) :]))[:2]
+        names = ("sample", "timestep", "encoder_hidden_states")
+        sample, timestep, text = (*args, *(kwargs.get(name) for name in names[len(args) :]))[:3]
         call.latents = (sample.shape[-2], sample.shape[-1])
-        if _same(timestep, self._timestep):
-            return
-        scheduler = self._caller.scheduler
-        order = getattr(scheduler, "order", 1)
-        if call.evaluation < 0:
-            call.steps = -(-_remaining(scheduler.timesteps, timestep) // order)
-        # Kept, so that no later timestep can have its address.
-        self._timestep = timestep
-        call.evaluation += 1
-        call.step = call.evaluation // order
+        if not _same(timestep, self._timestep):
+            scheduler = self._caller.scheduler
+            order = getattr(scheduler, "order", 1)
+            if call.evaluation < 0:
+                call.steps = -(-_remaining(scheduler.timesteps, timestep) // order)
+            # Kept, so that no later timestep can have its address.
+            self._timestep = timestep
+            call.evaluation += 1
+            call.step = call.evaluation // order
+        if self.contexts is not None:
+            self.contexts.prepare(self.conditional(len(sample)), len(sample), text)
 
-    def at(self, layer: Layer) -> tuple[Edit | None, list[Recording]]:
+    def at(self, layer: Layer) -> tuple[Editing | None, list[Recording]]:
         """The edit at work in the layer at this step (that of the last `enable` that names it), and the recordings of
         it."""
         if self.call is None:
@@ -245,6 +315,29 @@ class Engine:
             f"the UNet was called with {rows} rows for {samples} images {'with' if guided else 'without'} guidance; "
             "supported are [unconditional, conditional] rows in one batch, or conditional rows alone"
         )
+
+
+def _encoded(
+    encode: Callable[..., Any], signature: inspect.Signature, arguments: dict[str, Any], texts: list[str]
+) -> Tensor:
+    """Contexts `[n,N,C]` of other texts, encoded as the prompts of the call were.
+
+    Raises:
+        ValueError: the pipeline has no text encoder.
+    """
+    given = dict(arguments)
+    pipe = given.pop(next(iter(signature.parameters)))
+    if getattr(pipe, "text_encoder", None) is None and getattr(pipe, "text_encoder_2", None) is None:
+        raise ValueError(
+            f"{type(pipe).__name__} has no text encoder, which edit prompts need; load the pipeline with it"
+        )
+    for name in given:
+        if "prompt" in name:
+            given[name] = None
+    changed = {"prompt": texts, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    given.update((name, value) for name, value in changed.items() if name in signature.parameters)
+    result = encode(**given)
+    return result[0] if isinstance(result, (tuple, list)) else result
 
 
 def _as_list(prompt: Any) -> list[str] | None:

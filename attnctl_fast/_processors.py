@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._projections import heads_to_channels, keys_values, queries
+
 if TYPE_CHECKING:
+    from ._contexts import Slot
     from ._engine import Engine
     from ._layers import Layer
 
@@ -24,39 +27,6 @@ def is_supported(processor: Any) -> bool:
 
     known = (getattr(attention_processor, name, None) for name in _STANDARD + _IP_ADAPTER)
     return type(processor) in [cls for cls in known if cls is not None]
-
-
-class Projected(NamedTuple):
-    """q `[R,H,M,d]`, k and v `[R,H,N,d]` of all rows, and the input of the layer for its residual connection."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    residual: Tensor
-
-
-def project(attn: Any, hidden_states: Tensor, text: Tensor, temb: Tensor | None) -> Projected:
-    """Queries, keys and values as diffusers' processors make them, from the layer's own modules."""
-    residual = hidden_states
-    if attn.spatial_norm is not None:
-        hidden_states = attn.spatial_norm(hidden_states, temb)
-    if hidden_states.ndim == 4:
-        hidden_states = hidden_states.flatten(2).transpose(1, 2)
-    if attn.group_norm is not None:
-        hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-    if attn.norm_cross:
-        text = attn.norm_encoder_hidden_states(text)
-    q, k, v = (
-        x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        for x in (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
-    )
-    q = q if attn.norm_q is None else attn.norm_q(q)
-    k = k if attn.norm_k is None else attn.norm_k(k)
-    return Projected(q, k, v, residual)
-
-
-def _heads_to_channels(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)
 
 
 class _Muted:
@@ -95,10 +65,18 @@ class ControlledProcessor:
     _layer: Layer
     _engine: Engine
     _keywords: frozenset[str]
+    _edited: bool
+    _slot: Slot | None
 
     def __init__(self, inner: Any, layer: Layer, engine: Engine) -> None:
         names = inspect.signature(inner.__call__).parameters
         self.__dict__.update(_inner=inner, _layer=layer, _engine=engine, _keywords=frozenset(names))
+        self._set(edited=False, slot=None)
+
+    def _set(self, **state: bool | Slot | None) -> None:
+        """`edited`: whether methods edit or captures record this layer. `slot`: what it does with the contexts of the
+        call under way."""
+        self.__dict__.update({f"_{name}": value for name, value in state.items()})
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -123,9 +101,13 @@ class ControlledProcessor:
         ip_adapter_masks: Any = None,
     ) -> Tensor:
         optional = {"temb": temb, "scale": scale, "ip_adapter_masks": ip_adapter_masks}
-        return self._run(attn, hidden_states, encoder_hidden_states, attention_mask, optional)
+        run = self._run_outside_graph if self._edited else self._run
+        return run(attn, hidden_states, encoder_hidden_states, attention_mask, optional)
 
     @torch.compiler.disable
+    def _run_outside_graph(self, *arguments: Any) -> Tensor:
+        return self._run(*arguments)
+
     def _run(
         self,
         attn: Any,
@@ -136,55 +118,67 @@ class ControlledProcessor:
     ) -> Tensor:
         kwargs = {name: value for name, value in optional.items() if value is not None and name in self._keywords}
 
-        def own() -> Tensor:
+        def own(context: Any) -> Tensor:
             return self._inner(
-                attn,
-                hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                attention_mask=attention_mask,
-                **kwargs,
+                attn, hidden_states, encoder_hidden_states=context, attention_mask=attention_mask, **kwargs
             )
 
-        engine, layer = self._engine, self._layer
-        edit, recordings = engine.at(layer)
-        if edit is None and not recordings:
-            return own()
+        engine, layer, slot = self._engine, self._layer, self._slot
+        edit, recordings = engine.at(layer) if self._edited else (None, [])
+        if slot is not None and not slot.contexts.on():
+            slot = None
+        if edit is None and not recordings and slot is None:
+            return own(encoder_hidden_states)
+        text, images = self._split(encoder_hidden_states)
+        context = text if slot is None else slot.contexts.read(slot, text)
+        acts = slot is not None and slot.acts()
+        if edit is None and not recordings and not acts:
+            return own(context if images is None else (context, images))
         if attention_mask is not None:
             raise ValueError(
                 f"{layer.name} was given an attention mask; editing or capturing attention under a mask is not "
                 "supported. Call the UNet without encoder_attention_mask, or leave this layer out"
             )
-        text, images = encoder_hidden_states, None
-        if isinstance(encoder_hidden_states, tuple):
-            text, images = encoder_hidden_states
-        elif "ip_adapter_masks" in self._keywords:
-            raise ValueError(
-                f"{layer.name} has an IP-Adapter but was given text and image embeddings in one tensor; "
-                "pass the images as added_cond_kwargs={'image_embeds': ...}, as the pipelines do"
-            )
-        rows = engine.conditional(hidden_states.shape[0])
-        q, k, v, residual = project(attn, hidden_states, text, optional["temb"])
+        q = queries(attn, hidden_states, optional["temb"])
+        k, v = keys_values(attn, context)
+        if (edit is not None or acts) and attn.upcast_attention:
+            q, k, v = q.float(), k.float(), v.float()
         edited = None
+        if edit is not None or recordings:
+            rows = engine.conditional(hidden_states.shape[0])
         if edit is not None:
-            if attn.upcast_attention:
-                q, k, v = q.float(), k.float(), v.float()
             edited = edit.attend(layer, q[rows:], k[rows:], v[rows:], attn.scale)
         for recording in recordings:
             recording.record(layer, q[rows:], k[rows:], attn.scale, edited)
-        if edited is None:
-            return own()
 
-        out = edited.out
-        if rows:
-            plain = F.scaled_dot_product_attention(q[:rows], k[:rows], v[:rows], scale=attn.scale)
-            out = torch.cat([plain, out])
-        out = _heads_to_channels(out).to(hidden_states.dtype)
+        if slot is not None and acts:
+            out = slot.contexts.attend(slot, attn, text, q, k, v, None if edited is None else edited.out)
+        elif edited is None:
+            return own(context if images is None else (context, images))
+        else:
+            out = edited.out
+            if rows:
+                plain = F.scaled_dot_product_attention(q[:rows], k[:rows], v[:rows], scale=attn.scale)
+                out = torch.cat([plain, out])
+        out = heads_to_channels(out).to(hidden_states.dtype)
         if images is not None:
-            query = _heads_to_channels(q).to(hidden_states.dtype)
+            query = heads_to_channels(q).to(hidden_states.dtype)
             out = out + self._inner(_Muted(attn), query, (text[:, :1], images), **kwargs)
         out = attn.to_out[1](attn.to_out[0](out))
-        if residual.ndim == 4:
-            out = out.transpose(1, 2).unflatten(2, residual.shape[2:])
+        if hidden_states.ndim == 4:
+            out = out.transpose(1, 2).unflatten(2, hidden_states.shape[2:])
         if attn.residual_connection:
-            out = out + residual
+            out = out + hidden_states
         return out / attn.rescale_output_factor
+
+    def _split(self, encoder_hidden_states: Any) -> tuple[Tensor, Any]:
+        """The text's context, and an IP-Adapter's images or None."""
+        if isinstance(encoder_hidden_states, tuple):
+            text, images = encoder_hidden_states
+            return text, images
+        if "ip_adapter_masks" in self._keywords:
+            raise ValueError(
+                f"{self._layer.name} has an IP-Adapter but was given text and image embeddings in one tensor; "
+                "pass the images as added_cond_kwargs={'image_embeds': ...}, as the pipelines do"
+            )
+        return encoder_hidden_states, None

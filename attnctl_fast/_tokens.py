@@ -101,7 +101,7 @@ class Prompts:
             ids = ids[: ids.index(tokenizer.eos_token_id, 1) + 1]
         return Tokens(tuple(ids), tuple(tokenizer.convert_ids_to_tokens(ids)), text)
 
-    def _find(self, phrase: str, tokens: Tokens) -> list[int]:
+    def _find(self, phrase: str, tokens: Tokens, name: str) -> list[int]:
         """Positions of the first occurrence of a word or phrase.
 
         Raises:
@@ -115,7 +115,7 @@ class Prompts:
             if wanted and not inside and list(tokens.ids[start : start + len(wanted)]) == wanted:
                 return list(range(start, start + len(wanted)))
         raise ValueError(
-            f"the target {phrase!r} is not in the prompt {tokens.text!r}, whose tokens are {tokens.shown()}; "
+            f"{name} holds {phrase!r}, which is not in the prompt {tokens.text!r}, whose tokens are {tokens.shown()}; "
             "use words of the prompt as they stand there, or token ids"
         )
 
@@ -142,7 +142,7 @@ class Prompts:
         return [self._row(row, index, name, within_prompt) for index, row in enumerate(rows)]
 
     def _row(self, row: tuple[Target, ...], index: int, name: str, within_prompt: bool) -> list[int]:
-        found = [position for item in row for position in self._item(item, index, name)]
+        found = [position for item in row for position in self.find(item, index, name)]
         if self.tokens is not None and within_prompt:
             tokens = self.tokens[index]
             if len(found) > tokens.end - 1:
@@ -155,7 +155,8 @@ class Prompts:
             raise ValueError(f"{name} {list(row)} names token {double} more than once; name it once")
         return found
 
-    def _item(self, item: Target, index: int, name: str) -> list[int]:
+    def find(self, item: Target, index: int, name: str) -> list[int]:
+        """The positions of one word, phrase or token id in the prompt `index`; errors as for `positions`."""
         if isinstance(item, int):
             if item >= self.length:
                 raise ValueError(f"{name} holds the token id {item}, but the context has tokens 0..{self.length - 1}")
@@ -170,11 +171,11 @@ class Prompts:
                 f"{name} holds {item!r}, but the context has {self.length} tokens and the tokenizer makes "
                 f"{self._tokenizer.model_max_length}, so where the word stands is unknown; pass token ids instead"
             )
-        found = self._find(item, self.tokens[index])
-        if self._second is not None and self._find(item, self._second[index]) != found:
+        found = self._find(item, self.tokens[index], name)
+        if self._second is not None and self._find(item, self._second[index], name) != found:
             raise ValueError(
-                f"the target {item!r} stands at {found} in the prompt {self.tokens[index].text!r}, but elsewhere in "
-                f"prompt_2 {self._second[index].text!r}; give it the same place in both, or pass token ids"
+                f"{name} holds {item!r}, which stands at {found} in the prompt {self.tokens[index].text!r}, but "
+                f"elsewhere in prompt_2 {self._second[index].text!r}; give it the same place in both, or pass token ids"
             )
         return found
 

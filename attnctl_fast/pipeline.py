@@ -10,7 +10,8 @@ from ._capture import AttentionMaps, Capture
 from ._engine import Engine, Entry
 from ._layers import LayerChoice, by_downsampling, check_choice, choose
 from ._tokens import check_targets
-from .methods._base import Method
+from .methods import Composition, EnergyContext
+from .methods._base import EditingMethod
 
 __all__ = ["AttentionMaps", "Handle", "by_downsampling", "capture", "control", "enable"]
 
@@ -33,7 +34,7 @@ class Handle:
             self._engine.remove(self._entry)
 
 
-def enable(pipe: Any, *methods: Method) -> Handle:
+def enable(pipe: Any, *methods: EditingMethod | EnergyContext | Composition) -> Handle:
     """Put methods on a diffusers UNet pipeline until `handle.disable()`; `control` is the same for a `with` block.
 
     The pipeline's class and the way it is called stay the same. On the layers that the methods edit, and only there, a
@@ -56,7 +57,7 @@ def enable(pipe: Any, *methods: Method) -> Handle:
     if not methods:
         raise ValueError("no method was given; pass at least one, such as AttentionRegulation(['bag', 'apple'])")
     for method in methods:
-        if not hasattr(method, "start") or not hasattr(method, "default_layers"):
+        if not isinstance(method, (EditingMethod, EnergyContext, Composition)):
             raise ValueError(
                 f"{method!r} is not a method; pass instances such as AttentionRegulation(['bag', 'apple'])"
             )
@@ -64,14 +65,22 @@ def enable(pipe: Any, *methods: Method) -> Handle:
     entry = Entry(pipe)
     for method in methods:
         names = method.default_layers(engine.layers) if method.layers is None else choose(engine.layers, method.layers)
-        if shared := entry.layers().intersection(names):
+        if isinstance(method, (EnergyContext, Composition)):
+            kind = "energy" if isinstance(method, EnergyContext) else "composition"
+            if getattr(entry, kind) is not None:
+                raise ValueError(
+                    f"two of the methods are {type(method).__name__}; pass one, for a composition with all edits"
+                )
+            setattr(entry, kind, (method, names))
+            continue
+        if shared := entry.edited().intersection(names):
             raise ValueError(f"two of the methods edit {', '.join(sorted(shared))}; give them different layers")
         entry.methods.append((method, names))
     return _attach(engine, entry)
 
 
 @contextmanager
-def control(pipe: Any, *methods: Method) -> Iterator[Handle]:
+def control(pipe: Any, *methods: EditingMethod | EnergyContext | Composition) -> Iterator[Handle]:
     """Methods on a pipeline for the length of a `with` block; see `enable`. On leaving, by return or by exception, the
     pipeline is as it was."""
     handle = enable(pipe, *methods)
@@ -108,6 +117,6 @@ def capture(pipe: Any, tokens: Any = None, layers: LayerChoice = None) -> Iterat
 
 
 def _attach(engine: Engine, entry: Entry) -> Handle:
-    engine.check_processors(entry.layers())
+    engine.check_processors(entry.layers(engine.layers))
     engine.add(entry)
     return Handle(engine, entry)

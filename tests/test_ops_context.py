@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from kernel_cases import fenced
@@ -65,6 +67,46 @@ def check_forward(impl, dtype, m, n, d, masked):
 @pytest.mark.parametrize(("m", "n", "d"), SHAPES)
 def test_attention_with_context_gradient(impl, dtype, m, n, d, masked):
     check_forward(impl, dtype, m, n, d, masked)
+
+
+def offset(q, k, by):
+    """Moves the logits of text token n by by[n], through the last of the head's numbers."""
+    q, k = q.clone(), k.clone()
+    q[..., -1], k[..., -1] = 1, (by * q.shape[-1] ** 0.5).to(k)
+    return q, k
+
+
+# What is done to (q, k, v, weight), and whether one exponential can then serve both softmaxes.
+EXTREMES = {
+    "columns from -30 to 30": (lambda q, k, v, w: (*offset(q, k, torch.linspace(-30, 30, 77)), v, w), True),
+    "all at 35": (lambda q, k, v, w: (*offset(q, k, torch.full((77,), 35.0)), v, w), True),
+    "one column at -100": (lambda q, k, v, w: (*offset(q, k, torch.arange(77).eq(3) * -100.0), v, w), False),
+    "one column at 100": (lambda q, k, v, w: (*offset(q, k, torch.arange(77).eq(3) * 100.0), v, w), False),
+    "all at -100": (lambda q, k, v, w: (*offset(q, k, torch.full((77,), -100.0)), v, w), False),
+    "one sharp row": (lambda q, k, v, w: (q * (1 + 60 * torch.arange(333).eq(5).to(q)[:, None]), k, v, w), False),
+    "large values": (lambda q, k, v, w: (q, k, v * 1e36, w), False),
+    "large weights": (lambda q, k, v, w: (q, k, v, w * 1e37), False),
+    "plain": (lambda q, k, v, w: (q, k, v, w), True),
+}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", EXTREMES)
+def test_logits_of_any_size(impl, name, monkeypatch):
+    """In several tiles, the last of them shorter."""
+    module = importlib.import_module("attnctl_fast.ops.attention_with_context_gradient")
+    monkeypatch.setattr(module, "TILE", 2 * 50 * 77)
+    make, shared = EXTREMES[name]
+    q, k, v, weight = make(*attention_inputs(2, 2, 333, 77, 40, torch.float32, strided=True), 0.5 + rand(2, 333))
+    scale = q.shape[-1] ** -0.5
+    if DEVICE.type == "cpu":
+        assert (module._shared_map(q, k, v, weight, scale) is not None) == shared
+    out, update = ops.attention_with_context_gradient(q, k, v, query_weight=weight, impl=impl)
+    weighted = q * weight[:, None, :, None]
+    wide = [x.double() for x in (q, k, v, weighted)]
+    assert_rows_close(out, plain_runs(plain_out, q, k, v), plain_out(*wide[:3]), torch.float32, "out")
+    truth = plain_update(wide[0], wide[1], wide[3])
+    assert_rows_close(update, plain_runs(plain_update, q, k, weighted), truth, torch.float32, "update")
 
 
 @pytest.mark.full
@@ -294,7 +336,7 @@ def test_bad_input_is_named():
     good = {"gamma_attn": 0.1, "gamma_norm": 0.1}
     for changed, message in (
         ({"gamma_attn": torch.nan}, "gamma_attn is nan; it must be finite"),
-        ({"gamma_norm": torch.ones(2)}, "gamma_norm has shape"),
+        ({"gamma_norm": torch.ones(3)}, "gamma_norm has shape"),
         ({"token_weight": torch.ones(3)}, "token_weight has shape"),
         ({"convention": "mine"}, "convention is 'mine'"),
         ({"update": update[:, :1]}, "update has shape"),

@@ -354,7 +354,9 @@ def test_ip_adapter_image_part_is_exact() -> None:
         arguments: dict[str, Any] = {"encoder_hidden_states": (text, [images if masks else images[:, 0]])} | masks
         plain = attn(hidden, **arguments)
         own = attn.processor
-        attn.set_processor(ControlledProcessor(own, None, Nothing()))  # type: ignore[arg-type]
+        processor = ControlledProcessor(own, None, Nothing())  # type: ignore[arg-type]
+        processor._set(edited=True)
+        attn.set_processor(processor)
         same = attn(hidden, **arguments)
         attn.set_processor(own)
         torch.testing.assert_close(same, plain, rtol=0, atol=1e-6)

@@ -75,7 +75,7 @@ def test_textual_inversion_tokens() -> None:
 
 
 BAD_TARGETS = {
-    "not in the prompt": (["zebra"], "the target 'zebra' is not in the prompt 'A black BAG"),
+    "not in the prompt": (["zebra"], "targets holds 'zebra', which is not in the prompt 'A black BAG"),
     "tokens are listed": (["zebra"], r"whose tokens are 0 '<|startoftext|>', 1 'a', 2 'black', 3 'bag', 4 'and'"),
     "part of a word": (["pus"], "'pus' is not in the prompt"),
     "front of a word": (["octo"], "'octo' is not in the prompt"),

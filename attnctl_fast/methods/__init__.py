@@ -1,5 +1,7 @@
 """Published methods of attention control, one frozen dataclass each."""
 
 from .attention_regulation import AttentionRegulation
+from .composition import Composition, Edit
+from .energy_context import EnergyContext
 
-__all__ = ["AttentionRegulation"]
+__all__ = ["AttentionRegulation", "Composition", "Edit", "EnergyContext"]

@@ -1,10 +1,10 @@
-"""What a method that edits cross-attention is to the engine that drives it, and checks that methods share."""
+"""What a method is to the engine that drives it."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -19,15 +19,19 @@ class Call:
 
     prompts: the prompts and their tokens. images: images per prompt; samples come prompt by prompt. evaluation: index
     of the UNet evaluation. step, steps: index of the sampling step it belongs to, and how many the schedule has from
-    the call's first one on. latents: (height, width) of the latents.
+    the call's first one on. latents: (height, width) of the latents. mask: of an inpainting call, `[samples, 1, height,
+    width]` at the latents' size, 1 where the picture is new; None elsewhere. encode: contexts `[n,N,C]` of n texts, as
+    the pipeline encodes prompts in this call.
     """
 
     prompts: Prompts
     images: int
+    encode: Callable[[list[str]], Tensor]
     evaluation: int = -1
     step: int = -1
     steps: int = 0
     latents: tuple[int, int] = (0, 0)
+    mask: Tensor | None = None
 
     @property
     def samples(self) -> int:
@@ -44,7 +48,7 @@ class Edited(NamedTuple):
     pinned_ids: Tensor
 
 
-class Edit(Protocol):
+class Editing(Protocol):
     """A method at work during one pipeline call."""
 
     def active(self) -> bool:
@@ -55,45 +59,18 @@ class Edit(Protocol):
 
 
 class Method(Protocol):
-    """A method that edits cross-attention: immutable, and the same for every call."""
+    """A method that acts on cross-attention: immutable, and the same for every call."""
 
     @property
     def layers(self) -> LayerChoice: ...
 
     def default_layers(self, layers: dict[str, Layer]) -> list[str]:
-        """The layers to edit where the user names none, from all cross-attention layers in order of execution."""
+        """The layers to act on where the user names none, from all cross-attention layers in order of execution."""
 
-    def start(self, call: Call) -> Edit:
+
+@runtime_checkable
+class EditingMethod(Method, Protocol):
+    """A method that edits the attention of the conditional rows, each layer by itself."""
+
+    def start(self, call: Call) -> Editing:
         """Begin a pipeline call, before its first step; raises ValueError where the prompts do not fit the method."""
-
-
-def check_number(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    """Raise ValueError unless `value` is a finite number in [low, high], or in (low, high] with `open_low`."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not low <= value <= high or (open_low and value == low):
-        limits = f"{'above' if open_low else 'at least'} {low:g}" + (
-            "" if high == math.inf else f" and at most {high:g}"
-        )
-        raise ValueError(f"{name} is {value!r}; it must be a number {limits}")
-
-
-def check_count(name: str, value: int, low: int) -> None:
-    """Raise ValueError unless `value` is an int of at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} is {value!r}; it must be an int of at least {low}")
-
-
-def check_steps(name: str, value: int | float) -> None:
-    """Raise ValueError unless `value` is a count (int >= 0) or a share of the schedule (float in 0..1)."""
-    if isinstance(value, float):
-        check_number(name, value, 0.0, 1.0)
-    else:
-        check_count(name, value, 0)
-
-
-def step_count(value: int | float, steps: int) -> int:
-    """`value` as a number of steps: a count as it is, a share rounded down (but any share above zero is at least one
-    step)."""
-    if isinstance(value, int):
-        return value
-    return max(math.floor(value * steps + 1e-6), int(value > 0))

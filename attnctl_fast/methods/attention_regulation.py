@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .. import ops
 from .._layers import LayerChoice, check_choice, last_down_first_up
+from .._numbers import check_count, check_number, check_steps, step_count
 from .._tokens import Targets, check_targets
-from ._base import Call, Edited, check_count, check_number, check_steps, step_count
+from ._base import Call, Edited
 
 if TYPE_CHECKING:
     from .._layers import Layer

@@ -39,7 +39,7 @@ def composed_attention(
     q: Tensor,
     ks: Sequence[Tensor],
     vs: Sequence[Tensor],
-    weights: Sequence[float],
+    weights: Sequence[float] | Tensor,
     *,
     scale: float | None = None,
     impl: str | None = None,
@@ -53,7 +53,8 @@ def composed_attention(
     Args:
         q: queries `[B,H,M,d]`, any strides.
         ks, vs: keys and values `[B,H,N_i,d]` of every context; their lengths may differ.
-        weights: one number per context.
+        weights: one number per context; or a tensor `[contexts]` of them, which is trusted, and under torch.compile may
+            change without a new graph.
         scale: factor of the logits, 1/sqrt(d) by default.
         impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
 
@@ -68,7 +69,13 @@ def composed_attention(
         raise ValueError(f"there are {len(ks)} keys and {len(vs)} values; pass one of each per context, at least one")
     for k, v in zip(ks, vs, strict=True):
         check_qkv(q, k, v)
-    shares = check_weights(weights, len(ks))
+    if isinstance(weights, Tensor):
+        if weights.shape != (len(ks),):
+            raise ValueError(f"weights has shape {tuple(weights.shape)} for {len(ks)} contexts; pass one per context")
+        vs = [v * share for v, share in zip(vs, (weights / weights.sum()).unbind(), strict=True)]
+        shares = [1.0] * len(ks)
+    else:
+        shares = check_weights(weights, len(ks))
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
     if impl == "reference":
         return reference.composed_attention(q, ks, vs, shares, scale).to(q.dtype)

@@ -18,12 +18,18 @@ def flat_keys(k: Tensor) -> Tensor:
     return k.transpose(1, 2).flatten(2).to(torch.promote_types(k.dtype, torch.float32))
 
 
-def _check_number(name: str, value: float | Tensor) -> None:
+def _check_number(name: str, value: float | Tensor, batch: int) -> float | Tensor:
+    """`value`, that of every sample as `[B,1,1]`."""
     if isinstance(value, Tensor):
-        if value.ndim:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a number or a 0-d tensor")
-    elif not math.isfinite(value):
+        if value.shape not in ((), (batch,)):
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; it must be a number, a 0-d tensor or one number per sample "
+                f"[{batch}]"
+            )
+        return value[:, None, None] if value.ndim else value
+    if not math.isfinite(value):
         raise ValueError(f"{name} is {value}; it must be finite")
+    return value
 
 
 def project_back(pull: Tensor, to_k: KeyProjection) -> Tensor:
@@ -69,7 +75,7 @@ def context_update(
         update: from `attention_with_context_gradient`, `[B,H,N,d]`.
         k: the layer's keys, `[B,H,N,d]`.
         to_k: the key projection, a linear module (called, never read) or its weight `[H*d, d_ctx]`.
-        gamma_attn, gamma_norm: the steps on either energy, floats or 0-d tensors.
+        gamma_attn, gamma_norm: the steps on either energy, floats, 0-d tensors or one number per sample `[B]`.
         token_weight: u, how far each token may move on the attention's energy, `[N]` or `[B,N]`.
         alpha: weight of the squared norm in the attention's energy; the released code has none.
         convention: `"official"` (p = softmax ||k||^2) or `"paper"` (p = softmax ||k||^2 / 2, its energy's gradient).
@@ -86,10 +92,10 @@ def context_update(
         )
     if convention not in CONVENTIONS:
         raise ValueError(f"convention is {convention!r}; it must be one of {', '.join(map(repr, CONVENTIONS))}")
-    _check_number("gamma_attn", gamma_attn)
-    _check_number("gamma_norm", gamma_norm)
-    _check_number("alpha", alpha)
     batch, heads, tokens, width = k.shape
+    gamma_attn = _check_number("gamma_attn", gamma_attn, batch)
+    gamma_norm = _check_number("gamma_norm", gamma_norm, batch)
+    _check_number("alpha", alpha, batch)
     if isinstance(to_k, Tensor) and (to_k.ndim != 2 or to_k.shape[0] != heads * width):
         raise ValueError(f"to_k has shape {tuple(to_k.shape)}; it must be [H*d, d_ctx] with H*d = {heads * width}")
     keys = flat_keys(k)
