@@ -14,13 +14,26 @@ import torch
 
 from ._grid import Panel, Row, draw_grid
 from ._report import versions
-from .methods import AttentionRegulation
+from .methods import AttentionRegulation, Composition, Edit, EnergyContext
 from .pipeline import control
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SHAPES = "shapes"
+# The options that not every method has, and the methods that have them.
+_METHODS_OF = {
+    "targets": ("regulation",),
+    "strength": ("regulation",),
+    "convention": ("regulation", "energy"),
+    "gamma_attn": ("energy", "compose"),
+    "gamma_norm": ("energy", "compose"),
+    "token_weights": ("energy",),
+    "edit": ("compose",),
+    "negate": ("compose",),
+    "edit_weight": ("compose",),
+    "edit_start": ("compose",),
+}
 
 
 @dataclass(frozen=True)
@@ -29,11 +42,18 @@ class Settings:
 
     model: str
     prompt: str
-    targets: list[str]
     negative_prompt: str | None = None
     method: str = "regulation"
-    convention: str = "official"
+    targets: list[str] | None = None
     strength: float | None = None
+    convention: str | None = None
+    gamma_attn: float | None = None
+    gamma_norm: float | None = None
+    token_weights: list[tuple[str, float]] | None = None
+    edit: list[str] | None = None
+    negate: list[str] | None = None
+    edit_weight: float | None = None
+    edit_start: float | None = None
     layers: list[str] | None = None
     seed: int = 0
     num_images: int = 1
@@ -130,10 +150,46 @@ def _load(settings: Settings, device: torch.device) -> Any:
     return pipe.to(device)
 
 
-def _method(settings: Settings) -> AttentionRegulation:
-    make = AttentionRegulation.paper if settings.convention == "paper" else AttentionRegulation.official
-    options = {} if settings.strength is None else {"strength": settings.strength}
-    return make([settings.targets], layers=settings.layers, **options)
+def _method(settings: Settings) -> AttentionRegulation | EnergyContext | Composition:
+    for name, methods in _METHODS_OF.items():
+        if getattr(settings, name) is not None and settings.method not in methods:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is an option of --method {' and '.join(methods)}, not of {settings.method}"
+            )
+    if settings.method == "compose":
+        return _composition(settings)
+    paper = settings.convention == "paper"
+    options = {
+        name: getattr(settings, name)
+        for name in ("strength", "gamma_attn", "gamma_norm")
+        if getattr(settings, name) is not None
+    }
+    if settings.method == "energy":
+        make = EnergyContext.paper if paper else EnergyContext.official
+        weights = dict(settings.token_weights) if settings.token_weights else None
+        return make(token_weights=weights, layers=settings.layers, **options)
+    if not settings.targets:
+        raise ValueError("--method regulation needs --targets, the words of the prompt to enforce")
+    regulate = AttentionRegulation.paper if paper else AttentionRegulation.official
+    return regulate([settings.targets], layers=settings.layers, **options)
+
+
+def _composition(settings: Settings) -> Composition:
+    texts = [(text, 1) for text in settings.edit or []] + [(text, -1) for text in settings.negate or []]
+    if not texts:
+        raise ValueError("--method compose needs --edit or --negate, the texts to add to the prompt or to take away")
+    edits = [
+        Edit(
+            text,
+            1.0 if settings.edit_weight is None else settings.edit_weight,
+            direction=direction,
+            gamma_attn=settings.gamma_attn or 0.0,
+            gamma_norm=settings.gamma_norm or 0.0,
+            start=settings.edit_start or 0.0,
+        )
+        for text, direction in texts
+    ]
+    return Composition(edits, layers=settings.layers)
 
 
 def _call_arguments(pipe: Any, settings: Settings) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from . import __version__
 
+METHODS = ("regulation", "energy", "compose")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 2 for a mistake of the user, 130 when interrupted."""
@@ -80,13 +82,36 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "--model", required=True, help="a folder, an id on the Hugging Face hub, or `shapes` for the shipped model"
     )
     generate.add_argument("--prompt", required=True)
-    generate.add_argument(
-        "--targets", required=True, nargs="+", metavar="WORD", help="words or phrases of the prompt to enforce"
-    )
     generate.add_argument("--negative-prompt")
-    generate.add_argument("--method", choices=["regulation"], default="regulation", help="default: regulation")
-    generate.add_argument("--convention", choices=["official", "paper"], default="official", help="default: official")
-    generate.add_argument("--strength", type=_strength, help="default: the method's own; 0 is the plain pipeline")
+    generate.add_argument("--method", choices=METHODS, default="regulation", help="default: regulation")
+    generate.add_argument(
+        "--targets", nargs="+", metavar="WORD", help="regulation: words or phrases of the prompt to enforce (required)"
+    )
+    generate.add_argument("--strength", type=_strength, help="regulation: default the method's own; 0 is plain")
+    generate.add_argument("--convention", choices=["official", "paper"], help="regulation and energy: default official")
+    generate.add_argument(
+        "--gamma-attn",
+        type=_strength,
+        metavar="STEP",
+        help="energy and compose: the context's step on the attention's energy, of the prompt's context (default 0.01) "
+        "or of the edits' (default 0)",
+    )
+    generate.add_argument(
+        "--gamma-norm", type=_strength, metavar="STEP", help="the same on the energy of the norms; default 0.02 or 0"
+    )
+    generate.add_argument(
+        "--token-weights",
+        nargs="+",
+        metavar="WORD=FACTOR",
+        type=_token_weight,
+        help="energy: factors of --gamma-attn for words of the prompt",
+    )
+    generate.add_argument("--edit", nargs="+", metavar="TEXT", help="compose: texts to add to the prompt")
+    generate.add_argument("--negate", nargs="+", metavar="TEXT", help="compose: texts to take away from it")
+    generate.add_argument("--edit-weight", type=_strength, metavar="WEIGHT", help="compose: of every text; default 1")
+    generate.add_argument(
+        "--edit-start", type=_share, metavar="SHARE", help="compose: share of the steps before the edits; default 0"
+    )
     generate.add_argument(
         "--layers", nargs="+", metavar="PREFIX", help="names of UNet blocks or layers; default: the method's own"
     )
@@ -169,3 +194,17 @@ def _strength(text: str) -> float:
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be zero or positive and finite, got {number}")
     return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {number}")
+    return number
+
+
+def _token_weight(text: str) -> tuple[str, float]:
+    word, sign, factor = text.rpartition("=")
+    if not sign or not word:
+        raise argparse.ArgumentTypeError(f"must be WORD=FACTOR, such as crown=2.5, got {text!r}")
+    return word, _strength(factor)

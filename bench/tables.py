@@ -60,10 +60,7 @@ def regulate_table(run: dict[str, Any]) -> str:
     header = ["B*H", "M", "T", "d", "published loop, ms", "eager, ms", "ratio"]
     rows = [header, ["---:"] * len(header)]
     for entry in run["shapes"]:
-        times = [
-            f"{entry[form]['median']:.3g} ({entry[form]['q1']:.3g} to {entry[form]['q3']:.3g})"
-            for form in ("published", "eager")
-        ]
+        times = [_milliseconds(entry[form]) for form in ("published", "eager")]
         sizes = [str(entry[name]) for name in ("rows", "image_tokens", "targets", "head_width")]
         rows.append([*sizes, *times, f"{entry['ratio']:.1f}"])
     versions = run["versions"]
@@ -72,6 +69,26 @@ def regulate_table(run: dict[str, Any]) -> str:
         "",
         "One regulated layer, float32, 77 text tokens, 20 steps: median and quartiles, each form at its better of "
         f"1 and 2 threads; torch {versions['torch']}, {versions['processor']}.",
+    ]
+    return "\n".join(lines)
+
+
+def context_table(run: dict[str, Any]) -> str:
+    """A run of `context.py` as a Markdown table with its settings below."""
+    forms = ("sdpa", "published", "eager")
+    titles = ["stock SDPA, ms", "as published, ms", "eager, ms", "SDPA / eager", "published / eager"]
+    rows = [["", "model", "H", "M", "d", *titles], ["---", "---", *["---:"] * (3 + len(titles))]]
+    for entry in run["shapes"]:
+        sizes = [str(entry[name]) for name in ("heads", "image_tokens", "head_width")]
+        times = [_milliseconds(entry[form]) if form in entry else "" for form in forms]
+        ratios = [f"{entry['ratios'][form]:.2f}" if form in entry["ratios"] else "" for form in forms[:2]]
+        rows.append([f"`{entry['operation']}`", entry["model"], *sizes, *times, *ratios])
+    versions = run["versions"]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines += [
+        "",
+        "Batches of 2, float32, 77 text tokens, without gradients; `composed_attention` of 2 contexts. Median and "
+        f"quartiles, each form at its better of 1 and 2 threads; torch {versions['torch']}, {versions['processor']}.",
     ]
     return "\n".join(lines)
 
@@ -135,6 +152,10 @@ def _fastest(line: dict[str, Any]) -> dict[str, float]:
     return min((x for x in (line, line.get("graph")) if x), key=lambda x: x["p50"])
 
 
+def _milliseconds(times: dict[str, float]) -> str:
+    return f"{times['median']:.3g} ({times['q1']:.3g} to {times['q3']:.3g})"
+
+
 def _microseconds(times: dict[str, float]) -> str:
     return f"{times['p50']:.3g} ({times['p20']:.3g} to {times['p80']:.3g})"
 
@@ -164,6 +185,7 @@ def resources_table(path: Path) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "rates": lambda: rates_table(last_line(RESULTS / "shapes_rates.jsonl")),
     "regulate": lambda: regulate_table(last_line(RESULTS / "cpu_regulate.jsonl")),
+    "context": lambda: context_table(last_line(RESULTS / "cpu_context.jsonl")),
     "gpu": lambda: gpu_table(RESULTS),
     "resources": lambda: resources_table(RESOURCES),
 }

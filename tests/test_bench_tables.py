@@ -1,4 +1,4 @@
-"""The tables that are made of measurements on GPUs and of compiled kernels."""
+"""The tables that are made of measurements and of compiled kernels."""
 
 import json
 import sys
@@ -67,6 +67,28 @@ def test_the_last_run_on_a_gpu_is_shown(tables, tmp_path):
     )
     assert shown[3] == "| `gaussian_bias` | SD 2 B1 H20 M256 | 8 (7 to 9) | 8 (7 to 9) |  |  |  |  |"
     assert shown[5].startswith("NVIDIA H200, float16") and "7 of 8 checks right" in shown[5] and "4000 GB/s" in shown[5]
+
+
+def test_context_operations_against_their_rivals(tables):
+    def times(median):
+        return {"q1": median - 1, "median": median, "q3": median + 1, "threads": 2}
+
+    layer = {"model": "SD 2", "heads": 20, "image_tokens": 256, "head_width": 64}
+    gradient = {
+        "operation": "attention_with_context_gradient",
+        **{"sdpa": times(30.0), "published": times(40.0), "eager": times(20.0)},
+        "ratios": {"sdpa": 1.5, "published": 2.0},
+    }
+    composed = {"operation": "composed_attention", "sdpa": times(9.0), "eager": times(9.0), "ratios": {"sdpa": 1.0}}
+    run = {"shapes": [layer | gradient, layer | composed], "versions": {"torch": "2.13.0", "processor": "a CPU"}}
+    shown = tables.context_table(run).splitlines()
+    assert len({x.count("|") for x in shown if x.startswith("|")}) == 1
+    assert shown[2] == (
+        "| `attention_with_context_gradient` | SD 2 | 20 | 256 | 64 | 30 (29 to 31) | 40 (39 to 41) | 20 (19 to 21) "
+        "| 1.50 | 2.00 |"
+    )
+    assert shown[3] == "| `composed_attention` | SD 2 | 20 | 256 | 64 | 9 (8 to 10) |  | 9 (8 to 10) | 1.00 |  |"
+    assert shown[5].endswith("torch 2.13.0, a CPU.")
 
 
 def test_resources_are_summed_up_by_kernel(tables, tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 import attnctl_fast
 from attnctl_fast import _demo, _grid, _report, cli
-from attnctl_fast.methods import AttentionRegulation
+from attnctl_fast.methods import AttentionRegulation, Composition, Edit, EnergyContext
 from attnctl_fast.pipeline import control
 from attnctl_fast.shapes import evaluate, load_pipeline, scene_for_seed
 
@@ -25,7 +26,8 @@ def generate(untrained, tmp_path):
 
     def run(*options, targets=("circle", "star")):
         default = ["--model", untrained, "--prompt", PROMPT, "--steps", 2, "--out", tmp_path / "out"]
-        return cli.main([str(word) for word in ["generate", *default, "--targets", *targets, *options]])
+        named = ["--targets", *targets] if targets else []
+        return cli.main([str(word) for word in ["generate", *default, *named, *options]])
 
     return run
 
@@ -74,6 +76,38 @@ def test_generate_writes_its_settings(generate, untrained, tmp_path):
     assert list(report["seconds"]) == ["regulation"]
 
 
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        (
+            ["--method", "energy", "--gamma-attn", 0.3, "--gamma-norm", 0.2, "--token-weights", "circle=2.5", "star=0"],
+            EnergyContext(0.3, 0.2, token_weights={"circle": 2.5, "star": 0}),
+        ),
+        (["--method", "energy", "--convention", "paper"], EnergyContext.paper()),
+        (
+            ["--method", "compose", "--edit", "a ring", "a green cross", "--negate", "a star", "--edit-weight", 0.6]
+            + ["--edit-start", 0.5, "--gamma-attn", 0.001],
+            Composition(
+                [
+                    Edit("a ring", 0.6, gamma_attn=0.001, start=0.5),
+                    Edit("a green cross", 0.6, gamma_attn=0.001, start=0.5),
+                    Edit("a star", 0.6, direction=-1, gamma_attn=0.001, start=0.5),
+                ]
+            ),
+        ),
+    ],
+    ids=["energy", "paper", "compose"],
+)
+def test_generate_with_contexts(generate, untrained, tmp_path, options, method):
+    assert generate(*options, targets=()) == 0
+    name = options[1]
+    out = tmp_path / "out"
+    assert close(Image.open(out / f"0-{name}.png"), drawn(untrained, [0], method)[0])
+    report = json.loads((out / "generate.json").read_text())["method"]
+    assert report.pop("name") == type(method).__name__
+    assert report == json.loads(json.dumps(asdict(method)))
+
+
 def test_generate_takes_size_and_dtype(generate, tmp_path):
     assert generate("--height", 64, "--width", 96, "--dtype", "bfloat16", "--device", "cpu") == 0
     assert Image.open(tmp_path / "out" / "0-regulation.png").size == (96, 64)
@@ -101,8 +135,13 @@ def test_generate_overwrites_only_when_told(generate, tmp_path, capsys):
         (("--model", "/nowhere/at/all"), ["circle"], "/nowhere/at/all"),
         (("--model", "nobody/no-such-model"), ["circle"], "nobody/no-such-model"),
         (("--device", "abacus"), ["circle"], "abacus"),
+        ((), [], "--method regulation needs --targets"),
+        (("--method", "compose"), [], "--method compose needs --edit or --negate"),
+        (("--method", "energy"), ["circle"], "--targets is an option of --method regulation, not of energy"),
+        (("--edit-start", "0.2"), ["circle"], "--edit-start is an option of --method compose, not of regulation"),
+        (("--method", "energy", "--token-weights", "cat=2"), [], "token_weights holds 'cat'"),
     ],
-    ids=["target", "layers", "path", "hub id", "device"],
+    ids=["target", "layers", "path", "hub id", "device", "no targets", "no edits", "energy", "start", "token"],
 )
 def test_generate_explains_what_it_cannot_do(generate, tmp_path, capsys, monkeypatch, options, targets, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -126,7 +165,9 @@ def test_debug_shows_where_an_error_comes_from(generate):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["generate", "--model", "m", "--prompt", "p"],
+        ["generate", "--model", "m", "--prompt", "p", "--method", "paint"],
+        ["generate", "--model", "m", "--prompt", "p", "--method", "energy", "--token-weights", "crown"],
+        ["generate", "--model", "m", "--prompt", "p", "--method", "compose", "--edit-start", "2"],
         ["generate", "--model", "m", "--prompt", "p", "--targets", "t", "--num-images", "0"],
         ["generate", "--model", "m", "--prompt", "p", "--targets", "t", "--strength", "-1"],
         ["generate", "--model", "m", "--prompt", "p", "--targets", "t", "--seed", "-1"],

@@ -470,6 +470,14 @@ def test_no_full_map_is_made(impl):
     assert textbook.bytes >= full_map
 
 
+def test_one_tile_of_the_map_is_made_for_both_softmaxes():
+    module = importlib.import_module("attnctl_fast.ops.attention_with_context_gradient")
+    q, k, v = attention_inputs(2, 4, 4096, 300, 8, torch.float32)
+    with _LargestTensor() as ours:
+        assert module._shared_map(q, k, v, rand(2, 4096), 0.3) is not None
+    assert ours.bytes <= 4 * module.TILE < 4 * 4 * 4096 * 300 / 4
+
+
 def test_use_and_environment_choose_the_implementation(monkeypatch):
     called = []
     module = importlib.import_module("attnctl_fast.ops.attention")

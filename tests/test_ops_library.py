@@ -52,6 +52,9 @@ def registered(grad: bool, strided: bool = True):
             (torch.ones_like(q), g, *(t.detach() for t in (q, k, v, rest_out, rest_lse)), ids, 0.3, needed)
             for g, needed in ((None, [True, True, True]), (ones, [True, False, True]))
         ],
+        "attention_with_context_gradient": [
+            (*(x.detach() for x in (q, k, v)), weight, 0.3) for weight in (None, rand(2, 24))
+        ],
         "attention_with_context_gradient_reference": [(q, k, v, None, 0.3), (q, k, v, rand(2, 24), 0.3)],
         "target_logits": [(q, k, ids, 0.3), (q, k, pins, 0.3)],
         "target_logits_reference": [(q, k, ids, 0.3)],

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_limits, check_qkv, check_scale
-from ._library import composite
+from ._library import composite, differentiated, opaque, without_autocast
 from ._triton import attention_with_context_gradient as _triton
 from .attention import attention_without
+
+# Numbers of the map that are held at a time: about what the caches of two cores hold in float32.
+TILE = 1 << 19
+# What float32 loses to underflow is beneath the last digit of a sum of exponentials above LEAST_SUM, and their products
+# with values of a norm below LARGEST_VALUE do not overflow while the sum is below 1 / LEAST_SUM.
+LEAST_SUM, LARGEST_VALUE = 1e-20, 1e15
 
 attention_with_context_gradient_reference = composite(
     "attention_with_context_gradient_reference(Tensor q, Tensor k, Tensor v, Tensor? query_weight, float scale) "
@@ -24,14 +32,78 @@ def weighted(q: Tensor, query_weight: Tensor | None) -> Tensor:
     return q if query_weight is None else q * query_weight[:, None, :, None].to(q.dtype)
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _two_attentions(
+    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     nothing = torch.empty(0, dtype=torch.int64, device=q.device)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = q.to(wide), k.to(wide), v.to(wide)
     out, _ = attention_without(q, k, v, nothing, scale, "eager")
     # softmax_m(l^T) (w Q) is attention as well, of the keys to the queries.
     update, _ = attention_without(k, q, weighted(q, query_weight), nothing, scale, "eager")
     return out, update
+
+
+def _held(sums: Tensor) -> bool:
+    least, most = (float(x) for x in sums.aminmax())
+    return least > LEAST_SUM and most < 1 / LEAST_SUM
+
+
+def _shared_map(
+    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """Both results from one exp(l), a tile of image tokens at a time; None where that is not exact.
+
+    With no maximum subtracted, one exponential is the numerator of both softmaxes; their sums tell whether float32 held
+    it.
+    """
+    (batch, heads, tokens, width), text = q.shape, k.shape[2]
+    step = -(-tokens // -(-heads * tokens * text // TILE))
+    values = weighted(q, query_weight)
+    out, update = torch.empty_like(q), k.new_zeros(k.shape)
+    columns = k.new_zeros(batch, heads, text, 1)
+    numerators, products = q.new_empty(heads * step * text), q.new_empty(heads * step * width)
+    for b in range(batch):
+        for queries, pulls, attended in zip(*(x[b].split(step, 1) for x in (q, values, out)), strict=True):
+            length = queries.shape[1]
+            e = numerators[: heads * length * text].view(heads, length, text)
+            product = products[: heads * length * width].view(heads, length, width)
+            torch.baddbmm(e, queries, k[b].mT, beta=0, alpha=scale, out=e).exp_()
+            rows = e.sum(-1, keepdim=True)
+            if not _held(rows):
+                return None
+            torch.div(torch.bmm(e, v[b], out=product), rows, out=attended)
+            columns[b].add_(e.sum(1).unsqueeze(-1))
+            update[b].baddbmm_(e.mT, pulls)
+    update /= columns
+    held = _held(columns) and float(torch.linalg.vector_norm(v)) < LARGEST_VALUE and math.isfinite(float(update.sum()))
+    return (out, update) if held else None
+
+
+@without_autocast
+def _forward(q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    found = _shared_map(q, k, v, query_weight, scale)
+    if found is not None:
+        return found
+    out, update = _two_attentions(q, k, v, query_weight, scale)
+    return out, update.contiguous()
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), k.new_empty(k.shape)
+
+
+_forward_op = opaque(
+    "attention_with_context_gradient(Tensor q, Tensor k, Tensor v, Tensor? query_weight, float scale) "
+    "-> (Tensor, Tensor)",
+    _forward,
+    _fake,
+)
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    fused = q.device.type == "cpu" and not differentiated(q, k, v, query_weight)
+    return (_forward_op if fused else _two_attentions)(q, k, v, query_weight, scale)
 
 
 def check_query_weight(query_weight: Tensor | None, q: Tensor) -> Tensor | None:

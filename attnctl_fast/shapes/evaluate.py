@@ -38,11 +38,14 @@ class Arm:
             plain pipeline.
         impl: the implementation, as for `attnctl_fast.use`; `None` leaves the default.
         batches: draw only so many of the first batches, for an arm that is only timed; `None` draws all.
+        options: a function from the scenes of a batch to arguments of the pipeline's call, such as another prompt or
+            the image to fill in; `None` for the scenes' prompts alone.
     """
 
     methods: Methods = ()
     impl: str | None = None
     batches: int | None = None
+    options: Callable[[Sequence[Scene]], Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -227,12 +230,13 @@ def _draw(
             stack.enter_context(use(arm.impl))
         if methods:
             stack.enter_context(control(pipe, *methods))
-        images = pipe(
-            [scene.prompt for scene in scenes],
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        ).images
+        arguments = {
+            "prompt": [scene.prompt for scene in scenes],
+            "num_inference_steps": steps,
+            "guidance_scale": guidance_scale,
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        }
+        images = pipe(**arguments | dict(arm.options(scenes) if arm.options else {})).images
     return images, time.perf_counter() - start
 
 

@@ -1,0 +1,151 @@
+"""Time of the operations of energy-based cross attention on a CPU.
+
+    python bench/context.py            append the figures to bench/results/cpu_context.jsonl and print them as a table
+    python -m pytest bench/context.py  the same measurements in pytest-benchmark's own table
+
+The forms take turns in one process, at one and at two threads; a form's time is the better of its two. `sdpa` is
+PyTorch's scaled_dot_product_attention: twice for the context gradient, once per context for the composition.
+`published` has the logits in memory, and a transposed copy of them. Inputs are float32 views of [B,M,H*d], as in a
+UNet.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checkout import RESULTS, git_state
+from peers import published_context_gradient, sdpa_each
+from tables import context_table
+from torch import Tensor
+
+from attnctl_fast import ops
+from attnctl_fast._report import versions
+
+
+class Case(NamedTuple):
+    operation: str
+    model: str
+    heads: int
+    image_tokens: int
+    head_width: int
+
+
+GRADIENT, COMPOSITION = "attention_with_context_gradient", "composed_attention"
+LAYERS = [
+    *(("SD 1.5", 8, *sizes) for sizes in ((4096, 40), (1024, 80), (256, 160), (64, 160))),
+    *(("SD 2", *sizes, 64) for sizes in ((5, 4096), (10, 1024), (20, 256), (20, 64))),
+    *(("SDXL", *sizes, 64) for sizes in ((10, 4096), (20, 1024))),
+]
+CASES = [Case(GRADIENT, *layer) for layer in LAYERS] + [Case(COMPOSITION, *layer) for layer in LAYERS[:3]]
+FORMS = {GRADIENT: ("sdpa", "published", "eager"), COMPOSITION: ("sdpa", "eager")}
+BATCH, TOKENS, WEIGHTS = 2, 77, (1.0, 0.5)
+TURNS = 4
+ROUNDS = {4096: 5, 1024: 15, 256: 30, 64: 60}
+
+
+def inputs(case: Case) -> list[Tensor]:
+    """q, and keys and values of two contexts."""
+    generator = torch.Generator().manual_seed(0)
+    flat = (
+        torch.randn(BATCH, n, case.heads * case.head_width, generator=generator)
+        for n in (case.image_tokens, *[TOKENS] * 4)
+    )
+    return [x.unflatten(-1, (case.heads, -1)).transpose(1, 2) for x in flat]
+
+
+@functools.cache
+def forms(case: Case) -> dict[str, Callable[[], Any]]:
+    """The case's forms, which agree with float64."""
+    q, k, v, other_k, other_v = inputs(case)
+    attend = F.scaled_dot_product_attention
+    made: dict[str, Callable[[], Any]]
+    if case.operation == GRADIENT:
+        made = {
+            "sdpa": lambda: (attend(q, k, v), attend(k, q, q)),
+            "published": lambda: published_context_gradient(q, k, v),
+            "eager": lambda: ops.attention_with_context_gradient(q, k, v, impl="eager"),
+        }
+        truth: Any = published_context_gradient(q.double(), k.double(), v.double())
+    else:
+        ks, vs = [k, other_k], [v, other_v]
+        made = {
+            "sdpa": lambda: sdpa_each("flash", q, ks, vs, WEIGHTS),
+            "eager": lambda: ops.composed_attention(q, ks, vs, WEIGHTS, impl="eager"),
+        }
+        wide_ks, wide_vs = ([x.double() for x in group] for group in (ks, vs))
+        truth = ops.composed_attention(q.double(), wide_ks, wide_vs, WEIGHTS, impl="reference")
+    for form in made.values():
+        torch.testing.assert_close(form(), truth, atol=1e-5, rtol=1e-5, check_dtype=False)
+    return made
+
+
+RUNS = [
+    (case, turn, threads, form)
+    for case in CASES
+    for turn in range(TURNS)
+    for threads in (1, 2)
+    for form in FORMS[case.operation]
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "turn", "threads", "form"), RUNS, ids=lambda x: " ".join(map(str, x)) if isinstance(x, Case) else str(x)
+)
+def test_context_operation(benchmark: Any, case: Case, turn: int, threads: int, form: str) -> None:
+    run, before = forms(case)[form], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        benchmark.extra_info.update(case=case, form=form, threads=threads)
+        benchmark.pedantic(run, rounds=ROUNDS[case.image_tokens], warmup_rounds=2)
+    finally:
+        torch.set_num_threads(before)
+
+
+def summary(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Per case: every form's median and quartiles in ms over all turns at its better thread count, and the ratios of
+    the medians to eager's."""
+    times: dict[tuple[Case, str, int], list[float]] = {}
+    for run in report["benchmarks"]:
+        info = run["extra_info"]
+        key = Case(*info["case"]), info["form"], info["threads"]
+        times.setdefault(key, []).extend(1e3 * x for x in run["stats"]["data"])
+    rows = []
+    for case in CASES:
+        row: dict[str, Any] = case._asdict()
+        for form in FORMS[case.operation]:
+            threads = min((1, 2), key=lambda count: statistics.median(times[case, form, count]))
+            quartiles = statistics.quantiles(times[case, form, threads], n=4)
+            row[form] = dict(zip(("q1", "median", "q3"), quartiles, strict=True)) | {"threads": threads}
+        others = [form for form in FORMS[case.operation] if form != "eager"]
+        row["ratios"] = {form: row[form]["median"] / row["eager"]["median"] for form in others}
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        code = pytest.main([__file__, "-q", "--no-header", f"--benchmark-json={report}"])
+        if code:
+            raise SystemExit(code)
+        rows = summary(json.loads(report.read_text(encoding="utf-8")))
+    run = {"date": time.strftime("%Y-%m-%d"), "git": git_state(), "versions": versions(), "shapes": rows}
+    path = RESULTS / "cpu_context.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(run) + "\n")
+    print(context_table(run))
+
+
+if __name__ == "__main__":
+    main()
