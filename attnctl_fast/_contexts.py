@@ -49,7 +49,8 @@ class Slot:
     """What one layer does with the contexts.
 
     first: it is the first one and resets them. updates: it moves the prompt's context for a later layer. composes: it
-    attends to the edits. moves: it moves theirs. mask: which image tokens move contexts, `[R,M]`, or None for all.
+    attends to the edits. moves: it moves theirs. mask: which image tokens move contexts, `[samples,M]`, or None for
+    all.
     """
 
     contexts: Contexts
@@ -145,6 +146,7 @@ class Contexts:
         self._weight_rows = None if self.energy is None else self.energy.weight_rows(call.prompts)
         self._edits = None if self.composition is None else self._encoded(self.composition, embeddings)
         self._plan: _Plan | None = None
+        self.prepared = False
         self._shape: tuple[Any, ...] = ()
         self._now: Tensor
         self._kept: Tensor
@@ -207,6 +209,7 @@ class Contexts:
         if shape != self._shape:
             self._allocate(first_conditional, rows, text)
             self._shape = shape
+        self.prepared = True
         # A call may run past the schedule's end: a callback that repeats steps, say.
         step = min(call.step, len(self._table) - 1)
         self._here = self._plan.on[step]
@@ -240,9 +243,7 @@ class Contexts:
             self._token_weight = weights.to(text.device, wide)
         mask = self._mask()
         for slot in self.slots.values():
-            slot.mask = (
-                None if mask is None else _resized(mask, slot.layer.grid(call.latents), rows).to(text.device, wide)
-            )
+            slot.mask = None if mask is None else _resized(mask, slot.layer.grid(call.latents)).to(text.device, wide)
 
     def _mask(self) -> Tensor | None:
         """The mask that moves contexts, `[samples,1,height,width]`: the method's own, or that of the call."""
@@ -261,15 +262,20 @@ class Contexts:
             )
         return given[:, None].expand(call.samples, -1, -1, -1)
 
-    def read(self, slot: Slot, text: Tensor) -> Tensor:
-        """The prompt's context at this layer, `[R,N,C]`; `text` is what the UNet hands to every layer."""
-        if slot.first:
-            if self.updating:
-                self._main.reset(text)
-            if self.first_conditional and self.moving:
+    def reset(self, text: Tensor) -> None:
+        """At the first layer, to what the UNet hands to every layer.
+
+        At every step, whatever is on: of two layers one may lie in a compiled graph and one outside.
+        """
+        if self._ever.updating:
+            self._main.reset(text)
+        if self._ever.moving:
+            self._moved.reset(self._edit_contexts())
+            if self.first_conditional:
                 self._unconditional.reset(text[: self.first_conditional])
-            if self.moving:
-                self._moved.reset(self._edit_contexts())
+
+    def read(self, text: Tensor) -> Tensor:
+        """The prompt's context at this layer, `[R,N,C]`; `text` is what the UNet hands to every layer."""
         return self._main.read().to(text.dtype) if self.updating else text
 
     def _edit_contexts(self) -> Tensor:
@@ -289,7 +295,8 @@ class Contexts:
         rows, scale = self.first_conditional, attn.scale
         whole = None
         if slot.updates and self.updating:
-            whole, pull = ops.attention_with_context_gradient(q, k, v, query_weight=slot.mask, scale=scale)
+            mask = slot.mask if slot.mask is None or not rows else torch.cat([slot.mask] * 2)
+            whole, pull = ops.attention_with_context_gradient(q, k, v, query_weight=mask, scale=scale)
             gammas = {"gamma_attn": self._now[0], "gamma_norm": self._now[1]}
             assert self.energy is not None
             self._main.add(
@@ -338,7 +345,9 @@ class Contexts:
         out, pulls = self._now[4] * plain.to(self._now.dtype), []
         for index in range(count):
             if moving and slot.moves:
-                one, pull = ops.attention_with_context_gradient(q, ks[index], vs[index], scale=attn.scale)
+                one, pull = ops.attention_with_context_gradient(
+                    q, ks[index], vs[index], query_weight=slot.mask, scale=attn.scale
+                )
                 pulls.append(pull)
             else:
                 one = F.scaled_dot_product_attention(q, ks[index], vs[index], scale=attn.scale)
@@ -356,7 +365,7 @@ class Contexts:
         context = self._unconditional.read() if self.moving else text[: len(q)]
         k, v = (x.to(q.dtype) for x in keys_values(attn, context.to(text.dtype)))
         if self.moving and slot.moves:
-            one, pull = ops.attention_with_context_gradient(q, k, v, scale=attn.scale)
+            one, pull = ops.attention_with_context_gradient(q, k, v, query_weight=slot.mask, scale=attn.scale)
             step = ops.context_update(pull, k, attn.to_k, gamma_attn=self._now[2], gamma_norm=self._now[3])
             self._unconditional.add(step)
         else:
@@ -365,7 +374,6 @@ class Contexts:
         return (share * plain.to(share.dtype) + (1 - share) * one).to(q.dtype)
 
 
-def _resized(mask: Tensor, grid: tuple[int, int], rows: int) -> Tensor:
-    """The mask of every row at a layer's grid, `[R,M]`."""
-    small = F.interpolate(mask.float(), size=grid).flatten(1)
-    return small.repeat(rows // len(small), 1)
+def _resized(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The mask at a layer's grid, `[samples,M]`."""
+    return F.interpolate(mask.float(), size=grid).flatten(1)

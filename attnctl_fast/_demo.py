@@ -1,4 +1,4 @@
-"""`attnctl-fast demo`: attention regulation on the shipped model, counted, timed and drawn."""
+"""`attnctl-fast demo`: the methods on the shipped model, counted, timed and drawn."""
 
 from __future__ import annotations
 
@@ -13,11 +13,26 @@ import torch
 
 from ._grid import Panel, Row, draw_grid, found_lines
 from ._report import overhead, spread, versions
-from .shapes.evaluate import TUNED, Arm, Comparison, Evaluation, compare, interleaved, regulation
+from .shapes.evaluate import (
+    ADDED,
+    TUNED,
+    Arm,
+    Comparison,
+    Evaluation,
+    compare,
+    energy,
+    first_object,
+    interleaved,
+    regulation,
+    second_object,
+)
 from .shapes.model import load_pipeline
 
 PLAIN, REGULATED, REFERENCE = "plain", "attention regulation", "same, by autograd"
-_PAIRS_IN_GRID = 8
+ENERGY, FIRST, COMPOSED = "energy context", "first object only", "second one composed"
+# Every method's arm and the one it is compared with, prompt by prompt.
+METHODS = {REGULATED: PLAIN, ENERGY: PLAIN, COMPOSED: FIRST}
+_SCENES_IN_GRID = 6
 _REFERENCE_BATCHES = 2
 
 
@@ -41,17 +56,22 @@ def demo(
         "steps": steps,
         "guidance_scale": guidance_scale,
         "regulation": options,
+        "energy": asdict(energy()[0]),
+        "composition": dict(ADDED),
         "batch_size": batch_size,
         "device": device,
     }
     print(
-        f"Drawing {count} two-object prompts (seeds {seeds[0]} to {seeds[-1]}), without and with attention regulation",
+        f"Drawing {count} two-object prompts (seeds {seeds[0]} to {seeds[-1]}), without and with every method",
         flush=True,
     )
     methods = regulation(**options)
     arms = {
         PLAIN: Arm(),
         REGULATED: Arm(methods),
+        ENERGY: Arm(energy()),
+        FIRST: Arm(options=first_object),
+        COMPOSED: Arm(second_object(+1), options=first_object),
         REFERENCE: Arm(methods, impl="reference", batches=_REFERENCE_BATCHES),
     }
     results = interleaved(
@@ -63,61 +83,63 @@ def demo(
         batch_size=batch_size,
         warm_up=True,
     )
-    comparison = compare(results[PLAIN], results[REGULATED])
-    print(table(results, comparison), flush=True)
-    _grid(results, comparison).save(out / "grid.png", optimize=True)
-    report = {"settings": settings, "versions": versions(), **as_json(results, comparison)}
+    comparisons = {name: compare(results[base], results[name]) for name, base in METHODS.items()}
+    print(table(results, comparisons), flush=True)
+    _grid(results, comparisons).save(out / "grid.png", optimize=True)
+    report = {"settings": settings, "versions": versions(), **as_json(results, comparisons)}
     (out / "demo.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"Pictures: {out / 'grid.png'}   everything: {out / 'demo.json'}", file=sys.stdout)
 
 
-def table(results: dict[str, Evaluation], comparison: Comparison) -> str:
+def table(results: dict[str, Evaluation], comparisons: dict[str, Comparison]) -> str:
     """The rates, seconds per image and overhead of every arm, as lines of text."""
     rows: list[tuple[str, ...]] = [("", "strict", "exact", "all colours", "s per image", "overhead")]
-    plain = results[PLAIN]
     for name, result in results.items():
         rates, cost = ["", "", ""], ""
-        if name != REFERENCE:
-            for index, criterion in enumerate(("strict", "exact", "colours")):
-                change = getattr(comparison, criterion)
-                rates[index] = _percent(change.plain if result is plain else change.controlled)
-                if result is not plain:
-                    rates[index] += f" (+{change.gained} -{change.lost})"
+        for index, criterion in enumerate(("strict", "exact", "colours")):
+            if name in comparisons:
+                change = getattr(comparisons[name], criterion)
+                rates[index] = f"{_percent(change.controlled)} (+{change.gained} -{change.lost})"
+            elif name != REFERENCE:
+                rates[index] = _percent(result.hits(criterion) / len(result.scores))
         seconds = spread(result.seconds_per_image)
-        if result is not plain:
-            percent = overhead(plain.seconds_per_image, result.seconds_per_image)
+        if name in METHODS or name == REFERENCE:
+            percent = overhead(results[METHODS.get(name, PLAIN)].seconds_per_image, result.seconds_per_image)
             cost = f"{percent['median']:+.0f} % ({percent['low']:+.0f} to {percent['high']:+.0f})"
         timing = f"{seconds['median']:.3f} ({seconds['low']:.3f} to {seconds['high']:.3f})"
         rows.append((name, *rates, timing, cost))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    p_values = ", ".join(f"{name} {comparison.strict.p_value:.2g}" for name, comparison in comparisons.items())
     notes = [
-        f"{comparison.count} pairs of the same prompt and seed; in brackets pairs gained and lost, quartiles of times.",
-        "strict: every prompted object is there. exact: and no other. all colours: each colour, on whichever shape.",
-        'by autograd: impl="reference", the optimisation as a plain PyTorch loop.',
-        f"Exact McNemar p: strict {comparison.strict.p_value:.2g}, exact {comparison.exact.p_value:.2g}, "
-        f"all colours {comparison.colours.p_value:.2g}.",
+        f"{len(results[PLAIN].seeds)} prompts of two objects; in brackets pairs of pictures gained and lost, quartiles "
+        "of times.",
+        "strict: every object is there. exact: and no other. all colours: each colour, on whichever shape.",
+        f'{REFERENCE}: attention regulation with impl="reference", the optimisation as a plain PyTorch loop.',
+        f"{FIRST}: of the prompt; {COMPOSED}: a composition with the whole prompt adds the other one.",
+        f"Exact McNemar p of strict: {p_values}.",
     ]
     return "\n".join(["", lines[0], "-" * max(map(len, lines)), *lines[1:], "", *notes])
 
 
-def as_json(results: dict[str, Evaluation], comparison: Comparison) -> dict[str, Any]:
+def as_json(results: dict[str, Evaluation], comparisons: dict[str, Comparison]) -> dict[str, Any]:
     """Rates, timings and what was found for every seed, as JSON can hold them."""
     plain = results[PLAIN]
     timings = {}
     for name, result in results.items():
         timings[name] = {"seconds_per_image": spread(result.seconds_per_image), "batches": result.seconds}
-        if result is not plain:
-            timings[name]["overhead_percent"] = overhead(plain.seconds_per_image, result.seconds_per_image)
+        if name in METHODS or name == REFERENCE:
+            base = results[METHODS.get(name, PLAIN)]
+            timings[name]["overhead_percent"] = overhead(base.seconds_per_image, result.seconds_per_image)
     pictures = []
     for index, (seed, scene) in enumerate(zip(plain.seeds, plain.scenes, strict=True)):
         entry: dict[str, Any] = {"seed": seed, "prompt": scene.prompt}
-        for name in (PLAIN, REGULATED):
+        for name in (PLAIN, FIRST, *METHODS):
             found = [f"{seen.colour} {seen.shape}" for seen in results[name].detections[index]]
             entry[name] = {"found": found, **results[name].scores[index]._asdict()}
         pictures.append(entry)
     return {
-        "rates": asdict(comparison),
+        "rates": {name: asdict(comparison) for name, comparison in comparisons.items()},
         "timings": timings,
         "pixel_difference_to_autograd": _difference(results[REGULATED], results[REFERENCE]),
         "pictures": pictures,
@@ -135,30 +157,32 @@ def _difference(result: Evaluation, reference: Evaluation) -> dict[str, float]:
     return {"mean": float(levels.mean()), "largest": int(levels.max())}
 
 
-def _grid(results: dict[str, Evaluation], comparison: Comparison) -> Any:
+def _grid(results: dict[str, Evaluation], comparisons: dict[str, Comparison]) -> Any:
+    plain = results[PLAIN]
     rows = []
-    for index in range(min(_PAIRS_IN_GRID, comparison.count)):
-        scene, seed = results[PLAIN].scenes[index], results[PLAIN].seeds[index]
+    for index in range(min(_SCENES_IN_GRID, len(plain.seeds))):
+        scene, seed = plain.scenes[index], plain.seeds[index]
         panels = []
-        for name in (PLAIN, REGULATED):
+        for name in (PLAIN, REGULATED, ENERGY, FIRST, COMPOSED):
             result = results[name]
             found = [(seen.colour, seen.shape) for seen in result.detections[index]]
             panels.append(
                 Panel(result.images[index], name, found_lines(scene.objects, found), result.scores[index].strict)
             )
         rows.append(Row(f"{seed}: {scene.prompt}", panels))
-    seeds = results[PLAIN].seeds
-    last = seeds[len(rows) - 1]
     rates = [
-        f"{words} {_percent(change.plain)} and {_percent(change.controlled)} (+{change.gained} -{change.lost})"
-        for words, change in (("both objects", comparison.strict), ("and nothing else", comparison.exact))
+        f"{name} {_percent(comparison.strict.plain)} to {_percent(comparison.strict.controlled)} "
+        f"(+{comparison.strict.gained} -{comparison.strict.lost})"
+        for name, comparison in comparisons.items()
     ]
     return draw_grid(
         rows,
-        title=f"Seeds {seeds[0]} to {last}: the same prompt and seed, without and with attention regulation",
+        title=f"Seeds {plain.seeds[0]} to {plain.seeds[len(rows) - 1]}: the same prompt and seed, without and with "
+        "attention control",
         notes=[
             "Below each picture: what a detector found. Green frame: both objects of the prompt. Red cross: not found. "
             "Orange plus: not asked for.",
-            f"Over seeds {seeds[0]} to {seeds[-1]}: {', '.join(rates)}.",
+            f"Both objects, over seeds {plain.seeds[0]} to {plain.seeds[-1]}: {'; '.join(rates)}.",
         ],
+        columns=2,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._contexts import Contexts
 from ._layers import Layer, cross_attention_layers
-from ._processors import ControlledProcessor, is_supported
+from ._processors import NOT_HOOKED, ControlledProcessor, is_supported
 from ._tokens import Prompts
 from .methods import Composition, EnergyContext
 from .methods._base import Call, Editing, EditingMethod
@@ -55,8 +55,9 @@ class Entry:
 
 
 class Engine:
-    """All that is attached to one UNet: one processor per controlled layer, one forward hook, and two wrapped methods
-    per pipeline, which mark where a call begins (`encode_prompt`) and ends (`maybe_free_model_hooks`)."""
+    """All that is attached to one UNet: one processor per controlled layer, one forward hook, and wrapped methods per
+    pipeline, which mark where a call begins (`encode_prompt`) and ends (`maybe_free_model_hooks`), and what the mask of
+    an inpainting call is (`prepare_mask_latents`)."""
 
     def __init__(self, unet: Any) -> None:
         self.unet = unet
@@ -158,6 +159,8 @@ class Engine:
     def remove(self, entry: Entry) -> None:
         """Take an entry off, in any order, and restore whatever no other entry needs."""
         self.entries.remove(entry)
+        if entry.energy or entry.composition:
+            self._stop_contexts()
         replaced = self._replaced()
         needed = {name for other in self.entries for name in other.layers(self.layers)}
         for name in self.processors.keys() - needed:
@@ -257,9 +260,13 @@ class Engine:
                 self.processors[name]._set(slot=slot)
 
     def _end(self) -> None:
-        self.call = self.contexts = self._caller = self._timestep = None
+        self.call = self._caller = self._timestep = None
         for entry in self.entries:
             entry.stop()
+        self._stop_contexts()
+
+    def _stop_contexts(self) -> None:
+        self.contexts = None
         for processor in self.processors.values():
             processor._set(slot=None)
 
@@ -281,6 +288,11 @@ class Engine:
             call.evaluation += 1
             call.step = call.evaluation // order
         if self.contexts is not None:
+            if torch.is_grad_enabled() and getattr(self.unet, "is_gradient_checkpointing", False):
+                raise ValueError(
+                    "gradient checkpointing would compute layers again after their contexts have moved on; call "
+                    "unet.disable_gradient_checkpointing() under EnergyContext and Composition"
+                )
             self.contexts.prepare(self.conditional(len(sample)), len(sample), text)
 
     def at(self, layer: Layer) -> tuple[Editing | None, list[Recording]]:
@@ -291,10 +303,7 @@ class Engine:
         edit = next((entry.edits[layer.name] for entry in reversed(self.entries) if layer.name in entry.edits), None)
         recordings = [entry.recordings[layer.name] for entry in self.entries if layer.name in entry.recordings]
         if (edit or recordings) and self.call.evaluation < 0:
-            raise RuntimeError(
-                "the UNet ran without its forward hooks, which tell the sampling step; call it as unet(...), "
-                "not as unet.forward(...)"
-            )
+            raise RuntimeError(NOT_HOOKED)
         return edit if edit is not None and edit.active() else None, recordings
 
     def conditional(self, rows: int) -> int:
@@ -353,6 +362,11 @@ def _same(timestep: Any, last: Any) -> bool:
 
 def _remaining(schedule: torch.Tensor, first: Any) -> int:
     """The number of entries of the schedule from the first one used (image-to-image starts late)."""
+    if isinstance(first, torch.Tensor) and first.device == schedule.device and first.dtype == schedule.dtype:
+        # The element itself, for a schedule may hold the same value twice.
+        place, odd = divmod(first.data_ptr() - schedule.data_ptr(), schedule.element_size())
+        if not odd and 0 <= place < len(schedule):
+            return len(schedule) - place
     first = first.to(schedule.device).flatten()[0] if isinstance(first, torch.Tensor) else first
     position = (schedule == first).nonzero()
     return len(schedule) - (int(position[0]) if len(position) else 0)

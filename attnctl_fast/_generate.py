@@ -166,8 +166,10 @@ def _method(settings: Settings) -> AttentionRegulation | EnergyContext | Composi
     }
     if settings.method == "energy":
         make = EnergyContext.paper if paper else EnergyContext.official
-        weights = dict(settings.token_weights) if settings.token_weights else None
-        return make(token_weights=weights, layers=settings.layers, **options)
+        weights = dict(settings.token_weights or ())
+        if len(weights) < len(settings.token_weights or ()):
+            raise ValueError("--token-weights names a word twice; name it once")
+        return make(token_weights=weights or None, layers=settings.layers, **options)
     if not settings.targets:
         raise ValueError("--method regulation needs --targets, the words of the prompt to enforce")
     regulate = AttentionRegulation.paper if paper else AttentionRegulation.official

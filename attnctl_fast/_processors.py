@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from ._engine import Engine
     from ._layers import Layer
 
+NOT_HOOKED = (
+    "the UNet ran without its forward hooks, which tell the sampling step; call it as unet(...), not as "
+    "unet.forward(...), and where pipelines share it, all with or all without torch.compile"
+)
 # Processors whose text attention is softmax(scale q k^T) v between to_q, to_k, to_v and to_out.
 _STANDARD = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 _IP_ADAPTER = ("IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor")
@@ -125,12 +129,17 @@ class ControlledProcessor:
 
         engine, layer, slot = self._engine, self._layer, self._slot
         edit, recordings = engine.at(layer) if self._edited else (None, [])
-        if slot is not None and not slot.contexts.on():
-            slot = None
+        if slot is not None:
+            if not slot.contexts.prepared:
+                raise RuntimeError(NOT_HOOKED)
+            if slot.first:
+                slot.contexts.reset(self._split(encoder_hidden_states)[0])
+            if not slot.contexts.on():
+                slot = None
         if edit is None and not recordings and slot is None:
             return own(encoder_hidden_states)
         text, images = self._split(encoder_hidden_states)
-        context = text if slot is None else slot.contexts.read(slot, text)
+        context = text if slot is None else slot.contexts.read(text)
         acts = slot is not None and slot.acts()
         if edit is None and not recordings and not acts:
             return own(context if images is None else (context, images))

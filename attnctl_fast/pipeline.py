@@ -26,6 +26,8 @@ class Handle:
     def disable(self) -> None:
         """Take it off again. Handles may be disabled in any order; a second call does nothing.
 
+        During a pipeline call, the contexts of other controls then rest until the next call.
+
         Warns (RuntimeWarning) if something replaced the pipeline's attention processors meanwhile, and leaves those
         alone.
         """
@@ -38,20 +40,24 @@ def enable(pipe: Any, *methods: EditingMethod | EnergyContext | Composition) -> 
     """Put methods on a diffusers UNet pipeline until `handle.disable()`; `control` is the same for a `with` block.
 
     The pipeline's class and the way it is called stay the same. On the layers that the methods edit, and only there, a
-    processor stands in front of the one that is there (standard or IP-Adapter). Where controls are nested, the inner
-    one acts on the layers that both name. Other pipelines that share the UNet are not affected.
+    processor stands in front of the one that is there (standard or IP-Adapter); under EnergyContext and Composition on
+    every cross-attention layer, for all read the context. Where controls are nested, the inner one acts on the layers
+    that both name; an inner EnergyContext or Composition takes the place of an outer one. Other pipelines that share
+    the UNet are not affected.
 
     Args:
         pipe: a text-to-image, image-to-image, inpainting or ControlNet pipeline of SD 1.x, SD 2.x or SDXL.
-        methods: such as `AttentionRegulation(["bag", "apple"])`; each on its own layers.
+        methods: such as `AttentionRegulation(["bag", "apple"])`, each on its own layers; and one EnergyContext and one
+            Composition, on any layers.
 
     Returns:
         The handle.
 
     Raises:
-        ValueError: no method, a pipeline without cross-attention, layers that do not exist, that two of the methods
-            share or whose processors cannot be edited. Nothing has been changed then. What depends on the prompt (a
-            target that does not stand in it) is raised by the pipeline call, before its first step.
+        ValueError: no method, two of a kind where one is allowed, a pipeline without cross-attention, layers that do
+            not exist, that two editing methods share or whose processors cannot be edited. Nothing has been changed
+            then. What depends on the prompt (a target that does not stand in it) is raised by the pipeline call, before
+            its first step.
         RuntimeError: the processors were replaced while another control is on; calling the pipeline also raises it.
     """
     if not methods:

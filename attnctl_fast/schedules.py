@@ -38,7 +38,8 @@ def constant() -> Schedule:
 
 
 def step(start: int | float) -> Schedule:
-    """Off before `start`, on from there; an int counts steps, a float is a share of them, rounded down."""
+    """Off before `start`, on from there; an int counts steps, a float is a share of them, rounded
+    down (but any share above zero is at least one step)."""
     check_steps("start", start)
     return Schedule("step", start)
 

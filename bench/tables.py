@@ -93,6 +93,41 @@ def context_table(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def behaviour_table(run: dict[str, Any]) -> str:
+    """A run of `behaviour.py` as a Markdown table with its settings below."""
+    settings, versions = run["settings"], run["versions"]
+    rows = [["", "question", "without", "with", "overhead"], ["---", "---", "---:", "---:", "---:"]]
+    for name, task in run["tasks"].items():
+        for row in task["rows"]:
+            changed = f"+{row['gained']} -{row['lost']}, p = {_p_value(row['p_value'])}"
+            rows.append(
+                [
+                    f"{name}: {_options(row['options'])}",
+                    f"{task['question']} (without: {task['base']})",
+                    _percent(task["plain"]["rate"]),
+                    f"{_percent(row['rate'])} ({changed})",
+                    f"{row['overhead_percent']['median']:+.0f} %",
+                ]
+            )
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    last = settings["seed_start"] + settings["count"] - 1
+    lines += [
+        "",
+        f"{settings['count']} pairs each, seeds {settings['seed_start']} to {last}, DDIM {settings['steps']} steps, "
+        f"guidance {settings['guidance_scale']:g}; torch {versions['torch']}, {versions['processor']}. In brackets the "
+        "pairs gained and lost and McNemar's exact p.",
+    ]
+    return "\n".join(lines)
+
+
+def _options(options: dict[str, Any]) -> str:
+    shown = {
+        name: f"{value['name']} {value['value']:g}" if isinstance(value, dict) else f"{value:g}"
+        for name, value in options.items()
+    }
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
+
+
 def gpu_table(folder: Path) -> str:
     """The last run of bench/gpu.py on every GPU, float16, each as a Markdown table with its settings below."""
     files = [path for path in sorted(folder.glob("*.jsonl")) if "gpu" in last_line(path)]
@@ -185,6 +220,7 @@ def resources_table(path: Path) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "rates": lambda: rates_table(last_line(RESULTS / "shapes_rates.jsonl")),
     "regulate": lambda: regulate_table(last_line(RESULTS / "cpu_regulate.jsonl")),
+    "behaviour": lambda: behaviour_table(last_line(RESULTS / "shapes_behaviour.jsonl")),
     "context": lambda: context_table(last_line(RESULTS / "cpu_context.jsonl")),
     "gpu": lambda: gpu_table(RESULTS),
     "resources": lambda: resources_table(RESOURCES),

@@ -70,8 +70,8 @@ def main() -> None:
     parser.add_argument("--caption", default="a red circle", help="what the picture shows")
     parser.add_argument("--add", nargs="*", default=[], metavar="TEXT")
     parser.add_argument("--remove", nargs="*", default=[], metavar="TEXT")
-    parser.add_argument("--weight", type=float, default=0.6, help="of every edit")
-    parser.add_argument("--start", type=float, default=0.0, help="share of the steps before the edits")
+    parser.add_argument("--weight", type=float, default=0.7, help="of every edit")
+    parser.add_argument("--start", type=float, default=0.5, help="share of the steps before the edits")
     parser.add_argument("--gamma", type=float, default=5e-4, help="step of the edits' own context update")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=7.5)
@@ -87,8 +87,8 @@ def main() -> None:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float16 if device == "cuda" else torch.float32
-        pipe = StableDiffusionPipeline.from_pretrained(arguments.model, torch_dtype=dtype).to(device)
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe = StableDiffusionPipeline.from_pretrained(arguments.model, dtype=dtype).to(device)
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
         image = Image.open(arguments.image).convert("RGB")
     else:
         pipe = ac.shapes.load_pipeline()

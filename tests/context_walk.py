@@ -45,9 +45,11 @@ class Walk:
         before = {name: layer.module.processor for name, layer in layers.items()}
         for index, (name, layer) in enumerate(layers.items()):
             layer.module.set_processor(_Processor(self, index == 0, name.startswith(self.layers), layer))
-        yield self
-        for name, layer in layers.items():
-            layer.module.set_processor(before[name])
+        try:
+            yield self
+        finally:
+            for name, layer in layers.items():
+                layer.module.set_processor(before[name])
 
     def start(self, text: Tensor) -> None:
         self.step += 1
@@ -99,11 +101,12 @@ class _Processor:
         sums = [out[:rows], out[rows:]]
         others = []
         for index, edit in enumerate(walk.now):
-            one, edit_pull, edit_keys = self.attention(attn, hidden_states[rows:], walk.own[index], None)
+            part = None if mask is None else mask[rows:]
+            one, edit_pull, edit_keys = self.attention(attn, hidden_states[rows:], walk.own[index], part)
             sums[1] = sums[1] + edit.weight * one
             walk.own[index] = walk.own[index] + self.plain(attn, edit_pull, edit_keys, edit)
             if rows:
-                one, edit_pull, edit_keys = self.attention(attn, hidden_states[:rows], walk.other, None)
+                one, edit_pull, edit_keys = self.attention(attn, hidden_states[:rows], walk.other, part)
                 sums[0] = sums[0] + edit.weight * one
                 others.append(self.plain(attn, edit_pull, edit_keys, edit))
         if others:

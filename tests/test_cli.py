@@ -140,8 +140,9 @@ def test_generate_overwrites_only_when_told(generate, tmp_path, capsys):
         (("--method", "energy"), ["circle"], "--targets is an option of --method regulation, not of energy"),
         (("--edit-start", "0.2"), ["circle"], "--edit-start is an option of --method compose, not of regulation"),
         (("--method", "energy", "--token-weights", "cat=2"), [], "token_weights holds 'cat'"),
+        (("--method", "energy", "--token-weights", "star=2", "star=3"), [], "--token-weights names a word twice"),
     ],
-    ids=["target", "layers", "path", "hub id", "device", "no targets", "no edits", "energy", "start", "token"],
+    ids=["target", "layers", "path", "hub id", "device", "no targets", "no edits", "energy", "start", "token", "twice"],
 )
 def test_generate_explains_what_it_cannot_do(generate, tmp_path, capsys, monkeypatch, options, targets, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -210,16 +211,19 @@ def test_runs_as_a_module():
 
 def test_demo_writes_the_picture_and_every_result(untrained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(_demo, "load_pipeline", lambda **options: load_pipeline(weights=untrained, **options))
-    # The untrained model draws nothing; the third of the pictures shall show what was asked for once regulated.
+    # The untrained model draws nothing; the third of the pictures shall show what was asked for once controlled. Arms
+    # are drawn in turn, backwards at every other batch, and the reference has two batches.
     monkeypatch.setattr(evaluate, "detect", lambda image: found.pop(0))
     scenes = [scene_for_seed(seed) for seed in (7, 8, 9)]
     hit = [evaluate.Detection(colour, shape, (0, 0, 9, 9), 1.0) for colour, shape in scenes[2].objects]
-    found = [[], [], [], [], [], [], [], hit, hit]
+    found = [*[[]] * 12, [], hit, hit, hit[:1], hit]
     arguments = ["--count", "3", "--seed-start", "7", "--steps", "2", "--batch-size", "1", "--out", str(tmp_path)]
     assert cli.main(["demo", *arguments]) == 0
     out = capsys.readouterr().out
     lines = {line.split("  ")[0]: line for line in out.splitlines()}
-    assert "33 % (+1 -0)" in lines["attention regulation"] and "0 %" in lines["plain"]
+    for name in ("attention regulation", "energy context", "second one composed"):
+        assert "33 % (+1 -0)" in lines[name]
+    assert "0 %" in lines["plain"] and "0 %" in lines["first object only"]
     assert "%" in lines["same, by autograd"]
 
     report = json.loads((tmp_path / "demo.json").read_text())
@@ -230,11 +234,13 @@ def test_demo_writes_the_picture_and_every_result(untrained, tmp_path, capsys, m
     assert [entry["prompt"] for entry in report["pictures"]] == [scene.prompt for scene in scenes]
     assert [entry["attention regulation"]["strict"] for entry in report["pictures"]] == [False, False, True]
     assert report["pictures"][2]["attention regulation"]["found"] == [" ".join(pair) for pair in scenes[2].objects]
-    assert (report["rates"]["strict"]["gained"], report["rates"]["strict"]["lost"]) == (1, 0)
-    assert [len(timing["batches"]) for timing in report["timings"].values()] == [3, 3, 2]
+    for name in ("attention regulation", "energy context", "second one composed"):
+        assert (report["rates"][name]["strict"]["gained"], report["rates"][name]["strict"]["lost"]) == (1, 0)
+    assert [len(timing["batches"]) for timing in report["timings"].values()] == [3, 3, 3, 3, 3, 2]
+    assert report["settings"]["energy"]["gamma_norm"] == evaluate.MOVED["gamma_norm"]
     assert report["pixel_difference_to_autograd"]["mean"] < 1
     with Image.open(tmp_path / "grid.png") as picture:
-        assert picture.mode == "RGB" and picture.width > 3 * 2 * 264
+        assert picture.mode == "RGB" and picture.width > 2 * 5 * 264
 
 
 def test_overhead_is_the_median_over_pairs():

@@ -323,6 +323,28 @@ def test_released_convention_and_token_weights():
     torch.testing.assert_close(found, expected)
 
 
+def test_every_sample_may_have_its_own_gammas():
+    k, update = (randn(2, 3, 9, 8, dtype=torch.float64, seed=s) for s in (1, 2))
+    weight = randn(1, 1, 24, 5, dtype=torch.float64, seed=4)[0, 0]
+    each = torch.tensor([[0.3, 0.1], [0.7, 0.2]], dtype=torch.float64, device=DEVICE)
+    found = ops.context_update(update, k, weight, gamma_attn=each[:, 0], gamma_norm=each[:, 1])
+    for i, (attn, norm) in enumerate(each.tolist()):
+        alone = ops.context_update(update[i : i + 1], k[i : i + 1], weight, gamma_attn=attn, gamma_norm=norm)
+        torch.testing.assert_close(found[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weights_of_a_composition_may_be_a_tensor(impl):
+    q = randn(2, 2, 16, 8, dtype=widest(impl), seed=1)
+    ks, vs = ([randn(2, 2, n, 8, dtype=q.dtype, seed=s + n) for n in (9, 5)] for s in (0, 50))
+    weights = [1.0, -0.4]
+    expected = ops.composed_attention(q, ks, vs, weights, impl=impl)
+    found = ops.composed_attention(q, ks, vs, torch.tensor(weights, dtype=q.dtype, device=DEVICE), impl=impl)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"weights has shape \(3,\) for 2 contexts"):
+        ops.composed_attention(q, ks, vs, torch.ones(3, device=DEVICE), impl=impl)
+
+
 def test_bad_input_is_named():
     q, k, v = attention_inputs(2, 2, 16, 9, 8, torch.float32)
     for weight, message in (

@@ -147,7 +147,7 @@ def test_bad_capture() -> None:
     ):
         with pytest.raises(ValueError, match=message), ac.capture(pipe, **arguments):
             pass
-    with pytest.raises(ValueError, match="'zebra' is not in the prompt"), ac.capture(pipe, ["zebra"]):
+    with pytest.raises(ValueError, match="'zebra', which is not in the prompt"), ac.capture(pipe, ["zebra"]):
         call(pipe)
     assert snapshot(pipe) == before
 

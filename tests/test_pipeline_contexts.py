@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import pytest
@@ -175,11 +176,12 @@ def test_mask(whose: str) -> None:
     else:
         pipe, options = double(), {}
         method = ac.EnergyContext(0.02, 0.03, mask=a_mask()[0, 0])
-    ours = controlled(pipe, method, **options)
+    composition, walked = ac.Composition([MOVED]), [edit_walk(pipe, MOVED)]
+    ours = controlled(pipe, method, composition, **options)
     at_latents = torch.nn.functional.interpolate(a_mask().double(), size=(32, 32))
-    with Walk([(0.02, 0.03)] * 4, mask=at_latents).on(pipe):
+    with Walk([(0.02, 0.03)] * 4, walked, mask=at_latents).on(pipe):
         expected = call(pipe, **options)
-    with Walk([(0.02, 0.03)] * 4).on(pipe):
+    with Walk([(0.02, 0.03)] * 4, walked).on(pipe):
         unmasked = call(pipe, **options)
     torch.testing.assert_close(ours, expected, **EXACT)
     assert (ours - unmasked).abs().max() > 1e-3
@@ -261,11 +263,64 @@ def test_one_graph_serves_all_steps_and_calls(kind: str, case: str, place: str) 
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("schedule", [ac.schedules.step(2), ac.schedules.reverse_step(2)])
+def test_a_first_layer_outside_the_graph(schedule: Any) -> None:
+    """Captured, while the others are compiled: to those a step without update is one with gammas of zero."""
+    pipe = tiny.pipeline()
+    first = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
+    methods = (ac.EnergyContext(0.02, 0.02, schedule=schedule), ac.Composition([MOVED, LATE]))
+    expected = controlled(pipe, *methods)
+    torch._dynamo.reset()
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    with ac.capture(pipe, layers=[first]):
+        ours = controlled(pipe, *methods)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("outer", [None, [], ["up_blocks"]], ids=["alone", "captured", "captured in part"])
+def test_disabling_during_a_call(outer: list[str] | None) -> None:
+    """Off from the next step on, whatever else keeps processors there."""
+    pipe = tiny.pipeline()
+    expected = controlled(pipe, ac.EnergyContext(0.05, 0.05, schedule=ac.schedules.reverse_step(2)))
+    handle = ac.enable(pipe, ac.EnergyContext(0.05, 0.05))
+
+    def stop(_: Any, step: int, *__: Any) -> Any:
+        if step == 1:
+            handle.disable()
+        return {}
+
+    with ac.capture(pipe, layers=outer or None) if outer is not None else contextlib.nullcontext():
+        assert torch.equal(call(pipe, callback_on_step_end=stop), expected)
+
+
+def test_what_cannot_work_says_so() -> None:
+    pipe = tiny.pipeline()
+    with ac.control(pipe, ac.EnergyContext(0.05, 0.05)):
+        embeddings = pipe.encode_prompt(PROMPT, "cpu", 1, False)[0]
+        with pytest.raises(RuntimeError, match="call it as unet"):
+            pipe.unet.forward(tiny.latents(), 981, encoder_hidden_states=embeddings)
+        pipe.unet.enable_gradient_checkpointing()
+        pipe.scheduler.set_timesteps(4)
+        pipe.encode_prompt(PROMPT, "cpu", 1, False)
+        with torch.no_grad():
+            pipe.unet(tiny.latents(), pipe.scheduler.timesteps[0], encoder_hidden_states=embeddings)
+        with pytest.raises(ValueError, match="disable_gradient_checkpointing"):
+            pipe.unet(tiny.latents(), pipe.scheduler.timesteps[1], encoder_hidden_states=embeddings)
+
+
+def test_steps_of_an_image_to_image_call_that_starts_at_a_repeated_timestep() -> None:
+    pipe = tiny.pipeline("StableDiffusionImg2ImgPipeline", scheduler=tiny.scheduler("PNDMScheduler"))
+    for strength, steps in ((0.9, 10), (0.8, 9), (0.7, 8), (1.0, 11)):
+        options = {"image": picture(), "num_inference_steps": 10, "strength": strength}
+        assert torch.isfinite(controlled(pipe, ac.EnergyContext(0.01, 0.01, schedule=[1.0] * steps), **options)).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_half_precision(kind: str, dtype: torch.dtype) -> None:
     """The first evaluation is as near to float64 as the plain pipeline's is."""
-    pipe = tiny.pipeline(PIPELINES[kind], kind)
+    pipe = tiny.pipeline(PIPELINES[kind], kind).to(dtype)
     methods = (ac.EnergyContext(0.02, 0.03), ac.Composition([MOVED]))
     errors = []
     for on in (methods, ()):
@@ -336,6 +391,10 @@ def test_lora_offload_and_ip_adapter() -> None:
     ours = controlled(pipe, ac.EnergyContext(0.02, 0.03))
     pipe.unet.fuse_lora()
     torch.testing.assert_close(controlled(pipe, ac.EnergyContext(0.02, 0.03)), ours, **EXACT)
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(pipe.unet, execution_device="cpu")
+    assert pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.is_meta
+    torch.testing.assert_close(controlled(pipe, ac.EnergyContext(0.02, 0.03)), ours, **EXACT)
 
     pipe = tiny.pipeline().to(torch.float64)
     pipe.unet._load_ip_adapter_weights([tiny.ip_adapter(pipe)])
@@ -346,6 +405,8 @@ def test_lora_offload_and_ip_adapter() -> None:
     torch.testing.assert_close(same, plain, **EXACT)
     moved = controlled(pipe, ac.EnergyContext(0.02, 0.03), ip_adapter_image_embeds=images)
     assert (moved - plain).abs().max() > 0.02
+    barely = controlled(pipe, ac.EnergyContext(1e-9, 0), ip_adapter_image_embeds=images)
+    torch.testing.assert_close(barely, plain, rtol=0, atol=1e-4)
 
 
 def test_nested_controls_and_restoring() -> None:
@@ -482,6 +543,9 @@ def test_presets_are_values() -> None:
     assert (paper.convention, paper.alpha, paper.token_weights) == ("paper", 1.0, ((("crown", 2.5),),))
     assert hash(paper) != hash(ac.EnergyContext.official())
     assert ac.Composition([ADD]) == ac.Composition(ADD)
+    assert dataclasses.replace(paper, gamma_attn=0.5).token_weights == paper.token_weights
+    assert dataclasses.replace(ac.Composition([ADD]), layers=["mid_block"]).edits == (ADD,)
+    assert dataclasses.replace(ac.Edit(["a", "b"]), weight=2.0).texts == ("a", "b")
 
 
 def test_schedules() -> None:

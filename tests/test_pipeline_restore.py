@@ -175,7 +175,7 @@ def test_bad_targets_are_reported_before_the_first_step() -> None:
     hook = pipe.unet.register_forward_pre_hook(lambda *_: steps.append(1))
     before = snapshot(pipe)
     with (
-        pytest.raises(ValueError, match="'zebra' is not in the prompt"),
+        pytest.raises(ValueError, match="'zebra', which is not in the prompt"),
         ac.control(pipe, ac.AttentionRegulation("zebra")),
     ):
         call(pipe)
@@ -362,7 +362,9 @@ def test_ip_adapter_image_part_is_exact() -> None:
         torch.testing.assert_close(same, plain, rtol=0, atol=1e-6)
         text_only = attn(hidden, encoder_hidden_states=(text, [torch.zeros_like(images[:, 0])]))
         assert (plain - text_only).abs().max() > 0.01
-    attn.set_processor(ControlledProcessor(own, SimpleNamespace(name="here"), Nothing()))  # type: ignore[arg-type]
+    processor = ControlledProcessor(own, SimpleNamespace(name="here"), Nothing())  # type: ignore[arg-type]
+    processor._set(edited=True)
+    attn.set_processor(processor)
     with pytest.raises(
         ValueError, match="here has an IP-Adapter but was given text and image embeddings in one tensor"
     ):

@@ -77,9 +77,9 @@ def test_textual_inversion_tokens() -> None:
 BAD_TARGETS = {
     "not in the prompt": (["zebra"], "targets holds 'zebra', which is not in the prompt 'A black BAG"),
     "tokens are listed": (["zebra"], r"whose tokens are 0 '<|startoftext|>', 1 'a', 2 'black', 3 'bag', 4 'and'"),
-    "part of a word": (["pus"], "'pus' is not in the prompt"),
-    "front of a word": (["octo"], "'octo' is not in the prompt"),
-    "words that are not adjacent": (["black and"], "'black and' is not in the prompt"),
+    "part of a word": (["pus"], "'pus', which is not in the prompt"),
+    "front of a word": (["octo"], "'octo', which is not in the prompt"),
+    "words that are not adjacent": (["black and"], "'black and', which is not in the prompt"),
     "id out of range": ([16], "token id 16, but the context has tokens 0..15"),
     "word and its own id": (["bag", 3], "names token 3 more than once"),
     "phrase and its word": (["black bag", "bag"], "names token 3 more than once"),
@@ -98,15 +98,15 @@ def test_bad_targets_for_a_prompt(case: str) -> None:
 
 def test_words_beyond_the_end_of_the_context() -> None:
     text = " ".join(["bag"] * 20) + " apple"
-    with pytest.raises(ValueError, match="'apple' is not in the prompt"):
+    with pytest.raises(ValueError, match="'apple', which is not in the prompt"):
         prompts(text).positions(["apple"])
 
 
 def test_second_prompt_of_sdxl() -> None:
     assert prompts("a bag", second=["a bag and an apple"]).positions(["bag"]) == [[2]]
-    with pytest.raises(ValueError, match=r"'bag' stands at \[2\].*but elsewhere in prompt_2 'the red bag'"):
+    with pytest.raises(ValueError, match=r"'bag', which stands at \[2\].*but elsewhere in prompt_2 'the red bag'"):
         prompts("a bag", second=["the red bag"]).positions(["bag"])
-    with pytest.raises(ValueError, match="'bag' is not in the prompt 'an apple'"):
+    with pytest.raises(ValueError, match="'bag', which is not in the prompt 'an apple'"):
         prompts("a bag", second=["an apple"]).positions(["bag"])
     assert prompts("a bag", second=["an apple"]).positions([2]) == [[2]]
 

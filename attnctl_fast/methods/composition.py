@@ -24,9 +24,11 @@ class Edit:
         prompt: the text, or a list of one text per prompt.
         weight: how much it counts; the prompt itself has weight 1.
         direction: +1 adds what the text says (conjunction), -1 takes it away (negation).
-        gamma_attn, gamma_norm: steps of its own context update, as in `EnergyContext`; 4e-4 to 1e-3 is typical.
-        start: the step from which on it counts; an int counts steps, a float is a share of them, rounded down. Earlier
-            starts change the picture's composition, later ones its details.
+        gamma_attn, gamma_norm: steps of its own context update, as in `EnergyContext`, by the released code's
+            convention and from the masked part of an inpainting call's picture; 4e-4 to 1e-3 is typical.
+        start: the step from which on it counts; an int counts steps, a float is a share of them, rounded down (but any
+            share above zero is at least one step). Earlier starts change the picture's composition, later ones its
+            details.
 
     Raises:
         ValueError: an empty prompt or an argument out of range.

@@ -111,10 +111,12 @@ class EnergyContext:
 
 
 def _check_token_weights(weights: Any) -> tuple[tuple[tuple[Target, float], ...], ...] | None:
-    """Token weights in hashable form, one row of (word, factor) per mapping."""
+    """Token weights in hashable form, one row of (word, factor) per mapping; as they were where they are so already."""
     if weights is None:
         return None
     rows = [weights] if isinstance(weights, Mapping) else weights
+    if isinstance(rows, tuple) and all(isinstance(row, tuple) for row in rows):
+        rows = [dict(row) for row in rows]
     if not isinstance(rows, Sequence) or not rows or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(
             f"token_weights is {weights!r}; pass a mapping such as {{'crown': 2.5}}, or a list of one per prompt"
