@@ -81,7 +81,7 @@ REGULATED = [layer for layer in LAYERS if layer.image_tokens <= 4096]
 SMALL, LARGE = LAYERS[6], LAYERS[13]
 
 _MOST = (
-    *("regulated", "merge", "context", "composed"),
+    *("regulated", "merge", "context", "context, masked", "composed"),
     *("plain, gradients", "statistics, gradients", "regulated, gradients"),
 )
 _SOME = ("plain", "statistics", "merge", "context", "composed", "regulated, gradients")

@@ -14,55 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import config, dot_dtype, launch, pieces, unit_stride
-from ._tiles import aligned, finite_or_zero, load_piece, store_piece
+from ._tiles import (
+    add_weighted,
+    aligned,
+    finite_or_zero,
+    load_piece,
+    load_pieces,
+    row_dots,
+    store_piece,
+    store_pieces,
+)
 from .attention import align_of, attention
 
 _STRIDES = [f"stride_{x}{y}" for x, last in (("q", "m"), ("k", "n"), ("v", "n")) for y in "bh" + last]
-
-
-@triton.jit
-def _logits(q, k, taken, scale):
-    """Scaled logits [BLOCK_M, COLUMNS], -inf for columns that are not `taken`."""
-    return tl.where(taken[None, :], scale * tl.dot(q, tl.trans(k)), float("-inf"))
-
-
-@triton.jit
-def _add_rows(top, total, acc, logits, inside, x, DOT: tl.constexpr):
-    """A running softmax over rows, of every column of `logits` [BLOCK_M, COLUMNS], and what it weighs, [COLUMNS, D1],
-    with a tile of rows x added; rows that are not `inside` take no part."""
-    logits = tl.where(inside[:, None], logits, float("-inf"))
-    highest = tl.maximum(top, tl.max(logits, 0))
-    safe = finite_or_zero(highest)
-    shrink = tl.exp(top - safe)
-    weights = tl.exp(logits - safe[None, :])
-    total = total * shrink + tl.sum(weights, 0)
-    return highest, total, tl.dot(tl.trans(weights.to(DOT)), x, acc * shrink[:, None])
-
-
-@triton.jit
-def _store_columns(
-    update_ptr,
-    top_ptr,
-    total_ptr,
-    top,
-    total,
-    acc,
-    columns,
-    N,
-    D: tl.constexpr,
-    D1: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """A part's columns as they are, or, of the only part, the update and the logsumexp."""
-    taken = columns < N
-    if PARTS:
-        tl.store(top_ptr + columns, top, mask=taken)
-        tl.store(total_ptr + columns, total, mask=taken)
-    else:
-        total = tl.where(taken, total, 1.0)
-        tl.store(top_ptr + columns, finite_or_zero(top) + tl.log(total), mask=taken)
-        acc /= total[:, None]
-    store_piece(update_ptr, acc, columns, taken, D, D, 0, D1)
 
 
 @triton.jit(do_not_specialize=[*_STRIDES, "stride_w", "H", "M", "N", "tiles"])
@@ -93,15 +57,20 @@ def _context_gradient_fwd_kernel(
     scale,
     D: tl.constexpr,
     D1: tl.constexpr,
+    D2: tl.constexpr,
     N1: tl.constexpr,
-    N2: tl.constexpr,
     PARTS: tl.constexpr,
     ALIGN: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """out and lse of one of several parts of the rows, `tiles` tiles, and the part's columns: sums [parts,B,H,N,d] over
-    rows, their largest logits and the totals of the weights, [parts,B,H,N]."""
+    rows, their largest logits and the totals of the weights, [parts,B,H,N]; of an only part, the update and the
+    logsumexp.
+
+    Logits are transposed: all three products then have the text's or the head's many rows for the warps to share, and a
+    warp's columns stay its own from tile to tile.
+    """
     row = tl.program_id(1)
     b = (row // H).to(tl.int64)
     h = (row % H).to(tl.int64)
@@ -114,55 +83,55 @@ def _context_gradient_fwd_kernel(
     head = row.to(tl.int64) * M
     part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + row
 
-    columns1 = tl.arange(0, N1)
-    top_a = tl.full([N1], float("-inf"), tl.float32)
-    total_a = tl.zeros([N1], tl.float32)
-    update_a = tl.zeros([N1, D1], tl.float32)
-    if N2 > 0:
-        columns2 = N1 + tl.arange(0, N2)
-        top_b = tl.full([N2], float("-inf"), tl.float32)
-        total_b = tl.zeros([N2], tl.float32)
-        update_b = tl.zeros([N2, D1], tl.float32)
+    columns = tl.arange(0, N1)
+    taken = columns < N
+    top = tl.full([N1], float("-inf"), tl.float32)
+    total = tl.zeros([N1], tl.float32)
+    update1 = tl.zeros([N1, D1], tl.float32)
+    update2 = tl.zeros([N1, D2 if D2 > 0 else 16], tl.float32)
 
     first = tl.program_id(0) * tiles
     # Keys and values come from the cache in every turn: as operands they would fill the registers all the time.
     for tile in tl.range(first, tl.minimum(first + tiles, tl.cdiv(M, BLOCK_M)), disable_licm=True):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = rows < M
-        q = load_piece(q_ptr, rows, inside, stride_qm, D, 0, D1, DOT)  # [BLOCK_M, D1]
-        k = load_piece(k_ptr, columns1, columns1 < N, stride_kn, D, 0, D1, DOT)
-        la = _logits(q, k, columns1 < N, scale)  # [BLOCK_M, N1]
-        maximum = tl.max(la, 1)
-        if N2 > 0:
-            k = load_piece(k_ptr, columns2, columns2 < N, stride_kn, D, 0, D1, DOT)
-            lb = _logits(q, k, columns2 < N, scale)  # [BLOCK_M, N2]
-            maximum = tl.maximum(maximum, tl.max(lb, 1))
-        maximum = finite_or_zero(maximum)
-        p = tl.exp(la - maximum[:, None])
-        total = tl.sum(p, 1)
-        v = load_piece(v_ptr, columns1, columns1 < N, stride_vn, D, 0, D1, DOT)
-        acc = tl.dot(p.to(DOT), v)
-        if N2 > 0:
-            p = tl.exp(lb - maximum[:, None])
-            total += tl.sum(p, 1)
-            v = load_piece(v_ptr, columns2, columns2 < N, stride_vn, D, 0, D1, DOT)
-            acc = tl.dot(p.to(DOT), v, acc)
-        store_piece(out_ptr + head * D, acc / total[:, None], rows, inside, D, D, 0, D1)
-        tl.store(lse_ptr + head + rows, maximum + tl.log(total), mask=inside)
+        q1, q2 = load_pieces(q_ptr, rows, inside, stride_qm, D, D1, D2, DOT)  # [BLOCK_M, D1], [BLOCK_M, D2]
+        k1, k2 = load_pieces(k_ptr, columns, taken, stride_kn, D, D1, D2, DOT)
+        logits = tl.where(taken[:, None], scale * row_dots(k1, k2, q1, q2, D2), float("-inf"))  # [N1, BLOCK_M]
+        maximum = finite_or_zero(tl.max(logits, 0))
+        p = tl.exp(logits - maximum[None, :])
+        norm = tl.sum(p, 0)
+        p = p.to(DOT)
+        v1, v2 = load_pieces(v_ptr, columns, taken, stride_vn, D, D1, D2, DOT)
+        out = tl.trans(tl.dot(tl.trans(v1), p)) / norm[:, None]
+        store_piece(out_ptr + head * D, out, rows, inside, D, D, 0, D1)
+        if D2 > 0:
+            out = tl.trans(tl.dot(tl.trans(v2), p)) / norm[:, None]
+            store_piece(out_ptr + head * D, out, rows, inside, D, D, D1, D2)
+        tl.store(lse_ptr + head + rows, maximum + tl.log(norm), mask=inside)
 
+        logits = tl.where(inside[None, :], logits, float("-inf"))
+        highest = tl.maximum(top, tl.max(logits, 1))
+        safe = finite_or_zero(highest)
+        shrink = tl.exp(top - safe)
+        weights = tl.exp(logits - safe[:, None])
+        total = total * shrink + tl.sum(weights, 1)
         if weight_ptr is not None:
-            weight = tl.load(weight_ptr + b * stride_w + rows, mask=inside, other=0.0)
-            q = (q.to(tl.float32) * weight[:, None]).to(DOT)
-        top_a, total_a, update_a = _add_rows(top_a, total_a, update_a, la, inside, q, DOT)
-        if N2 > 0:
-            top_b, total_b, update_b = _add_rows(top_b, total_b, update_b, lb, inside, q, DOT)
+            # Here rather than on the queries: one rounding fewer, and fewer registers.
+            weights *= tl.load(weight_ptr + b * stride_w + rows, mask=inside, other=0.0)[None, :]
+        update1, update2 = add_weighted(update1 * shrink[:, None], update2 * shrink[:, None], weights, q1, q2, D2, DOT)
+        top = highest
 
     update_ptr += part * N * D
-    top_ptr += part * N
-    total_ptr += part * N
-    _store_columns(update_ptr, top_ptr, total_ptr, top_a, total_a, update_a, columns1, N, D, D1, PARTS)
-    if N2 > 0:
-        _store_columns(update_ptr, top_ptr, total_ptr, top_b, total_b, update_b, columns2, N, D, D1, PARTS)
+    if PARTS:
+        tl.store(top_ptr + part * N + columns, top, mask=taken)
+        tl.store(total_ptr + part * N + columns, total, mask=taken)
+    else:
+        total = tl.where(taken, total, 1.0)
+        tl.store(top_ptr + part * N + columns, finite_or_zero(top) + tl.log(total), mask=taken)
+        update1 /= total[:, None]
+        update2 /= total[:, None]
+    store_pieces(update_ptr, update1, update2, columns, taken, D, D, D1, D2)
 
 
 @triton.jit(do_not_specialize=["N", "parts"])
@@ -228,9 +197,7 @@ def attention_with_context_gradient(
     if parts > 1:
         sums, tops = update.new_empty(parts, *update.shape), column_lse.new_empty(parts, *column_lse.shape)
         totals = torch.empty_like(tops)
-    # One piece: two of them, with the two of the columns, would not fit the registers.
-    d1 = max(triton.next_power_of_2(d), 16)
-    n1, n2 = pieces(tokens)
+    d1, d2 = pieces(d)
     launch(
         _context_gradient_fwd_kernel,
         (parts, batch * heads),
@@ -256,8 +223,9 @@ def attention_with_context_gradient(
         scale,
         D=d,
         D1=d1,
-        N1=n1,
-        N2=n2,
+        D2=d2,
+        # At least as many as a group of four warps shares on sm_90 and later.
+        N1=max(triton.next_power_of_2(tokens), 64),
         PARTS=parts > 1,
         ALIGN=align_of(q, k, v),
         DOT=dot_dtype(q.dtype),
@@ -277,6 +245,6 @@ def attention_with_context_gradient(
             tokens,
             parts,
             D=d,
-            D1=d1,
+            D1=max(triton.next_power_of_2(d), 16),
         )
     return out, lse, update, column_lse
