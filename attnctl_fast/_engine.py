@@ -266,6 +266,9 @@ class Engine:
         self._stop_contexts()
 
     def _stop_contexts(self) -> None:
+        if self.contexts is not None:
+            # They and their contexts hold each other, which would keep the memory until the garbage collector runs.
+            self.contexts.slots.clear()
         self.contexts = None
         for processor in self.processors.values():
             processor._set(slot=None)

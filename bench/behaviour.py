@@ -107,11 +107,11 @@ def inpaint_arms(pipe: Any, settings: Sequence[Options], steps: int) -> list[Arm
     return [Arm(options=erased), *(Arm(energy(**options), options=erased) for options in settings)]
 
 
-def erased(scenes: Sequence[Scene]) -> dict[str, Any]:
+def erased(scenes: Sequence[Scene], seeds: Sequence[int]) -> dict[str, Any]:
     """Pictures of the scenes whose second object is erased and to be drawn again."""
     pictures, masks = [], []
-    for scene in scenes:
-        drawn = render(scene, seed=sum(scene.prompt.encode()))
+    for scene, seed in zip(scenes, seeds, strict=True):
+        drawn = render(scene, seed)
         pixels, mask = np.asarray(drawn.image).copy(), np.zeros(drawn.masks.shape[1:], np.uint8)
         rows, columns = np.nonzero(drawn.masks[1])
         mask[max(rows.min() - 5, 0) : rows.max() + 6, max(columns.min() - 5, 0) : columns.max() + 6] = 255
@@ -124,15 +124,14 @@ def erased(scenes: Sequence[Scene]) -> dict[str, Any]:
 
 def edit_arms(pipe: Any, settings: Sequence[Options], steps: int) -> list[Arm]:
     """Pictures inverted under their caption; plain is the new prompt from the same noise."""
-    noises: dict[str, torch.Tensor] = {}
+    noises: dict[int, torch.Tensor] = {}
 
-    def inverted(scenes: Sequence[Scene]) -> dict[str, Any]:
+    def inverted(scenes: Sequence[Scene], seeds: Sequence[int]) -> dict[str, Any]:
         captions = [scene.prompt for scene in scenes]
-        if not all(caption in noises for caption in captions):
-            pictures = [render(scene, seed=sum(scene.prompt.encode())).image for scene in scenes]
-            noises.update(zip(captions, invert(pipe, pictures, captions, steps).split(1), strict=True))
-        latents = torch.cat([noises[caption] for caption in captions])
-        return {"latents": latents, "negative_prompt": captions}
+        if not noises.keys() >= set(seeds):
+            pictures = [render(scene, seed).image for scene, seed in zip(scenes, seeds, strict=True)]
+            noises.update(zip(seeds, invert(pipe, pictures, captions, steps).split(1), strict=True))
+        return {"latents": torch.cat([noises[seed] for seed in seeds]), "negative_prompt": captions}
 
     def composed(options: Options) -> Callable[[Sequence[Scene]], Sequence[Composition]]:
         how = {"gamma_attn": options["gamma"], "gamma_norm": options["gamma"], "start": options.get("start", 0.0)}
@@ -144,8 +143,8 @@ def edit_arms(pipe: Any, settings: Sequence[Options], steps: int) -> list[Arm]:
 
         return methods
 
-    def prompted(scenes: Sequence[Scene]) -> dict[str, Any]:
-        return inverted(scenes) | {"prompt": [recoloured(scene).prompt for scene in scenes]}
+    def prompted(scenes: Sequence[Scene], seeds: Sequence[int]) -> dict[str, Any]:
+        return inverted(scenes, seeds) | {"prompt": [recoloured(scene).prompt for scene in scenes]}
 
     return [Arm(options=prompted), *(Arm(composed(options), options=inverted) for options in settings)]
 

@@ -126,7 +126,7 @@ def test_questions_about_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     (other,) = behaviour.recoloured(RED).objects
     assert other != red and other[1] == "circle"
     assert behaviour.only_recoloured(RED, [other]) and not behaviour.only_recoloured(RED, [other, ring])
-    erased = behaviour.erased([scene])
+    erased = behaviour.erased([scene], [3])
     pixels, mask = np.asarray(erased["image"][0]), np.asarray(erased["mask_image"][0])
     assert (pixels[mask > 0] == pixels[0, 0]).all() and 0 < (mask > 0).mean() < 0.5
     assert [(seen.colour, seen.shape) for seen in detect(erased["image"][0])] == [red]

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # official mass asks every target for a fifth of the picture, which fits what Stable Diffusion draws; an object of this
 # model covers about a tenth.
 TUNED: Mapping[str, Any] = {"layers": LAYERS, "strength": 1.0, "mass": 0.08, "level": 0.6, "quantile": 0.95}
-MOVED: Mapping[str, Any] = {"gamma_attn": 0.0, "gamma_norm": 0.3, "schedule": step(0.2)}
-ADDED: Mapping[str, Any] = {"weight": 4.0}
+MOVED: Mapping[str, Any] = {"gamma_attn": 0.003, "gamma_norm": 0.3, "schedule": step(0.2)}
+ADDED: Mapping[str, Any] = {"weight": 6.0}
 NEGATED: Mapping[str, Any] = {"weight": 0.4}
 
 Methods = Sequence[Any] | Callable[[Sequence[Scene]], Sequence[Any]]
@@ -43,14 +43,14 @@ class Arm:
             plain pipeline.
         impl: the implementation, as for `attnctl_fast.use`; `None` leaves the default.
         batches: draw only so many of the first batches, for an arm that is only timed; `None` draws all.
-        options: a function from the scenes of a batch to arguments of the pipeline's call, such as another prompt or
-            the image to fill in; `None` for the scenes' prompts alone.
+        options: a function from the scenes and seeds of a batch to arguments of the pipeline's call, such as another
+            prompt or the image to fill in; `None` for the scenes' prompts alone.
     """
 
     methods: Methods = ()
     impl: str | None = None
     batches: int | None = None
-    options: Callable[[Sequence[Scene]], Mapping[str, Any]] | None = None
+    options: Callable[[Sequence[Scene], Sequence[int]], Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def phrase(scene: Scene, index: int) -> str:
     return Scene(scene.objects[index : index + 1]).prompt
 
 
-def first_object(scenes: Sequence[Scene]) -> dict[str, Any]:
+def first_object(scenes: Sequence[Scene], _: Sequence[int]) -> dict[str, Any]:
     """Prompts that name only the first object of every scene, as an arm's `options`."""
     return {"prompt": [phrase(scene, 0) for scene in scenes]}
 
@@ -272,7 +272,7 @@ def _draw(
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
         }
         if arm.options is not None:
-            arguments.update(arm.options(scenes))
+            arguments.update(arm.options(scenes, seeds))
         images = pipe(arguments.pop("prompt"), **arguments).images
     return images, time.perf_counter() - start
 
