@@ -297,14 +297,14 @@ class Contexts:
         if slot.updates and self.updating:
             mask = slot.mask if slot.mask is None or not rows else torch.cat([slot.mask] * 2)
             whole, pull = ops.attention_with_context_gradient(q, k, v, query_weight=mask, scale=scale)
-            gammas = {"gamma_attn": self._now[0], "gamma_norm": self._now[1]}
             assert self.energy is not None
             self._main.add(
                 ops.context_update(
                     pull,
                     k,
                     attn.to_k,
-                    **gammas,
+                    gamma_attn=self._now[0],
+                    gamma_norm=self._now[1],
                     token_weight=self._token_weight,
                     alpha=self.energy.alpha,
                     convention=self.energy.convention,

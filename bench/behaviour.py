@@ -11,7 +11,6 @@ as a table. Each task draws the same seeds without and with a method and asks on
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from checkout import RESULTS, ROOT, git_state
+from checkout import RESULTS, ROOT, append, git_state
 from PIL import Image
 from rates import TUNING_SEED
 from tables import behaviour_table
@@ -301,8 +300,7 @@ def main() -> None:
         rows += rows_of_pictures(name, task, results, min(2, len(seeds)))
         print(behaviour_table(run), flush=True)
     path = RESULTS / ("shapes_behaviour_tuning.jsonl" if arguments.tune else "shapes_behaviour.jsonl")
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(run) + "\n")
+    append(path, run)
     if not arguments.tune and len(arguments.tasks) == len(TASKS):
         notes = [
             "Below each picture: what a detector found of the prompt's objects. Green frame: as asked for (see the "

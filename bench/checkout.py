@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -22,3 +24,10 @@ def git_state() -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None
+
+
+def append(path: Path, run: dict[str, Any]) -> None:
+    """Add a line to a file of results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(run) + "\n")

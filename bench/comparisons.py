@@ -129,6 +129,21 @@ def attention_with_context_gradient(x: Inputs, layer: Layer, dtype: torch.dtype,
     )
 
 
+def context_update(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.Compile) -> Comparison:
+    """What comes before the projection, which is a matrix product: with a projection of the head's own width, one."""
+    update, gammas = x.v.float().contiguous(), torch.tensor([0.3, 0.7], device=x.k.device)
+    weight = torch.eye(layer.heads * layer.width, dtype=dtype, device=x.k.device)
+
+    def run(k: Tensor, weight: Tensor, impl: str) -> Tensor:
+        return ops.context_update(update, k, weight, gamma_attn=gammas[0], gamma_norm=gammas[1], impl=impl)
+
+    contenders = {name: _ready(partial(run, x.k, weight, name)) for name in (OURS, "eager")}
+    contenders["torch.compile"] = Contender(lambda: compile(partial(run, x.k, weight, "eager")), compiles=True)
+    truth = (run(x.k.double(), weight.double(), "reference"),)
+    moved = _size(x.k, x.k) + 4 * update.numel()
+    return Comparison("context_update", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, _first)
+
+
 def composed_attention(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.Compile) -> Comparison:
     """The prompt and two edits, one of them negated."""
     shift = [(x.k.roll(i, 2), x.v.roll(i, 1)) for i in range(3)]
@@ -383,6 +398,7 @@ OPERATIONS: dict[str, Build] = {
     "regulated_layer": regulated_layer,
     "target_statistics": target_statistics,
     "attention_with_context_gradient": attention_with_context_gradient,
+    "context_update": context_update,
     "composed_attention": composed_attention,
     "merge_targets": merge_targets,
     "biased_attention": biased_attention,

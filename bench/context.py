@@ -12,24 +12,19 @@ UNet.
 from __future__ import annotations
 
 import functools
-import json
 import statistics
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from checkout import RESULTS, git_state
+from cpu import record
 from peers import published_context_gradient, sdpa_each
 from tables import context_table
 from torch import Tensor
 
 from attnctl_fast import ops
-from attnctl_fast._report import versions
 
 
 class Case(NamedTuple):
@@ -132,20 +127,5 @@ def summary(report: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        code = pytest.main([__file__, "-q", "--no-header", f"--benchmark-json={report}"])
-        if code:
-            raise SystemExit(code)
-        rows = summary(json.loads(report.read_text(encoding="utf-8")))
-    run = {"date": time.strftime("%Y-%m-%d"), "git": git_state(), "versions": versions(), "shapes": rows}
-    path = RESULTS / "cpu_context.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(run) + "\n")
-    print(context_table(run))
-
-
 if __name__ == "__main__":
-    main()
+    record(__file__, "cpu_context.jsonl", summary, context_table)

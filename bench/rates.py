@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from checkout import RESULTS, git_state
+from checkout import RESULTS, append, git_state
 from tables import rates_table
 
 from attnctl_fast._report import overhead, spread, versions
@@ -128,9 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=arguments.batch_size,
     )
     path = arguments.results or RESULTS / ("shapes_tuning.jsonl" if arguments.tune else "shapes_rates.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(run) + "\n")
+    append(path, run)
     print(rates_table(run))
 
 

@@ -10,21 +10,16 @@ that the released code leaves on. Its logits and its final attention are part of
 
 from __future__ import annotations
 
-import json
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkout import RESULTS, git_state
+from cpu import record
 from tables import regulate_table
 from torch import Tensor
 
 from attnctl_fast import ops, reference
-from attnctl_fast._report import versions
 from attnctl_fast.ops.gaussian_bias import full_basis
 
 # B*H, M, T, head width: SD 2 and SD 1.5 at 512 px (16x16), SDXL at 1024 px (32x32), each at batch 1.
@@ -91,20 +86,5 @@ def summary(report: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        code = pytest.main([__file__, "-q", "--no-header", f"--benchmark-json={report}"])
-        if code:
-            raise SystemExit(code)
-        rows = summary(json.loads(report.read_text(encoding="utf-8")))
-    run = {"date": time.strftime("%Y-%m-%d"), "git": git_state(), "versions": versions(), "shapes": rows}
-    path = RESULTS / "cpu_regulate.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(run) + "\n")
-    print(regulate_table(run))
-
-
 if __name__ == "__main__":
-    main()
+    record(__file__, "cpu_regulate.jsonl", summary, regulate_table)

@@ -81,13 +81,13 @@ REGULATED = [layer for layer in LAYERS if layer.image_tokens <= 4096]
 SMALL, LARGE = LAYERS[6], LAYERS[13]
 
 _MOST = (
-    *("regulated", "merge", "context", "context, masked", "composed"),
+    *("regulated", "merge", "context", "context, masked", "step", "composed"),
     *("plain, gradients", "statistics, gradients", "regulated, gradients"),
 )
-_SOME = ("plain", "statistics", "merge", "context", "composed", "regulated, gradients")
+_SOME = ("plain", "statistics", "merge", "context", "step", "composed", "regulated, gradients")
 _ALL = (
     *("plain", "statistics", "statistics, square", "biased", "regulated", "merge"),
-    *("context", "context, masked", "composed", "context, gradients", "composed, gradients"),
+    *("context", "context, masked", "composed", "context, gradients", "composed, gradients", "step", "step, weighted"),
     *("plain, gradients", "statistics, gradients", "biased, gradients", "regulated, gradients", "merge, gradients"),
     *("biased, bias gradient", "regulated, theta gradient"),
 )
@@ -140,6 +140,13 @@ def attention_cases(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], 
     def context(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None) -> Any:
         return ops.attention_with_context_gradient(q, k, v, query_weight=weight, impl="triton")
 
+    def step(k: Tensor, weight: Tensor | None = None, convention: str = "official") -> Any:
+        """With gammas and token weights as a method has them: tensors."""
+        gammas = torch.ones(2)
+        projection = k.new_empty(layer.heads * layer.width, 8)
+        how: dict[str, Any] = {"gamma_attn": gammas[0], "gamma_norm": gammas[1], "token_weight": weight}
+        return ops.context_update(k.float(), k, projection, **how, convention=convention, impl="triton")
+
     def composed(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return ops.composed_attention(q, [k, k], [v, v], [1.0, 0.5], impl="triton")
 
@@ -158,6 +165,8 @@ def attention_cases(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], 
         **{f"{name}, gradients": partial(differentiated, f, *tensors) for name, (f, tensors) in forms.items()},
         "statistics, square": partial(statistics, q, k, v, True),
         "context, masked": partial(context, q, k, v, mask),
+        "step": partial(step, k),
+        "step, weighted": partial(step, k, torch.ones(layer.batch, layer.tokens), "paper"),
         "biased, bias gradient": partial(differentiated, partial(biased, q, k, v), bias),
         "regulated, theta gradient": partial(differentiated, partial(regulated, q, k, v), theta),
     }

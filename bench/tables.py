@@ -40,7 +40,7 @@ def rates_table(run: dict[str, Any]) -> str:
         ]
         cost = entry["overhead_percent"]
         rows.append([_label(entry["options"]), *cells, _seconds(entry), f"{cost['median']:+.0f} %"])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = _lines(rows)
     last = settings["seed_start"] + settings["count"] - 1
     lines += [
         "",
@@ -64,7 +64,7 @@ def regulate_table(run: dict[str, Any]) -> str:
         sizes = [str(entry[name]) for name in ("rows", "image_tokens", "targets", "head_width")]
         rows.append([*sizes, *times, f"{entry['ratio']:.1f}"])
     versions = run["versions"]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = _lines(rows)
     lines += [
         "",
         "One regulated layer, float32, 77 text tokens, 20 steps: median and quartiles, each form at its better of "
@@ -84,7 +84,7 @@ def context_table(run: dict[str, Any]) -> str:
         ratios = [f"{entry['ratios'][form]:.2f}" if form in entry["ratios"] else "" for form in forms[:2]]
         rows.append([f"`{entry['operation']}`", entry["model"], *sizes, *times, *ratios])
     versions = run["versions"]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = _lines(rows)
     lines += [
         "",
         "Batches of 2, float32, 77 text tokens, without gradients; `composed_attention` of 2 contexts. Median and "
@@ -109,7 +109,7 @@ def behaviour_table(run: dict[str, Any]) -> str:
                     f"{row['overhead_percent']['median']:+.0f} %",
                 ]
             )
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = _lines(rows)
     last = settings["seed_start"] + settings["count"] - 1
     lines += [
         "",
@@ -172,7 +172,7 @@ def _gpu_run(path: Path) -> str:
     last = run[-1]
     checks = next((x for x in run if x["op"] == "correctness"), None)
     right = f"{checks['done'] - len(checks['failures'])} of {checks['done']} checks right; " if checks else ""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = _lines(rows)
     lines += [
         "",
         f"{last['gpu']}, float16: medians with 20th and 80th percentile, in a CUDA graph where that is faster; launched"
@@ -185,6 +185,11 @@ def _gpu_run(path: Path) -> str:
 
 def _fastest(line: dict[str, Any]) -> dict[str, float]:
     return min((x for x in (line, line.get("graph")) if x), key=lambda x: x["p50"])
+
+
+def _lines(rows: list[list[str]]) -> list[str]:
+    """A Markdown table's lines."""
+    return ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def _milliseconds(times: dict[str, float]) -> str:
@@ -211,7 +216,7 @@ def resources_table(path: Path) -> str:
             most = {field: max(x[field] for x in by_target[target]) for field in content["fields"] if field != "key"}
             cells.append(f"{most['registers']}, {most['shared'] / 1024:.0f}, {most['spilled']}")
         rows.append([f"`{kernel}`", str(max(map(len, by_target.values()))), *cells])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = _lines(rows)
     lines += ["", f"Registers per thread, KiB of shared memory, bytes spilled; Triton {content['triton']}."]
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from kernel_cases import (
     ATTENTION,
@@ -24,7 +25,8 @@ from kernel_cases import (
 from numerics import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnctl_fast import AttentionRegulation, ops, use
+from attnctl_fast import AttentionRegulation, EnergyContext, control, ops, use
+from attnctl_fast._contexts import Contexts
 from attnctl_fast.methods._base import Call
 
 pytest.importorskip("triton")
@@ -38,7 +40,10 @@ LARGEST = {"CUTS": 8, "num_warps": 8, "num_stages": 3}
 
 
 # Operations of PyTorch that launch nothing.
-VIEWS = {"aten::detach", "aten::expand", "aten::slice", "aten::view", "aten::alias", "aten::promote_types"}
+VIEWS = {
+    *("aten::detach", "aten::expand", "aten::slice", "aten::select", "aten::view", "aten::_unsafe_view"),
+    *("aten::alias", "aten::promote_types"),
+}
 
 
 class Ran(TorchDispatchMode):
@@ -111,7 +116,7 @@ def test_attention_regulation_adds_no_kernels_of_its_own(launches, monkeypatch):
     """The method's average, strength and decay are part of the choosing kernel."""
     case = Case(64, 20, 16)
     t = case.tensors()
-    call = Call(SimpleNamespace(positions=lambda _: [[3, 5]], special=lambda: [[0, 9]]), 1, step=0, steps=10)
+    call = Call(SimpleNamespace(positions=lambda _: [[3, 5]], special=lambda: [[0, 9]]), 1, None, step=0, steps=10)
     call.latents = (8, 8)
     edit = AttentionRegulation([3, 5], steps=2).start(call)
     theta = torch.rand(1, t["q"].shape[1], 2, *ops.basis_shape((8, 8)), device=DEVICE)
@@ -124,6 +129,34 @@ def test_attention_regulation_adds_no_kernels_of_its_own(launches, monkeypatch):
             edit.attend(layer, t["q"][:1], t["k"][:1], t["v"][:1], 0.25)
         assert len(launches) <= 1 + 4
         assert {name for name in ran.names if not name.startswith("attnctl_fast::")} <= VIEWS
+
+
+def test_an_updated_layer_is_three_kernels_and_a_product(launches, monkeypatch):
+    """In half precision: both softmaxes, the parts of the columns, the step before the projection; then the product
+    with the key projection and the sum with the context."""
+    pipe = tiny.pipeline().to(DEVICE, torch.float16)
+    pipe.scheduler.set_timesteps(4)
+    attend, seen = Contexts.attend, []
+
+    def counted(self, slot, *arguments):
+        launches.clear()
+        with Ran() as ran:
+            out = attend(self, slot, *arguments)
+        seen.append((len(launches), [name for name in ran.names if name not in VIEWS]))
+        return out
+
+    monkeypatch.setattr(Contexts, "attend", counted)
+    with use("triton"), control(pipe, EnergyContext(0.02, 0.02)), torch.no_grad():
+        embeddings, negative = pipe.encode_prompt("a bag", DEVICE, 1, True)
+        latents = tiny.latents(2).to(DEVICE, torch.float16)
+        pipe.unet(latents, pipe.scheduler.timesteps[0], encoder_hidden_states=torch.cat([negative, embeddings]))
+    # The last layer is left alone: nobody reads what it would move.
+    layers = [name for name, _ in pipe.unet.named_modules() if name.endswith("attn2")]
+    assert len(seen) == len(layers) - 1
+    for kernels, names in seen:
+        assert kernels <= 3
+        ours = [name for name in names if name.startswith("attnctl_fast::")]
+        assert len(ours) == 2 and len(names) <= 4, names
 
 
 def test_recording_runs_nothing():

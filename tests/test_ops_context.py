@@ -323,14 +323,43 @@ def test_released_convention_and_token_weights():
     torch.testing.assert_close(found, expected)
 
 
-def test_every_sample_may_have_its_own_gammas():
-    k, update = (randn(2, 3, 9, 8, dtype=torch.float64, seed=s) for s in (1, 2))
-    weight = randn(1, 1, 24, 5, dtype=torch.float64, seed=4)[0, 0]
-    each = torch.tensor([[0.3, 0.1], [0.7, 0.2]], dtype=torch.float64, device=DEVICE)
-    found = ops.context_update(update, k, weight, gamma_attn=each[:, 0], gamma_norm=each[:, 1])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_sample_may_have_its_own_gammas(impl):
+    k, update = (randn(2, 3, 9, 8, dtype=widest(impl), seed=s) for s in (1, 2))
+    weight = randn(1, 1, 24, 5, dtype=k.dtype, seed=4)[0, 0]
+    each = torch.tensor([[0.3, 0.1], [0.7, 0.2]], dtype=k.dtype, device=DEVICE)
+    found = ops.context_update(update, k, weight, gamma_attn=each[:, 0], gamma_norm=each[:, 1], impl=impl)
     for i, (attn, norm) in enumerate(each.tolist()):
-        alone = ops.context_update(update[i : i + 1], k[i : i + 1], weight, gamma_attn=attn, gamma_norm=norm)
-        torch.testing.assert_close(found[i : i + 1], alone)
+        one = slice(i, i + 1)
+        alone = ops.context_update(update[one], k[one], weight, gamma_attn=attn, gamma_norm=norm, impl=impl)
+        torch.testing.assert_close(found[one], alone)
+
+
+def plain_step(update, k, gamma_attn, gamma_norm, tokens, alpha, convention, order=slice(None)):
+    """The norms are summed in this order."""
+    keys, pull = (x.transpose(1, 2).flatten(2) for x in (k.to(update.dtype), update))
+    share = (keys[..., order].square().sum(-1) / (1 if convention == "official" else 2)).softmax(-1)
+    return gamma_attn * tokens.to(keys).unsqueeze(-1) * (pull - alpha * keys) - gamma_norm * share.unsqueeze(-1) * keys
+
+
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("h", "n", "d"), [(1, 1, 8), (3, 77, 40), (2, 150, 80), (1, 20, 160)])
+@pytest.mark.parametrize(("alpha", "convention"), [(0.0, "official"), (0.2, "paper")])
+def test_update_before_the_projection(impl, dtype, h, n, d, alpha, convention):
+    """By a projection that does nothing; keys as a layer makes them, [B,N,H*d]; squares of up to about 60."""
+    k = fenced(randn(1, 2, n, h * d, dtype=dtype, seed=1)[0] * (60 / (h * d)) ** 0.5 * 0.8)
+    k = k.unflatten(-1, (h, d)).transpose(1, 2)
+    update = fenced(randn(2, h, n, d, seed=2, dtype=torch.float32))
+    tokens = fenced(rand(2, n))
+    identity = torch.eye(h * d, dtype=dtype, device=DEVICE)
+    gammas = torch.tensor([0.3, 0.7], device=DEVICE)
+    how = {"token_weight": tokens, "alpha": alpha, "convention": convention, "impl": impl}
+    found = ops.context_update(update, k, identity, gamma_attn=gammas[0], gamma_norm=gammas[1], **how)
+    assert found.dtype == dtype
+    plain = [plain_step(update, k, *gammas, tokens, alpha, convention, order).to(dtype) for order in orders(h * d)]
+    truth = plain_step(update.double(), k, *gammas.double(), tokens, alpha, convention)
+    assert_rows_close(found, plain, truth, dtype, "step")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -109,6 +109,10 @@ def kernels(strided: bool = True):
             (out, rest_lse, *halves, rest_lse, 0.3, [False, True, False]),
         ],
         "attention_with_context_gradient_triton": [(*halves, None, 0.3), (q, k, v, rand(2, 24), 0.3)],
+        "context_pull_triton": [
+            (k.float(), k, ones[0, 0], ones[0], rand(2, k.shape[2]), 0.1, True),
+            (k.float(), k, ones[0, 0], ones[0, 1], None, 0.0, False),
+        ],
         "composed_attention_triton": [(*halves[:1], halves[1:2] * 2, halves[2:] * 2, [0.7, 0.3], 0.3)],
         "target_statistics_triton": [(*halves, ids, pins, 0.3, True), (q, k, v, ids, none, 0.3, False)],
         "target_statistics_triton_backward": [

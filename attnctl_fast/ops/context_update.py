@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
+
+from .._impl import resolve
+from .._validate import check_kernel_limits
+from ._library import differentiated
+from ._triton import context_update as _triton
 
 CONVENTIONS = ("official", "paper")
 KeyProjection: TypeAlias = Tensor | Callable[[Tensor], Tensor]
@@ -18,25 +23,37 @@ def flat_keys(k: Tensor) -> Tensor:
     return k.transpose(1, 2).flatten(2).to(torch.promote_types(k.dtype, torch.float32))
 
 
-def _check_number(name: str, value: float | Tensor, batch: int) -> float | Tensor:
-    """`value`, that of every sample as `[B,1,1]`."""
+def _check_number(name: str, value: float | Tensor, batch: int) -> None:
     if isinstance(value, Tensor):
         if value.shape not in ((), (batch,)):
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}; it must be a number, a 0-d tensor or one number per sample "
                 f"[{batch}]"
             )
-        return value[:, None, None] if value.ndim else value
-    if not math.isfinite(value):
+    elif not math.isfinite(value):
         raise ValueError(f"{name} is {value}; it must be finite")
-    return value
+
+
+def _is_bare(to_k: KeyProjection) -> TypeGuard[torch.nn.Linear]:
+    """Whether calling the module is nothing but a product with its weight.
+
+    Then that is taken: to differentiate a call costs the host more than all other work of an update.
+    """
+    if type(to_k) is not torch.nn.Linear or "forward" in to_k.__dict__:
+        return False
+    # A quantised weight is a tensor of another class, an offloaded one has no memory.
+    own = type(to_k.weight) is torch.nn.Parameter and not to_k.weight.is_meta
+    return own and not to_k._forward_hooks and not to_k._forward_pre_hooks
 
 
 def project_back(pull: Tensor, to_k: KeyProjection) -> Tensor:
     """`pull` [B,N,H*d] times the weight of the key projection: [B,N,d_ctx].
 
-    A module is differentiated, not read: the weight may be adapted (LoRA), quantised or offloaded.
+    A module is differentiated, not read, unless it is a bare linear one: the weight may be adapted (LoRA), quantised or
+    offloaded.
     """
+    if _is_bare(to_k):
+        to_k = to_k.weight
     if isinstance(to_k, Tensor):
         return pull.to(to_k.dtype) @ to_k
     width = getattr(to_k, "in_features", None)
@@ -64,6 +81,7 @@ def context_update(
     token_weight: Tensor | None = None,
     alpha: float = 0.0,
     convention: str = "official",
+    impl: str | None = None,
 ) -> Tensor:
     """The increment of the context: minus gamma times the gradient of the two energies (arXiv 2306.09869).
 
@@ -74,11 +92,14 @@ def context_update(
     Args:
         update: from `attention_with_context_gradient`, `[B,H,N,d]`.
         k: the layer's keys, `[B,H,N,d]`.
-        to_k: the key projection, a linear module (called, never read) or its weight `[H*d, d_ctx]`.
+        to_k: the key projection, a linear module (called, not read, wherever it is more than its weight) or its
+            weight `[H*d, d_ctx]`.
         gamma_attn, gamma_norm: the steps on either energy, floats, 0-d tensors or one number per sample `[B]`.
         token_weight: u, how far each token may move on the attention's energy, `[N]` or `[B,N]`.
         alpha: weight of the squared norm in the attention's energy; the released code has none.
         convention: `"official"` (p = softmax ||k||^2) or `"paper"` (p = softmax ||k||^2 / 2, its energy's gradient).
+        impl: `"triton"` (one kernel before the projection, where nothing is differentiated), `"eager"` or
+            `"reference"`, which are the same formula; None for the default.
 
     Returns:
         the increment `[B,N,d_ctx]`, in the dtype of the projection.
@@ -93,22 +114,47 @@ def context_update(
     if convention not in CONVENTIONS:
         raise ValueError(f"convention is {convention!r}; it must be one of {', '.join(map(repr, CONVENTIONS))}")
     batch, heads, tokens, width = k.shape
-    gamma_attn = _check_number("gamma_attn", gamma_attn, batch)
-    gamma_norm = _check_number("gamma_norm", gamma_norm, batch)
+    _check_number("gamma_attn", gamma_attn, batch)
+    _check_number("gamma_norm", gamma_norm, batch)
     _check_number("alpha", alpha, batch)
     if isinstance(to_k, Tensor) and (to_k.ndim != 2 or to_k.shape[0] != heads * width):
         raise ValueError(f"to_k has shape {tuple(to_k.shape)}; it must be [H*d, d_ctx] with H*d = {heads * width}")
-    keys = flat_keys(k)
-    pull = flat_keys(update)
-    if alpha:
-        pull = pull - alpha * keys
-    pull = gamma_attn * pull
     if token_weight is not None:
         if token_weight.shape not in ((tokens,), (batch, tokens)):
             raise ValueError(
                 f"token_weight has shape {tuple(token_weight.shape)}; it must be [{tokens}] or [{batch}, {tokens}]"
             )
+        token_weight = token_weight.expand(batch, tokens)
+    halved = convention == "paper"
+    tensors = [x for x in (update, k, gamma_attn, gamma_norm, token_weight) if isinstance(x, Tensor)]
+    if resolve(impl, k.device) == "triton" and not differentiated(*tensors):
+        check_kernel_limits(k)
+        gammas = [x if isinstance(x, Tensor) else torch.full((), x, device=k.device) for x in (gamma_attn, gamma_norm)]
+        pull = _triton.context_pull(update, k, *gammas, token_weight, alpha, halved)
+    else:
+        pull = _pull(update, k, gamma_attn, gamma_norm, token_weight, alpha, halved)
+    return project_back(pull, to_k)
+
+
+def _pull(
+    update: Tensor,
+    k: Tensor,
+    gamma_attn: float | Tensor,
+    gamma_norm: float | Tensor,
+    token_weight: Tensor | None,
+    alpha: float,
+    halved: bool,
+) -> Tensor:
+    """The increment before its projection, [B,N,H*d]."""
+    gamma_attn, gamma_norm = (
+        x[:, None, None] if isinstance(x, Tensor) and x.ndim else x for x in (gamma_attn, gamma_norm)
+    )
+    keys, pull = flat_keys(k), flat_keys(update)
+    if alpha:
+        pull = pull - alpha * keys
+    pull = gamma_attn * pull
+    if token_weight is not None:
         pull = pull * token_weight.unsqueeze(-1).to(pull.dtype)
     square = keys.square().sum(-1)
-    share = (square if convention == "official" else square / 2).softmax(-1)
-    return project_back(pull - gamma_norm * share.unsqueeze(-1) * keys, to_k)
+    share = (square / 2 if halved else square).softmax(-1)
+    return pull - gamma_norm * share.unsqueeze(-1) * keys
