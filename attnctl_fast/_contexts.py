@@ -179,6 +179,11 @@ class Contexts:
             return torch.stack([part.expand(count, -1, -1).repeat_interleave(images, 0) for part in parts])
         return torch.stack(parts)
 
+    @property
+    def cascades(self) -> bool:
+        """Whether any context is moved at any step."""
+        return self._ever.updating or self._ever.moving
+
     def on(self) -> bool:
         """Whether anything differs from the plain pipeline, at this step (in a compiled graph: at any step)."""
         return self.updating or self.composing

@@ -132,7 +132,7 @@ class ControlledProcessor:
         if slot is not None:
             if not slot.contexts.prepared:
                 raise RuntimeError(NOT_HOOKED)
-            if slot.first:
+            if slot.first and slot.contexts.cascades:
                 slot.contexts.reset(self._split(encoder_hidden_states)[0])
             if not slot.contexts.on():
                 slot = None
