@@ -312,6 +312,53 @@ def test_a_module_is_called_and_never_read(dtype):
         torch.testing.assert_close(found, expected, **close)
 
 
+class Packed(torch.nn.Parameter):
+    """As a quantised weight is: a tensor of another class."""
+
+
+def _plain(module):
+    return module
+
+
+def _hooked(module):
+    module.register_forward_hook(lambda module, arguments, out: 2 * out)
+    return module
+
+
+def _hooked_before(module):
+    module.register_forward_pre_hook(lambda module, arguments: 2 * arguments[0])
+    return module
+
+
+def _replaced(module):
+    module.forward = lambda x: 2 * torch.nn.functional.linear(x, module.weight)
+    return module
+
+
+def _packed(module):
+    module.weight = Packed(module.weight.detach())
+    return module
+
+
+@pytest.mark.parametrize(
+    ("change", "factor", "called"),
+    [(_plain, 1, 0), (_hooked, 2, 1), (_hooked_before, 2, 1), (_replaced, 2, 0), (_packed, 1, 1)],
+)
+def test_only_a_bare_linear_module_is_its_weight(change, factor, called, monkeypatch):
+    """`called`: how often the class's own forward runs."""
+    torch.manual_seed(0)
+    module = change(torch.nn.Linear(5, 24, bias=False).to(DEVICE))
+    k, update = (randn(2, 3, 9, 8, dtype=torch.float32, seed=s) for s in (1, 2))
+    how = {"gamma_attn": 0.3, "gamma_norm": 0.7}
+    expected = factor * ops.context_update(update, k, module.weight.detach().as_subclass(torch.Tensor), **how)
+    forward, calls = torch.nn.Linear.forward, []
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: calls.append(1) or forward(self, x))
+    with torch.no_grad():
+        found = ops.context_update(update, k, module, **how)
+    torch.testing.assert_close(found, expected)
+    assert len(calls) == called
+
+
 def test_released_convention_and_token_weights():
     k, update = (randn(2, 3, 9, 8, dtype=torch.float64, seed=s) for s in (1, 2))
     weight = randn(1, 1, 24, 5, dtype=torch.float64, seed=4)[0, 0]
