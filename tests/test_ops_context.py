@@ -11,6 +11,7 @@ from numerics import (
     DEVICE,
     FAST,
     IMPLS,
+    TRITON,
     assert_rows_close,
     attention_inputs,
     carried_to_gradients,
@@ -67,6 +68,17 @@ def check_forward(impl, dtype, m, n, d, masked):
 @pytest.mark.parametrize(("m", "n", "d"), SHAPES)
 def test_attention_with_context_gradient(impl, dtype, m, n, d, masked):
     check_forward(impl, dtype, m, n, d, masked)
+
+
+@pytest.mark.skipif(not TRITON, reason="needs Triton")
+@pytest.mark.parametrize("programs", [1, 12])
+@pytest.mark.parametrize("d", [40, 64, 160])
+def test_a_program_goes_over_several_tiles(d, programs):
+    """All of them in one program, and three parts of three tiles, the last one shorter."""
+    launch = importlib.import_module("attnctl_fast.kernels._launch")
+    use = launch.read_table("default")["context_gradient_fwd"][0]["use"]
+    with launch.forced({"context_gradient_fwd": [{"use": {**use, "BLOCK_M": 16, "PROGRAMS": programs}}]}):
+        check_forward("triton", torch.float16, 132, 77, d, True)
 
 
 def offset(q, k, by):
