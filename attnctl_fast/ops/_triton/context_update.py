@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .._library import opaque
 
 
-def _forward(
-    update: Tensor,
-    k: Tensor,
-    gamma_attn: Tensor,
-    gamma_norm: Tensor,
-    token_weight: Tensor | None,
-    alpha: float,
-    halved: bool,
-) -> Tensor:
+def _forward(*arguments: Any) -> Tensor:
     from ...kernels import context_pull as kernels
 
-    return kernels.context_pull(update, k, gamma_attn, gamma_norm, token_weight, alpha, halved)
+    return kernels.context_pull(*arguments)
 
 
-def _fake(
-    update: Tensor,
-    k: Tensor,
-    gamma_attn: Tensor,
-    gamma_norm: Tensor,
-    token_weight: Tensor | None,
-    alpha: float,
-    halved: bool,
-) -> Tensor:
+def _fake(update: Tensor, k: Tensor, *_: Any) -> Tensor:
     batch, heads, tokens, width = k.shape
     return k.new_empty(batch, tokens, heads * width)
 
