@@ -62,6 +62,7 @@ def check_forward(impl, dtype, m, n, d, masked):
     assert_rows_close(update, plain_runs(plain_update, q, k, weighted), truth, dtype, "update")
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -70,6 +71,7 @@ def test_attention_with_context_gradient(impl, dtype, m, n, d, masked):
     check_forward(impl, dtype, m, n, d, masked)
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
 @pytest.mark.parametrize("programs", [1, 12])
 @pytest.mark.parametrize("d", [40, 64, 160])
@@ -401,6 +403,7 @@ def plain_step(update, k, gamma_attn, gamma_norm, tokens, alpha, convention, ord
     return gamma_attn * tokens.to(keys).unsqueeze(-1) * (pull - alpha * keys) - gamma_norm * share.unsqueeze(-1) * keys
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("h", "n", "d"), [(1, 1, 8), (3, 77, 40), (2, 150, 80), (1, 20, 160)])
@@ -447,6 +450,8 @@ def test_bad_input_is_named():
         ({"gamma_attn": torch.nan}, "gamma_attn is nan; it must be finite"),
         ({"gamma_norm": torch.ones(3)}, "gamma_norm has shape"),
         ({"token_weight": torch.ones(3)}, "token_weight has shape"),
+        ({"gamma_attn": torch.ones((), device="meta")}, "gamma_attn is on meta but k is on"),
+        ({"token_weight": torch.ones(9, device="meta")}, "token_weight is on meta but k is on"),
         ({"convention": "mine"}, "convention is 'mine'"),
         ({"update": update[:, :1]}, "update has shape"),
         ({"to_k": weight[:3]}, "H\\*d = 16"),

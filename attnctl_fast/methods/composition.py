@@ -69,7 +69,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Composition:
-    """Compositional averaging of cross-attention outputs, CACAO (arXiv 2306.09869, NeurIPS 2023, Eq. 12; MATH.md
+    """Compositional averaging of cross-attention outputs, CACAO (arXiv 2306.09869, NeurIPS 2023; MATH.md
     section 2).
 
     The attention of the conditional rows becomes the weighted mean of the attention to the prompt (weight 1) and to

@@ -23,7 +23,7 @@ TokenWeights: TypeAlias = "Mapping[Target, float] | Sequence[Mapping[Target, flo
 
 @dataclass(frozen=True)
 class EnergyContext:
-    """Bayesian context update (arXiv 2306.09869, NeurIPS 2023, Eq. 11; MATH.md section 2).
+    """Bayesian context update (arXiv 2306.09869, NeurIPS 2023, "Bayesian context update"; MATH.md section 2).
 
     Every cross-attention layer moves the text's context a step down its energies and hands it to the next layer; each
     evaluation of the UNet begins with the text encoder's own. Conditional and unconditional rows are both moved, as

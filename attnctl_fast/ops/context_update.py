@@ -105,7 +105,8 @@ def context_update(
         the increment `[B,N,d_ctx]`, in the dtype of the projection.
 
     Raises:
-        ValueError: shapes that do not fit, a gamma that is not finite (tensors are trusted), or an unknown convention.
+        ValueError: shapes or devices that do not fit, a gamma that is not finite (tensors are trusted), or an unknown
+            convention.
     """
     if update.ndim != 4 or update.shape != k.shape:
         raise ValueError(
@@ -126,6 +127,10 @@ def context_update(
             )
         token_weight = token_weight.expand(batch, tokens)
     halved = convention == "paper"
+    named = {"update": update, "gamma_attn": gamma_attn, "gamma_norm": gamma_norm, "token_weight": token_weight}
+    for name, x in named.items():
+        if isinstance(x, Tensor) and x.device != k.device:
+            raise ValueError(f"{name} is on {x.device} but k is on {k.device}; move it there")
     tensors = [x for x in (update, k, gamma_attn, gamma_norm, token_weight) if isinstance(x, Tensor)]
     if resolve(impl, k.device) == "triton" and not differentiated(*tensors):
         check_kernel_limits(k)
