@@ -10,7 +10,7 @@ from ._impl import use
 
 if TYPE_CHECKING:
     from . import ops, schedules, shapes
-    from .methods import AttentionRegulation, Composition, Edit, EnergyContext
+    from .methods import AttentionRegulation, Composition, Edit, EnergyContext, GuidanceContext, LatentGuidance
     from .pipeline import by_downsampling, capture, control, enable
 
 __version__ = "0.1.0"
@@ -20,6 +20,8 @@ __all__ = [
     "Composition",
     "Edit",
     "EnergyContext",
+    "GuidanceContext",
+    "LatentGuidance",
     "by_downsampling",
     "capture",
     "control",
@@ -35,6 +37,8 @@ _HOME = {
     "Composition": "methods",
     "Edit": "methods",
     "EnergyContext": "methods",
+    "GuidanceContext": "methods",
+    "LatentGuidance": "methods",
     "by_downsampling": "pipeline",
     "capture": "pipeline",
     "control": "pipeline",

@@ -236,7 +236,7 @@ class Engine:
         given = arguments.get("prompt_embeds")
         count = len(texts) if texts is not None else len(embeddings if given is None else given)
         prompts = Prompts(pipe, texts, count, embeddings.shape[1], second)
-        self.call = Call(prompts, embeddings.shape[0] // count, encode)
+        self.call = Call(pipe, prompts, embeddings.shape[0] // count, encode)
         self._caller, self._timestep = pipe, None
         self._guided = bool(arguments.get("do_classifier_free_guidance", True))
         try:

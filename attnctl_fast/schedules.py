@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from ._numbers import check_number, check_steps, step_count
 
-__all__ = ["Schedule", "ScheduleLike", "constant", "exponential", "factors", "linear", "reverse_step", "step"]
+__all__ = ["Schedule", "ScheduleLike", "constant", "exponential", "factors", "linear", "reverse_step", "root", "step"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Schedule:
             return [float((i >= first) == (self.name == "step")) for i in range(steps)]
         if self.name == "exponential":
             return [float(self.value ** (i / steps)) for i in range(steps)]
+        if self.name == "root":
+            return [math.sqrt(1 + (self.value - 1) * i / max(steps - 1, 1)) for i in range(steps)]
         return [1 + (self.value - 1) * i / steps for i in range(steps)]
 
 
@@ -66,6 +68,13 @@ def exponential(last: float) -> Schedule:
     """
     check_number("last", last, 0.0, open_low=True)
     return Schedule("exponential", float(last))
+
+
+def root(last: float) -> Schedule:
+    """The square root of a straight line from 1 at the first step to `last` at the last one: Attend-and-Excite's is
+    `root(0.5)`."""
+    check_number("last", last, 0.0)
+    return Schedule("root", float(last))
 
 
 def check_schedule(schedule: ScheduleLike) -> ScheduleLike:

@@ -116,7 +116,9 @@ def test_attention_regulation_adds_no_kernels_of_its_own(launches, monkeypatch):
     """The method's average, strength and decay are part of the choosing kernel."""
     case = Case(64, 20, 16)
     t = case.tensors()
-    call = Call(SimpleNamespace(positions=lambda _: [[3, 5]], special=lambda: [[0, 9]]), 1, None, step=0, steps=10)
+    call = Call(
+        None, SimpleNamespace(positions=lambda _: [[3, 5]], special=lambda: [[0, 9]]), 1, None, step=0, steps=10
+    )
     call.latents = (8, 8)
     edit = AttentionRegulation([3, 5], steps=2).start(call)
     theta = torch.rand(1, t["q"].shape[1], 2, *ops.basis_shape((8, 8)), device=DEVICE)

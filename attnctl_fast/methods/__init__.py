@@ -3,5 +3,6 @@
 from .attention_regulation import AttentionRegulation
 from .composition import Composition, Edit
 from .energy_context import EnergyContext
+from .latent_guidance import GuidanceContext, LatentGuidance
 
-__all__ = ["AttentionRegulation", "Composition", "Edit", "EnergyContext"]
+__all__ = ["AttentionRegulation", "Composition", "Edit", "EnergyContext", "GuidanceContext", "LatentGuidance"]
