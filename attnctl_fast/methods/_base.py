@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 class Call:
     """One call of a pipeline, as methods see it.
 
-    pipe: the pipeline. prompts: the prompts and their tokens. images: images per prompt; samples come prompt by prompt. evaluation: index
-    of the UNet evaluation. step, steps: index of the sampling step it belongs to, and how many the schedule has from
-    the call's first one on. latents: (height, width) of the latents. mask: of an inpainting call, `[samples, 1, height,
-    width]` at the latents' size, 1 where the picture is new; None elsewhere. encode: contexts `[n,N,C]` of n texts, as
-    the pipeline encodes prompts in this call.
+    pipe: the pipeline. prompts: the prompts and their tokens. images: images per prompt; samples come prompt by
+    prompt. evaluation: index of the UNet evaluation. step, steps: index of the sampling step it belongs to, and how
+    many the schedule has from the call's first one on. latents: (height, width) of the latents. mask: of an
+    inpainting call, `[samples, 1, height, width]` at the latents' size, 1 where the picture is new; None elsewhere.
+    encode: contexts `[n,N,C]` of n texts, as the pipeline encodes prompts in this call.
     """
 
     pipe: Any

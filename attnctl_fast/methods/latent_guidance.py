@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import KW_ONLY, dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
@@ -83,8 +85,8 @@ class LatentGuidance:
         if plain:
             cls.__annotations__ = {**own, **{name: base[name].type for name in plain}}
             for name in plain:
-                value = cls.__dict__[name]
-                setattr(cls, name, field(default_factory=lambda value=value: value, kw_only=True))
+                # Not as a default: a list may not be one.
+                setattr(cls, name, field(default_factory=partial(copy, cls.__dict__[name]), kw_only=True))
             dataclass(frozen=True)(cls)
 
     def __post_init__(self) -> None:
