@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._layers import ByDownsampling, Layer
-from ._tokens import Targets
+from ._tokens import Targets, padded
 from .methods._base import Call, Edited
 
 
@@ -84,9 +84,7 @@ class Recording:
     def __init__(self, capture: Capture, call: Call, ids: list[list[int]]) -> None:
         self.call = call
         self.maps = capture.maps._maps
-        longest = max(map(len, ids))
-        padded = torch.tensor([row + [-1] * (longest - len(row)) for row in ids])
-        self.token_ids = padded.repeat_interleave(call.images, 0)
+        self.token_ids = padded(ids).repeat_interleave(call.images, 0)
 
     def record(self, layer: Layer, q: Tensor, k: Tensor, scale: float, edited: Edited | None) -> None:
         """Add the maps of queries `[B,H,M,d]` and keys `[B,H,N,d]`, with the bias of an edit if there was one."""

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ._contexts import Contexts
+from ._guidance import Evaluation, Guidance
 from ._layers import Layer, cross_attention_layers
 from ._processors import NOT_HOOKED, ControlledProcessor, is_supported
+from ._scheduler import SchedulerTap, check_scheduler
 from ._tokens import Prompts
-from .methods import Composition, EnergyContext
+from .methods import Composition, EnergyContext, LatentGuidance
 from .methods._base import Call, Editing, EditingMethod
 
 if TYPE_CHECKING:
@@ -34,9 +36,11 @@ class Entry:
     methods: list[tuple[EditingMethod, list[str]]] = field(default_factory=list)
     energy: tuple[EnergyContext, list[str]] | None = None
     composition: tuple[Composition, list[str]] | None = None
+    guidances: list[tuple[LatentGuidance, list[str]]] = field(default_factory=list)
     captures: list[tuple[Capture, list[str]]] = field(default_factory=list)
     edits: dict[str, Editing] = field(default_factory=dict)
     recordings: dict[str, Recording] = field(default_factory=dict)
+    guiding: list[Guidance] = field(default_factory=list)
 
     def edited(self) -> set[str]:
         """The layers whose attention is edited or recorded."""
@@ -46,12 +50,16 @@ class Entry:
         """The layers that need a processor: a moved context is read by all."""
         return set(all_layers) if self.energy or self.composition else self.edited()
 
-    def start(self, call: Call) -> None:
+    def start(self, call: Call, engine: Engine) -> None:
         self.edits = {name: edit for method, names in self.methods for edit in [method.start(call)] for name in names}
         self.recordings = {name: run for one, names in self.captures for run in [one.start(call)] for name in names}
+        self.guiding = [
+            Guidance(method, [engine.layers[name] for name in names], call, engine.unet)
+            for method, names in self.guidances
+        ]
 
     def stop(self) -> None:
-        self.edits, self.recordings = {}, {}
+        self.edits, self.recordings, self.guiding = {}, {}, []
 
 
 class Engine:
@@ -66,6 +74,8 @@ class Engine:
         self.processors: dict[str, ControlledProcessor] = {}
         self.call: Call | None = None
         self.contexts: Contexts | None = None
+        self.guiding = False
+        self._tap: SchedulerTap | None = None
         self._unhook: Callable[[], None]
         self._patches: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
         self._caller: Any = None
@@ -146,7 +156,7 @@ class Engine:
 
         @functools.wraps(compiled)
         def call(*args: Any, **kwargs: Any) -> Any:
-            before(outer, args, kwargs)
+            args, kwargs = before(outer, args, kwargs) or (args, kwargs)
             return compiled(*args, **kwargs)
 
         def remove() -> None:
@@ -161,6 +171,8 @@ class Engine:
         self.entries.remove(entry)
         if entry.energy or entry.composition:
             self._stop_contexts()
+        if entry.guidances:
+            self._release_scheduler()
         replaced = self._replaced()
         needed = {name for other in self.entries for name in other.layers(self.layers)}
         for name in self.processors.keys() - needed:
@@ -240,10 +252,13 @@ class Engine:
         self._caller, self._timestep = pipe, None
         self._guided = bool(arguments.get("do_classifier_free_guidance", True))
         try:
-            for entry in self.entries:
-                if entry.pipe is pipe:
-                    entry.start(self.call)
+            own = [entry for entry in self.entries if entry.pipe is pipe]
+            for entry in own:
+                entry.start(self.call, self)
             self._start_contexts(pipe, embeddings)
+            if any(entry.guidances for entry in own):
+                check_scheduler(pipe)
+                self._tap = SchedulerTap(pipe.scheduler)
         except BaseException:
             self._end()
             raise
@@ -261,9 +276,18 @@ class Engine:
 
     def _end(self) -> None:
         self.call = self._caller = self._timestep = None
+        self._release_scheduler()
+        guiding = [one for entry in self.entries for one in entry.guiding]
         for entry in self.entries:
             entry.stop()
         self._stop_contexts()
+        for one in guiding:
+            one.finish()
+
+    def _release_scheduler(self) -> None:
+        if self._tap is not None:
+            self._tap.remove()
+        self._tap = None
 
     def _stop_contexts(self) -> None:
         if self.contexts is not None:
@@ -273,23 +297,33 @@ class Engine:
         for processor in self.processors.values():
             processor._set(slot=None)
 
-    def _before_unet(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook: note the latents' size and find out which sampling step this evaluation belongs to."""
+    def _before_unet(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook: note the latents' size, find out which sampling step this evaluation belongs to, and guide
+        the latents; returns the arguments that the UNet is to have instead."""
         call = self.call
-        if call is None:
-            return
+        if call is None or self.guiding:
+            return None
         names = ("sample", "timestep", "encoder_hidden_states")
         sample, timestep, text = (*args, *(kwargs.get(name) for name in names[len(args) :]))[:3]
         call.latents = (sample.shape[-2], sample.shape[-1])
+        again = False
         if not _same(timestep, self._timestep):
             scheduler = self._caller.scheduler
             order = getattr(scheduler, "order", 1)
-            if call.evaluation < 0:
+            first = call.evaluation < 0
+            if first:
                 call.steps = -(-_remaining(scheduler.timesteps, timestep) // order)
             # Kept, so that no later timestep can have its address.
             self._timestep = timestep
             call.evaluation += 1
+            again = call.step == call.evaluation // order
             call.step = call.evaluation // order
+            if first:
+                for one in self._guidances():
+                    one.plan()
+        changed = self._guide(len(sample), again, args, kwargs)
         if self.contexts is not None:
             if torch.is_grad_enabled() and getattr(self.unet, "is_gradient_checkpointing", False):
                 raise ValueError(
@@ -297,6 +331,26 @@ class Engine:
                     "unet.disable_gradient_checkpointing() under EnergyContext and Composition"
                 )
             self.contexts.prepare(self.conditional(len(sample)), len(sample), text)
+        return None if changed is None else ((), changed)
+
+    def _guidances(self) -> list[Guidance]:
+        return [one for entry in self.entries for one in entry.guiding]
+
+    def _guide(self, rows: int, again: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """The UNet's arguments with the latents that the guidances make, one after the other; None for no change."""
+        changed = None
+        for one in self._guidances():
+            assert self.call is not None and self._tap is not None
+            evaluation = Evaluation(self.call, self.unet, self._tap, self.conditional(rows), args, kwargs)
+            self.guiding = True
+            try:
+                latents = one.guide(evaluation, again)
+            finally:
+                self.guiding = False
+            if latents is not None:
+                args, kwargs = (), evaluation.moved_to(latents)
+                changed = kwargs
+        return changed
 
     def at(self, layer: Layer) -> tuple[Editing | None, list[Recording]]:
         """The edit at work in the layer at this step (that of the last `enable` that names it), and the recordings of

@@ -1,4 +1,5 @@
-"""The attention processor that stands in front of a layer's own and lets methods edit the conditional rows."""
+"""The attention processors that stand in front of a layer's own: one lets methods edit the conditional rows, one gives
+maps to a guidance pass."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ops
 from ._projections import heads_to_channels, keys_values, queries
 
 if TYPE_CHECKING:
@@ -67,17 +69,17 @@ class ControlledProcessor:
 
     _inner: Any
     _layer: Layer
-    _engine: Engine
+    _engine: Engine | None
     _keywords: frozenset[str]
     _edited: bool
     _slot: Slot | None
 
-    def __init__(self, inner: Any, layer: Layer, engine: Engine) -> None:
+    def __init__(self, inner: Any, layer: Layer, engine: Engine | None) -> None:
         names = inspect.signature(inner.__call__).parameters
         self.__dict__.update(_inner=inner, _layer=layer, _engine=engine, _keywords=frozenset(names))
         self._set(edited=False, slot=None)
 
-    def _set(self, **state: bool | Slot | None) -> None:
+    def _set(self, **state: Any) -> None:
         """`edited`: whether methods edit or captures record this layer. `slot`: what it does with the contexts of the
         call under way."""
         self.__dict__.update({f"_{name}": value for name, value in state.items()})
@@ -120,7 +122,7 @@ class ControlledProcessor:
         attention_mask: Tensor | None,
         optional: dict[str, Any],
     ) -> Tensor:
-        kwargs = {name: value for name, value in optional.items() if value is not None and name in self._keywords}
+        kwargs = self._known(optional)
 
         def own(context: Any) -> Tensor:
             return self._inner(
@@ -128,6 +130,9 @@ class ControlledProcessor:
             )
 
         engine, layer, slot = self._engine, self._layer, self._slot
+        assert engine is not None
+        if engine.guiding:
+            return own(encoder_hidden_states)
         edit, recordings = engine.at(layer) if self._edited else (None, [])
         if slot is not None:
             if not slot.contexts.prepared:
@@ -143,11 +148,7 @@ class ControlledProcessor:
         acts = slot is not None and slot.acts()
         if edit is None and not recordings and not acts:
             return own(context if images is None else (context, images))
-        if attention_mask is not None:
-            raise ValueError(
-                f"{layer.name} was given an attention mask; editing or capturing attention under a mask is not "
-                "supported. Call the UNet without encoder_attention_mask, or leave this layer out"
-            )
+        self._unmasked(attention_mask)
         q = queries(attn, hidden_states, optional["temb"])
         k, v = keys_values(attn, context)
         if (edit is not None or acts) and attn.upcast_attention:
@@ -169,6 +170,24 @@ class ControlledProcessor:
             if rows:
                 plain = F.scaled_dot_product_attention(q[:rows], k[:rows], v[:rows], scale=attn.scale)
                 out = torch.cat([plain, out])
+        return self._finished(attn, hidden_states, q, out, text, images, kwargs)
+
+    def _known(self, optional: dict[str, Any]) -> dict[str, Any]:
+        """The optional arguments that are given and that the processor behind takes."""
+        return {name: value for name, value in optional.items() if value is not None and name in self._keywords}
+
+    def _unmasked(self, attention_mask: Tensor | None) -> None:
+        """Raise ValueError for a mask."""
+        if attention_mask is not None:
+            raise ValueError(
+                f"{self._layer.name} was given an attention mask; editing, capturing or guiding by attention under a "
+                "mask is not supported. Call the UNet without encoder_attention_mask, or leave this layer out"
+            )
+
+    def _finished(
+        self, attn: Any, hidden_states: Tensor, q: Tensor, out: Tensor, text: Tensor, images: Any, kwargs: Any
+    ) -> Tensor:
+        """The layer's output for attention `out` `[R,H,M,d]`: an IP-Adapter's images are attended to as well."""
         out = heads_to_channels(out).to(hidden_states.dtype)
         if images is not None:
             query = heads_to_channels(q).to(hidden_states.dtype)
@@ -191,3 +210,40 @@ class ControlledProcessor:
                 "pass the images as added_cond_kwargs={'image_embeds': ...}, as the pipelines do"
             )
         return encoder_hidden_states, None
+
+
+class GuidedProcessor(ControlledProcessor):
+    """Stands in for a layer's processor while the latents are guided: attention that also gives its maps.
+
+    Args:
+        inner: the processor that is there, standard, IP-Adapter or a `ControlledProcessor`.
+        layer: the layer.
+        token_ids: whose maps, `[B,n]`, or None for every token.
+        maps: where they go, `[B,n,M]`.
+    """
+
+    _token_ids: Tensor | None
+    _maps: list[Tensor]
+
+    def __init__(self, inner: Any, layer: Layer, token_ids: Tensor | None, maps: list[Tensor]) -> None:
+        super().__init__(inner._inner if type(inner) is ControlledProcessor else inner, layer, None)
+        self._set(token_ids=token_ids, maps=maps)
+
+    def _run(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any,
+        attention_mask: Tensor | None,
+        optional: dict[str, Any],
+    ) -> Tensor:
+        kwargs = self._known(optional)
+        self._unmasked(attention_mask)
+        text, images = self._split(encoder_hidden_states)
+        q = queries(attn, hidden_states, optional["temb"])
+        k, v = keys_values(attn, text)
+        if attn.upcast_attention:
+            q, k, v = q.float(), k.float(), v.float()
+        out, maps = ops.attention_with_maps(q, k, v, self._token_ids, scale=attn.scale)
+        self._maps.append(maps)
+        return self._finished(attn, hidden_states, q, out, text, images, kwargs)

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
+from torch import Tensor
+
 Target: TypeAlias = str | int
 Targets: TypeAlias = Target | Sequence[Target] | Sequence[Sequence[Target]]
 
@@ -194,3 +197,9 @@ class Prompts:
         if self.tokens is None or not self._aligned:
             return [[0] for _ in range(self.count)]
         return [[0, tokens.end] for tokens in self.tokens]
+
+
+def padded(rows: list[list[int]]) -> Tensor:
+    """Ids `[len(rows), longest]`, int64, padded with -1."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [-1] * (longest - len(row)) for row in rows], dtype=torch.int64)

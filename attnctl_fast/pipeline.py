@@ -9,8 +9,9 @@ from typing import Any
 from ._capture import AttentionMaps, Capture
 from ._engine import Engine, Entry
 from ._layers import LayerChoice, by_downsampling, check_choice, choose
+from ._scheduler import check_scheduler
 from ._tokens import check_targets
-from .methods import Composition, EnergyContext
+from .methods import Composition, EnergyContext, LatentGuidance
 from .methods._base import EditingMethod
 
 __all__ = ["AttentionMaps", "Handle", "by_downsampling", "capture", "control", "enable"]
@@ -36,7 +37,7 @@ class Handle:
             self._engine.remove(self._entry)
 
 
-def enable(pipe: Any, *methods: EditingMethod | EnergyContext | Composition) -> Handle:
+def enable(pipe: Any, *methods: EditingMethod | EnergyContext | Composition | LatentGuidance) -> Handle:
     """Put methods on a diffusers UNet pipeline until `handle.disable()`; `control` is the same for a `with` block.
 
     The pipeline's class and the way it is called stay the same. On the layers that the methods edit, and only there, a
@@ -63,7 +64,7 @@ def enable(pipe: Any, *methods: EditingMethod | EnergyContext | Composition) -> 
     if not methods:
         raise ValueError("no method was given; pass at least one, such as AttentionRegulation(['bag', 'apple'])")
     for method in methods:
-        if not isinstance(method, (EditingMethod, EnergyContext, Composition)):
+        if not isinstance(method, (EditingMethod, EnergyContext, Composition, LatentGuidance)):
             raise ValueError(
                 f"{method!r} is not a method; pass instances such as AttentionRegulation(['bag', 'apple'])"
             )
@@ -79,6 +80,11 @@ def enable(pipe: Any, *methods: EditingMethod | EnergyContext | Composition) -> 
                 )
             setattr(entry, kind, (method, names))
             continue
+        if isinstance(method, LatentGuidance):
+            check_scheduler(pipe)
+            engine.check_processors(names)
+            entry.guidances.append((method, names))
+            continue
         if shared := entry.edited().intersection(names):
             raise ValueError(f"two of the methods edit {', '.join(sorted(shared))}; give them different layers")
         entry.methods.append((method, names))
@@ -86,7 +92,7 @@ def enable(pipe: Any, *methods: EditingMethod | EnergyContext | Composition) -> 
 
 
 @contextmanager
-def control(pipe: Any, *methods: EditingMethod | EnergyContext | Composition) -> Iterator[Handle]:
+def control(pipe: Any, *methods: EditingMethod | EnergyContext | Composition | LatentGuidance) -> Iterator[Handle]:
     """Methods on a pipeline for the length of a `with` block; see `enable`. On leaving, by return or by exception, the
     pipeline is as it was."""
     handle = enable(pipe, *methods)

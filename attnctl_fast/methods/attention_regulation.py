@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from .._layers import LayerChoice, check_choice, last_down_first_up
 from .._numbers import check_count, check_number, check_steps, step_count
-from .._tokens import Targets, check_targets
+from .._tokens import Targets, check_targets, padded
 from ._base import Call, Edited
 
 if TYPE_CHECKING:
@@ -198,6 +198,4 @@ def _id_tensor(rows: list[list[int]], images: int) -> Tensor:
     """Ids as `[T]` where they are the same for every prompt, else `[samples, T]` padded with -1."""
     if all(row == rows[0] for row in rows):
         return torch.tensor(rows[0], dtype=torch.int64)
-    longest = max(map(len, rows))
-    padded = torch.tensor([row + [-1] * (longest - len(row)) for row in rows], dtype=torch.int64)
-    return padded.repeat_interleave(images, 0)
+    return padded(rows).repeat_interleave(images, 0)
