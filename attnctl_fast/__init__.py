@@ -10,12 +10,21 @@ from ._impl import use
 
 if TYPE_CHECKING:
     from . import ops, schedules, shapes
-    from .methods import AttentionRegulation, Composition, Edit, EnergyContext, GuidanceContext, LatentGuidance
+    from .methods import (
+        AttendAndExcite,
+        AttentionRegulation,
+        Composition,
+        Edit,
+        EnergyContext,
+        GuidanceContext,
+        LatentGuidance,
+    )
     from .pipeline import by_downsampling, capture, control, enable
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttendAndExcite",
     "AttentionRegulation",
     "Composition",
     "Edit",
@@ -33,6 +42,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AttendAndExcite": "methods",
     "AttentionRegulation": "methods",
     "Composition": "methods",
     "Edit": "methods",

@@ -160,14 +160,14 @@ class Guidance:
     def _refined(
         self, latents: Tensor, point: _Point, bound: float, size: float, evaluation: Evaluation
     ) -> tuple[Tensor, _Point]:
-        """Moved until the loss is at most `bound`, checked one move late."""
+        """Moved until the loss is at most `bound`."""
         above = point.loss > bound
         for _ in range(self.method.max_refinements):
             if not above.any():
                 break
             latents = self._moved(latents, point, size, above)
-            above = above & (point.loss > bound)
-            point = self._at(latents, evaluation)
+            before, point = point, self._at(latents, evaluation)
+            above = above & ((before if self.method.late_check else point).loss > bound)
         return latents, point
 
     def _moved(self, latents: Tensor, point: _Point, size: float, chosen: Tensor | None = None) -> Tensor:

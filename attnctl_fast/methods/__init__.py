@@ -1,8 +1,17 @@
 """Published methods of attention control, one frozen dataclass each."""
 
+from .attend_and_excite import AttendAndExcite
 from .attention_regulation import AttentionRegulation
 from .composition import Composition, Edit
 from .energy_context import EnergyContext
 from .latent_guidance import GuidanceContext, LatentGuidance
 
-__all__ = ["AttentionRegulation", "Composition", "Edit", "EnergyContext", "GuidanceContext", "LatentGuidance"]
+__all__ = [
+    "AttendAndExcite",
+    "AttentionRegulation",
+    "Composition",
+    "Edit",
+    "EnergyContext",
+    "GuidanceContext",
+    "LatentGuidance",
+]

@@ -55,9 +55,9 @@ class LatentGuidance:
         scale: length of the step on the latents.
         schedule: its factor over the call, as in `attnctl_fast.schedules`.
         refinement: at which steps (int, from 0) the latents are moved again and again until the loss is at most a
-            bound, or `max_refinements` times. As in the published codes the loss is checked one move late: the moves
-            end one after the bound is met. The host waits for the loss of every move, and only there.
+            bound, or `max_refinements` times. The host waits for the loss of every such move, and only there.
         max_refinements: see there.
+        late_check: end the refinement one move after the bound is met, as the released codes do.
         truncate: leave out what comes after the last layer that the loss reads; False only to measure the effect.
         freeze: keep the weights out of the gradient; False only to measure the effect.
 
@@ -73,6 +73,7 @@ class LatentGuidance:
     schedule: schedules.ScheduleLike = field(default_factory=lambda: schedules.root(0.5))
     refinement: Bounds = ()
     max_refinements: int = 20
+    late_check: bool = True
     truncate: bool = True
     freeze: bool = True
 

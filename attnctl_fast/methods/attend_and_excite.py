@@ -1,0 +1,159 @@
+"""Attend-and-Excite: the latents move until every target token is attended to somewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .._numbers import check_count, check_number
+from .._tokens import Targets, check_targets, padded
+from ._base import Call
+from .latent_guidance import Bounds, GuidanceContext, LatentGuidance, check_bounds, sampled
+
+THRESHOLDS: Mapping[int, float] = {0: 0.05, 10: 0.5, 20: 0.8}
+
+
+@dataclass(frozen=True)
+class AttendAndExcite(LatentGuidance):
+    """Attend-and-Excite (arXiv 2301.13826, SIGGRAPH 2023).
+
+    The loss is one minus the highest attention to the least attended target, of attention that is sharpened and shared
+    out anew among all tokens but the start of text, then smoothed.
+
+    Args:
+        targets: words, phrases (all their tokens, at their first occurrence) or token ids (positions in the context):
+            one list for every prompt, or one list per prompt. With prompt embeddings, ids only.
+        layers, steps, scale, schedule, max_refinements, late_check, truncate, freeze: as in `LatentGuidance`.
+        thresholds: at which steps the latents are moved until every target's highest attention is at least so much, or
+            `max_refinements` times. Of the default's steps, those that a call does not run are left out.
+        sharpness: factor of the attention before the softmax over the tokens.
+        text_only: share out among the prompt's own tokens only, without the end of text and the padding, as the
+            released code does for SD 2.1. Needs a prompt, not embeddings.
+        sigma, kernel_size: of the smoothing (`ops.smooth_maps`).
+
+    Raises:
+        ValueError: an argument out of range. Targets that do not fit the prompts, and thresholds at steps that the call
+            does not run, are reported when the pipeline is called, before its first step.
+    """
+
+    targets: Targets
+    _: KW_ONLY
+    steps: int | float = 25
+    thresholds: Bounds = field(default_factory=lambda: dict(THRESHOLDS))
+    sharpness: float = 100.0
+    text_only: bool = False
+    sigma: float = 0.5
+    kernel_size: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "targets", check_targets(self.targets))
+        object.__setattr__(self, "thresholds", check_bounds("thresholds", self.thresholds))
+        for step, threshold in dict(self.thresholds).items():
+            check_number(f"thresholds[{step}]", threshold, 0.0, 1.0)
+        if self.refinement:
+            raise ValueError(
+                f"refinement is {dict(self.refinement)}; AttendAndExcite takes thresholds={{step: attention}} instead"
+            )
+        check_number("sharpness", self.sharpness, 0.0, open_low=True)
+        check_number("sigma", self.sigma, 0.0, open_low=True)
+        check_count("kernel_size", self.kernel_size, 1)
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {self.kernel_size}; it must be odd")
+
+    @classmethod
+    def official(cls, targets: Targets, **overrides: Any) -> AttendAndExcite:
+        """The authors' released code, and diffusers': the defaults of this class."""
+        return cls(targets, **overrides)
+
+    @classmethod
+    def paper(cls, targets: Targets, **overrides: Any) -> AttendAndExcite:
+        """The paper's algorithm, which checks every move of a refinement at once; the numbers are the released
+        code's."""
+        return cls(targets, **{"late_check": False, **overrides})
+
+    def bounds(self, steps: int) -> dict[int, float]:
+        thresholds = dict(self.thresholds)
+        if thresholds == THRESHOLDS:
+            thresholds = {step: value for step, value in thresholds.items() if step < steps}
+        return {step: 1 - value for step, value in sampled("thresholds", thresholds, steps).items()}
+
+    def prepare(self, call: Call) -> _Prepared:
+        prompts = call.prompts
+        positions = prompts.positions(self.targets)
+        ends = [prompts.length - 1] * prompts.count
+        if self.text_only:
+            ends = [row[-1] for row in prompts.special()]
+            if not all(ends):
+                raise ValueError(
+                    "text_only=True needs a prompt whose end of text is known; pass text instead of embeddings, or "
+                    "text_only=False"
+                )
+        for row, end in zip(positions, ends, strict=True):
+            outside = next((position for position in row if not 0 < position < end), None)
+            if outside is not None:
+                raise ValueError(
+                    f"targets holds the token id {outside}, but attention is shared out among the tokens 1..{end - 1}; "
+                    "leave it out"
+                )
+        rows = padded(positions).repeat_interleave(call.images, 0)
+        return _Prepared(rows, torch.tensor(ends).repeat_interleave(call.images))
+
+    def loss(self, maps: Tensor, context: GuidanceContext) -> Tensor:
+        context.prepared = prepared = context.prepared.to(maps.device)
+        return max_attention_loss(
+            maps,
+            prepared.targets,
+            context.grid,
+            ends=prepared.ends,
+            sharpness=self.sharpness,
+            sigma=self.sigma,
+            kernel_size=self.kernel_size,
+        )
+
+
+class _Prepared(NamedTuple):
+    """targets: of every sample, `[B,T]`, padded with -1. ends: the first token after those that share attention,
+    `[B]`."""
+
+    targets: Tensor
+    ends: Tensor
+
+    def to(self, device: torch.device) -> _Prepared:
+        return _Prepared(*(x.to(device) for x in self))
+
+
+def max_attention_loss(
+    maps: Tensor,
+    targets: Tensor,
+    grid: tuple[int, int],
+    *,
+    ends: Tensor,
+    sharpness: float = 100.0,
+    sigma: float = 0.5,
+    kernel_size: int = 3,
+) -> Tensor:
+    """Attend-and-Excite's loss: one minus the highest attention to the least attended target.
+
+    Args:
+        maps: attention to every token of the context, `[B,N,M]`.
+        targets: the tokens that must be attended to, `[B,T]` int64, padded with -1; 0 < target < end.
+        grid: (height, width) with height*width == M.
+        ends: `[B]` int64; the tokens 1..end-1 share the attention by a softmax.
+        sharpness: factor of the attention before it.
+        sigma, kernel_size: of `ops.smooth_maps`.
+
+    Returns:
+        The loss `[B]`, of the dtype of the maps.
+    """
+    token = torch.arange(maps.shape[1], device=maps.device)
+    outside = (token == 0) | (token >= ends[:, None])  # [B,N]
+    shares = (sharpness * maps).masked_fill(outside[..., None], -torch.inf).softmax(1)
+    chosen = shares.gather(1, targets.clamp_min(0)[..., None].expand(-1, -1, maps.shape[2]))
+    highest = ops.smooth_maps(chosen, grid, sigma=sigma, kernel_size=kernel_size).amax(2)
+    return (1 - highest).clamp_min(0).masked_fill(targets < 0, 0).amax(1)
