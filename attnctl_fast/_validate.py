@@ -123,6 +123,16 @@ def check_targets(target_ids: TokenIds, pinned_ids: TokenIds, k: Tensor) -> tupl
     return targets, pinned
 
 
+def check_tokens(token_ids: TokenIds | None, k: Tensor) -> Tensor | None:
+    """`token_ids` as a tensor, at least one; None stands for all."""
+    if token_ids is None:
+        return None
+    ids, _ = _check_token_ids("token_ids", token_ids, k.shape[0], k.shape[2], k.device)
+    if ids.shape[-1] == 0:
+        raise ValueError("token_ids is empty; name at least one token, or pass None for all")
+    return ids
+
+
 def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` in `dtype`; ValueError where that would lose digits."""
     if torch.promote_types(x.dtype, dtype) != dtype:

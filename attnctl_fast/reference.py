@@ -44,6 +44,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: floa
     return _normalise(logits, lse) @ _wide(v), lse
 
 
+def attention_with_maps(
+    q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, per_head: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """softmax(l) v, and the columns of softmax(l) that `token_ids` names, all for None: [B,H,n,M], or [B,n,M] as their
+    mean over the heads; zeros for a padded token (MATH.md section 4)."""
+    probabilities = _logits(q, k, scale).softmax(-1)
+    maps = probabilities.mT
+    if token_ids is not None:
+        ids = token_ids.expand(k.shape[0], -1)
+        rows = ids.clamp(min=0)[:, None, :, None].expand(-1, maps.shape[1], -1, maps.shape[3])
+        maps = maps.gather(2, rows).masked_fill((ids < 0)[:, None, :, None], 0.0)
+    return probabilities @ _wide(v), maps.contiguous() if per_head else maps.mean(1)
+
+
 def attention_with_context_gradient(
     q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:

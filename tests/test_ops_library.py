@@ -56,6 +56,17 @@ def registered(grad: bool, strided: bool = True):
             (*(x.detach() for x in (q, k, v)), weight, 0.3) for weight in (None, rand(2, 24))
         ],
         "attention_with_context_gradient_reference": [(q, k, v, None, 0.3), (q, k, v, rand(2, 24), 0.3)],
+        "attention_with_maps": [
+            (*(x.detach() for x in (q, k, v)), tokens, per_head, 0.3)
+            for tokens, per_head in ((ids, False), (pins, True), (None, False))
+        ],
+        "attention_with_maps_backward": [
+            (torch.ones_like(q), None, *(x.detach() for x in (q, k, v)), None, False, 0.3, [True, True, True]),
+            (None, ones, *(x.detach() for x in (q, k, v)), ids, False, 0.3, [True, False, False]),
+        ],
+        "attention_with_maps_reference": [
+            (q, k, v, tokens, per_head, 0.3) for tokens, per_head in ((ids, False), (None, True))
+        ],
         "target_logits": [(q, k, ids, 0.3), (q, k, pins, 0.3)],
         "target_logits_reference": [(q, k, ids, 0.3)],
         "rest_square_reference": [(q, k, ids, 0.3)],

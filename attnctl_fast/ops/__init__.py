@@ -2,6 +2,7 @@
 
 from .attention import attention
 from .attention_with_context_gradient import attention_with_context_gradient
+from .attention_with_maps import attention_with_maps
 from .biased_attention import biased_attention
 from .composed_attention import composed_attention
 from .context_energy import ContextEnergy, context_energy
@@ -19,6 +20,7 @@ __all__ = [
     "TargetStatistics",
     "attention",
     "attention_with_context_gradient",
+    "attention_with_maps",
     "basis_shape",
     "biased_attention",
     "composed_attention",

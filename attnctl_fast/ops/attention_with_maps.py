@@ -1,0 +1,211 @@
+"""Attention that also returns its probabilities, of chosen tokens and averaged over the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from .._impl import resolve
+from .._validate import TokenIds, check_qkv, check_scale, check_tokens
+from ._library import composite, differentiated, opaque, without_autocast
+
+# Numbers of the map that are held at a time: about what the caches of two cores hold in float32.
+TILE = 1 << 19
+REDUCTIONS = ("mean", "none")
+
+attention_with_maps_reference = composite(
+    "attention_with_maps_reference(Tensor q, Tensor k, Tensor v, Tensor? token_ids, bool per_head, float scale) "
+    "-> (Tensor, Tensor)",
+    reference.attention_with_maps,
+)
+
+
+def _tiles(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice]]:
+    """Samples, and blocks of their image tokens whose maps are at most TILE numbers (or one row)."""
+    batch, heads, image_tokens, _ = q.shape
+    step = max(1, min(image_tokens, TILE // (heads * k.shape[2])))
+    for b in range(batch):
+        for start in range(0, image_tokens, step):
+            yield b, slice(start, min(start + step, image_tokens))
+
+
+def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """[H,m,N] of one sample's queries [H,m,d] and keys [H,N,d]."""
+    logits = q.new_empty(*q.shape[:2], k.shape[1])
+    return torch.baddbmm(logits, q, k.mT, beta=0, alpha=scale, out=logits).softmax(-1)
+
+
+def _rows(token_ids: Tensor | None, b: int) -> Tensor | None:
+    """The ids of sample b."""
+    return token_ids if token_ids is None or token_ids.ndim == 1 else token_ids[b]
+
+
+@without_autocast
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, per_head: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, maps = _empty(q, k, token_ids, per_head)
+    for b, rows in _tiles(q, k):
+        p = _probabilities(q[b, :, rows], k[b], scale)
+        out[b, :, rows] = p @ v[b]
+        ids = _rows(token_ids, b)
+        wanted = p if per_head else p.mean(0)
+        if ids is not None:
+            wanted = wanted.index_select(-1, ids.clamp(min=0))
+        maps[b, ..., rows] = wanted.mT
+    if token_ids is not None and token_ids.ndim == 2:
+        padded = (token_ids < 0).unsqueeze(-1)
+        maps.masked_fill_(padded.unsqueeze(1) if per_head else padded, 0.0)
+    return out, maps
+
+
+def _empty(q: Tensor, k: Tensor, token_ids: Tensor | None, per_head: bool) -> tuple[Tensor, Tensor]:
+    count = k.shape[2] if token_ids is None else token_ids.shape[-1]
+    heads = q.shape[1:2] if per_head else ()
+    return torch.empty_like(q), q.new_empty(q.shape[0], *heads, count, q.shape[2])
+
+
+def _all_columns(grad_maps: Tensor, ids: Tensor | None, tokens: int) -> Tensor:
+    """The gradient [..,n,m] of one sample's maps as that of all columns: [..,m,N], zeros where there is no map."""
+    if ids is None:
+        return grad_maps.mT
+    spread = grad_maps.new_zeros(*grad_maps.shape[:-2], grad_maps.shape[-1], tokens + 1)
+    return spread.index_copy_(-1, torch.where(ids < 0, tokens, ids), grad_maps.mT)[..., :tokens]
+
+
+@without_autocast
+def _backward(
+    grad_out: Tensor | None,
+    grad_maps: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_ids: Tensor | None,
+    per_head: bool,
+    scale: float,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of q, k and v, an empty tensor for one that is not needed, from probabilities that are made again."""
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if needed[0] else q.new_empty(0)
+    dk, dv = (x.new_zeros(x.shape) if wanted else x.new_empty(0) for x, wanted in zip((k, v), needed[1:], strict=True))
+    if grad_maps is not None and not per_head:
+        grad_maps = grad_maps / q.shape[1]
+    for b, rows in _tiles(q, k):
+        queries = q[b, :, rows]
+        p = _probabilities(queries, k[b], scale)
+        grad = None
+        if grad_maps is not None:
+            grad = _all_columns(grad_maps[b, ..., rows], _rows(token_ids, b), k.shape[2]).expand_as(p)
+        if grad_out is not None:
+            given = grad_out[b, :, rows]
+            if needed[2]:
+                dv[b].baddbmm_(p.mT, given)
+            if needed[0] or needed[1]:
+                grad = given @ v[b].mT if grad is None else torch.baddbmm(grad, given, v[b].mT)
+        if grad is None or not (needed[0] or needed[1]):
+            continue
+        grad_logits = torch._softmax_backward_data(grad, p, -1, p.dtype)
+        if needed[0]:
+            torch.mul(grad_logits @ k[b], scale, out=dq[b, :, rows])
+        if needed[1]:
+            dk[b].baddbmm_(grad_logits.mT, queries, alpha=scale)
+    return [dq, dk, dv]
+
+
+_forward_op = opaque(
+    "attention_with_maps(Tensor q, Tensor k, Tensor v, Tensor? token_ids, bool per_head, float scale) "
+    "-> (Tensor, Tensor)",
+    _forward,
+    lambda q, k, v, token_ids, per_head, scale: _empty(q, k, token_ids, per_head),
+)
+_backward_op = opaque(
+    "attention_with_maps_backward(Tensor? grad_out, Tensor? grad_maps, Tensor q, Tensor k, Tensor v, "
+    "Tensor? token_ids, bool per_head, float scale, bool[] needed) -> Tensor[]",
+    _backward,
+    lambda grad_out, grad_maps, q, k, v, token_ids, per_head, scale, needed: [
+        x.new_empty(x.shape) if wanted else x.new_empty(0) for x, wanted in zip((q, k, v), needed, strict=True)
+    ],
+)
+
+
+class _Function(Function):
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, per_head: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return _forward_op(q, k, v, token_ids, per_head, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, token_ids, ctx.per_head, ctx.scale = inputs
+        ctx.save_for_backward(q, k, v, token_ids)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = list(ctx.needs_input_grad[:3])
+        if grad_out is None and grad_maps is None:
+            return (None,) * 6
+        found = _backward_op(grad_out, grad_maps, *ctx.saved_tensors, ctx.per_head, ctx.scale, needed)
+        return *(x if wanted else None for x, wanted in zip(found, needed, strict=True)), None, None, None
+
+
+def _eager(
+    q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, per_head: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    run = _Function.apply if differentiated(q, k, v) else _forward_op
+    return run(q, k, v, token_ids, per_head, scale)
+
+
+def attention_with_maps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_ids: TokenIds | None = None,
+    *,
+    reduce: str = "mean",
+    scale: float | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v, and the columns of the softmax that belong to chosen tokens: one map per token.
+
+    Differentiable in q, k and v, through the output and through the maps (MATH.md section 4). The softmax itself, of
+    `B*H*M*N` numbers, is held neither here nor for the backward pass. NaN and inf propagate.
+
+    Args:
+        q: queries `[B,H,M,d]`, float16, bfloat16, float32 or float64, any strides.
+        k, v: keys and values `[B,H,N,d]`, of the dtype and device of q.
+        token_ids: ids of the n tokens whose maps are wanted, `[n]` for all samples or `[B,n]` padded with -1; distinct
+            and in 0..N-1. None for all N.
+        reduce: `"mean"` over the heads, or `"none"`.
+        scale: factor of the logits, 1/sqrt(d) by default.
+        impl: `"triton"`, `"eager"` or `"reference"`; None for the default (see `attnctl_fast.use`).
+
+    Returns:
+        out `[B,H,M,d]` in q's dtype, and maps `[B,n,M]` or, with `reduce="none"`, `[B,H,n,M]` in float32 (float64 for
+        float64 inputs); zeros for a padded token.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; an empty dimension; no token; an id out of range or
+            twice; another `reduce`; or (Triton) float64 or a head width outside 8..256. Ids on an accelerator are
+            trusted, for reading them would synchronise.
+    """
+    check_qkv(q, k, v)
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce is {reduce!r}; it must be 'mean', over the heads, or 'none'")
+    ids = check_tokens(token_ids, k)
+    scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
+    if impl == "triton":
+        raise ValueError("attention_with_maps has no Triton kernel yet; use impl='eager'")
+    run = attention_with_maps_reference if impl == "reference" else _eager
+    out, maps = run(q, k, v, ids, reduce == "none", scale)
+    return out.to(q.dtype), maps

@@ -1,0 +1,256 @@
+"""attention_with_maps against float64 truth: the output, the maps, and the gradients through both."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import re
+
+import pytest
+import torch
+from numerics import (
+    DEVICE,
+    assert_rows_close,
+    attention_inputs,
+    carried_to_gradients,
+    orders,
+    plain_runs,
+    randn,
+    widest,
+)
+from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attnctl_fast import ops
+
+IMPLS = ["reference", "eager"]
+FAST = ["eager"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+REDUCTIONS = ["mean", "none"]
+# (M, N, d, H): on chip and not, one piece and two of the head and of the context.
+SHAPES = [(1, 1, 8, 1), (63, 77, 40, 3), (64, 120, 80, 2), (65, 20, 160, 2), (64, 154, 16, 3)]
+IDS = {"all": None, "few": [5, 2], "one for each": [[7], [1]], "padded": [[3, -1, 6], [-1, -1, 0]], "none": [[-1], [2]]}
+
+
+def chosen(ids, n):
+    """`ids` inside of a context of n tokens."""
+    if n >= 8 or ids is None:
+        return ids
+    return [0] if isinstance(ids[0], int) else [[0 if i >= 0 else -1 for i in row[:n]] for row in ids]
+
+
+def plain(q, k, v, ids=None, reduce="mean", scale=None):
+    """The full softmax in the inputs' dtype."""
+    probabilities = ((q.shape[-1] ** -0.5 if scale is None else scale) * (q @ k.mT)).softmax(-1)
+    maps = probabilities.mT
+    if ids is not None:
+        rows = [ids] * len(q) if isinstance(ids[0], int) else ids
+        none = torch.zeros_like(maps[0, :, 0])
+        maps = torch.stack(
+            [torch.stack([x[:, i] if i >= 0 else none for i in row], 1) for x, row in zip(maps, rows, strict=True)]
+        )
+    return probabilities @ v, maps.mean(1) if reduce == "mean" else maps
+
+
+def plain_maps(q, k, ids, reduce):
+    """With the queries scaled, as in scaled_dot_product_attention: one rounding more than with the logits scaled."""
+    return plain(q * q.shape[-1] ** -0.5, k, k, ids, reduce, 1.0)[1]
+
+
+def check_forward(impl, dtype, m, n, d, heads, ids, reduce, sharp=1.0):
+    q, k, v = attention_inputs(2, heads, m, n, d, dtype, sharp, strided=True)
+    out, maps = ops.attention_with_maps(q, k, v, ids, reduce=reduce, impl=impl)
+    assert out.dtype == dtype and maps.dtype == torch.float32 and maps.is_contiguous()
+    true_out, true_maps = plain(q.double(), k.double(), v.double(), ids, reduce)
+    assert_rows_close(out, plain_runs(lambda *x: plain(*x)[0], q, k, v), true_out, dtype, "out")
+    # In float32: only q and k are rounded.
+    runs = plain_runs(plain_maps, q.float(), k.float(), ids, reduce)
+    assert_rows_close(maps, runs, true_maps, torch.float32, "maps")
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "d", "heads"), SHAPES)
+def test_out_and_maps(impl, dtype, m, n, d, heads, reduce):
+    for ids in (None, [[3, -1, 6], [-1, 2, 0]]):
+        check_forward(impl, dtype, m, n, d, heads, chosen(ids, n), reduce)
+
+
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_ids_and_sharp_maps(impl, ids, reduce):
+    check_forward(impl, torch.float32, 40, 20, 16, 2, IDS[ids], reduce, sharp=8.0)
+
+
+def through(outputs, weights):
+    return sum((x * w.to(x.dtype)).sum() for x, w in zip(outputs, weights, strict=True) if w is not None)
+
+
+def check_gradients(impl, dtype, shape, ids, reduce, used, sharp=1.0, needed="qkv"):
+    """`used`: whether the output and the maps have a gradient."""
+    m, n, d, heads = shape
+    leaves = dict(zip("qkv", attention_inputs(2, heads, m, n, d, dtype, sharp, strided=True), strict=True))
+    for name in needed:
+        leaves[name].requires_grad_()
+    wanted = [leaves[name] for name in needed]
+    out, maps = ops.attention_with_maps(*leaves.values(), ids, reduce=reduce, impl=impl)
+    weights = [
+        randn(*x.shape, dtype=torch.float32, seed=seed).to(x.dtype) if use else None
+        for seed, x, use in zip((7, 8), (out, maps), used, strict=True)
+    ]
+    ours = torch.autograd.grad(through((out, maps), weights), wanted, materialize_grads=True)
+
+    def gradients(t, order):
+        q, k, v = t["q"][..., order], t["k"][..., order], t["v"]
+        found = plain(q, k, v, ids, reduce)
+        return torch.autograd.grad(through(found, weights), [t[name] for name in needed], materialize_grads=True)
+
+    wide = {name: x.detach().double().requires_grad_(name in needed) for name, x in leaves.items()}
+    truth = gradients(wide, slice(None))
+    runs = list(zip(*(gradients(leaves, order) for order in orders(d)), strict=True))
+    carried = carried_to_maps(leaves, weights, ids, reduce)
+    for name, a, b, c in zip(needed, ours, runs, truth, strict=True):
+        assert_rows_close(a, b, c, dtype, f"d{name}", carried[name])
+
+
+def carried_to_maps(leaves, weights, ids, reduce):
+    """`carried_to_gradients` of both: a map's gradient is that of an output whose values are one-hot columns."""
+    q, k, v = (x.detach() for x in leaves.values())
+    n, heads, d = k.shape[2], q.shape[1], q.shape[3]
+    values, grad = v, weights[0]
+    if weights[1] is not None:
+        rows = [list(range(n))] * len(q) if ids is None else [ids] * len(q) if isinstance(ids[0], int) else ids
+        columns = torch.tensor(rows, device=DEVICE).unsqueeze(-1) == torch.arange(n, device=DEVICE)
+        columns = columns.mT[:, None].to(v.dtype).expand(-1, heads, -1, -1)
+        of_maps = weights[1].mT if reduce == "none" else weights[1].mT[:, None].expand(-1, heads, -1, -1) / heads
+        values = columns if grad is None else torch.cat([v, columns], -1)
+        grad = of_maps.to(v.dtype) if grad is None else torch.cat([grad, of_maps.to(v.dtype)], -1)
+    carried = carried_to_gradients(q, k, values, grad, d**-0.5)
+    if weights[1] is not None:
+        # Only the gradient of the output reaches v.
+        out = weights[0]
+        carried["v"] = 0.0 if out is None else carried_to_gradients(q, k, v, out, d**-0.5)["v"]
+    return carried
+
+
+USED = {"both": (True, True), "maps": (False, True), "out": (True, False)}
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("used", USED)
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_gradients(impl, dtype, used, reduce):
+    check_gradients(impl, dtype, (40, 20, 40, 2), [[3, -1, 6], [-1, 2, 0]], reduce, USED[used])
+
+
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("used", USED)
+def test_gradients_of_sharp_maps(impl, ids, used):
+    check_gradients(impl, torch.float32, (33, 20, 16, 3), IDS[ids], "mean", USED[used], sharp=6.0)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("needed", ["".join(x) for size in (1, 2, 3) for x in itertools.combinations("qkv", size)])
+def test_every_subset_of_gradients(impl, needed):
+    for used in USED.values():
+        if needed == "v" and not used[0]:
+            continue  # no map depends on v
+        check_gradients(impl, torch.float32, (20, 9, 8, 2), [4, 1], "mean", used, needed=needed)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("ids", IDS)
+def test_gradcheck(impl, reduce, ids):
+    leaves = [x.requires_grad_() for x in attention_inputs(2, 2, 6, 9, 8, torch.float64, 2.0, strided=True)]
+    assert gradcheck(lambda *x: ops.attention_with_maps(*x, IDS[ids], reduce=reduce, impl=impl), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_tensor_of_ids_a_scale_and_any_strides(impl):
+    dtype = widest(impl)
+    q = randn(2, 2, 8, 16, dtype=dtype, seed=1).mT
+    k = randn(2, 2, 9, 16, dtype=dtype, seed=2)[..., ::2]
+    v = randn(2, 2, 9, 1, dtype=dtype, seed=3).expand(-1, -1, -1, 8)
+    weights = [randn(2, 2, 8, 16, dtype=dtype, seed=4).mT, randn(2, 16, 2, dtype=torch.float32, seed=5).mT]
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    ids = torch.tensor([[3, 0], [8, -1]], device=DEVICE)
+    ours = ops.attention_with_maps(q, k, v, ids, scale=0.7, impl=impl)
+    expected = plain(q, k, v, ids.tolist(), scale=0.7)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(*(torch.autograd.grad(through(x, weights), leaves) for x in (ours, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_stays_in_its_row(impl):
+    q, k, v = attention_inputs(2, 2, 16, 9, 8, torch.float32)
+    q[0, 1, 3] = torch.nan
+    out, maps = ops.attention_with_maps(q, k, v, [[2], [-1]], impl=impl)
+    expected = torch.zeros(2, 16, dtype=torch.bool, device=DEVICE)
+    expected[0, 3] = True
+    assert torch.equal(maps.isnan()[:, 0], expected)
+    assert torch.equal(out.isnan().any(-1), expected[:, None] & torch.tensor([[False], [True]], device=DEVICE))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_leaves_the_precision_alone(impl):
+    leaves = [x.requires_grad_() for x in attention_inputs(1, 2, 16, 9, 8, torch.float32)]
+
+    def run(enabled):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=enabled):
+            out, maps = ops.attention_with_maps(*leaves, [3], impl=impl)
+        return [out, maps, *torch.autograd.grad(out.square().sum() + maps.square().sum(), leaves)]
+
+    for a, b in zip(run(True), run(False), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        for x in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return made
+
+
+@pytest.mark.parametrize("ids", [None, list(range(20, 95))], ids=["all", "many"])
+@pytest.mark.parametrize("impl", FAST)
+def test_the_softmax_is_never_held(impl, ids, monkeypatch):
+    batch, heads, m, n, d = 1, 8, 256, 96, 8
+    module = importlib.import_module("attnctl_fast.ops.attention_with_maps")
+    monkeypatch.setattr(module, "TILE", 1 << 14)
+    leaves = [x.requires_grad_() for x in attention_inputs(batch, heads, m, n, d, torch.float32)]
+    with Largest() as largest:
+        out, maps = ops.attention_with_maps(*leaves, ids, impl=impl)
+        torch.autograd.grad(out.square().sum() + maps.square().sum(), leaves)
+    assert largest.numel <= batch * heads * m * n // 4
+
+
+def test_errors():
+    q, k, v = attention_inputs(2, 2, 16, 9, 8, torch.float32)
+    for how, text in (
+        ({"reduce": "sum"}, "reduce is 'sum'; it must be 'mean'"),
+        ({"token_ids": []}, "token_ids is empty; name at least one token, or pass None for all"),
+        ({"token_ids": [9]}, "token_ids holds 9, but the context has tokens 0..8"),
+        ({"token_ids": [-1]}, "-1 pads only"),
+        ({"token_ids": [2, 2]}, "token_ids holds 2 more than once"),
+        ({"token_ids": [[1]]}, "it must be [T] or [batch, T] with batch 2"),
+        ({"token_ids": torch.tensor([1.0])}, "it must be torch.int64"),
+        ({"scale": float("nan")}, "scale is nan; it must be finite"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            ops.attention_with_maps(q, k, v, **how)
