@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .methods import (
         AttendAndExcite,
         AttentionRegulation,
+        ComposableDiffusion,
         Composition,
         Edit,
         EnergyContext,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttendAndExcite",
     "AttentionRegulation",
+    "ComposableDiffusion",
     "Composition",
     "Edit",
     "EnergyContext",
@@ -44,6 +46,7 @@ __all__ = [
 _HOME = {
     "AttendAndExcite": "methods",
     "AttentionRegulation": "methods",
+    "ComposableDiffusion": "methods",
     "Composition": "methods",
     "Edit": "methods",
     "EnergyContext": "methods",

@@ -168,7 +168,7 @@ class Contexts:
                     f"an edit holds {len(row)} texts, but there are {count} prompts; pass one text for all of them, or "
                     "one per prompt"
                 )
-        encoded = self.call.encode([text for row in texts for text in row])
+        encoded, _ = self.call.encode([text for row in texts for text in row])
         if encoded.shape[2] != embeddings.shape[2]:
             raise ValueError(
                 f"the edits' context has width {encoded.shape[2]} but the prompt's {embeddings.shape[2]}; prompt "

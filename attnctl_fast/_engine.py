@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._conjunction import Conjunction
 from ._contexts import Contexts
 from ._guidance import Evaluation, Guidance
 from ._layers import Layer, cross_attention_layers
 from ._processors import NOT_HOOKED, ControlledProcessor, is_supported
 from ._scheduler import SchedulerTap, check_scheduler
 from ._tokens import Prompts
-from .methods import Composition, EnergyContext, LatentGuidance
-from .methods._base import Call, Editing, EditingMethod
+from ._unet_call import arguments
+from .methods import ComposableDiffusion, Composition, EnergyContext, LatentGuidance
+from .methods._base import Call, Editing, EditingMethod, Encode
 
 if TYPE_CHECKING:
     from ._capture import Capture, Recording
@@ -37,6 +39,7 @@ class Entry:
     energy: tuple[EnergyContext, list[str]] | None = None
     composition: tuple[Composition, list[str]] | None = None
     guidances: list[tuple[LatentGuidance, list[str]]] = field(default_factory=list)
+    conjunction: ComposableDiffusion | None = None
     captures: list[tuple[Capture, list[str]]] = field(default_factory=list)
     edits: dict[str, Editing] = field(default_factory=dict)
     recordings: dict[str, Recording] = field(default_factory=dict)
@@ -74,6 +77,7 @@ class Engine:
         self.processors: dict[str, ControlledProcessor] = {}
         self.call: Call | None = None
         self.contexts: Contexts | None = None
+        self.conjunction: Conjunction | None = None
         self.guiding = False
         self._tap: SchedulerTap | None = None
         self._unhook: Callable[[], None]
@@ -147,17 +151,29 @@ class Engine:
             processor._set(edited=name in edited)
 
     def _hook_onto(self, outer: Any) -> Callable[[], None]:
-        """Have `_before_unet` run before every evaluation of the UNet; returns what takes it off again."""
-        before = torch.compiler.disable(self._before_unet)
+        """Have `_before_unet` and `_after_unet` run around every evaluation of the UNet; returns what takes them off
+        again."""
+        before, after = (torch.compiler.disable(hook) for hook in (self._before_unet, self._after_unet))
         compiled = outer._compiled_call_impl
         if compiled is None:
-            return outer.register_forward_pre_hook(before, with_kwargs=True).remove
-        # A UNet compiled in place (unet.compile()) traces its hooks; this runs before the graph.
+            hooks = [
+                outer.register_forward_pre_hook(before, with_kwargs=True),
+                outer.register_forward_hook(after),
+            ]
+
+            def take_off() -> None:
+                for hook in hooks:
+                    hook.remove()
+
+            return take_off
+        # A UNet compiled in place (unet.compile()) traces its hooks; these run around the graph.
 
         @functools.wraps(compiled)
         def call(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = before(outer, args, kwargs) or (args, kwargs)
-            return compiled(*args, **kwargs)
+            output = compiled(*args, **kwargs)
+            changed = after(outer, args, output)
+            return output if changed is None else changed
 
         def remove() -> None:
             if outer._compiled_call_impl is call:
@@ -171,7 +187,7 @@ class Engine:
         self.entries.remove(entry)
         if entry.energy or entry.composition:
             self._stop_contexts()
-        if entry.guidances:
+        if not any(other.guidances for other in self.entries):
             self._release_scheduler()
         replaced = self._replaced()
         needed = {name for other in self.entries for name in other.layers(self.layers)}
@@ -242,7 +258,7 @@ class Engine:
                 del pipe.__dict__[name]
                 pipe.__dict__.update({name: before[name]} if name in before else {})
 
-    def _begin(self, pipe: Any, arguments: dict[str, Any], result: Any, encode: Callable[[list[str]], Tensor]) -> None:
+    def _begin(self, pipe: Any, arguments: dict[str, Any], result: Any, encode: Encode) -> None:
         embeddings = result[0] if isinstance(result, (tuple, list)) else result
         texts, second = (_as_list(arguments.get(name)) for name in ("prompt", "prompt_2"))
         given = arguments.get("prompt_embeds")
@@ -256,6 +272,7 @@ class Engine:
             for entry in own:
                 entry.start(self.call, self)
             self._start_contexts(pipe, embeddings)
+            self.conjunction = self._start_conjunction(own)
             if any(entry.guidances for entry in own):
                 check_scheduler(pipe)
                 self._tap = SchedulerTap(pipe.scheduler)
@@ -274,7 +291,20 @@ class Engine:
             for name, slot in self.contexts.slots.items():
                 self.processors[name]._set(slot=slot)
 
+    def _start_conjunction(self, entries: list[Entry]) -> Conjunction | None:
+        method = next((entry.conjunction for entry in reversed(entries) if entry.conjunction), None)
+        if method is None:
+            return None
+        if any(entry.layers(self.layers) or entry.guidances for entry in entries):
+            raise ValueError(
+                "ComposableDiffusion evaluates several prompts at once and does not go together with other methods or "
+                "captures; leave their control first"
+            )
+        assert self.call is not None
+        return Conjunction(method, self.call)
+
     def _end(self) -> None:
+        self.conjunction = None
         self.call = self._caller = self._timestep = None
         self._release_scheduler()
         guiding = [one for entry in self.entries for one in entry.guiding]
@@ -323,6 +353,8 @@ class Engine:
             if first:
                 for one in self._guidances():
                     one.plan()
+        if self.conjunction is not None:
+            return (), self.conjunction.expanded(arguments(self.unet, args, kwargs))
         changed = self._guide(len(sample), again, args, kwargs)
         if self.contexts is not None:
             if torch.is_grad_enabled() and getattr(self.unet, "is_gradient_checkpointing", False):
@@ -332,6 +364,10 @@ class Engine:
                 )
             self.contexts.prepare(self.conditional(len(sample)), len(sample), text)
         return None if changed is None else ((), changed)
+
+    def _after_unet(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook: what the UNet returns instead, or None."""
+        return None if self.conjunction is None else self.conjunction.merged(output)
 
     def _guidances(self) -> list[Guidance]:
         return [one for entry in self.entries for one in entry.guiding]
@@ -385,8 +421,8 @@ class Engine:
 
 def _encoded(
     encode: Callable[..., Any], signature: inspect.Signature, arguments: dict[str, Any], texts: list[str]
-) -> Tensor:
-    """Contexts `[n,N,C]` of other texts, encoded as the prompts of the call were.
+) -> tuple[Tensor, Tensor | None]:
+    """Contexts `[n,N,C]` of other texts, encoded as the prompts of the call were, and their pooled embeddings (SDXL).
 
     Raises:
         ValueError: the pipeline has no text encoder.
@@ -403,7 +439,9 @@ def _encoded(
     changed = {"prompt": texts, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     given.update((name, value) for name, value in changed.items() if name in signature.parameters)
     result = encode(**given)
-    return result[0] if isinstance(result, (tuple, list)) else result
+    if not isinstance(result, (tuple, list)):
+        return result, None
+    return result[0], result[2] if len(result) > 2 else None
 
 
 def _as_list(prompt: Any) -> list[str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from ._cut import cut_after, frozen
 from ._numbers import step_count
 from ._processors import GuidedProcessor
 from ._tokens import padded
+from ._unet_call import arguments, with_rows
 from .methods.latent_guidance import GuidanceContext
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ class Evaluation:
         self, call: Call, unet: Any, tap: SchedulerTap, first: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self._unet, self._tap = unet, tap
-        self._given = inspect.signature(type(unet).forward).bind(unet, *args, **kwargs).arguments
-        del self._given["self"]
+        self._given = arguments(unet, args, kwargs)
         sample = self._given["sample"]
         self._rows, self._first, self._samples = len(sample), first, call.samples
         self.timestep = self._given["timestep"]
@@ -78,15 +77,12 @@ class Evaluation:
         return self._tap.scaled(latents.to(self._fixed.dtype), self.timestep)
 
     def _sliced(self, value: Any) -> Any:
-        """The conditional rows of all tensors within; lists are copied, for the UNet empties some."""
-        if isinstance(value, Tensor):
-            value = value[self._first :] if self._first and value.ndim and len(value) == self._rows else value
-            return value.clone() if value.is_inference() else value
-        if isinstance(value, dict):
-            return {key: self._sliced(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._sliced(item) for item in value)
-        return value
+        """The conditional rows of all tensors within, as tensors that autograd may keep."""
+        return with_rows(value, self._rows, lambda x: _kept(x[self._first :]))
+
+
+def _kept(x: Tensor) -> Tensor:
+    return x.clone() if x.is_inference() else x
 
 
 class Guidance:

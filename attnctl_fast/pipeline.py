@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from ._capture import AttentionMaps, Capture
 from ._engine import Engine, Entry
 from ._layers import LayerChoice, by_downsampling, check_choice, choose
 from ._scheduler import check_scheduler
 from ._tokens import check_targets
-from .methods import Composition, EnergyContext, LatentGuidance
+from .methods import ComposableDiffusion, Composition, EnergyContext, LatentGuidance
 from .methods._base import EditingMethod
 
 __all__ = ["AttentionMaps", "Handle", "by_downsampling", "capture", "control", "enable"]
+
+Method: TypeAlias = EditingMethod | EnergyContext | Composition | LatentGuidance | ComposableDiffusion
 
 
 class Handle:
@@ -37,7 +39,7 @@ class Handle:
             self._engine.remove(self._entry)
 
 
-def enable(pipe: Any, *methods: EditingMethod | EnergyContext | Composition | LatentGuidance) -> Handle:
+def enable(pipe: Any, *methods: Method) -> Handle:
     """Put methods on a diffusers UNet pipeline until `handle.disable()`; `control` is the same for a `with` block.
 
     The pipeline's class and the way it is called stay the same. On the layers that the methods edit, and only there, a
@@ -64,13 +66,18 @@ def enable(pipe: Any, *methods: EditingMethod | EnergyContext | Composition | La
     if not methods:
         raise ValueError("no method was given; pass at least one, such as AttentionRegulation(['bag', 'apple'])")
     for method in methods:
-        if not isinstance(method, (EditingMethod, EnergyContext, Composition, LatentGuidance)):
+        if not isinstance(method, (EditingMethod, EnergyContext, Composition, LatentGuidance, ComposableDiffusion)):
             raise ValueError(
                 f"{method!r} is not a method; pass instances such as AttentionRegulation(['bag', 'apple'])"
             )
     engine = Engine.of(pipe)
     entry = Entry(pipe)
     for method in methods:
+        if isinstance(method, ComposableDiffusion):
+            if len(methods) > 1:
+                raise ValueError("ComposableDiffusion does not go together with other methods; pass it alone")
+            entry.conjunction = method
+            continue
         names = method.default_layers(engine.layers) if method.layers is None else choose(engine.layers, method.layers)
         if isinstance(method, (EnergyContext, Composition)):
             kind = "energy" if isinstance(method, EnergyContext) else "composition"
@@ -92,7 +99,7 @@ def enable(pipe: Any, *methods: EditingMethod | EnergyContext | Composition | La
 
 
 @contextmanager
-def control(pipe: Any, *methods: EditingMethod | EnergyContext | Composition | LatentGuidance) -> Iterator[Handle]:
+def control(pipe: Any, *methods: Method) -> Iterator[Handle]:
     """Methods on a pipeline for the length of a `with` block; see `enable`. On leaving, by return or by exception, the
     pipeline is as it was."""
     handle = enable(pipe, *methods)

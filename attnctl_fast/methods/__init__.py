@@ -2,6 +2,7 @@
 
 from .attend_and_excite import AttendAndExcite
 from .attention_regulation import AttentionRegulation
+from .composable_diffusion import ComposableDiffusion
 from .composition import Composition, Edit
 from .energy_context import EnergyContext
 from .latent_guidance import GuidanceContext, LatentGuidance
@@ -9,6 +10,7 @@ from .latent_guidance import GuidanceContext, LatentGuidance
 __all__ = [
     "AttendAndExcite",
     "AttentionRegulation",
+    "ComposableDiffusion",
     "Composition",
     "Edit",
     "EnergyContext",

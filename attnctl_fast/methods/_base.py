@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from .._layers import Layer, LayerChoice
     from .._tokens import Prompts
+
+Encode: TypeAlias = Callable[[list[str]], tuple[Tensor, Tensor | None]]
 
 
 @dataclass
@@ -21,13 +23,13 @@ class Call:
     prompt. evaluation: index of the UNet evaluation. step, steps: index of the sampling step it belongs to, and how
     many the schedule has from the call's first one on. latents: (height, width) of the latents. mask: of an
     inpainting call, `[samples, 1, height, width]` at the latents' size, 1 where the picture is new; None elsewhere.
-    encode: contexts `[n,N,C]` of n texts, as the pipeline encodes prompts in this call.
+    encode: contexts `[n,N,C]` and pooled embeddings (or None) of n texts, as the pipeline encodes prompts in this call.
     """
 
     pipe: Any
     prompts: Prompts
     images: int
-    encode: Callable[[list[str]], Tensor]
+    encode: Encode
     evaluation: int = -1
     step: int = -1
     steps: int = 0
