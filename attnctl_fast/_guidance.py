@@ -50,8 +50,10 @@ class Evaluation:
         sample = self._given["sample"]
         self._rows, self._first, self._samples = len(sample), first, call.samples
         self.timestep = self._given["timestep"]
-        channels = unet.config.out_channels if tap.latents is None else tap.latents.shape[1]
-        self._latents = sample[:, :channels] if tap.latents is None else tap.latents
+        # An earlier guidance of this step has moved them.
+        latents = tap.latents if tap.guided is None else tap.guided
+        channels = unet.config.out_channels if latents is None else latents.shape[1]
+        self._latents = sample[:, :channels] if latents is None else latents
         self._fixed = sample[:, channels:]
 
     @property
@@ -176,29 +178,35 @@ class Guidance:
 
     def _at(self, latents: Tensor, evaluation: Evaluation) -> _Point:
         latents = latents.detach().requires_grad_()
-        maps = self._maps(latents, evaluation)
-        loss = self.method.loss(maps, self._context)
-        name = type(self.method).__name__
-        if not isinstance(loss, Tensor) or loss.shape != (len(latents),):
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"the loss of {name} is {shape}; it must be one number per sample, [{len(latents)}]")
-        if not loss.requires_grad:
-            raise ValueError(f"the loss of {name} does not depend on the maps, so it cannot guide the latents")
-        (gradient,) = torch.autograd.grad(loss.sum(), latents)
+        # Around the backward pass too: under gradient checkpointing it runs the layers again.
+        with self._reading() as maps_of_layers:
+            maps = self._maps(latents, evaluation, maps_of_layers)
+            loss = self.method.loss(maps, self._context)
+            name = type(self.method).__name__
+            if not isinstance(loss, Tensor) or loss.shape != (len(latents),):
+                shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise ValueError(f"the loss of {name} is {shape}; it must be one number per sample, [{len(latents)}]")
+            if not loss.requires_grad:
+                raise ValueError(f"the loss of {name} does not depend on the maps, so it cannot guide the latents")
+            (gradient,) = torch.autograd.grad(loss.sum(), latents)
         return _Point(loss.detach(), gradient, maps.detach())
 
-    def _maps(self, latents: Tensor, evaluation: Evaluation) -> Tensor:
-        """Attention of the conditional rows, mean over heads and layers, `[B,n,M]`."""
-        last = self._layers[-1].block
-        given = evaluation.conditional(latents, last if self.method.truncate else "")
-        token_ids = None if self._every else self._context.token_ids
+    @contextmanager
+    def _reading(self) -> Iterator[list[Tensor]]:
+        """Within the block the UNet ends where it may, and its layers add their maps to the list."""
         maps: list[Tensor] = []
         with ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             if self.method.truncate:
-                stack.enter_context(cut_after(self._unet, last))
+                stack.enter_context(cut_after(self._unet, self._layers[-1].block))
+            token_ids = None if self._every else self._context.token_ids
             stack.enter_context(_recorded(self._layers, token_ids, maps))
-            self._unet(**given)
+            yield maps
+
+    def _maps(self, latents: Tensor, evaluation: Evaluation, maps: list[Tensor]) -> Tensor:
+        """Attention of the conditional rows, mean over heads and layers, `[B,n,M]`."""
+        last = self._layers[-1].block if self.method.truncate else ""
+        self._unet(**evaluation.conditional(latents, last))
         return maps[0] if len(maps) == 1 else torch.stack(maps).mean(0)
 
     def finish(self) -> None:

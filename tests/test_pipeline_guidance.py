@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import torch._dynamo.testing
 from guidance_walk import sample
 from test_pipeline_kinds import KINDS, OTHER, PROMPT, call
 from test_pipeline_restore import Stop, snapshot, stop_at
@@ -51,7 +52,7 @@ SCHEDULERS = {
     "DPMSolverMultistepScheduler": (0.785, 1e-9),
     "UniPCMultistepScheduler": (0.785, 1e-9),
     "EulerDiscreteScheduler": (0.7897, 1e-4),
-    "HeunDiscreteScheduler": (0.78, 1e-4),
+    "HeunDiscreteScheduler": (0.76975, 1e-4),
 }
 
 
@@ -148,7 +149,7 @@ def test_a_batch_of_prompts_equals_each_alone(guidance: float) -> None:
         torch.testing.assert_close(batch[index], alone[0], **EXACT)
 
 
-@pytest.mark.parametrize("size", [(32, 48), (34, 32)])
+@pytest.mark.parametrize("size", [(32, 48), (36, 32)])
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_sizes_that_are_not_square(kind: str, size: tuple[int, int]) -> None:
     pipe = tiny.pipeline(**KINDS[kind][0])
@@ -171,7 +172,7 @@ def test_sizes_that_are_not_square(kind: str, size: tuple[int, int]) -> None:
 def test_half_precision(kind: str, dtype: torch.dtype) -> None:
     """The loss is float32, and the latents keep the pipeline's dtype."""
     pipe = tiny.pipeline(**KINDS[kind][0])
-    exact, plain = guided(pipe, Peaks()), call(pipe)
+    exact, plain = guided(pipe, Peaks(steps=1)), call(pipe)
     pipe.to(dtype)
     seen = set()
 
@@ -180,7 +181,7 @@ def test_half_precision(kind: str, dtype: torch.dtype) -> None:
             seen.add(maps.dtype)
             return super().loss(maps, context)
 
-    result = guided(pipe, Noting(layers=ac.by_downsampling(2)))
+    result = guided(pipe, Noting(layers=ac.by_downsampling(2), steps=1))
     assert seen == {torch.float32}
     assert result.dtype == dtype
     rounded = (call(pipe) - plain).abs().max()
@@ -466,6 +467,10 @@ def test_bad_methods() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ac.AttendAndExcite("bag", **arguments)
+
+
+class NoScheduler:
+    pass
 
 
 def test_a_scheduler_that_cannot_be_followed() -> None:
