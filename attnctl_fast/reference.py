@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -287,3 +288,54 @@ def regulate_full_logits(
     if best is None:
         raise ValueError("every loss is NaN; the logits hold NaN or inf")
     return *best, torch.stack(history)
+
+
+def smooth_maps(maps: Tensor, grid: Sequence[int], taps: Sequence[float]) -> Tensor:
+    """Every map convolved with `taps` along both axes of the grid, its border reflected (MATH.md section 3)."""
+    maps, radius = _wide(maps), len(taps) // 2
+    kernel = torch.tensor(taps, dtype=maps.dtype, device=maps.device)
+    padded = F.pad(maps.reshape(-1, 1, *grid), [radius] * 4, mode="reflect")
+    return F.conv2d(padded, torch.outer(kernel, kernel)[None, None]).reshape(maps.shape)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x over its norm along the last dimension; zeros, whose gradient is zero, where it is all zeros."""
+    square = x.square().sum(-1, keepdim=True)
+    return torch.where(square > 0, x / torch.where(square > 0, square, 1.0).sqrt(), 0.0)
+
+
+def map_similarity(maps: Tensor) -> Tensor:
+    """The cosines of the angles between maps, [B,n,n]."""
+    unit = _unit(_wide(maps))
+    return unit @ unit.mT
+
+
+def similarity_loss(
+    maps: Tensor,
+    text_similarity: Tensor,
+    lengths: Tensor | None,
+    grid: Sequence[int],
+    taps: Sequence[float],
+    variant: str,
+    weight: float,
+) -> Tensor:
+    """T-SAM's loss [B], row by row: `cosine` leaves the diagonal out, the others put a 1 there and divide by the row's
+    sum (MATH.md section 3)."""
+    batch, tokens = maps.shape[:2]
+    lengths = torch.full((batch,), tokens, device=maps.device) if lengths is None else lengths
+    real = torch.arange(tokens, device=maps.device) < lengths[:, None]
+    similarity = map_similarity(torch.where(real[..., None], smooth_maps(maps, grid, taps), 0.0))
+    text = torch.where(real[..., None], text_similarity, 0.0)
+    loss = 0 * similarity[:, 0, 0]
+    for i in range(1, tokens):
+        if variant == "cosine":
+            ours, theirs, share = similarity[:, i, :i], text[:, i, :i], torch.full_like(loss, i)
+        else:
+            ours = torch.cat([similarity[:, i, :i], torch.ones_like(loss)[:, None]], 1)
+            total = ours.sum(1, keepdim=True)
+            ours = torch.where(total != 0, ours / torch.where(total != 0, total, 1.0), 0.0)
+            theirs, share = text[:, i, : i + 1], (i + 1) / lengths.clamp(min=1).to(loss.dtype)
+        cosine = (_unit(theirs) * _unit(ours)).sum(1)
+        distance = (theirs - ours).abs().sum(1) if variant == "absolute" else 1 - cosine
+        loss = loss + torch.where(real[:, i], weight * share * distance, 0.0)
+    return loss

@@ -8,10 +8,13 @@ from .composed_attention import composed_attention
 from .context_energy import ContextEnergy, context_energy
 from .context_update import context_update
 from .gaussian_bias import basis_shape, default_sigma, gaussian_bias
+from .map_similarity import map_similarity
 from .merge_targets import merge_targets
 from .regulate import Regulation, regulate
 from .regulated_attention import regulated_attention
 from .regulation_loss import regulation_loss
+from .similarity_loss import similarity_loss
+from .smooth_maps import smooth_maps
 from .target_statistics import TargetStatistics, target_statistics
 
 __all__ = [
@@ -28,9 +31,12 @@ __all__ = [
     "context_update",
     "default_sigma",
     "gaussian_bias",
+    "map_similarity",
     "merge_targets",
     "regulate",
     "regulated_attention",
     "regulation_loss",
+    "similarity_loss",
+    "smooth_maps",
     "target_statistics",
 ]

@@ -1,0 +1,104 @@
+"""Cosine similarities between attention maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from .._impl import resolve
+from ._library import composite, differentiated, opaque
+from ._objective import Array, arrays, namespace, reciprocal, tensor
+from .smooth_maps import check_maps, wide
+
+map_similarity_reference = composite("map_similarity_reference(Tensor maps) -> Tensor", reference.map_similarity)
+
+
+def similarities(maps: Array) -> tuple[Array, Array]:
+    """The cosines [B,n,n] between maps [B,n,M], and one over their norms [B,n], 0 for a map of zeros."""
+    gram = maps @ maps.swapaxes(1, 2)
+    inverse = reciprocal(namespace(gram).diagonal(gram, 0, 1, 2) ** 0.5)
+    gram *= inverse[:, :, None]
+    gram *= inverse[:, None, :]
+    return gram, inverse
+
+
+def mixing(slope: Array, similarity: Array, inverse: Array) -> Array:
+    """W [B,n,n] such that W maps is the maps' gradient, given that of their similarities, `slope`, whose diagonal does
+    not count."""
+    xp = namespace(slope)
+    every = np.arange(slope.shape[1]) if xp is np else torch.arange(slope.shape[1], device=slope.device)
+    both = slope + slope.swapaxes(1, 2)
+    both[:, every, every] = 0
+    along = (both * similarity).sum(2)
+    both *= inverse[:, None, :]
+    both[:, every, every] = -along * inverse
+    both *= inverse[:, :, None]
+    return both
+
+
+def _forward(maps: Tensor) -> tuple[Tensor, Tensor]:
+    similarity, inverse = similarities(*arrays(maps))
+    return tensor(similarity), tensor(inverse)
+
+
+def _backward(grad: Tensor, maps: Tensor, similarity: Tensor, inverse: Tensor) -> Tensor:
+    grad, maps, similarity, inverse = arrays(grad, maps, similarity, inverse)
+    return tensor(mixing(grad, similarity, inverse) @ maps)
+
+
+map_similarity_op = opaque(
+    "map_similarity(Tensor maps) -> (Tensor, Tensor)",
+    _forward,
+    lambda maps: (maps.new_empty(*maps.shape[:2], maps.shape[1]), maps.new_empty(maps.shape[:2])),
+)
+map_similarity_backward_op = opaque(
+    "map_similarity_backward(Tensor grad, Tensor maps, Tensor similarity, Tensor inverse) -> Tensor",
+    _backward,
+    lambda grad, maps, similarity, inverse: maps.new_empty(maps.shape),
+)
+
+
+class _MapSimilarity(Function):
+    @staticmethod
+    def forward(maps: Tensor) -> tuple[Tensor, Tensor]:
+        return map_similarity_op(maps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, *output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Tensor:
+        return map_similarity_backward_op(grad, *ctx.saved_tensors)
+
+
+def map_similarity(maps: Tensor, *, impl: str | None = None) -> Tensor:
+    """The cosine of the angle between every two maps of a sample: X^T X of maps over their norms.
+
+    A map of zeros, as a padded token has, has similarity 0 with every map and itself, and no gradient. Differentiable
+    in maps. T-SAM (arXiv 2411.15236) smooths them before, with `smooth_maps`.
+
+    Args:
+        maps: `[B,n,M]`; float.
+        impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
+
+    Returns:
+        `[B,n,n]` in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: maps of another shape or dtype, or empty.
+    """
+    check_maps(maps)
+    impl = resolve(impl, maps.device)
+    if impl == "reference":
+        return map_similarity_reference(wide(maps))
+    maps = wide(maps)
+    return (_MapSimilarity.apply if differentiated(maps) else map_similarity_op)(maps)[0]

@@ -1,0 +1,154 @@
+"""Gaussian smoothing of attention maps, as Attend-and-Excite and T-SAM smooth them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from .._impl import resolve
+from .._validate import check_grid
+from ._library import composite, differentiated, opaque
+from ._objective import Array, arrays, tensor
+
+smooth_maps_reference = composite(
+    "smooth_maps_reference(Tensor maps, int[] grid, float[] taps) -> Tensor", reference.smooth_maps
+)
+
+
+def check_maps(maps: Tensor) -> None:
+    """Raise ValueError unless maps is [B,n,M], non-empty and floating-point."""
+    if maps.ndim != 3:
+        raise ValueError(f"maps has shape {tuple(maps.shape)}; it must be [batch, tokens, image tokens]")
+    if not maps.dtype.is_floating_point:
+        raise ValueError(f"maps has dtype {maps.dtype}; it must be a floating-point tensor")
+    if 0 in maps.shape:
+        raise ValueError(f"maps has shape {tuple(maps.shape)}: every dimension must be at least 1")
+
+
+def check_smoothing(
+    grid: tuple[int, int], image_tokens: int, sigma: float, kernel_size: int
+) -> tuple[list[int], list[float]]:
+    """The checked grid, and the kernel along one axis: exp(-((x - mu) / 2 sigma)^2) over its sum."""
+    sides = check_grid(grid, image_tokens)
+    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size is {kernel_size!r}; it must be an odd int of at least 1 (1 does not smooth)")
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"sigma is {sigma}; it must be positive and finite")
+    radius = kernel_size // 2
+    if radius >= min(sides):
+        raise ValueError(
+            f"a kernel of {kernel_size} reflects {radius} cells at each border, but the grid is {sides[0]}x{sides[1]}; "
+            "pass a smaller kernel_size (1 does not smooth) or choose a layer with a larger grid"
+        )
+    weights = [math.exp(-(((x - radius) / (2 * sigma)) ** 2)) for x in range(kernel_size)]
+    return list(sides), [weight / sum(weights) for weight in weights]
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_axis(side: int, taps: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Array:
+    """The smoothing along an axis as a matrix [side, side]; for use inside of opaque operations."""
+    radius = len(taps) // 2
+    weights = np.zeros((side, side))
+    for row in range(side):
+        for shift, weight in enumerate(taps, row - radius):
+            reflected = abs(shift) if shift < side else 2 * (side - 1) - shift
+            weights[row, reflected] += weight
+    return arrays(torch.tensor(weights, dtype=dtype, device=device))[0]
+
+
+def smooth(maps: Tensor, grid: Sequence[int], taps: Sequence[float], adjoint: bool = False) -> Array:
+    """[..,M] maps smoothed, or the gradient of that: a numpy array where they lie on a CPU."""
+    (x,) = arrays(maps)
+    if len(taps) == 1:
+        return x
+    along_y, along_x = (_kept_axis(side, tuple(taps), maps.dtype, maps.device) for side in grid)
+    if not adjoint:
+        along_y, along_x = along_y.T, along_x.T
+    # Both axes by products of whole matrices: a product of many small ones costs a call each.
+    rows = x.reshape(-1, grid[1]) @ along_x
+    columns = rows.reshape(-1, *grid).swapaxes(1, 2).reshape(-1, grid[0]) @ along_y
+    return columns.reshape(-1, grid[1], grid[0]).swapaxes(1, 2).reshape(x.shape)
+
+
+def _forward(maps: Tensor, grid: Sequence[int], taps: Sequence[float], adjoint: bool = False) -> Tensor:
+    if len(taps) == 1:
+        return maps.clone(memory_format=torch.contiguous_format)
+    return tensor(smooth(maps, grid, taps, adjoint))
+
+
+def _fake(maps: Tensor, grid: Sequence[int], taps: Sequence[float]) -> Tensor:
+    return maps.new_empty(maps.shape)
+
+
+smooth_maps_op = opaque("smooth_maps(Tensor maps, int[] grid, float[] taps) -> Tensor", _forward, _fake)
+smooth_maps_backward_op = opaque(
+    "smooth_maps_backward(Tensor grad, int[] grid, float[] taps) -> Tensor",
+    functools.partial(_forward, adjoint=True),
+    _fake,
+)
+
+
+class _SmoothMaps(Function):
+    @staticmethod
+    def forward(maps: Tensor, grid: Sequence[int], taps: Sequence[float]) -> Tensor:
+        return smooth_maps_op(maps, grid, taps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.how = inputs[1:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return smooth_maps_backward_op(grad, *ctx.how), None, None
+
+
+def wide(maps: Tensor) -> Tensor:
+    """Half precision in float32."""
+    return maps.to(torch.promote_types(maps.dtype, torch.float32))
+
+
+def smooth_maps(
+    maps: Tensor,
+    grid: tuple[int, int],
+    *,
+    sigma: float = 0.5,
+    kernel_size: int = 3,
+    impl: str | None = None,
+) -> Tensor:
+    """Every token's map convolved with a Gaussian, its border reflected, as in the released code of Attend-and-Excite
+    and T-SAM.
+
+    Along each axis the kernel is `exp(-((x - mu) / (2 sigma))^2)` over its sum, mu = (kernel_size - 1) / 2: the
+    released code's, which is wider by sqrt(2) than a Gaussian of standard deviation sigma. Differentiable in maps.
+
+    Args:
+        maps: `[B,n,M]`; float.
+        grid: (height, width) of the maps, height * width = M.
+        sigma: width of the kernel in cells.
+        kernel_size: its cells along an axis, odd; 1 does not smooth.
+        impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
+
+    Returns:
+        `[B,n,M]` in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: a grid that is not M cells or smaller than the kernel reflects, an even kernel_size, or a sigma that
+            is not positive.
+    """
+    check_maps(maps)
+    sides, taps = check_smoothing(grid, maps.shape[2], sigma, kernel_size)
+    impl = resolve(impl, maps.device)
+    if impl == "reference":
+        return smooth_maps_reference(wide(maps), sides, taps)
+    maps = wide(maps)
+    return (_SmoothMaps.apply if differentiated(maps) else smooth_maps_op)(maps, sides, taps)
