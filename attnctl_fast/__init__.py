@@ -11,6 +11,8 @@ from ._impl import use
 if TYPE_CHECKING:
     from . import ops, schedules, shapes
     from .methods import (
+        CONFORM,
+        TSAM,
         AttendAndExcite,
         AttentionRegulation,
         Composition,
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
         EnergyContext,
         GuidanceContext,
         LatentGuidance,
+        SynGen,
     )
     from .pipeline import by_downsampling, capture, control, enable
 
@@ -26,11 +29,14 @@ __version__ = "0.1.0"
 __all__ = [
     "AttendAndExcite",
     "AttentionRegulation",
+    "CONFORM",
     "Composition",
     "Edit",
     "EnergyContext",
     "GuidanceContext",
     "LatentGuidance",
+    "SynGen",
+    "TSAM",
     "by_downsampling",
     "capture",
     "control",
@@ -44,11 +50,14 @@ __all__ = [
 _HOME = {
     "AttendAndExcite": "methods",
     "AttentionRegulation": "methods",
+    "CONFORM": "methods",
     "Composition": "methods",
     "Edit": "methods",
     "EnergyContext": "methods",
     "GuidanceContext": "methods",
     "LatentGuidance": "methods",
+    "SynGen": "methods",
+    "TSAM": "methods",
     "by_downsampling": "pipeline",
     "capture": "pipeline",
     "control": "pipeline",

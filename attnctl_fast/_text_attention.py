@@ -22,7 +22,9 @@ def text_attention(pipe: Any, prompts: Prompts) -> Tensor:
     """
     remedy = "pass text_similarity=, and targets= for the tokens that it is about"
     if prompts.ends() is None or prompts.tokens is None:
-        raise ValueError(f"which words the prompt has is unknown (prompt embeddings, or a long prompt in pieces); {remedy}")
+        raise ValueError(
+            f"which words the prompt has is unknown (prompt embeddings, or a long prompt in pieces); {remedy}"
+        )
     ids = [tokens.ids for tokens in prompts.tokens]
     if prompts.second is not None and [tokens.ids for tokens in prompts.second] != ids:
         raise ValueError(f"prompt and prompt_2 differ, so their tokens have no self-attention in common; {remedy}")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._numbers import check_count, check_number
+from .._numbers import check_number, check_smoothing
 from .._text_attention import text_attention
 from .._tokens import Prompts, Targets, check_targets
 from ._base import Call
-from .latent_guidance import Bounds, GuidanceContext, LatentGuidance
+from .latent_guidance import Bounds, GuidanceContext, LatentGuidance, sampled
 
 VARIANTS = ("cosine", "normalised_cosine", "absolute")
 REFINEMENT: Mapping[int, float] = {0: 0.0, 10: 0.0, 20: 0.0}
@@ -85,7 +85,7 @@ class TSAM(LatentGuidance):
         return cls(**{"gamma": 4.0, **overrides})
 
     def bounds(self, steps: int) -> dict[int, float]:
-        return default_dropped(super().bounds, self.refinement, REFINEMENT, steps)
+        return sampled("refinement", dict(self.refinement), steps, REFINEMENT)
 
     def tokens(self, prompts: Prompts) -> list[list[int]]:
         if self.targets is not None:
@@ -93,8 +93,8 @@ class TSAM(LatentGuidance):
         ends = prompts.ends()
         if ends is None:
             raise ValueError(
-                "TSAM reads the words of the prompt, which are unknown (prompt embeddings, or a long prompt in pieces); "
-                "pass a prompt, or text_similarity= and targets="
+                "TSAM compares the words of the prompt, which are unknown (prompt embeddings, or a long prompt in "
+                "pieces); pass a prompt, or text_similarity= and targets="
             )
         if 1 in ends:
             raise ValueError("TSAM compares the words of the prompt, but one is empty; give every image a prompt")
@@ -112,8 +112,8 @@ class TSAM(LatentGuidance):
             text = text_similarity(text, self.gamma).where(real[..., None], 0.0)
         elif text.shape[-1] != longest or text.shape[:-2] not in ((), (prompts.count,)):
             raise ValueError(
-                f"text_similarity has shape {tuple(text.shape)}; for these prompts it must be [{longest}, {longest}] or "
-                f"[{prompts.count}, {longest}, {longest}]"
+                f"text_similarity has shape {tuple(text.shape)}; for these prompts it must be [{longest}, {longest}] "
+                f"or [{prompts.count}, {longest}, {longest}]"
             )
         text = text.detach().expand(prompts.count, -1, -1)
         return _Prepared(text.repeat_interleave(call.images, 0), lengths.repeat_interleave(call.images))
@@ -147,21 +147,6 @@ def text_similarity(attention: Tensor, gamma: float) -> Tensor:
     # Over the largest first, so that a large power does not underflow.
     powered = (attention / attention.amax(-1, keepdim=True)) ** gamma
     return powered / powered.sum(-1, keepdim=True)
-
-
-def default_dropped(bounds: Any, given: Any, default: Mapping[int, float], steps: int) -> dict[int, float]:
-    """A method's `bounds(steps)`; of its default those steps that the call runs."""
-    if dict(given) == default:
-        return {step: bound for step, bound in default.items() if step < steps}
-    return bounds(steps)
-
-
-def check_smoothing(sigma: float, kernel_size: int) -> None:
-    """Raise ValueError unless sigma is above 0 and kernel_size odd."""
-    check_number("sigma", sigma, 0.0, open_low=True)
-    check_count("kernel_size", kernel_size, 1)
-    if kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size is {kernel_size}; it must be odd")
 
 
 def _check_similarity(text: Tensor | None) -> None:
