@@ -119,6 +119,11 @@ def test_words_that_the_prompt_repeats() -> None:
     assert ac.CONFORM([(10,), ("red bag",)]).tokens(prompts) == [[10, 2, 3]]
 
 
+def test_words_that_the_second_prompt_repeats_elsewhere() -> None:
+    prompts = guided.call("a red bag and a red cat", second=["a red bag and a blue cat"]).prompts
+    assert ac.CONFORM([("red", "cat"), ("bag",)]).tokens(prompts) == [[2, 7, 3]]
+
+
 def test_with_embeddings_token_ids_will_do() -> None:
     one = guided.embedded(2)
     assert ac.CONFORM([(2, 3), (6,)]).tokens(one.prompts) == [[2, 3, 6]] * 2

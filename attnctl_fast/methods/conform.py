@@ -32,8 +32,8 @@ class CONFORM(LatentGuidance):
             `[("red", "bag"), ("green", "apple")]`, for every prompt, or one such list per prompt. A group may be one
             word. Of a word that the prompt repeats, a group's last word stands for the first occurrence that no earlier
             group ended with, its other words for the occurrence nearest to that one. With prompt embeddings, ids only.
-        layers, steps, scale, schedule, truncate, freeze: as in `LatentGuidance`. 30 steps are those of the released
-            example; the released pipeline's own default is 25.
+        layers, steps, scale, schedule, late_check, truncate, freeze: as in `LatentGuidance`. 30 steps are those
+            of the released example; the released pipeline's own default is 25.
         refinement, max_refinements: as there. The released code has no bound: by default all `max_refinements` moves
             are made. Of the default's steps, those that a call does not run are left out.
         temperature: of the similarities.

@@ -26,10 +26,11 @@ class TSAM(LatentGuidance):
 
     The loss compares the cosine similarities of the words' smoothed maps with the self-attention of the same words
     within the text encoder: mean over its layers and heads, without start and end of text, to the power gamma, rows
-    normalised. With two text encoders (SDXL, of which the released code knows nothing) it is the mean of the two.
+    normalised. With two text encoders (SDXL, of which the released code knows nothing) it is the mean of the two. A
+    prompt of one token has no loss, and one of two has none by the default variant.
 
     Args:
-        layers, steps, scale, schedule, truncate, freeze: as in `LatentGuidance`.
+        layers, steps, scale, schedule, late_check, truncate, freeze: as in `LatentGuidance`.
         refinement, max_refinements: as there. By default all `max_refinements` moves are made; of the default's steps,
             those that a call does not run are left out. The released code stops after 20 of its 30 where the loss of a
             prompt of n = 5, 6 or 7 tokens is then above 0.14 (n - 1), and fails at other lengths; that is left out.
