@@ -11,6 +11,8 @@ from ._impl import use
 if TYPE_CHECKING:
     from . import ops, schedules, shapes
     from .methods import (
+        CONFORM,
+        TSAM,
         AttendAndExcite,
         AttentionRegulation,
         ComposableDiffusion,
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
         EnergyContext,
         GuidanceContext,
         LatentGuidance,
+        SynGen,
     )
     from .pipeline import by_downsampling, capture, control, enable
 
@@ -29,10 +32,13 @@ __all__ = [
     "AttentionRegulation",
     "ComposableDiffusion",
     "Composition",
+    "CONFORM",
     "Edit",
     "EnergyContext",
     "GuidanceContext",
     "LatentGuidance",
+    "SynGen",
+    "TSAM",
     "by_downsampling",
     "capture",
     "control",
@@ -48,10 +54,13 @@ _HOME = {
     "AttentionRegulation": "methods",
     "ComposableDiffusion": "methods",
     "Composition": "methods",
+    "CONFORM": "methods",
     "Edit": "methods",
     "EnergyContext": "methods",
     "GuidanceContext": "methods",
     "LatentGuidance": "methods",
+    "SynGen": "methods",
+    "TSAM": "methods",
     "by_downsampling": "pipeline",
     "capture": "pipeline",
     "control": "pipeline",

@@ -21,6 +21,14 @@ def check_count(name: str, value: int, low: int) -> None:
         raise ValueError(f"{name} is {value!r}; it must be an int of at least {low}")
 
 
+def check_smoothing(sigma: float, kernel_size: int) -> None:
+    """Raise ValueError unless these can smooth a map (`ops.smooth_maps`)."""
+    check_number("sigma", sigma, 0.0, open_low=True)
+    check_count("kernel_size", kernel_size, 1)
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size is {kernel_size}; it must be odd (1 does not smooth)")
+
+
 def check_steps(name: str, value: int | float) -> None:
     """Raise ValueError unless `value` is a count (int >= 0) or a share of the schedule (float in 0..1)."""
     if isinstance(value, float):

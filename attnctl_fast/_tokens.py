@@ -80,6 +80,9 @@ class Prompts:
         count: number of prompts.
         length: tokens of the text encoders' context.
         second: prompts for the second text encoder, where they differ (SDXL).
+
+    Attributes:
+        tokens, second: the prompts' tokens, and those of the second encoder's prompts; None where there are none.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class Prompts:
         self._pipe = pipe
         self._tokenizer: Any = getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)
         self.tokens = None if texts is None or self._tokenizer is None else [self._tokenise(text) for text in texts]
-        self._second = None if self.tokens is None or second is None else [self._tokenise(text) for text in second]
+        self.second = None if self.tokens is None or second is None else [self._tokenise(text) for text in second]
         # Pipelines that encode long prompts piece by piece give a longer context, and words then stand elsewhere.
         self._aligned = self.tokens is not None and length == getattr(self._tokenizer, "model_max_length", None)
 
@@ -104,19 +107,22 @@ class Prompts:
             ids = ids[: ids.index(tokenizer.eos_token_id, 1) + 1]
         return Tokens(tuple(ids), tuple(tokenizer.convert_ids_to_tokens(ids)), text)
 
-    def _find(self, phrase: str, tokens: Tokens, name: str) -> list[int]:
-        """Positions of the first occurrence of a word or phrase.
+    def _find(self, phrase: str, tokens: Tokens, name: str) -> list[list[int]]:
+        """Positions of every occurrence of a word or phrase.
 
         Raises:
             ValueError: it does not stand in the prompt.
         """
+        places = []
         wanted = list(self._tokenizer(self._converted(phrase.strip()), add_special_tokens=False).input_ids)
         marked = any(string.endswith(_WORD_END) for string in tokens.strings)
         for start in range(1, len(tokens.ids) - len(wanted)):
             # Without this, "apple" would be found within "pineapple".
             inside = marked and start > 1 and self._continues(tokens.strings[start - 1])
             if wanted and not inside and list(tokens.ids[start : start + len(wanted)]) == wanted:
-                return list(range(start, start + len(wanted)))
+                places.append(list(range(start, start + len(wanted))))
+        if places:
+            return places
         raise ValueError(
             f"{name} holds {phrase!r}, which is not in the prompt {tokens.text!r}, whose tokens are {tokens.shown()}; "
             "use words of the prompt as they stand there, or token ids"
@@ -160,10 +166,15 @@ class Prompts:
 
     def find(self, item: Target, index: int, name: str) -> list[int]:
         """The positions of one word, phrase or token id in the prompt `index`; errors as for `positions`."""
+        return self.occurrences(item, index, name)[0]
+
+    def occurrences(self, item: Target, index: int, name: str) -> list[list[int]]:
+        """As `find`, wherever the word or phrase stands; those that both text encoders' prompts have from the first one
+        on."""
         if isinstance(item, int):
             if item >= self.length:
                 raise ValueError(f"{name} holds the token id {item}, but the context has tokens 0..{self.length - 1}")
-            return [item]
+            return [[item]]
         if self.tokens is None:
             raise ValueError(
                 f"{name} holds {item!r}, but the pipeline was given prompt_embeds instead of a prompt, so where the "
@@ -175,12 +186,20 @@ class Prompts:
                 f"{self._tokenizer.model_max_length}, so where the word stands is unknown; pass token ids instead"
             )
         found = self._find(item, self.tokens[index], name)
-        if self._second is not None and self._find(item, self._second[index], name) != found:
+        if self.second is None:
+            return found
+        second = self._find(item, self.second[index], name)
+        if second[0] != found[0]:
             raise ValueError(
-                f"{name} holds {item!r}, which stands at {found} in the prompt {self.tokens[index].text!r}, but "
-                f"elsewhere in prompt_2 {self._second[index].text!r}; give it the same place in both, or pass token ids"
+                f"{name} holds {item!r}, which stands at {found[0]} in the prompt {self.tokens[index].text!r}, but "
+                f"elsewhere in prompt_2 {self.second[index].text!r}; give it the same place in both, or pass token ids"
             )
-        return found
+        return [place for place in found if place in second]
+
+    def ends(self) -> list[int] | None:
+        """Position of the first end-of-text in every prompt, or None where the text is unknown (embeddings were given)
+        or encoded piece by piece."""
+        return [tokens.end for tokens in self.tokens] if self.tokens is not None and self._aligned else None
 
     def strings(self, ids: list[list[int]]) -> list[list[str]] | None:
         """The tokens at these positions, one list per prompt; "" past the end of the text. None without text."""
@@ -194,9 +213,8 @@ class Prompts:
 
         Where the text is unknown (embeddings were given) only the start is, position 0.
         """
-        if self.tokens is None or not self._aligned:
-            return [[0] for _ in range(self.count)]
-        return [[0, tokens.end] for tokens in self.tokens]
+        ends = self.ends()
+        return [[0] for _ in range(self.count)] if ends is None else [[0, end] for end in ends]
 
 
 def padded(rows: list[list[int]]) -> Tensor:

@@ -4,16 +4,22 @@ from .attend_and_excite import AttendAndExcite
 from .attention_regulation import AttentionRegulation
 from .composable_diffusion import ComposableDiffusion
 from .composition import Composition, Edit
+from .conform import CONFORM
 from .energy_context import EnergyContext
 from .latent_guidance import GuidanceContext, LatentGuidance
+from .syngen import SynGen
+from .tsam import TSAM
 
 __all__ = [
     "AttendAndExcite",
     "AttentionRegulation",
+    "CONFORM",
     "ComposableDiffusion",
     "Composition",
     "Edit",
     "EnergyContext",
     "GuidanceContext",
     "LatentGuidance",
+    "SynGen",
+    "TSAM",
 ]

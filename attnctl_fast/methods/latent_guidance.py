@@ -148,12 +148,16 @@ def check_bounds(name: str, bounds: Bounds) -> tuple[tuple[int, float], ...]:
     return pairs
 
 
-def sampled(name: str, bounds: dict[int, float], steps: int) -> dict[int, float]:
-    """`bounds`, all of whose steps a call of so many steps runs.
+def sampled(
+    name: str, bounds: dict[int, float], steps: int, default: Mapping[int, float] | None = None
+) -> dict[int, float]:
+    """`bounds`, all of whose steps a call of so many steps runs; where they are the default, those that it runs.
 
     Raises:
         ValueError: one that it does not run.
     """
+    if bounds == default:
+        return {step: bound for step, bound in bounds.items() if step < steps}
     for step in bounds:
         if step >= steps:
             raise ValueError(

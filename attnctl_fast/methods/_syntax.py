@@ -1,0 +1,96 @@
+"""Which words of a prompt modify which nouns, from a parse by spaCy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+from .._tokens import Prompts
+from ._groups import Places
+
+_MODIFIERS = {"amod", "nmod", "compound", "npadvmod", "advmod", "acomp"}
+_NOUNS = {"NOUN", "PROPN"}
+_REMEDY = "name the pairs yourself, such as pairs=[('red', 'bag'), ('green', 'apple')]"
+
+
+@cache
+def _model(name: str) -> Callable[[str], Any]:
+    try:
+        import spacy
+    except ImportError as error:
+        raise ValueError(
+            f"pairs is None, and finding them needs spaCy; pip install spacy and python -m spacy download {name}, or "
+            f"{_REMEDY}"
+        ) from error
+    try:
+        return spacy.load(name)
+    except OSError as error:
+        raise ValueError(
+            f"spaCy has no model {name!r}; python -m spacy download {name}, pass another as parser=, or {_REMEDY}"
+        ) from error
+
+
+def parsed_places(parser: str | Callable[[str], Any], prompts: Prompts) -> Places:
+    """Positions of the words of every noun with its modifiers, the noun last; see `groups.Places`.
+
+    Raises:
+        ValueError: no spaCy, no such model, unknown text, or text that the tokenizer spells otherwise.
+    """
+    if prompts.ends() is None or prompts.tokens is None:
+        raise ValueError(f"pairs is None, but the words of the prompt are unknown (prompt embeddings); {_REMEDY}")
+    parse = _model(parser) if isinstance(parser, str) else parser
+    found: Places = []
+    for tokens in prompts.tokens:
+        doc = parse(tokens.text)
+        positions = _positions([word.text for word in doc], tokens.strings[1 : tokens.end])
+        if positions is None:
+            raise ValueError(
+                f"the prompt {tokens.text!r} and its tokens {tokens.shown()} are spelled differently, so its words "
+                f"cannot be found; {_REMEDY}"
+            )
+        groups = [[positions[word.i] for word in group] for group in noun_groups(doc)]
+        # A noun beyond the end of the context is not there; neither are its modifiers.
+        kept = [[word for word in group if word] for group in groups if group[-1]]
+        found.append([group for group in kept if len(group) > 1])
+    return found
+
+
+def _positions(words: list[str], pieces: tuple[str, ...]) -> list[list[int]] | None:
+    """The tokens that spell each word, by their places in the text without spaces; None where the spelling differs."""
+    words = ["".join(word.lower().split()) for word in words]
+    spelled = [piece.removesuffix("</w>") for piece in pieces]
+    if not "".join(words).startswith("".join(spelled)):
+        return None
+    stops = list(accumulate(map(len, spelled), initial=0))
+    bounds = list(accumulate(map(len, words), initial=0))
+    return [
+        [
+            place
+            for place, (start, stop) in enumerate(zip(stops, stops[1:], strict=False), 1)
+            if start < last and stop > first
+        ]
+        for first, last in zip(bounds, bounds[1:], strict=False)
+    ]
+
+
+def noun_groups(doc: Iterable[Any]) -> list[list[Any]]:
+    """Every noun that something modifies, behind its modifiers, in the order of the text: adjectives, nouns before it
+    ("a wooden kitchen table"), what modifies or joins those, and adjectives behind a form of "to be" ("a dog that is
+    red")."""
+    groups = []
+    for noun in doc:
+        if noun.pos_ not in _NOUNS or noun.dep_ in _MODIFIERS:
+            continue
+        verbs = [child for child in noun.children if child.dep_ == "relcl" and child.pos_ == "AUX"]
+        if noun.dep_ == "nsubj" and noun.head.pos_ == "AUX":
+            verbs.append(noun.head)
+        modifiers = [child for child in noun.children if child.dep_ in _MODIFIERS]
+        modifiers += [child for verb in verbs for child in verb.children if child.dep_ == "acomp"]
+        for modifier in modifiers:
+            # The list grows while it is gone through.
+            modifiers += [child for child in modifier.children if child.dep_ in _MODIFIERS | {"conj"}]
+        if modifiers:
+            groups.append([*sorted(modifiers, key=lambda word: word.i), noun])
+    return groups
