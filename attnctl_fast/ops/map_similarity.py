@@ -19,7 +19,7 @@ from ._triton import map_similarity as _triton
 from .smooth_maps import check_maps, wide
 
 # Of the Triton kernels, which hold all similarities of a sample in one program.
-KERNEL_TOKENS = 128
+KERNEL_TOKENS = 64
 
 map_similarity_reference = composite("map_similarity_reference(Tensor maps) -> Tensor", reference.map_similarity)
 
