@@ -391,6 +391,42 @@ def regulated_layer(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.
     return Comparison("regulated_layer", layer, dtype, contenders, truth, LOSS_TOLERANCE, moved, _lowest)
 
 
+def _maps(x: Inputs) -> tuple[Tensor, Tensor]:
+    """The tokens' maps [B,n,M], averaged over heads, and causal rows [B,n,n] that sum to 1: up to 12 tokens."""
+    probabilities = peers.full_logits(x.q, x.k).softmax(-1).mean(1)
+    tokens = min(12, probabilities.shape[2] - 2)
+    maps = probabilities[..., 1 : 1 + tokens].mT.contiguous()
+    generator = torch.Generator(x.q.device).manual_seed(1)
+    text = torch.rand(len(maps), tokens, tokens, generator=generator, device=maps.device).tril()
+    return maps, text / text.sum(-1, keepdim=True)
+
+
+def smooth_maps(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.Compile) -> Comparison:
+    maps, _ = _maps(x)
+    contenders = _implementations(partial(ops.smooth_maps, maps, layer.grid), OURS, "eager", "reference")
+    truth = _first(ops.smooth_maps(maps.double(), layer.grid, impl="reference"))
+    tolerance = TOLERANCES[torch.float32]
+    return Comparison("smooth_maps", layer, dtype, contenders, truth, tolerance, _size(maps, maps), _first)
+
+
+def similarity_loss(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.Compile) -> Comparison:
+    """Forward and the maps' gradient."""
+    maps, text = _maps(x)
+    grad = torch.ones(len(maps), device=maps.device)
+
+    def run(function: Callable[..., Tensor], maps: Tensor = maps, text: Tensor = text) -> Run:
+        return _trained([maps], lambda m: function(m, text, layer.grid), grad.to(maps.dtype))
+
+    contenders = {name: _ready(run(partial(ops.similarity_loss, impl=name))) for name in (OURS, "eager")}
+    contenders["closed form"] = _ready(run(peers.plain_similarity_loss))
+    contenders["torch.compile"] = Contender(lambda: run(compile(peers.plain_similarity_loss)), compiles=True)
+    contenders["published"] = _ready(run(peers.published_similarity_loss))
+    truth = run(partial(ops.similarity_loss, impl="reference"), maps.double(), text.double())()
+    moved = 2 * _size(maps) + _size(text)
+    tolerance = TOLERANCES[torch.float32]
+    return Comparison("similarity_loss", layer, dtype, contenders, truth, tolerance, moved, _first)
+
+
 Build = Callable[[Inputs, Layer, torch.dtype, peers.Compile], Comparison]
 OPERATIONS: dict[str, Build] = {
     "attention": attention,
@@ -412,6 +448,8 @@ OPERATIONS: dict[str, Build] = {
     "regulation_loss": regulation_loss,
     "gaussian_bias": gaussian_bias,
     "gaussian_bias_all": gaussian_bias_all,
+    "smooth_maps": smooth_maps,
+    "similarity_loss": similarity_loss,
 }
 
 

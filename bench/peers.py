@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from attnctl_fast import reference
 from attnctl_fast.ops.gaussian_bias import axis_basis, basis_axes
+from attnctl_fast.ops.smooth_maps import check_smoothing
 
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -184,3 +185,36 @@ def statistics_loop(
         return history, span(kept, basis)
 
     return run
+
+
+def published_similarity_loss(maps: Tensor, text: Tensor, grid: tuple[int, int]) -> Tensor:
+    """T-SAM's loss [B] with loops over samples and pairs: both maps of every pair are smoothed, then compared."""
+    taps = torch.tensor(check_smoothing(grid, maps.shape[2], 0.5, 3)[1], dtype=maps.dtype, device=maps.device)
+    kernel = torch.outer(taps, taps)[None, None]
+
+    def smoothed(one: Tensor) -> Tensor:
+        return F.conv2d(F.pad(one.view(1, 1, *grid), (1, 1, 1, 1), mode="reflect"), kernel).flatten()
+
+    losses = []
+    for sample, expected in zip(maps, text, strict=True):
+        similarity = torch.eye(len(sample), dtype=maps.dtype, device=maps.device)
+        for i in range(len(sample)):
+            for j in range(i):
+                similarity[i, j] = F.cosine_similarity(smoothed(sample[i]), smoothed(sample[j]), dim=0)
+        loss = maps.new_zeros(())
+        for i in range(1, len(sample)):
+            loss = loss + 0.2 * i * (1 - F.cosine_similarity(expected[i, :i], similarity[i, :i], dim=0))
+        losses.append(loss)
+    return torch.stack(losses)
+
+
+def plain_similarity_loss(maps: Tensor, text: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The same by one convolution, one product of all maps and masked rows, left to autograd."""
+    batch, tokens, places = maps.shape
+    taps = torch.tensor(check_smoothing(grid, places, 0.5, 3)[1], dtype=maps.dtype, device=maps.device)
+    padded = F.pad(maps.reshape(-1, 1, *grid), (1, 1, 1, 1), mode="reflect")
+    unit = F.normalize(F.conv2d(padded, torch.outer(taps, taps)[None, None]).view(batch, tokens, places), dim=-1)
+    similarity = (unit @ unit.mT).tril(-1)
+    weight = 0.2 * torch.arange(1, tokens, dtype=maps.dtype, device=maps.device)
+    cosines = F.cosine_similarity(text.tril(-1)[:, 1:], similarity[:, 1:], dim=-1)
+    return (weight * (1 - cosines)).sum(-1)

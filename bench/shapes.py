@@ -113,6 +113,15 @@ _SOLVED = [
 ]
 
 
+# Tokens, image tokens along a side, and the dtype of maps that are compared; a prompt has up to 75 tokens.
+_COMPARED = [
+    (12, 16, torch.float32, ("cosine", "normalised_cosine", "absolute", "similarity", "smoothing")),
+    (20, 16, torch.float16, ("cosine",)),
+    (20, 32, torch.float32, ("cosine",)),
+    (64, 16, torch.float32, ("cosine", "similarity")),
+]
+
+
 def attention_cases(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """Everything of a layer that launches kernels for q, k and v, forward and backward, by name."""
     q, k, v, ids, pinned, theta, bias = inputs(layer, dtype)
@@ -201,12 +210,35 @@ def solver_cases(layer: Layer) -> dict[str, Callable[[], Any]]:
     return cases
 
 
+def map_cases(tokens: int, side: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """Everything that launches kernels for maps, forward and backward, by name."""
+    maps = torch.empty(1, tokens, side * side, dtype=dtype, requires_grad=True)
+    text, lengths = torch.empty(1, tokens, tokens), torch.tensor([tokens])
+
+    def loss(variant: str) -> None:
+        ops.similarity_loss(maps, text, (side, side), variant=variant, impl="triton").sum().backward()
+        ops.similarity_loss(maps.detach(), text, (side, side), variant=variant, lengths=lengths, impl="triton")
+
+    def similarity() -> None:
+        ops.map_similarity(maps, impl="triton").sum().backward()
+
+    def smoothing() -> None:
+        ops.smooth_maps(maps, (side, side), impl="triton").sum().backward()
+
+    losses = {variant: partial(loss, variant) for variant in ("cosine", "normalised_cosine", "absolute")}
+    return {**losses, "similarity": similarity, "smoothing": smoothing}
+
+
 def kernel_cases() -> list[tuple[str, Callable[[], Any]]]:
     """What launches every kernel as it is shipped: name and function."""
     found = []
     for dtype, layer, names in _COMPILED:
         cases = attention_cases(layer, dtype)
         where = f"{str(dtype).removeprefix('torch.')} d{layer.width} N{layer.tokens}"
+        found += [(f"{where}, {name}", cases[name]) for name in names]
+    for tokens, side, dtype, names in _COMPARED:
+        cases = map_cases(tokens, side, dtype)
+        where = f"{str(dtype).removeprefix('torch.')} M{side * side} n{tokens}"
         found += [(f"{where}, {name}", cases[name]) for name in names]
     for layer, names in _SOLVED:
         cases = solver_cases(layer)

@@ -93,6 +93,25 @@ def context_table(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def similarity_table(run: dict[str, Any]) -> str:
+    """A run of `similarity.py` as a Markdown table with its settings below."""
+    forms = ("published", "closed form", "eager")
+    titles = ["pairs as published, ms", "closed form by autograd, ms", "eager, ms", "published / eager"]
+    rows = [["tokens", "grid", *titles, "closed form / eager"], ["---:"] * (3 + len(titles))]
+    for entry in run["shapes"]:
+        times = [_milliseconds(entry[form]) for form in forms]
+        ratios = [f"{entry['ratios'][form]:.1f}" for form in forms[:2]]
+        rows.append([str(entry["tokens"]), "x".join(map(str, entry["grid"])), *times, *ratios])
+    versions = run["versions"]
+    lines = _lines(rows)
+    lines += [
+        "",
+        "`similarity_loss` and its gradient, one sample, float32: median and quartiles, each form at its better of 1 "
+        f"and 2 threads; torch {versions['torch']}, {versions['processor']}.",
+    ]
+    return "\n".join(lines)
+
+
 def behaviour_table(run: dict[str, Any]) -> str:
     """A run of `behaviour.py` as a Markdown table with its settings below."""
     settings, versions = run["settings"], run["versions"]
@@ -227,6 +246,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "regulate": lambda: regulate_table(last_line(RESULTS / "cpu_regulate.jsonl")),
     "behaviour": lambda: behaviour_table(last_line(RESULTS / "shapes_behaviour.jsonl")),
     "context": lambda: context_table(last_line(RESULTS / "cpu_context.jsonl")),
+    "similarity": lambda: similarity_table(last_line(RESULTS / "cpu_similarity.jsonl")),
     "gpu": lambda: gpu_table(RESULTS),
     "resources": lambda: resources_table(RESOURCES),
 }

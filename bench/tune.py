@@ -75,6 +75,10 @@ JUDGED_BY = {
     "gaussian_bias_bwd": ("gaussian_bias_all",),
     "regulation_loss_fwd": ("regulation_loss",),
     "regulation_loss_bwd": ("regulation_loss",),
+    "smooth_maps_fwd": ("smooth_maps",),
+    "similarity_products_fwd": ("similarity_loss",),
+    "similarity_fwd": ("similarity_loss",),
+    "similarity_bwd": ("similarity_loss",),
 }
 
 

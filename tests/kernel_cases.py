@@ -27,6 +27,7 @@ from attnctl_fast.ops import TargetStatistics
 GRIDS = {1: (1, 1), 16: (4, 4), 63: (7, 9), 64: (8, 8), 240: (12, 20), 256: (16, 16), 1024: (32, 32), 4096: (64, 64)}
 STATISTICS = TargetStatistics._fields
 IMPL = "triton"
+MAP_TOKENS = 7
 Tensors = dict[str, Tensor]
 
 
@@ -89,7 +90,27 @@ class Case:
         wide = (made[name].double() for name in "qkv")
         statistics = ops.target_statistics(*wide, **self.edit, with_square=True, impl="reference")
         made |= {name: x.float() for name, x in statistics._asdict().items() if x is not None}
+        made |= self._maps()
         return {name: x if self.strided else fenced(x) for name, x in made.items()}
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """The number of tokens of every sample's maps."""
+        return None if self.batch == 1 else fenced(MAP_TOKENS - torch.arange(self.batch, device=DEVICE))
+
+    @property
+    def smoothing(self) -> dict[str, object]:
+        return {"grid": self.grid, "kernel_size": 3 if min(self.grid) > 1 else 1}
+
+    def _maps(self) -> Tensors:
+        """Maps as attention gives them, NaN for padded tokens, and causal rows that sum to 1."""
+        logits = self.sharp * randn(self.batch, MAP_TOKENS, self.m, dtype=torch.float64, seed=7)
+        maps = (logits.softmax(1) * rand(self.batch, 1, self.m, seed=8)).to(self.dtype)
+        if self.lengths is not None:
+            padded = torch.arange(MAP_TOKENS, device=DEVICE) >= self.lengths[:, None]
+            maps.masked_fill_(padded.unsqueeze(-1), torch.nan)
+        text = rand(self.batch, MAP_TOKENS, MAP_TOKENS, seed=9).tril()
+        return {"maps": maps, "text": text / text.sum(-1, keepdim=True)}
 
     def _qkv(self) -> tuple[Tensor, Tensor, Tensor]:
         shape = (self.batch, self.heads, self.m, self.n, self.d)
@@ -143,6 +164,27 @@ def _loss(objective: str) -> Callable[[Case, str, Tensors], Tensors]:
     return run
 
 
+def _real_maps(case: Case, t: Tensors) -> Tensor:
+    """Zeros for padded tokens, where an operation knows no lengths."""
+    return t["maps"] if case.lengths is None else t["maps"].nan_to_num()
+
+
+def _smooth_maps(case: Case, impl: str, t: Tensors) -> Tensors:
+    return {"smoothed": ops.smooth_maps(_real_maps(case, t), **case.smoothing, impl=impl)}
+
+
+def _map_similarity(case: Case, impl: str, t: Tensors) -> Tensors:
+    return {"similarity": ops.map_similarity(_real_maps(case, t), impl=impl)}
+
+
+def _similarity_loss(variant: str) -> Callable[[Case, str, Tensors], Tensors]:
+    def run(case: Case, impl: str, t: Tensors) -> Tensors:
+        how = {"variant": variant, "lengths": case.lengths, "impl": impl}
+        return {"loss": ops.similarity_loss(t["maps"], t["text"], **case.smoothing, **how)}
+
+    return run
+
+
 OPERATIONS = {
     "attention": Operation(("q", "k", "v"), _attention),
     "target_statistics": Operation(("q", "k", "v"), _target_statistics),
@@ -152,8 +194,14 @@ OPERATIONS = {
     "merge_targets": Operation(("rest_out", "rest_lse", "logits", "pinned_logits", "v", "bias"), _merge_targets),
     "regulation_loss_official": Operation(("logits", "rest_lse", "bias", "theta"), _loss("official")),
     "regulation_loss_paper": Operation(("logits", "rest_lse", "rest_square", "bias"), _loss("paper")),
+    "smooth_maps": Operation(("maps",), _smooth_maps),
+    "map_similarity": Operation(("maps",), _map_similarity),
+    "similarity_loss_cosine": Operation(("maps",), _similarity_loss("cosine")),
+    "similarity_loss_normalised_cosine": Operation(("maps",), _similarity_loss("normalised_cosine")),
+    "similarity_loss_absolute": Operation(("maps",), _similarity_loss("absolute")),
 }
 ATTENTION = ("attention", "target_statistics", "biased_attention", "regulated_attention")
+MAPS = tuple(name for name in OPERATIONS if OPERATIONS[name].leaves == ("maps",))
 LOSSES = ("regulation_loss_official", "regulation_loss_paper")
 
 
@@ -214,9 +262,27 @@ def _permuted(t: Tensors, order: Tensor, names: Sequence[str]) -> Tensors:
     return {name: x[..., order] if name in names else x for name, x in t.items()}
 
 
-def _plain_runs(name: str, t: Tensors, grads: Tensors | None, evaluate: Callable[..., Tensors]) -> list[Tensors]:
+def _flipped(
+    t: Tensors, grads: Tensors | None, evaluate: Callable[..., Tensors], case: Case, axes: tuple[int, ...]
+) -> Tensors:
+    """What the mirrored maps give, mirrored back: the same sums in another order."""
+
+    def flip(x: Tensor) -> Tensor:
+        return x.unflatten(-1, case.grid).flip([axis - 2 for axis in axes]).flatten(-2)
+
+    def flipped(tensors: Tensors) -> Tensors:
+        return {key: flip(x) if key in ("maps", "smoothed") else x for key, x in tensors.items()}
+
+    return flipped(evaluate(flipped(t), grads and flipped(grads)))
+
+
+def _plain_runs(
+    name: str, case: Case, t: Tensors, grads: Tensors | None, evaluate: Callable[..., Tensors]
+) -> list[Tensors]:
     """Plain PyTorch's results with the head width in several orders, and but for the first in two halves: in half
     precision, a single row's sums are the same in any order."""
+    if name in MAPS:
+        return [evaluate(t, grads), *(_flipped(t, grads, evaluate, case, axes) for axes in ((0,), (1,), (0, 1)))]
     runs = []
     for parts, order in zip((1, 2, 2, 2, 2, 2, 2, 2), orders(t["q"].shape[-1]), strict=True):
         if name == "merge_targets":
@@ -284,7 +350,7 @@ def assert_all_right(name: str, case: Case, ours: Tensors, tensors: Tensors, gra
         return gradients(case, t, grads, list(ours), lambda c, inputs: plain(name, c, inputs, parts))
 
     truth = evaluate(_widened(tensors), grads)
-    runs = [] if name in LOSSES else _plain_runs(name, tensors, grads, evaluate)
+    runs = [] if name in LOSSES else _plain_runs(name, case, tensors, grads, evaluate)
     carried = _carried(name, case, tensors, grads)
     for key, actual in ours.items():
         what = f"{name}: {'gradient of ' if grads else ''}{key}, {case}"
@@ -299,7 +365,7 @@ def assert_all_right(name: str, case: Case, ours: Tensors, tensors: Tensors, gra
         else:
             if key == "theta":  # a row is one target's centres
                 kept, expected, *plains = (x.flatten(-2) for x in (kept, expected, *plains))
-            judged = case.dtype if key in ("out", "rest_out", "q", "k", "v") else torch.float32
+            judged = case.dtype if key in ("out", "rest_out", "q", "k", "v", "maps") else torch.float32
             assert_rows_close(kept, plains, expected, judged, what, carried.get(key, 0.0))
 
 

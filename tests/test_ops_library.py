@@ -30,7 +30,16 @@ pins = torch.tensor([0, 8], device=DEVICE)
 none = torch.empty(0, dtype=torch.int64, device=DEVICE)
 
 LOSS = ("official", 0.9, 0.9, None, 80.0, 0.09)
+# The similarities of maps [2,4,24]: grid, taps; and with the variant and weight of their loss.
+SMOOTH = (list(GRID), [0.2, 0.6, 0.2])
+SIMILAR = (*SMOOTH, "cosine", 0.2)
 SOLVER = (list(GRID), [1.0, 1.0], "official", 1.0, 0.25, 0.9, 3, 100.0, "sample")
+
+
+def map_inputs(bias):
+    """Maps [2,4,24], what they are compared with, and their tokens' numbers."""
+    maps = bias.detach().flatten(1, 2)
+    return maps, maps[..., :4].abs().expand(2, 4, 4), torch.tensor([4, 3], device=DEVICE)
 
 
 def registered(grad: bool, strided: bool = True):
@@ -45,6 +54,7 @@ def registered(grad: bool, strided: bool = True):
     ones = torch.ones(2, 2, 24, device=DEVICE)
     paper = ("paper", *LOSS[1:])
     solver = (logits.detach(), rest_lse.detach())
+    maps, text, lengths = map_inputs(bias)
     return {
         "attention": [(q, k, v, none, 0.3), (q, k, v, ids, 0.3)],
         "attention_reference": [(q, k, v, ids, 0.3)],
@@ -94,6 +104,15 @@ def registered(grad: bool, strided: bool = True):
             (*solver, square.detach(), theta.detach(), theta.detach(), *SOLVER, *paper),
         ],
         "regulate_reference": [(*solver, None, theta.detach(), None, *SOLVER, *LOSS)],
+        "smooth_maps": [(maps, *SMOOTH), (maps, list(GRID), [1.0])],
+        "smooth_maps_backward": [(maps, *SMOOTH)],
+        "smooth_maps_reference": [(bias.flatten(1, 2), *SMOOTH)],
+        "map_similarity": [(maps,)],
+        "map_similarity_backward": [(text, maps, text, maps[..., 0])],
+        "map_similarity_reference": [(bias.flatten(1, 2),)],
+        "similarity_loss": [(maps, text, None, *SIMILAR, False), (maps, text, lengths, *SIMILAR, True)],
+        "similarity_loss_backward": [(maps[:, 0, 0], maps, text, *SMOOTH)],
+        "similarity_loss_reference": [(bias.flatten(1, 2), text, lengths, *SIMILAR)],
     }
 
 
@@ -113,6 +132,7 @@ def kernels(strided: bool = True):
     solver = (list(GRID), axes, *SOLVER[3:])
     upstream = (rest_out, rest_lse, logits.nan_to_num(neginf=0.0), square, pinned)
     ones = torch.ones(2, 2, device=DEVICE)
+    maps, similar, lengths = map_inputs(bias)
     return {
         "attention_triton": [(q, k, v, 0.3), (*halves, 0.3)],
         "attention_triton_backward": [
@@ -155,6 +175,17 @@ def kernels(strided: bool = True):
         "regulate_triton": [
             (logits, rest_lse, None, theta, None, *solver, *terms),
             (logits, rest_lse, square, theta, theta, *solver, *paper_terms),
+        ],
+        "smooth_maps_triton": [(maps, *SMOOTH), (maps.half(), *SMOOTH)],
+        "smooth_maps_triton_backward": [(maps, *SMOOTH, torch.float16)],
+        "map_similarity_triton": [(maps,), (maps.half(),)],
+        "map_similarity_triton_backward": [(similar, maps.half(), similar.contiguous(), maps[..., 0].contiguous())],
+        "similarity_loss_triton": [
+            (maps, similar, None, *SIMILAR, False),
+            (maps.half(), similar, lengths, *SMOOTH, "absolute", 1.0, True),
+        ],
+        "similarity_loss_triton_backward": [
+            (maps[:, 0, 0], maps, similar.contiguous(), *SMOOTH, torch.float16),
         ],
     }
 
@@ -217,6 +248,10 @@ def public(impl, ids=ids, pins=pins):
     def solve(q, k, v, bias, theta):
         return ops.regulate(statistics(q, k, v, True), GRID, theta=theta, objective="paper", steps=3, impl=impl)
 
+    def compared(q, k, v, bias, theta):
+        text = torch.arange(16.0, dtype=bias.dtype, device=bias.device).view(4, 4)
+        return ops.similarity_loss(bias.flatten(1, 2), text, GRID, impl=impl)
+
     return {
         "attention": lambda q, k, v, bias, theta: ops.attention(q, k, v, return_lse=True, impl=impl),
         "attention_with_context_gradient": lambda q, k, v, bias, theta: ops.attention_with_context_gradient(
@@ -231,12 +266,15 @@ def public(impl, ids=ids, pins=pins):
             q, k, v, bias, ids, pinned_ids=pins, impl=impl
         ),
         "gaussian_bias": lambda q, k, v, bias, theta: ops.gaussian_bias(theta, GRID, impl=impl),
+        "map_similarity": lambda q, k, v, bias, theta: ops.map_similarity(bias.flatten(1, 2), impl=impl),
         "merge_targets": merged,
         "regulate": solve,
         "regulated_attention": regulated,
         "regulation_loss": loss("official"),
         "regulation_loss_paper": loss("paper"),
         "rest_square": rest_square,
+        "similarity_loss": compared,
+        "smooth_maps": lambda q, k, v, bias, theta: ops.smooth_maps(bias.flatten(1, 2), GRID, impl=impl),
         "target_statistics": lambda q, k, v, bias, theta: tuple(x for x in statistics(q, k, v) if x is not None),
     }
 

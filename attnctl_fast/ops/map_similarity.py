@@ -12,11 +12,26 @@ from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .._impl import resolve
+from .._validate import check_kernel_dtype
 from ._library import composite, differentiated, opaque
 from ._objective import Array, arrays, namespace, reciprocal, tensor
+from ._triton import map_similarity as _triton
 from .smooth_maps import check_maps, wide
 
+# Of the Triton kernels, which hold all similarities of a sample in one program.
+KERNEL_TOKENS = 64
+
 map_similarity_reference = composite("map_similarity_reference(Tensor maps) -> Tensor", reference.map_similarity)
+
+
+def check_kernel_tokens(maps: Tensor) -> None:
+    """Raise ValueError unless the Triton kernels compare maps [B,n,M] like these."""
+    check_kernel_dtype(maps)
+    if maps.shape[1] > KERNEL_TOKENS:
+        raise ValueError(
+            f"the Triton kernels compare the maps of at most {KERNEL_TOKENS} tokens, not {maps.shape[1]}; "
+            "pass fewer, or use impl='eager'"
+        )
 
 
 def similarities(maps: Array) -> tuple[Array, Array]:
@@ -98,6 +113,9 @@ def map_similarity(maps: Tensor, *, impl: str | None = None) -> Tensor:
     """
     check_maps(maps)
     impl = resolve(impl, maps.device)
+    if impl == "triton":
+        check_kernel_tokens(maps)
+        return _triton.map_similarity(maps)
     if impl == "reference":
         return map_similarity_reference(wide(maps))
     maps = wide(maps)

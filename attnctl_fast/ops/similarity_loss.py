@@ -18,8 +18,9 @@ from .._impl import resolve
 from .._validate import check_dtype
 from ._library import composite, differentiated, opaque
 from ._objective import Array, arrays, namespace, reciprocal, tensor
-from .map_similarity import mixing, similarities
-from .smooth_maps import check_maps, check_smoothing, smooth, wide
+from ._triton import similarity_loss as _triton
+from .map_similarity import check_kernel_tokens, mixing, similarities
+from .smooth_maps import check_kernel_taps, check_maps, check_smoothing, smooth, wide
 
 # By variant, the weight where none is given.
 DEFAULT_WEIGHT = {"cosine": 0.2, "normalised_cosine": 1.0, "absolute": 1.0}
@@ -250,6 +251,10 @@ def similarity_loss(
         raise ValueError(f"weight is {weight}; it must be finite")
     text, lengths = _check_text(text_similarity, maps), _check_lengths(lengths, maps)
     impl = resolve(impl, maps.device)
+    if impl == "triton":
+        check_kernel_tokens(maps)
+        check_kernel_taps(taps)
+        return _triton.similarity_loss(maps, text, lengths, sides, taps, variant, weight)
     arguments = (wide(maps), text, lengths, sides, taps, variant, weight)
     if impl == "reference":
         return similarity_loss_reference(*arguments)

@@ -15,9 +15,13 @@ from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_grid
+from .._validate import check_grid, check_kernel_dtype
 from ._library import composite, differentiated, opaque
 from ._objective import Array, arrays, tensor
+from ._triton import smooth_maps as _triton
+
+# Of the Triton kernels: the cells of a kernel along an axis.
+KERNEL_TAPS = 7
 
 smooth_maps_reference = composite(
     "smooth_maps_reference(Tensor maps, int[] grid, float[] taps) -> Tensor", reference.smooth_maps
@@ -51,6 +55,14 @@ def check_smoothing(
         )
     weights = [math.exp(-(((x - radius) / (2 * sigma)) ** 2)) for x in range(kernel_size)]
     return list(sides), [weight / sum(weights) for weight in weights]
+
+
+def check_kernel_taps(taps: Sequence[float]) -> None:
+    """Raise ValueError unless the Triton kernels smooth with `taps`."""
+    if len(taps) > KERNEL_TAPS:
+        raise ValueError(
+            f"the Triton kernels smooth with a kernel_size of at most {KERNEL_TAPS}, not {len(taps)}; use impl='eager'"
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -148,6 +160,10 @@ def smooth_maps(
     check_maps(maps)
     sides, taps = check_smoothing(grid, maps.shape[2], sigma, kernel_size)
     impl = resolve(impl, maps.device)
+    if impl == "triton":
+        check_kernel_dtype(maps)
+        check_kernel_taps(taps)
+        return _triton.smooth_maps(maps, sides, taps)
     if impl == "reference":
         return smooth_maps_reference(wide(maps), sides, taps)
     maps = wide(maps)

@@ -1,0 +1,102 @@
+"""Time of T-SAM's loss with its gradient on a CPU.
+
+    python bench/similarity.py            append the figures to bench/results/cpu_similarity.jsonl, print a table
+    python -m pytest bench/similarity.py  the same measurements in pytest-benchmark's own table
+
+The forms take turns in one process, at one and at two threads; a form's time is the better of its two. `published`
+smooths and compares every pair of maps in a loop; `closed form` is one convolution and one product of all maps, left to
+autograd.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import peers
+import pytest
+import torch
+from cpu import record
+from tables import similarity_table
+from torch import Tensor
+
+from attnctl_fast import ops
+
+GRID = (16, 16)
+TOKENS = (12, 20)
+FORMS = ("published", "closed form", "eager")
+TURNS = 4
+ROUNDS = {"published": 5, "closed form": 60, "eager": 60}
+
+
+def inputs(tokens: int) -> tuple[Tensor, Tensor]:
+    """Maps as attention gives them, and causal rows that sum to 1."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(1, 77, GRID[0] * GRID[1], generator=generator).softmax(1)[:, 1 : 1 + tokens].contiguous()
+    text = torch.rand(1, tokens, tokens, generator=generator).tril()
+    return maps, text / text.sum(-1, keepdim=True)
+
+
+def trained(function: Callable[..., Tensor], maps: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = maps.detach().requires_grad_()
+    loss = function(leaf, text, GRID)
+    return loss, torch.autograd.grad(loss.sum(), leaf)[0]
+
+
+@functools.cache
+def forms(tokens: int) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
+    """The forms, which agree with float64."""
+    maps, text = inputs(tokens)
+    functions = {
+        "published": peers.published_similarity_loss,
+        "closed form": peers.plain_similarity_loss,
+        "eager": functools.partial(ops.similarity_loss, impl="eager"),
+    }
+    made = {name: functools.partial(trained, function, maps, text) for name, function in functions.items()}
+    truth = trained(functools.partial(ops.similarity_loss, impl="reference"), maps.double(), text.double())
+    for form in made.values():
+        torch.testing.assert_close(form(), truth, atol=1e-5, rtol=1e-4, check_dtype=False)
+    return made
+
+
+RUNS = [
+    (tokens, turn, threads, form) for tokens in TOKENS for turn in range(TURNS) for threads in (1, 2) for form in FORMS
+]
+
+
+@pytest.mark.parametrize(("tokens", "turn", "threads", "form"), RUNS)
+def test_similarity_loss(benchmark: Any, tokens: int, turn: int, threads: int, form: str) -> None:
+    run, before = forms(tokens)[form], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        benchmark.extra_info.update(tokens=tokens, form=form, threads=threads)
+        benchmark.pedantic(run, rounds=ROUNDS[form], warmup_rounds=2)
+    finally:
+        torch.set_num_threads(before)
+
+
+def summary(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Per number of tokens: every form's median and quartiles in ms over all turns at its better thread count, and the
+    ratios of the medians to eager's."""
+    times: dict[tuple[int, str, int], list[float]] = {}
+    for run in report["benchmarks"]:
+        info = run["extra_info"]
+        times.setdefault((info["tokens"], info["form"], info["threads"]), []).extend(
+            1e3 * x for x in run["stats"]["data"]
+        )
+    rows = []
+    for tokens in TOKENS:
+        row: dict[str, Any] = {"tokens": tokens, "grid": GRID}
+        for form in FORMS:
+            threads = min((1, 2), key=lambda count: statistics.median(times[tokens, form, count]))
+            quartiles = statistics.quantiles(times[tokens, form, threads], n=4)
+            row[form] = dict(zip(("q1", "median", "q3"), quartiles, strict=True)) | {"threads": threads}
+        row["ratios"] = {form: row[form]["median"] / row["eager"]["median"] for form in FORMS if form != "eager"}
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    record(__file__, "cpu_similarity.jsonl", summary, similarity_table)
