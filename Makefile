@@ -44,6 +44,7 @@ types: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/regulate.py
 	$(BIN)/python bench/context.py
+	$(BIN)/python bench/maps.py
 	$(BIN)/python bench/rates.py
 
 clean:
