@@ -14,15 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import config, dot_dtype, launch, pieces, unit_stride
-from ._tiles import add_weighted, aligned, load_pieces, row_dots, row_products, slots_of, store_pieces
+from ._tiles import aligned, load_pieces, row_dots, row_products, slots_of, store_piece
 from .attention import align_of, attention
 
 
 @triton.jit
 def _store_maps(maps_ptr, tile, slots, rows, inside, M):
-    """Store `tile` [BLOCK_M, COLUMNS] into the maps of `slots`."""
-    places = slots.to(tl.int64)[None, :] * M + rows[:, None]
-    tl.store(maps_ptr + places, tile, mask=inside[:, None] & (slots >= 0)[None, :])
+    """Store `tile` [COLUMNS, BLOCK_M] into the maps of `slots`, none for -1."""
+    places = slots.to(tl.int64)[:, None] * M + rows[None, :]
+    tl.store(maps_ptr + places, tile, mask=(slots >= 0)[:, None] & inside[None, :])
 
 
 _STRIDES = [f"stride_{x}{y}" for x, last in (("q", "m"), ("k", "n"), ("v", "n")) for y in "bh" + last]
@@ -59,13 +59,15 @@ def _attention_maps_fwd_kernel(
     D1: tl.constexpr,
     D2: tl.constexpr,
     N1: tl.constexpr,
-    N2: tl.constexpr,
     ALIGN: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """out and lse of `heads` heads, and their `count` maps, [B,H,count,M], or the sum of these times `weight`,
-    [groups,B,count,M]."""
+    [groups,B,count,M].
+
+    Tiles are transposed: all products then have the text's or the head's many rows for the warps to share.
+    """
     b = tl.program_id(1).to(tl.int64)
     group = tl.program_id(2).to(tl.int64)
     stride_qm = aligned(stride_qm, ALIGN)
@@ -75,65 +77,39 @@ def _attention_maps_fwd_kernel(
     inside = rows < M
     if slot_ptr is not None:
         slot_ptr += b * stride_slot
-    columns1 = tl.arange(0, N1)
-    taken1 = columns1 < N
-    map1 = tl.zeros([BLOCK_M, N1], tl.float32)
-    if N2 > 0:
-        columns2 = N1 + tl.arange(0, N2)
-        taken2 = columns2 < N
-        map2 = tl.zeros([BLOCK_M, N2], tl.float32)
+    columns = tl.arange(0, N1)
+    taken = columns < N
+    slots = slots_of(slot_ptr, columns, taken)
+    mean = tl.zeros([N1, BLOCK_M], tl.float32)
 
     first = group * heads
-    for h in range(first, tl.minimum(first + heads, H)):
+    # What is the same for every head is mostly offsets, which would fill the registers.
+    for h in tl.range(first, tl.minimum(first + heads, H), disable_licm=True):
         head = b * H + h
         of_q = q_ptr + aligned(b * stride_qb + h * stride_qh, ALIGN)
         of_k = k_ptr + aligned(b * stride_kb + h * stride_kh, ALIGN)
         of_v = v_ptr + aligned(b * stride_vb + h * stride_vh, ALIGN)
         q1, q2 = load_pieces(of_q, rows, inside, stride_qm, D, D1, D2, DOT)  # [BLOCK_M, D1], [BLOCK_M, D2]
-        k1, k2 = load_pieces(of_k, columns1, taken1, stride_kn, D, D1, D2, DOT)
-        p1 = tl.where(taken1[None, :], scale * row_dots(q1, q2, k1, k2, D2), float("-inf"))  # [BLOCK_M, N1]
-        top = tl.max(p1, 1)
-        if N2 > 0:
-            k1, k2 = load_pieces(of_k, columns2, taken2, stride_kn, D, D1, D2, DOT)
-            p2 = tl.where(taken2[None, :], scale * row_dots(q1, q2, k1, k2, D2), float("-inf"))  # [BLOCK_M, N2]
-            top = tl.maximum(top, tl.max(p2, 1))
-        p1 = tl.exp(p1 - top[:, None])
-        total = tl.sum(p1, 1)
-        if N2 > 0:
-            p2 = tl.exp(p2 - top[:, None])
-            total += tl.sum(p2, 1)
+        k1, k2 = load_pieces(of_k, columns, taken, stride_kn, D, D1, D2, DOT)  # [N1, D1], [N1, D2]
+        p = tl.where(taken[:, None], scale * row_dots(k1, k2, q1, q2, D2), float("-inf"))  # [N1, BLOCK_M]
+        top = tl.max(p, 0)
+        p = tl.exp(p - top[None, :])
+        total = tl.sum(p, 0)
         tl.store(lse_ptr + head * M + rows, top + tl.log(total), mask=inside)
-        norm = 1.0 / total
-
-        acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
-        acc2 = acc1
+        weights = p.to(DOT)
+        v1, v2 = load_pieces(of_v, columns, taken, stride_vn, D, D1, D2, DOT)
+        out = tl.trans(tl.dot(tl.trans(v1), weights)) / total[:, None]
+        store_piece(out_ptr + head * M * D, out, rows, inside, D, D, 0, D1)
         if D2 > 0:
-            acc2 = tl.zeros([BLOCK_M, D2], tl.float32)
-        v1, v2 = load_pieces(of_v, columns1, taken1, stride_vn, D, D1, D2, DOT)
-        acc1, acc2 = add_weighted(acc1, acc2, p1, v1, v2, D2, DOT)
-        if N2 > 0:
-            v1, v2 = load_pieces(of_v, columns2, taken2, stride_vn, D, D1, D2, DOT)
-            acc1, acc2 = add_weighted(acc1, acc2, p2, v1, v2, D2, DOT)
-        acc1 *= norm[:, None]
-        if D2 > 0:
-            acc2 *= norm[:, None]
-        store_pieces(out_ptr + head * M * D, acc1, acc2, rows, inside, D, D, D1, D2)
-
+            out = tl.trans(tl.dot(tl.trans(v2), weights)) / total[:, None]
+            store_piece(out_ptr + head * M * D, out, rows, inside, D, D, D1, D2)
+        p /= total[None, :]
         if PER_HEAD:
-            of_maps = maps_ptr + head * count * M
-            _store_maps(of_maps, p1 * norm[:, None], slots_of(slot_ptr, columns1, taken1), rows, inside, M)
-            if N2 > 0:
-                _store_maps(of_maps, p2 * norm[:, None], slots_of(slot_ptr, columns2, taken2), rows, inside, M)
+            _store_maps(maps_ptr + head * count * M, p, slots, rows, inside, M)
         else:
-            map1 += p1 * norm[:, None]
-            if N2 > 0:
-                map2 += p2 * norm[:, None]
-
+            mean += p
     if not PER_HEAD:
-        of_maps = maps_ptr + (group * tl.num_programs(1) + b) * count * M
-        _store_maps(of_maps, map1 * weight, slots_of(slot_ptr, columns1, taken1), rows, inside, M)
-        if N2 > 0:
-            _store_maps(of_maps, map2 * weight, slots_of(slot_ptr, columns2, taken2), rows, inside, M)
+        _store_maps(maps_ptr + (group * tl.num_programs(1) + b) * count * M, mean * weight, slots, rows, inside, M)
 
 
 @triton.jit(do_not_specialize=[*_STRIDES[:6], "stride_id", "H", "M", "count", "heads", "blocks"])
@@ -196,11 +172,12 @@ def _maps_fwd_kernel(
         lse = tl.load(lse_ptr + head * M + rows, mask=inside, other=0.0)
         p = tl.where(named[None, :], tl.exp(scale * logits - lse[:, None]), 0.0)
         if PER_HEAD:
-            _store_maps(maps_ptr + head * count * M, p, slots, rows, inside, M)
+            _store_maps(maps_ptr + head * count * M, tl.trans(p), slots, rows, inside, M)
         else:
             total += p
     if not PER_HEAD:
-        _store_maps(maps_ptr + (group * tl.num_programs(1) + b) * count * M, total * weight, slots, rows, inside, M)
+        total = tl.trans(total * weight)
+        _store_maps(maps_ptr + (group * tl.num_programs(1) + b) * count * M, total, slots, rows, inside, M)
 
 
 def slot_table(token_ids: Tensor, tokens: int) -> Tensor:
@@ -250,7 +227,6 @@ def attention_with_maps(
     shared = {"PER_HEAD": per_head, "D": d, "D1": d1, "D2": d2, "DOT": dot_dtype(q.dtype)}
     grid = (blocks * columns, batch, groups)
     if on_chip:
-        n1, n2 = pieces(tokens)
         launch(
             _attention_maps_fwd_kernel,
             grid,
@@ -275,8 +251,8 @@ def attention_with_maps(
             1.0 / heads,
             scale,
             **shared,
-            N1=n1,
-            N2=n2,
+            # At least as many as a group of four warps shares on sm_90 and later.
+            N1=max(triton.next_power_of_2(tokens), 64),
             ALIGN=align_of(q, k, v),
         )
     else:
