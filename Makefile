@@ -45,6 +45,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python bench/regulate.py
 	$(BIN)/python bench/context.py
 	$(BIN)/python bench/similarity.py
+	$(BIN)/python bench/maps.py
 	$(BIN)/python bench/rates.py
 
 clean:

@@ -115,6 +115,45 @@ def merge_targets(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.Co
     return Comparison("merge_targets", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, _first)
 
 
+def _map_contenders(x: Inputs) -> dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """By name, what makes the output and the maps of the targets."""
+    columns = peers.Columns.of(x.target_ids, x.k)
+    found: dict[str, Any] = {
+        name: lambda q, k, v, name=name: ops.attention_with_maps(q, k, v, x.target_ids, impl=name)
+        for name in (OURS, "eager")
+    }
+    for name in peers.SDPA:
+        attend = partial(peers.sdpa, name)
+        found[f"SDPA {name}, one-hot"] = lambda q, k, v, attend=attend: peers.one_hot_maps(
+            attend, q, k, v, columns.one_hot
+        )
+    found["published"] = lambda q, k, v: peers.kept_maps(q, k, v, x.target_ids)
+    return found
+
+
+def attention_with_maps(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.Compile) -> Comparison:
+    contenders = {name: _ready(partial(run, *x[:3])) for name, run in _map_contenders(x).items()}
+    contenders["plain attention"] = Contender(lambda: partial(ops.attention, *x[:3], impl=OURS), checked=False)
+    truth = ops.attention_with_maps(*_wide(x)[:3], x.target_ids, impl="reference")
+    moved = _size(*x[:3], x.q) + 4 * truth[1].numel()
+    return Comparison("attention_with_maps", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, tuple)
+
+
+def attention_with_maps_guidance(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.Compile) -> Comparison:
+    """Forward, and the queries' gradient by the maps alone: the last layer that a loss of the maps reads."""
+    exact = ops.attention_with_maps(*_wide(x)[:3], x.target_ids, impl="reference")[1]
+    grad = torch.randn(exact.shape, generator=torch.Generator(x.q.device).manual_seed(1), device=x.q.device)
+
+    def run(function: Callable[..., tuple[Tensor, Tensor]], x: Inputs, grad: Tensor) -> Run:
+        return _trained([x.q], lambda q: function(q, x.k, x.v)[1], grad)
+
+    contenders = {name: _ready(run(function, x, grad)) for name, function in _map_contenders(x).items()}
+    reference = partial(ops.attention_with_maps, token_ids=x.target_ids, impl="reference")
+    truth = run(reference, _wide(x), grad.double())()
+    moved = _size(*x[:3], x.q, x.q) + 8 * exact.numel()
+    return Comparison("attention_with_maps_guidance", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, tuple)
+
+
 def attention_with_context_gradient(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.Compile) -> Comparison:
     q, k, v = x[:3]
     contenders = _implementations(partial(ops.attention_with_context_gradient, q, k, v))
@@ -433,6 +472,8 @@ OPERATIONS: dict[str, Build] = {
     "regulate": regulate,
     "regulated_layer": regulated_layer,
     "target_statistics": target_statistics,
+    "attention_with_maps": attention_with_maps,
+    "attention_with_maps_guidance": attention_with_maps_guidance,
     "attention_with_context_gradient": attention_with_context_gradient,
     "context_update": context_update,
     "composed_attention": composed_attention,

@@ -75,6 +75,27 @@ class Columns(NamedTuple):
         return cls(target_ids, named.to(k.dtype), slots)
 
 
+def kept_maps(q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention and the head mean of its maps [B,n,M] as published: all probabilities in memory; None: every token."""
+    probabilities = (q.shape[-1] ** -0.5 * (q @ k.mT)).softmax(-1)
+    maps = probabilities if token_ids is None else probabilities.index_select(3, token_ids)
+    return probabilities @ v, maps.float().mean(1).mT
+
+
+def one_hot_maps(
+    attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, one_hot: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same from any attention: values [v, one-hot] give the maps beside the output. Fused backends want q, k and v
+    alike, and their width a multiple of 8."""
+    width, count = q.shape[3], one_hot.shape[1]
+    spare = -(width + count) % 8
+    values = F.pad(torch.cat([v, one_hot.expand(*v.shape[:2], -1, -1)], 3), (0, spare))
+    # The backends scale by the width that they see.
+    scale = ((width + count + spare) / width) ** 0.5
+    out = attend(F.pad(scale * q, (0, count + spare)), F.pad(k, (0, count + spare)), values)
+    return out[..., :width], out[..., width : width + count].float().mean(1).mT
+
+
 def masked_sdpa(backend: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, columns: Columns) -> Tensor:
     """The bias scattered into a mask [B,H,M,N] of zeros. Fused backends want its rows aligned, so they are padded."""
     tokens = k.shape[2]

@@ -83,13 +83,15 @@ SMALL, LARGE = LAYERS[6], LAYERS[13]
 _MOST = (
     *("regulated", "merge", "context", "context, masked", "step", "composed"),
     *("plain, gradients", "statistics, gradients", "regulated, gradients"),
+    *("maps, all", "maps, gradients", "maps, query gradient"),
 )
-_SOME = ("plain", "statistics", "merge", "context", "step", "composed", "regulated, gradients")
+_SOME = ("plain", "statistics", "merge", "context", "step", "composed", "regulated, gradients", "maps, gradients")
 _ALL = (
     *("plain", "statistics", "statistics, square", "biased", "regulated", "merge"),
     *("context", "context, masked", "composed", "context, gradients", "composed, gradients", "step", "step, weighted"),
     *("plain, gradients", "statistics, gradients", "biased, gradients", "regulated, gradients", "merge, gradients"),
     *("biased, bias gradient", "regulated, theta gradient"),
+    *("maps, all", "maps, all, gradients", "maps, each head", "maps, gradients", "maps, query gradient"),
 )
 # What is compiled: every width, text length and dtype at the grid where the models have it, all forms at one of them,
 # and the widest heads that there may be. Kernels do not depend on batch, heads and, but for the solver, the grid.
@@ -98,7 +100,7 @@ _COMPILED = [
     (torch.float16, Layer("", 8, (64, 64), 40), _MOST),
     (torch.float16, Layer("", 8, (32, 32), 80), _MOST),
     (torch.float16, Layer("", 8, (16, 16), 160), _MOST),
-    (torch.float16, Layer("", 20, (32, 32), 64, tokens=154), ("plain", "statistics", "regulated")),
+    (torch.float16, Layer("", 20, (32, 32), 64, tokens=154), ("plain", "statistics", "regulated", "maps")),
     (torch.bfloat16, Layer("", 20, (32, 32), 64), _SOME),
     (torch.float32, Layer("", 20, (16, 16), 64), _SOME),
     (torch.float32, Layer("", 8, (16, 16), 160), _SOME),
@@ -159,6 +161,13 @@ def attention_cases(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], 
     def composed(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return ops.composed_attention(q, [k, k], [v, v], [1.0, 0.5], impl="triton")
 
+    def maps(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None = ids, reduce: str = "mean") -> Any:
+        return ops.attention_with_maps(q, k, v, tokens, reduce=reduce, impl="triton")
+
+    def guidance(q: Tensor) -> Any:
+        """As in the last layer that a loss of the maps reads."""
+        return maps(q, k, v)[1]
+
     mask = torch.ones(layer.image_tokens)
     forms: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         "plain": (plain, (q, k, v)),
@@ -168,6 +177,8 @@ def attention_cases(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], 
         "regulated": (regulated, (q, k, v, theta)),
         "context": (context, (q, k, v)),
         "composed": (composed, (q, k, v)),
+        "maps": (maps, (q, k, v)),
+        "maps, all": (partial(maps, tokens=None), (q, k, v)),
     }
     return {
         **{name: partial(function, *tensors) for name, (function, tensors) in forms.items()},
@@ -176,6 +187,8 @@ def attention_cases(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], 
         "context, masked": partial(context, q, k, v, mask),
         "step": partial(step, k),
         "step, weighted": partial(step, k, torch.ones(layer.batch, layer.tokens), "paper"),
+        "maps, each head": partial(maps, q, k, v, ids, "none"),
+        "maps, query gradient": partial(differentiated, guidance, q),
         "biased, bias gradient": partial(differentiated, partial(biased, q, k, v), bias),
         "regulated, theta gradient": partial(differentiated, partial(regulated, q, k, v), theta),
     }

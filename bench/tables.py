@@ -112,6 +112,34 @@ def similarity_table(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def maps_table(run: dict[str, Any]) -> str:
+    """A run of `maps.py` as a Markdown table with its settings below."""
+    forms = ("published", "one_hot", "eager")
+    header = [
+        "M",
+        "d",
+        "maps",
+        "probabilities kept, ms",
+        "one-hot values, ms",
+        "eager, ms",
+        "kept / eager",
+        "one-hot / eager",
+    ]
+    rows = [header, ["---:"] * len(header)]
+    for entry in run["shapes"]:
+        sizes = [str(entry[name]) for name in ("image_tokens", "head_width", "maps")]
+        times = [_milliseconds(entry[form]) for form in forms]
+        rows.append([*sizes, *times, *(f"{entry['ratios'][form]:.1f}" for form in forms[:2])])
+    versions = run["versions"]
+    lines = _lines(rows)
+    lines += [
+        "",
+        "Forward and the queries' gradient by the maps, 8 heads, float32, 77 text tokens. Median and quartiles, each "
+        f"form at its better of 1 and 2 threads; torch {versions['torch']}, {versions['processor']}.",
+    ]
+    return "\n".join(lines)
+
+
 def behaviour_table(run: dict[str, Any]) -> str:
     """A run of `behaviour.py` as a Markdown table with its settings below."""
     settings, versions = run["settings"], run["versions"]
@@ -247,6 +275,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "behaviour": lambda: behaviour_table(last_line(RESULTS / "shapes_behaviour.jsonl")),
     "context": lambda: context_table(last_line(RESULTS / "cpu_context.jsonl")),
     "similarity": lambda: similarity_table(last_line(RESULTS / "cpu_similarity.jsonl")),
+    "maps": lambda: maps_table(last_line(RESULTS / "cpu_maps.jsonl")),
     "gpu": lambda: gpu_table(RESULTS),
     "resources": lambda: resources_table(RESOURCES),
 }

@@ -60,6 +60,8 @@ VALUES = {
 JUDGED_BY = {
     "regulate_fwd": ("regulate",),
     "attention_fwd": ("attention", "target_statistics", "regulated_attention"),
+    "attention_maps_fwd": ("attention_with_maps",),
+    "maps_fwd": ("attention_with_maps",),
     "context_gradient_fwd": ("attention_with_context_gradient",),
     "context_gradient_merge": ("attention_with_context_gradient",),
     "context_pull_fwd": ("context_update",),

@@ -19,6 +19,7 @@ from ._tiles import (
     load_ids,
     load_pieces,
     row_dots,
+    slots_of,
     store_pieces,
 )
 from .attention import BIASED, PLAIN, REGULATED, STATISTICS
@@ -106,9 +107,23 @@ def _products(
     return out
 
 
+@triton.jit
+def _map_gradient(grad_maps_ptr, slots, rows, inside, M, TRANSPOSED: tl.constexpr):
+    """The gradient by the maps of `slots`, zeros for slot -1: [BLOCK_M, COLUMNS] or transposed."""
+    starts = slots.to(tl.int64) * M
+    if TRANSPOSED:
+        mask = (slots >= 0)[:, None] & inside[None, :]
+        out = tl.load(grad_maps_ptr + starts[:, None] + rows[None, :], mask=mask, other=0.0)
+    else:
+        mask = inside[:, None] & (slots >= 0)[None, :]
+        out = tl.load(grad_maps_ptr + starts[None, :] + rows[:, None], mask=mask, other=0.0)
+    return out
+
+
 # As in attention.py: ALIGN says what matters.
 _SIZES = ["H", "M", "N", "T", "P", "width", "r_y", "r_x"]
 _STRIDES = ["gb", "gh", "gm", "qb", "qh", "qm", "kb", "kh", "kn", "vb", "vh", "vn", "target", "pinned"]
+_STRIDES += ["slot", "mb", "mh"]
 _RUN_TIME = [*(f"stride_{name}" for name in _STRIDES), *_SIZES, "blocks", "splits"]
 
 
@@ -119,6 +134,8 @@ def _attention_bwd_rows_kernel(
     grad_logits_ptr,
     grad_pinned_ptr,
     grad_square_ptr,
+    grad_maps_ptr,
+    slot_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
@@ -147,6 +164,9 @@ def _attention_bwd_rows_kernel(
     stride_vn,
     stride_target,
     stride_pinned,
+    stride_slot,
+    stride_mb,
+    stride_mh,
     H,
     M,
     N,
@@ -154,6 +174,7 @@ def _attention_bwd_rows_kernel(
     P,
     scale,
     bias_scale,
+    map_weight,
     width,
     r_y,
     r_x,
@@ -202,6 +223,11 @@ def _attention_bwd_rows_kernel(
         stride_gm = aligned(stride_gm, ALIGN)
         g1, g2 = load_pieces(grad_out_ptr, rows, inside, stride_gm, D, D1, D2, DOT)
 
+    if grad_maps_ptr is not None:
+        grad_maps_ptr += b * stride_mb + h * stride_mh
+        if slot_ptr is not None:
+            slot_ptr += b * stride_slot
+
     given_lse = tl.load(lse_ptr + head + rows, mask=inside, other=0.0)
     lse = finite_or_zero(given_lse)
     plain_lse = lse
@@ -228,7 +254,7 @@ def _attention_bwd_rows_kernel(
     elif PINNED:
         plain_lse = tl.load(plain_lse_ptr + head + rows, mask=inside, other=0.0)
 
-    if grad_out_ptr is not None:
+    if grad_out_ptr is not None or grad_maps_ptr is not None:
         for start in range(0, N, BLOCK_N):
             columns = start + tl.arange(0, BLOCK_N)
             valid = columns < N
@@ -236,13 +262,33 @@ def _attention_bwd_rows_kernel(
             if FORM != PLAIN:
                 free = valid & ~is_named(columns, ids)
             k1, k2 = load_pieces(k_ptr, columns, valid, stride_kn, D, D1, D2, DOT)  # [BLOCK_N, D1], [BLOCK_N, D2]
-            v1, v2 = load_pieces(v_ptr, columns, valid, stride_vn, D, D1, D2, DOT)
+            if grad_out_ptr is not None:
+                v1, v2 = load_pieces(v_ptr, columns, valid, stride_vn, D, D1, D2, DOT)
             logits = _products(
                 q1, q2, q_ptr, rows, inside, stride_qm, k1, k2, k_ptr, columns, valid, stride_kn, D, D2, CHUNKED
             )
-            products = _products(
-                g1, g2, grad_out_ptr, rows, inside, stride_gm, v1, v2, v_ptr, columns, valid, stride_vn, D, D2, CHUNKED
-            )
+            products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            if grad_out_ptr is not None:
+                products = _products(
+                    g1,
+                    g2,
+                    grad_out_ptr,
+                    rows,
+                    inside,
+                    stride_gm,
+                    v1,
+                    v2,
+                    v_ptr,
+                    columns,
+                    valid,
+                    stride_vn,
+                    D,
+                    D2,
+                    CHUNKED,
+                )
+            if grad_maps_ptr is not None:
+                slots = slots_of(slot_ptr, columns, valid)
+                products += map_weight * _map_gradient(grad_maps_ptr, slots, rows, inside, M, False)
             weights = tl.exp(tl.where(free[None, :], scale * logits, float("-inf")) - lse[:, None])
             delta += tl.sum(weights * products, 1)
     if grad_lse_ptr is not None:
@@ -338,7 +384,7 @@ def _attention_bwd_rows_kernel(
                 base = head * P - T.to(tl.int64) * M
                 special_grad += tl.load(grad_pinned_ptr + base + places, mask=inside[:, None] & pinned, other=0.0)
             acc1, acc2 = add_weighted(acc1, acc2, special_grad, ks1, ks2, D2, DOT)
-        if grad_out_ptr is not None or grad_lse_ptr is not None or SQUARE:
+        if grad_out_ptr is not None or grad_lse_ptr is not None or grad_maps_ptr is not None or SQUARE:
             for start in range(0, N, BLOCK_N):
                 columns = start + tl.arange(0, BLOCK_N)
                 valid = columns < N
@@ -370,6 +416,9 @@ def _attention_bwd_rows_kernel(
                         D2,
                         CHUNKED,
                     )
+                if grad_maps_ptr is not None:
+                    slots = slots_of(slot_ptr, columns, valid)
+                    products += map_weight * _map_gradient(grad_maps_ptr, slots, rows, inside, M, False)
                 grad = weights_and_gradient(
                     logits,
                     None,
@@ -400,6 +449,8 @@ def _attention_bwd_columns_kernel(
     grad_logits_ptr,
     grad_pinned_ptr,
     grad_square_ptr,
+    grad_maps_ptr,
+    slot_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
@@ -427,6 +478,9 @@ def _attention_bwd_columns_kernel(
     stride_vn,
     stride_target,
     stride_pinned,
+    stride_slot,
+    stride_mb,
+    stride_mh,
     H,
     M,
     N,
@@ -436,6 +490,7 @@ def _attention_bwd_columns_kernel(
     blocks,
     scale,
     bias_scale,
+    map_weight,
     width,
     r_y,
     r_x,
@@ -495,10 +550,16 @@ def _attention_bwd_columns_kernel(
         ids = load_ids(target_ptr, pinned_ptr, b, stride_target, stride_pinned, T, P, COLUMNS)
         columns = tl.where(is_named(columns, ids), -1, columns)
     taken = (columns >= 0) & (columns < N)
+    if grad_maps_ptr is not None:
+        grad_maps_ptr += b * stride_mb + h * stride_mh
+        if slot_ptr is not None:
+            slot_ptr += b * stride_slot
+        map_slots = slots_of(slot_ptr, columns, taken)
 
     k1, k2 = load_pieces(k_ptr, columns, taken, stride_kn, D, D1, D2, DOT)  # [BLOCK_N, D1], [BLOCK_N, D2]
     if DK:
-        v1, v2 = load_pieces(v_ptr, columns, taken, stride_vn, D, D1, D2, DOT)
+        if grad_out_ptr is not None:
+            v1, v2 = load_pieces(v_ptr, columns, taken, stride_vn, D, D1, D2, DOT)
         dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
         dk2 = dk1
         if D2 > 0:
@@ -554,6 +615,8 @@ def _attention_bwd_columns_kernel(
                     D2,
                     CHUNKED,
                 )
+        if DK and grad_maps_ptr is not None:
+            products += map_weight * _map_gradient(grad_maps_ptr, map_slots, rows, inside, M, True)
         bias = None
         if SPECIAL:
             places = rows[None, :] + slots[:, None] * M  # [BLOCK_N, BLOCK_M]

@@ -130,6 +130,15 @@ def is_named(columns, ids):
 
 
 @triton.jit
+def slots_of(slot_ptr, columns, taken):
+    """Which map each of `columns` is, -1 for none; without a table, every column that is `taken` is its own."""
+    slots = tl.where(taken, columns, -1)
+    if slot_ptr is not None:
+        slots = tl.load(slot_ptr + columns, mask=taken, other=-1)
+    return slots
+
+
+@triton.jit
 def finite_or_zero(maximum):
     """A row's maximum as what to subtract: -inf, of a row without columns, would give NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)

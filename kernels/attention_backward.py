@@ -38,6 +38,8 @@ class _Pass(NamedTuple):
     grad_pinned: Tensor | None = None
     square: Tensor | None = None
     grad_square: Tensor | None = None
+    grad_maps: Tensor | None = None
+    slots: Tensor | None = None
     bias: Tensor | None = None
     bias_scale: float = 1.0
     basis: Basis = NO_BASIS
@@ -52,12 +54,25 @@ class _Pass(NamedTuple):
         return sum(x.shape[-1] for x in (self.target_ids, self.pinned_ids) if x is not None)
 
     def layout(self) -> list[int]:
-        """The strides of grad_out, q, k, v and the ids, then H, M, N, T and P."""
+        """The strides of grad_out, q, k, v, the ids, the slots and the maps, then H, M, N, T and P."""
         grad_out = self.q if self.grad_out is None else self.grad_out
         strides = [stride for x in (grad_out, self.q, self.k, self.v) for stride in x.stride()[:3]]
         ids = self.target_ids, self.pinned_ids
         strides += [0 if x is None or x.ndim == 1 else x.stride(0) for x in ids]
+        strides.append(0 if self.slots is None or self.slots.shape[0] == 1 else self.slots.stride(0))
+        strides += self._map_strides()
         return [*strides, *self.q.shape[1:3], self.k.shape[2], *(0 if x is None else x.shape[-1] for x in ids)]
+
+    def _map_strides(self) -> tuple[int, int]:
+        """Of sample and head; the heads of a mean share its gradient."""
+        if self.grad_maps is None:
+            return 0, 0
+        return self.grad_maps.stride(0), self.grad_maps.stride(1) if self.grad_maps.ndim == 4 else 0
+
+    @property
+    def map_weight(self) -> float:
+        """A head's share of the maps."""
+        return 1.0 if self.grad_maps is None or self.grad_maps.ndim == 4 else 1.0 / self.q.shape[1]
 
     def constants(self) -> dict[str, Any]:
         d1, d2 = pieces(self.q.shape[3])
@@ -109,6 +124,8 @@ def _rows(
         x.grad_logits,
         x.grad_pinned,
         x.grad_square,
+        x.grad_maps,
+        x.slots,
         x.q,
         x.k,
         x.v,
@@ -126,6 +143,7 @@ def _rows(
         *x.layout(),
         x.scale,
         x.bias_scale,
+        x.map_weight,
         *x.basis,
         **x.constants(),
     )
@@ -143,7 +161,7 @@ def _columns(
     batch, heads, tokens, _ = x.k.shape
     # Targets and pinned columns, few and with more to compute, are a launch of their own; the only one where nothing
     # but their logits has a gradient.
-    free = any(grad is not None for grad in (x.grad_out, x.grad_lse, x.grad_square))
+    free = any(grad is not None for grad in (x.grad_out, x.grad_lse, x.grad_square, x.grad_maps))
     ordinary, special = x.config("attention_bwd_columns", tokens), x.config("attention_bwd_special", tokens)
     programs = ordinary.pop("PROGRAMS")
     # Rows are split evenly, into whole blocks of both.
@@ -168,6 +186,8 @@ def _columns(
             x.grad_logits,
             x.grad_pinned,
             x.grad_square,
+            x.grad_maps,
+            x.slots,
             x.q,
             x.k,
             x.v,
@@ -186,6 +206,7 @@ def _columns(
             rows_each // use["BLOCK_M"],
             x.scale,
             x.bias_scale,
+            x.map_weight,
             *x.basis,
             SPECIAL=is_special,
             **x.constants(),
@@ -221,6 +242,33 @@ def attention_backward(
         lse.contiguous(),
         unit_stride(grad_out),
         _flat(grad_lse),
+    )
+    return _backward(given, [*needed, False])[:3]
+
+
+def attention_with_maps_backward(
+    grad_out: Tensor | None,
+    grad_maps: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor | None,
+    lse: Tensor,
+    scale: float,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dq, dk and dv in the dtype of q, contiguous; None for each that is not `needed`. `slots`: the `slot_table` of the
+    maps."""
+    given = _Pass(
+        PLAIN,
+        unit_stride(q),
+        unit_stride(k),
+        unit_stride(v),
+        scale,
+        lse.contiguous(),
+        None if grad_out is None else unit_stride(grad_out),
+        grad_maps=_flat(grad_maps),
+        slots=slots,
     )
     return _backward(given, [*needed, False])[:3]
 

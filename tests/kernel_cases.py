@@ -13,7 +13,9 @@ from numerics import (
     assert_rows_close,
     attention_inputs,
     carried_by_lse,
+    carried_through_maps,
     carried_to_gradients,
+    carried_to_maps,
     full_softmax_output,
     orders,
     rand,
@@ -134,6 +136,11 @@ def _target_statistics(case: Case, impl: str, t: Tensors) -> Tensors:
     return {name: x for name, x in stats._asdict().items() if x is not None}
 
 
+def _attention_with_maps(case: Case, impl: str, t: Tensors) -> Tensors:
+    out, maps = ops.attention_with_maps(t["q"], t["k"], t["v"], case.edit["target_ids"], impl=impl)
+    return {"out": out, "maps": maps}
+
+
 def _biased_attention(case: Case, impl: str, t: Tensors) -> Tensors:
     return {"out": ops.biased_attention(t["q"], t["k"], t["v"], t["bias"], **case.edit, impl=impl)}
 
@@ -188,6 +195,7 @@ def _similarity_loss(variant: str) -> Callable[[Case, str, Tensors], Tensors]:
 OPERATIONS = {
     "attention": Operation(("q", "k", "v"), _attention),
     "target_statistics": Operation(("q", "k", "v"), _target_statistics),
+    "attention_with_maps": Operation(("q", "k", "v"), _attention_with_maps),
     "biased_attention": Operation(("q", "k", "v", "bias"), _biased_attention),
     "regulated_attention": Operation(("q", "k", "v", "theta"), _regulated_attention),
     "gaussian_bias": Operation(("theta",), _gaussian_bias),
@@ -200,7 +208,7 @@ OPERATIONS = {
     "similarity_loss_normalised_cosine": Operation(("maps",), _similarity_loss("normalised_cosine")),
     "similarity_loss_absolute": Operation(("maps",), _similarity_loss("absolute")),
 }
-ATTENTION = ("attention", "target_statistics", "biased_attention", "regulated_attention")
+ATTENTION = ("attention", "target_statistics", "attention_with_maps", "biased_attention", "regulated_attention")
 MAPS = tuple(name for name in OPERATIONS if OPERATIONS[name].leaves == ("maps",))
 LOSSES = ("regulation_loss_official", "regulation_loss_paper")
 
@@ -218,7 +226,7 @@ def plain(name: str, case: Case, t: Tensors, parts: int = 1) -> Tensors:
             _attended(t["q"][i], t["k"][i, :, columns], t["v"][i, :, columns], parts) for i, columns in enumerate(kept)
         ]
         return {**outputs, "rest_out": torch.stack(rest)}
-    if name == "attention":
+    if name in ("attention", "attention_with_maps"):
         return {**outputs, "out": _attended(t["q"], t["k"], t["v"], parts)}
     bias = t["bias"] if name == "biased_attention" else ops.gaussian_bias(t["theta"], **case.basis, impl="reference")
     samples = []
@@ -311,6 +319,11 @@ def _carried(name: str, case: Case, t: Tensors, grads: Tensors | None) -> Tensor
             return {"out": carried_by_lse(lse, t["v"])}
         off = torch.finfo(torch.float32).eps * lse.abs() * (t["rest_lse"] - lse).exp()
         return {"rest_out": off * grads["out"].double().abs().amax(-1)}
+    if name == "attention_with_maps":
+        inputs, rows = (t["q"], t["k"]), case.rows(case.ids)
+        if grads is None:
+            return {"maps": carried_to_maps(*inputs, rows, "mean", case.scale)}
+        return carried_through_maps(*inputs, t["v"], grads["out"], grads["maps"], rows, case.scale)
     if name not in ATTENTION or grads is None:
         return {}
     grad_out = grads.get("out", grads.get("rest_out"))

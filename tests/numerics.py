@@ -97,6 +97,46 @@ def _off_by_lse(logits: Tensor) -> Tensor:
     return torch.finfo(torch.float32).eps * logits.logsumexp(-1, keepdim=True).abs() * logits.softmax(-1)
 
 
+def chosen_maps(probabilities: Tensor, rows: Sequence[Sequence[int]] | None, reduce: str) -> Tensor:
+    """The maps [B,n,M], or with `reduce` "none" [B,H,n,M], of one row of token ids for each sample; None: of all."""
+    maps = probabilities.mT
+    if rows is not None:
+        none = torch.zeros_like(maps[0, :, 0])
+        samples = [[x[:, i] if i >= 0 else none for i in row] for x, row in zip(maps, rows, strict=True)]
+        maps = torch.stack([torch.stack(sample, 1) for sample in samples])
+    return maps.mean(1) if reduce == "mean" else maps
+
+
+def carried_to_maps(q: Tensor, k: Tensor, rows: Sequence[Sequence[int]] | None, reduce: str, scale: float) -> Tensor:
+    """`carried_by_lse` of probabilities that are made from a logsumexp."""
+    return chosen_maps(_off_by_lse(scale * (q.double() @ k.double().mT)), rows, reduce).amax(-1)
+
+
+def carried_through_maps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_out: Tensor | None,
+    grad_maps: Tensor | None,
+    rows: Sequence[Sequence[int]] | None,
+    scale: float,
+) -> dict[str, Tensor | float]:
+    """`carried_to_gradients` of attention and its maps, which are the output for values that are one-hot columns."""
+    if grad_maps is None:
+        return carried_to_gradients(q, k, v, grad_out, scale)
+    (batch, heads), tokens = k.shape[:2], k.shape[2]
+    ids = torch.tensor([range(tokens)] * batch if rows is None else rows, device=q.device)
+    columns = (ids.unsqueeze(1) == torch.arange(tokens, device=q.device).unsqueeze(-1)).double()  # [B,N,n]
+    if grad_maps.ndim == 3:
+        grad_maps = grad_maps.unsqueeze(1).expand(-1, heads, -1, -1) / heads
+    values, grads = [columns.unsqueeze(1).expand(-1, heads, -1, -1)], [grad_maps.mT.double()]
+    if grad_out is not None:
+        values, grads = [v.double(), *values], [grad_out.double(), *grads]
+    carried = carried_to_gradients(q, k, torch.cat(values, -1), torch.cat(grads, -1), scale)
+    # Only the gradient of the output reaches v.
+    return {**carried, "v": 0.0 if grad_out is None else carried_to_gradients(q, k, v, grad_out, scale)["v"]}
+
+
 def assert_rows_close(
     actual: Tensor, plain: Sequence[Tensor], truth: Tensor, dtype: torch.dtype, what: str, carried: Tensor | float = 0.0
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 
 import pytest
@@ -131,8 +132,9 @@ def kernels(strided: bool = True):
     terms, paper_terms = LOSS, ("paper", *LOSS[1:])
     solver = (list(GRID), axes, *SOLVER[3:])
     upstream = (rest_out, rest_lse, logits.nan_to_num(neginf=0.0), square, pinned)
-    ones = torch.ones(2, 2, device=DEVICE)
     maps, similar, lengths = map_inputs(bias)
+    ones, ones_of_maps = torch.ones(2, 2, device=DEVICE), torch.ones(2, 2, 24, device=DEVICE)
+    slot_table = importlib.import_module("attnctl_fast.kernels.attention_maps").slot_table
     return {
         "attention_triton": [(q, k, v, 0.3), (*halves, 0.3)],
         "attention_triton_backward": [
@@ -140,6 +142,15 @@ def kernels(strided: bool = True):
             (out, rest_lse, *halves, rest_lse, 0.3, [False, True, False]),
         ],
         "attention_with_context_gradient_triton": [(*halves, None, 0.3), (q, k, v, rand(2, 24), 0.3)],
+        "attention_with_maps_triton": [
+            (*halves, ids, slot_table(ids, 9), False, 0.3),
+            (q, k, v, pins, slot_table(pins, 9), True, 0.3),
+            (*halves, None, None, False, 0.3),
+        ],
+        "attention_with_maps_triton_backward": [
+            (out, None, *halves, None, rest_lse, 0.3, [True, True, True]),
+            (None, ones_of_maps, *halves, slot_table(ids, 9), rest_lse, 0.3, [True, False, True]),
+        ],
         "context_pull_triton": [
             (k.float(), k, ones[0, 0], ones[0], rand(2, k.shape[2]), 0.1, True),
             (k.float(), k, ones[0, 0], ones[0, 1], None, 0.0, False),
@@ -256,6 +267,10 @@ def public(impl, ids=ids, pins=pins):
         "attention": lambda q, k, v, bias, theta: ops.attention(q, k, v, return_lse=True, impl=impl),
         "attention_with_context_gradient": lambda q, k, v, bias, theta: ops.attention_with_context_gradient(
             q, k, v, query_weight=bias[:, 0, 0], impl=impl
+        ),
+        "attention_with_maps": lambda q, k, v, bias, theta: ops.attention_with_maps(q, k, v, ids, impl=impl),
+        "attention_with_all_maps": lambda q, k, v, bias, theta: ops.attention_with_maps(
+            q, k, v, reduce="none", impl=impl
         ),
         "composed_attention": lambda q, k, v, bias, theta: ops.composed_attention(
             q, [k, k[:, :, :5], k], [v, v[:, :, :5], v], [1.0, -0.4, 0.3], impl=impl

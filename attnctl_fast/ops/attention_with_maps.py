@@ -12,8 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .._impl import resolve
-from .._validate import TokenIds, check_qkv, check_scale, check_tokens
+from .._validate import TokenIds, check_kernel_limits, check_qkv, check_scale, check_tokens
 from ._library import composite, differentiated, opaque, without_autocast
+from ._triton import attention_with_maps as _triton
 
 # Numbers of the map that are held at a time: about what the caches of two cores hold in float32.
 TILE = 1 << 19
@@ -205,7 +206,8 @@ def attention_with_maps(
     ids = check_tokens(token_ids, k)
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
     if impl == "triton":
-        raise ValueError("attention_with_maps has no Triton kernel yet; use impl='eager'")
+        check_kernel_limits(q)
+        return _triton.attention_with_maps(q, k, v, ids, reduce == "none", scale)
     run = attention_with_maps_reference if impl == "reference" else _eager
     out, maps = run(q, k, v, ids, reduce == "none", scale)
     return out.to(q.dtype), maps

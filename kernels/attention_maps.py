@@ -1,0 +1,285 @@
+"""Attention and its probabilities of chosen tokens, averaged over the heads or of each head.
+
+Where the keys and values of a prompt fit on chip, one kernel: a program goes over heads with a tile of image tokens, so
+that the mean is summed in registers. Elsewhere the attention kernel runs first, and a second one makes the chosen
+columns from its logsumexp. Where the heads are shared by several programs, each writes its part of the mean, and the
+parts are added in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import config, dot_dtype, launch, pieces, unit_stride
+from ._tiles import aligned, load_pieces, row_dots, row_products, slots_of, store_piece
+from .attention import align_of, attention
+
+
+@triton.jit
+def _store_maps(maps_ptr, tile, slots, rows, inside, M):
+    """Store `tile` [COLUMNS, BLOCK_M] into the maps of `slots`, none for -1."""
+    places = slots.to(tl.int64)[:, None] * M + rows[None, :]
+    tl.store(maps_ptr + places, tile, mask=(slots >= 0)[:, None] & inside[None, :])
+
+
+_STRIDES = [f"stride_{x}{y}" for x, last in (("q", "m"), ("k", "n"), ("v", "n")) for y in "bh" + last]
+
+
+@triton.jit(do_not_specialize=[*_STRIDES, "stride_slot", "H", "M", "N", "count", "heads"])
+def _attention_maps_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    slot_ptr,
+    out_ptr,
+    lse_ptr,
+    maps_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_slot,
+    H,
+    M,
+    N,
+    count,
+    heads,
+    weight,
+    scale,
+    PER_HEAD: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    N1: tl.constexpr,
+    ALIGN: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """out and lse of `heads` heads, and their `count` maps, [B,H,count,M], or the sum of these times `weight`,
+    [groups,B,count,M].
+
+    Tiles are transposed: all products then have the text's or the head's many rows for the warps to share.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(2).to(tl.int64)
+    stride_qm = aligned(stride_qm, ALIGN)
+    stride_kn = aligned(stride_kn, ALIGN)
+    stride_vn = aligned(stride_vn, ALIGN)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < M
+    if slot_ptr is not None:
+        slot_ptr += b * stride_slot
+    columns = tl.arange(0, N1)
+    taken = columns < N
+    slots = slots_of(slot_ptr, columns, taken)
+    mean = tl.zeros([N1, BLOCK_M], tl.float32)
+
+    first = group * heads
+    # What is the same for every head is mostly offsets, which would fill the registers.
+    for h in tl.range(first, tl.minimum(first + heads, H), disable_licm=True):
+        head = b * H + h
+        of_q = q_ptr + aligned(b * stride_qb + h * stride_qh, ALIGN)
+        of_k = k_ptr + aligned(b * stride_kb + h * stride_kh, ALIGN)
+        of_v = v_ptr + aligned(b * stride_vb + h * stride_vh, ALIGN)
+        q1, q2 = load_pieces(of_q, rows, inside, stride_qm, D, D1, D2, DOT)  # [BLOCK_M, D1], [BLOCK_M, D2]
+        k1, k2 = load_pieces(of_k, columns, taken, stride_kn, D, D1, D2, DOT)  # [N1, D1], [N1, D2]
+        p = tl.where(taken[:, None], scale * row_dots(k1, k2, q1, q2, D2), float("-inf"))  # [N1, BLOCK_M]
+        top = tl.max(p, 0)
+        p = tl.exp(p - top[None, :])
+        total = tl.sum(p, 0)
+        tl.store(lse_ptr + head * M + rows, top + tl.log(total), mask=inside)
+        weights = p.to(DOT)
+        v1, v2 = load_pieces(of_v, columns, taken, stride_vn, D, D1, D2, DOT)
+        out = tl.trans(tl.dot(tl.trans(v1), weights)) / total[:, None]
+        store_piece(out_ptr + head * M * D, out, rows, inside, D, D, 0, D1)
+        if D2 > 0:
+            out = tl.trans(tl.dot(tl.trans(v2), weights)) / total[:, None]
+            store_piece(out_ptr + head * M * D, out, rows, inside, D, D, D1, D2)
+        p /= total[None, :]
+        if PER_HEAD:
+            _store_maps(maps_ptr + head * count * M, p, slots, rows, inside, M)
+        else:
+            mean += p
+    if not PER_HEAD:
+        _store_maps(maps_ptr + (group * tl.num_programs(1) + b) * count * M, mean * weight, slots, rows, inside, M)
+
+
+@triton.jit(do_not_specialize=[*_STRIDES[:6], "stride_id", "H", "M", "count", "heads", "blocks"])
+def _maps_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    id_ptr,
+    lse_ptr,
+    maps_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_id,
+    H,
+    M,
+    count,
+    heads,
+    blocks,
+    weight,
+    scale,
+    PER_HEAD: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    ALIGN: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A tile of the maps of `heads` heads, or of their sum times `weight`, from lse; `blocks`: how many tiles the image
+    tokens are."""
+    b = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(2).to(tl.int64)
+    stride_qm = aligned(stride_qm, ALIGN)
+    stride_kn = aligned(stride_kn, ALIGN)
+    rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < M
+    slots = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    wanted = slots < count
+    ids = slots
+    if id_ptr is not None:
+        ids = tl.load(id_ptr + b * stride_id + slots, mask=wanted, other=-1).to(tl.int32)
+    named = wanted & (ids >= 0)
+    slots = tl.where(wanted, slots, -1)
+
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    first = group * heads
+    for h in range(first, tl.minimum(first + heads, H)):
+        head = b * H + h
+        of_q = q_ptr + aligned(b * stride_qb + h * stride_qh, ALIGN)
+        of_k = k_ptr + aligned(b * stride_kb + h * stride_kh, ALIGN)
+        if q_ptr.dtype.element_ty == tl.float32:
+            q1, q2 = 0.0, 0.0
+        else:
+            q1, q2 = load_pieces(of_q, rows, inside, stride_qm, D, D1, D2, DOT)  # [BLOCK_M, D1], [BLOCK_M, D2]
+        logits = row_products(q1, q2, of_q, rows, inside, stride_qm, of_k, ids, named, stride_kn, D, D1, D2, DOT)
+        lse = tl.load(lse_ptr + head * M + rows, mask=inside, other=0.0)
+        p = tl.where(named[None, :], tl.exp(scale * logits - lse[:, None]), 0.0)
+        if PER_HEAD:
+            _store_maps(maps_ptr + head * count * M, tl.trans(p), slots, rows, inside, M)
+        else:
+            total += p
+    if not PER_HEAD:
+        total = tl.trans(total * weight)
+        _store_maps(maps_ptr + (group * tl.num_programs(1) + b) * count * M, total, slots, rows, inside, M)
+
+
+def slot_table(token_ids: Tensor, tokens: int) -> Tensor:
+    """Which of `token_ids` [n] or [B,n] each of the context's tokens is, -1 for none: int32 [1 or B, tokens + 1], the
+    last column for padded ids."""
+    ids = token_ids if token_ids.ndim == 2 else token_ids.unsqueeze(0)
+    table = torch.full((ids.shape[0], tokens + 1), -1, dtype=torch.int32, device=ids.device)
+    slots = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device).expand_as(ids)
+    return table.scatter_(1, torch.where(ids < 0, tokens, ids), slots)
+
+
+def _shared(heads: int, most: int, tiles: int, programs: int) -> tuple[int, int]:
+    """Into how many groups of how many heads, at most `most`, so that there are about `programs` programs."""
+    each = triton.cdiv(heads, min(most, triton.cdiv(programs, tiles)))
+    return triton.cdiv(heads, each), each
+
+
+def attention_with_maps(
+    q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, slots: Tensor | None, per_head: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B,H,M,d] in q's dtype, and in float32 the maps of `token_ids` (None: of all tokens), [B,n,M] or `per_head`
+    [B,H,n,M], and lse [B,H,M]. `slots`: the ids' `slot_table`."""
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    batch, heads, image_tokens, d = q.shape
+    tokens = k.shape[2]
+    count = tokens if token_ids is None else token_ids.shape[-1]
+    sizes = {"d": d, "n": tokens, "m": image_tokens, "itemsize": q.element_size()}
+    use = dict(config("attention_maps_fwd", q.device, **sizes))
+    on_chip = tokens <= use.pop("ON_CHIP_N") and q.dtype != torch.float32
+    if on_chip:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        columns = 1
+    else:
+        out, lse = attention(q, k, v, scale)
+        use = dict(config("maps_fwd", q.device, **{**sizes, "n": count}))
+        columns = triton.cdiv(count, use["BLOCK_N"])
+    blocks = triton.cdiv(image_tokens, use["BLOCK_M"])
+    # The parts of a mean take at most a quarter of what all maps would.
+    most = heads if per_head else max(1, min(heads, heads * tokens // (4 * count)))
+    groups, each = _shared(heads, most, blocks * columns * batch, use.pop("PROGRAMS"))
+    padded = on_chip and token_ids is not None and token_ids.ndim == 2
+    allocate = lse.new_zeros if padded else lse.new_empty
+    shape = (batch, heads, count, image_tokens) if per_head else (groups, batch, count, image_tokens)
+    maps = allocate(shape)
+    d1, d2 = pieces(d)
+    shared = {"PER_HEAD": per_head, "D": d, "D1": d1, "D2": d2, "DOT": dot_dtype(q.dtype)}
+    grid = (blocks * columns, batch, groups)
+    if on_chip:
+        launch(
+            _attention_maps_fwd_kernel,
+            grid,
+            q.device,
+            use,
+            q,
+            k,
+            v,
+            slots,
+            out,
+            lse,
+            maps,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            0 if slots is None or slots.shape[0] == 1 else slots.stride(0),
+            heads,
+            image_tokens,
+            tokens,
+            count,
+            each,
+            1.0 / heads,
+            scale,
+            **shared,
+            # At least as many as a group of four warps shares on sm_90 and later.
+            N1=max(triton.next_power_of_2(tokens), 64),
+            ALIGN=align_of(q, k, v),
+        )
+    else:
+        ids = None if token_ids is None else unit_stride(token_ids)
+        launch(
+            _maps_fwd_kernel,
+            grid,
+            q.device,
+            use,
+            q,
+            k,
+            ids,
+            lse,
+            maps,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            0 if ids is None or ids.ndim == 1 else ids.stride(0),
+            heads,
+            image_tokens,
+            count,
+            each,
+            blocks,
+            1.0 / heads,
+            scale,
+            **shared,
+            ALIGN=align_of(q, k),
+        )
+    if per_head:
+        return out, maps, lse
+    return out, maps[0] if groups == 1 else maps.sum(0), lse
