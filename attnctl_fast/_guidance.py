@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -105,7 +106,8 @@ class Guidance:
         positions = method.tokens(call.prompts)
         self._every = positions is None
         rows = [list(range(call.prompts.length))] * call.prompts.count if positions is None else positions
-        with torch.no_grad():
+        # Tensors of inference mode cannot be kept for a gradient.
+        with torch.inference_mode(False), torch.no_grad():
             self._context = GuidanceContext(call, padded(rows).repeat_interleave(call.images, 0), (0, 0))
             self._context.prepared = method.prepare(call)
         self._sizes: list[float] = []
@@ -140,8 +142,7 @@ class Guidance:
         context.token_ids = context.token_ids.to(latents.device)
         context.grid = self._layers[0].grid(self.call.latents)
         with ExitStack() as stack:
-            if torch.is_inference_mode_enabled():
-                stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             if self.method.freeze:
                 stack.enter_context(frozen(self._unet))
@@ -161,7 +162,7 @@ class Guidance:
         """Moved until the loss is at most `bound`."""
         above = point.loss > bound
         for _ in range(self.method.max_refinements):
-            if not above.any():
+            if bound > -math.inf and not above.any():
                 break
             latents = self._moved(latents, point, size, above)
             before, point = point, self._at(latents, evaluation)
