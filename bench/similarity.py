@@ -49,12 +49,14 @@ def trained(function: Callable[..., Tensor], maps: Tensor, text: Tensor) -> tupl
 def forms(tokens: int) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
     """The forms, which agree with float64."""
     maps, text = inputs(tokens)
-    functions = {
+    functions: dict[str, Callable[..., Tensor]] = {
         "published": peers.published_similarity_loss,
         "closed form": peers.plain_similarity_loss,
         "eager": functools.partial(ops.similarity_loss, impl="eager"),
     }
-    made = {name: functools.partial(trained, function, maps, text) for name, function in functions.items()}
+    made: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+        name: functools.partial(trained, function, maps, text) for name, function in functions.items()
+    }
     truth = trained(functools.partial(ops.similarity_loss, impl="reference"), maps.double(), text.double())
     for form in made.values():
         torch.testing.assert_close(form(), truth, atol=1e-5, rtol=1e-4, check_dtype=False)

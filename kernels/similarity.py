@@ -25,7 +25,7 @@ _SIZES = ["n", "height", "width"]
 @triton.jit
 def _inverse_root(square):
     """1 / sqrt, 0 of 0."""
-    return tl.where(square > 0, 1.0 / tl.sqrt(tl.where(square > 0, square, 1.0)), 0.0)
+    return tl.where(square > 0, tl.div_rn(1.0, tl.sqrt_rn(tl.where(square > 0, square, 1.0))), 0.0)
 
 
 @triton.jit
@@ -231,9 +231,11 @@ def _similarity_fwd_kernel(
             BLOCK_M,
         )
     diagonal = rows[:, None] == rows[None, :]
-    inverse = _inverse_root(tl.sum(tl.where(diagonal, gram, 0.0), 1))
-    inverse_columns = _inverse_root(tl.sum(tl.where(diagonal, gram, 0.0), 0))
-    similarity = gram * inverse[:, None] * inverse_columns[None, :]
+    square, square_columns = tl.sum(tl.where(diagonal, gram, 0.0), 1), tl.sum(tl.where(diagonal, gram, 0.0), 0)
+    inverse, inverse_columns = _inverse_root(square), _inverse_root(square_columns)
+    # Few roundings: the loss takes differences of similarities that are nearly alike.
+    norms = tl.sqrt_rn(square)[:, None] * tl.sqrt_rn(square_columns)[None, :]
+    similarity = tl.where(norms == 0, 0.0, tl.div_rn(gram, tl.where(norms == 0, 1.0, norms)))
     if VARIANT == "similarity":
         tl.store(matrix_ptr + b * n * n + offsets, similarity, mask=inside)
         tl.store(inverse_ptr + b * n + rows, inverse, mask=rows < n)

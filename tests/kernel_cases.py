@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -270,18 +271,25 @@ def _permuted(t: Tensors, order: Tensor, names: Sequence[str]) -> Tensors:
     return {name: x[..., order] if name in names else x for name, x in t.items()}
 
 
-def _flipped(
-    t: Tensors, grads: Tensors | None, evaluate: Callable[..., Tensors], case: Case, axes: tuple[int, ...]
-) -> Tensors:
-    """What the mirrored maps give, mirrored back: the same sums in another order."""
+def _mirrored(t: Tensors, grads: Tensors | None, evaluate: Callable[..., Tensors], case: Case) -> list[Tensors]:
+    """What the mirrored maps give, mirrored back: the same sums in other orders. A square may be turned as well."""
+    turns = (False, True) if case.grid[0] == case.grid[1] else (False,)
+    runs = []
+    for turned, axes in itertools.product(turns, ((), (-1,), (-2,), (-2, -1))):
 
-    def flip(x: Tensor) -> Tensor:
-        return x.unflatten(-1, case.grid).flip([axis - 2 for axis in axes]).flatten(-2)
+        def there(x: Tensor, turned: bool = turned, axes: tuple[int, ...] = axes) -> Tensor:
+            image = x.unflatten(-1, case.grid).flip(axes)
+            return (image.mT if turned else image).flatten(-2)
 
-    def flipped(tensors: Tensors) -> Tensors:
-        return {key: flip(x) if key in ("maps", "smoothed") else x for key, x in tensors.items()}
+        def back(x: Tensor, turned: bool = turned, axes: tuple[int, ...] = axes) -> Tensor:
+            image = x.unflatten(-1, case.grid)
+            return (image.mT if turned else image).flip(axes).flatten(-2)
 
-    return flipped(evaluate(flipped(t), grads and flipped(grads)))
+        def moved(tensors: Tensors, how: Callable[[Tensor], Tensor]) -> Tensors:
+            return {key: how(x) if key in ("maps", "smoothed") else x for key, x in tensors.items()}
+
+        runs.append(moved(evaluate(moved(t, there), grads and moved(grads, there)), back))
+    return runs
 
 
 def _plain_runs(
@@ -290,7 +298,7 @@ def _plain_runs(
     """Plain PyTorch's results with the head width in several orders, and but for the first in two halves: in half
     precision, a single row's sums are the same in any order."""
     if name in MAPS:
-        return [evaluate(t, grads), *(_flipped(t, grads, evaluate, case, axes) for axes in ((0,), (1,), (0, 1)))]
+        return _mirrored(t, grads, evaluate, case)
     runs = []
     for parts, order in zip((1, 2, 2, 2, 2, 2, 2, 2), orders(t["q"].shape[-1]), strict=True):
         if name == "merge_targets":

@@ -249,3 +249,69 @@ def test_environment_variable(value, expected):
         check=False,
     )
     assert expected in run.stdout + run.stderr
+
+
+def test_maps_and_their_smoothing():
+    maps = rand(2, 3, 24)
+    refused("maps has shape (2, 24); it must be [batch, tokens, image tokens]", ops.map_similarity, maps[:, 0])
+    refused("maps has dtype torch.int64; it must be a floating-point", ops.map_similarity, maps.long())
+    refused("maps has shape (2, 0, 24): every dimension must be at least 1", ops.map_similarity, maps[:, :0])
+    refused("grid 4x5 has 20 cells, but there are 24 image tokens", ops.smooth_maps, maps, (4, 5))
+    for size in (2, 0, 3.0, True):
+        refused(f"kernel_size is {size!r}; it must be an odd int", ops.smooth_maps, maps, (4, 6), kernel_size=size)
+    refused("sigma is 0; it must be positive and finite", ops.smooth_maps, maps, (4, 6), sigma=0)
+    refused(
+        "a kernel of 9 reflects 4 cells at each border, but the grid is 4x6; pass a smaller kernel_size",
+        ops.smooth_maps,
+        maps,
+        (4, 6),
+        kernel_size=9,
+    )
+    refused("choose a layer with a larger grid", ops.smooth_maps, maps[..., :6], (1, 6))
+
+
+def test_similarity_loss():
+    maps, text = rand(2, 3, 24), rand(3, 3)
+
+    def loss(given=text, **how):
+        return ops.similarity_loss(maps, given, (4, 6), **how)
+
+    refused("variant is 'l2'; it must be one of 'cosine', 'normalised_cosine', 'absolute'", loss, variant="l2")
+    refused("weight is nan; it must be finite", loss, weight=float("nan"))
+    refused("text_similarity has shape (2, 2); it must be [3, 3] or [2, 3, 3]", loss, text[:2, :2])
+    refused(
+        "text_similarity requires a gradient, but the loss has none by it; detach() it",
+        loss,
+        rand(3, 3).requires_grad_(),
+    )
+    refused("text_similarity is torch.float64 but the computation is torch.float32", loss, text.double())
+    refused(f"text_similarity is on meta but maps is on {maps.device}; move it", loss, text.to("meta"))
+    refused("lengths has dtype torch.float32; it must be torch.int64", loss, lengths=torch.ones(2))
+    refused("lengths has shape (3,); it must be one number per sample [2]", loss, lengths=[1, 2, 3])
+    refused("lengths holds 4, but the maps are of 3 tokens", loss, lengths=[3, 4])
+    refused("lengths is [1.5, 2]; it must be one int per sample", loss, lengths=[1.5, 2])
+
+
+@pytest.mark.skipif(not TRITON, reason="needs Triton")
+def test_limits_of_the_map_kernels():
+    refused(
+        "take float16, bfloat16 and float32, not torch.float64",
+        ops.smooth_maps,
+        rand(1, 2, 24).double(),
+        (4, 6),
+        impl="triton",
+    )
+    refused(
+        "a kernel_size of at most 7, not 9; use impl='eager'",
+        ops.smooth_maps,
+        rand(1, 2, 64),
+        (8, 8),
+        kernel_size=9,
+        impl="triton",
+    )
+    refused(
+        "the maps of at most 64 tokens, not 65; pass fewer, or use impl='eager'",
+        ops.map_similarity,
+        rand(1, 65, 4),
+        impl="triton",
+    )

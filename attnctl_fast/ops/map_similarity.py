@@ -14,7 +14,7 @@ from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_dtype
 from ._library import composite, differentiated, opaque
-from ._objective import Array, arrays, namespace, reciprocal, tensor
+from ._objective import Array, arrays, namespace, tensor
 from ._triton import map_similarity as _triton
 from .smooth_maps import check_maps, wide
 
@@ -37,10 +37,12 @@ def check_kernel_tokens(maps: Tensor) -> None:
 def similarities(maps: Array) -> tuple[Array, Array]:
     """The cosines [B,n,n] between maps [B,n,M], and one over their norms [B,n], 0 for a map of zeros."""
     gram = maps @ maps.swapaxes(1, 2)
-    inverse = reciprocal(namespace(gram).diagonal(gram, 0, 1, 2) ** 0.5)
-    gram *= inverse[:, :, None]
-    gram *= inverse[:, None, :]
-    return gram, inverse
+    xp = namespace(gram)
+    norms = xp.diagonal(gram, 0, 1, 2) ** 0.5
+    norms = xp.where(norms == 0, xp.full_like(norms, xp.inf), norms)
+    # Few roundings: the loss takes differences of similarities that are nearly alike.
+    gram /= norms[:, :, None] * norms[:, None, :]
+    return gram, 1 / norms
 
 
 def mixing(slope: Array, similarity: Array, inverse: Array) -> Array:
