@@ -257,8 +257,8 @@ def attention_with_maps_backward(
     scale: float,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dq, dk and dv in the dtype of q, contiguous; None for each that is not `needed`. `slots`: the `slot_table` of the
-    maps."""
+    """dq, dk and dv in the dtype of q, contiguous; None for each that is not `needed`. `slots` as in
+    attention_maps.py."""
     given = _Pass(
         PLAIN,
         unit_stride(q),

@@ -180,15 +180,6 @@ def _maps_fwd_kernel(
         _store_maps(maps_ptr + (group * tl.num_programs(1) + b) * count * M, total, slots, rows, inside, M)
 
 
-def slot_table(token_ids: Tensor, tokens: int) -> Tensor:
-    """Which of `token_ids` [n] or [B,n] each of the context's tokens is, -1 for none: int32 [1 or B, tokens + 1], the
-    last column for padded ids."""
-    ids = token_ids if token_ids.ndim == 2 else token_ids.unsqueeze(0)
-    table = torch.full((ids.shape[0], tokens + 1), -1, dtype=torch.int32, device=ids.device)
-    slots = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device).expand_as(ids)
-    return table.scatter_(1, torch.where(ids < 0, tokens, ids), slots)
-
-
 def _shared(heads: int, most: int, tiles: int, programs: int) -> tuple[int, int]:
     """Into how many groups of how many heads, at most `most`, so that there are about `programs` programs."""
     each = triton.cdiv(heads, min(most, triton.cdiv(programs, tiles)))
@@ -199,7 +190,10 @@ def attention_with_maps(
     q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, slots: Tensor | None, per_head: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [B,H,M,d] in q's dtype, and in float32 the maps of `token_ids` (None: of all tokens), [B,n,M] or `per_head`
-    [B,H,n,M], and lse [B,H,M]. `slots`: the ids' `slot_table`."""
+    [B,H,n,M], and lse [B,H,M].
+
+    `slots`: which of the ids each of the context's tokens is, -1 for none; int32 [1 or B, at least N].
+    """
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     batch, heads, image_tokens, d = q.shape
     tokens = k.shape[2]

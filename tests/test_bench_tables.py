@@ -91,6 +91,16 @@ def test_context_operations_against_their_rivals(tables):
     assert shown[5].endswith("torch 2.13.0, a CPU.")
 
 
+def test_maps_against_their_rivals(tables):
+    times = {"q1": 9.0, "median": 10.0, "q3": 11.0, "threads": 2}
+    layer = {"image_tokens": 256, "head_width": 160, "maps": 2, "published": times, "one_hot": times, "eager": times}
+    run = {"shapes": [layer | {"ratios": {"published": 1.0, "one_hot": 1.0}}]}
+    shown = tables.maps_table(run | {"versions": {"torch": "2.13.0", "processor": "a CPU"}}).splitlines()
+    assert len({x.count("|") for x in shown if x.startswith("|")}) == 1
+    assert shown[2] == "| 256 | 160 | 2 | 10 (9 to 11) | 10 (9 to 11) | 10 (9 to 11) | 1.0 | 1.0 |"
+    assert shown[4].endswith("torch 2.13.0, a CPU.")
+
+
 def test_resources_are_summed_up_by_kernel(tables, tmp_path):
     kernels = {
         target: {"a_fwd: x": ["k", 100, 0, 2048, 8, 512], "a_fwd: y": ["k", 50, 0, 4096, 0, 512]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 
 import pytest
@@ -13,6 +12,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from attnctl_fast import ops
+from attnctl_fast.ops._triton.attention_with_maps import slot_table
 from attnctl_fast.ops.gaussian_bias import kernel_axes
 
 GRID = (4, 6)
@@ -134,7 +134,6 @@ def kernels(strided: bool = True):
     upstream = (rest_out, rest_lse, logits.nan_to_num(neginf=0.0), square, pinned)
     maps, similar, lengths = map_inputs(bias)
     ones, ones_of_maps = torch.ones(2, 2, device=DEVICE), torch.ones(2, 2, 24, device=DEVICE)
-    slot_table = importlib.import_module("attnctl_fast.kernels.attention_maps").slot_table
     return {
         "attention_triton": [(q, k, v, 0.3), (*halves, 0.3)],
         "attention_triton_backward": [

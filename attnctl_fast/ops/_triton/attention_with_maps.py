@@ -13,6 +13,15 @@ from .._library import differentiated, opaque
 from .attention import fake_gradients, gradients, only
 
 
+def slot_table(token_ids: Tensor, tokens: int) -> Tensor:
+    """Which of `token_ids` [n] or [B,n] each of the context's tokens is, -1 for none: int32 [1 or B, tokens + 1], the
+    last column for padded ids."""
+    ids = token_ids if token_ids.ndim == 2 else token_ids.unsqueeze(0)
+    table = torch.full((ids.shape[0], tokens + 1), -1, dtype=torch.int32, device=ids.device)
+    slots = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device).expand_as(ids)
+    return table.scatter_(1, torch.where(ids < 0, tokens, ids), slots)
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, slots: Tensor | None, per_head: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,8 +89,6 @@ def attention_with_maps(
     """out [B,H,M,d] in q's dtype, and the maps, float32."""
     slots = None
     if token_ids is not None:
-        from ...kernels.attention_maps import slot_table
-
         slots = slot_table(token_ids, k.shape[2])
     run = _Function.apply if differentiated(q, k, v) else _forward_op
     return run(q, k, v, token_ids, slots, per_head, scale)[:2]
