@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -111,7 +110,7 @@ class Guidance:
             self._context = GuidanceContext(call, padded(rows).repeat_interleave(call.images, 0), (0, 0))
             self._context.prepared = method.prepare(call)
         self._sizes: list[float] = []
-        self._bounds: dict[int, float] = {}
+        self._bounds: dict[int, float | None] = {}
         self._skipped: Tensor | None = None
 
     def plan(self) -> None:
@@ -133,8 +132,8 @@ class Guidance:
         """
         step = self.call.step
         guided = step < step_count(self.method.steps, self.call.steps)
-        bound = None if again else self._bounds.get(step)
-        if not guided and bound is None:
+        refined = step in self._bounds and not again
+        if not guided and not refined:
             return None
         size = self._sizes[min(step, len(self._sizes) - 1)]
         latents = evaluation.latents.detach()
@@ -148,8 +147,8 @@ class Guidance:
                 stack.enter_context(frozen(self._unet))
             latents = latents.clone().to(torch.promote_types(latents.dtype, torch.float32))
             point = self._at(latents, evaluation)
-            if bound is not None:
-                latents, point = self._refined(latents, point, bound, size, evaluation)
+            if refined:
+                latents, point = self._refined(latents, point, self._bounds[step], size, evaluation)
             if guided:
                 latents = self._moved(latents, point, size)
             with torch.no_grad():
@@ -157,16 +156,19 @@ class Guidance:
         return latents
 
     def _refined(
-        self, latents: Tensor, point: _Point, bound: float, size: float, evaluation: Evaluation
+        self, latents: Tensor, point: _Point, bound: float | None, size: float, evaluation: Evaluation
     ) -> tuple[Tensor, _Point]:
-        """Moved until the loss is at most `bound`."""
-        above = point.loss > bound
+        """Moved until the loss is at most `bound`, or as often as the method says."""
+        checked, above = point, torch.ones_like(point.loss, dtype=torch.bool)
         for _ in range(self.method.max_refinements):
-            if bound > -math.inf and not above.any():
-                break
-            latents = self._moved(latents, point, size, above)
-            before, point = point, self._at(latents, evaluation)
-            above = above & ((before if self.method.late_check else point).loss > bound)
+            if bound is not None:
+                above = above & (checked.loss > bound)
+                if not above.any():
+                    break
+            before = point
+            latents = self._moved(latents, before, size, above)
+            point = self._at(latents, evaluation)
+            checked = before if self.method.late_check else point
         return latents, point
 
     def _moved(self, latents: Tensor, point: _Point, size: float, chosen: Tensor | None = None) -> Tensor:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._numbers import check_count, check_number
+from .._numbers import check_number, check_smoothing
 from .._tokens import Targets, check_targets, padded
 from ._base import Call
 from .latent_guidance import Bounds, GuidanceContext, LatentGuidance, check_bounds, sampled
 
-THRESHOLDS: Mapping[int, float] = {0: 0.05, 10: 0.5, 20: 0.8}
+THRESHOLDS: Mapping[int, float | None] = {0: 0.05, 10: 0.5, 20: 0.8}
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,14 @@ class AttendAndExcite(LatentGuidance):
         object.__setattr__(self, "targets", check_targets(self.targets))
         object.__setattr__(self, "thresholds", check_bounds("thresholds", self.thresholds))
         for step, threshold in dict(self.thresholds).items():
-            check_number(f"thresholds[{step}]", threshold, 0.0, 1.0)
+            if threshold is not None:
+                check_number(f"thresholds[{step}]", threshold, 0.0, 1.0)
         if self.refinement:
             raise ValueError(
                 f"refinement is {dict(self.refinement)}; AttendAndExcite takes thresholds={{step: attention}} instead"
             )
         check_number("sharpness", self.sharpness, 0.0, open_low=True)
-        check_number("sigma", self.sigma, 0.0, open_low=True)
-        check_count("kernel_size", self.kernel_size, 1)
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {self.kernel_size}; it must be odd")
+        check_smoothing(self.sigma, self.kernel_size)
 
     @classmethod
     def official(cls, targets: Targets, **overrides: Any) -> AttendAndExcite:
@@ -77,11 +75,9 @@ class AttendAndExcite(LatentGuidance):
         code's."""
         return cls(targets, **{"late_check": False, **overrides})
 
-    def bounds(self, steps: int) -> dict[int, float]:
-        thresholds = dict(self.thresholds)
-        if thresholds == THRESHOLDS:
-            thresholds = {step: value for step, value in thresholds.items() if step < steps}
-        return {step: 1 - value for step, value in sampled("thresholds", thresholds, steps).items()}
+    def bounds(self, steps: int) -> dict[int, float | None]:
+        thresholds = sampled("thresholds", dict(self.thresholds), steps, THRESHOLDS)
+        return {step: None if value is None else 1 - value for step, value in thresholds.items()}
 
     def prepare(self, call: Call) -> _Prepared:
         prompts = call.prompts

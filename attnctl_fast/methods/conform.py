@@ -16,7 +16,7 @@ from ._base import Call
 from ._groups import Groups, check_groups, places
 from .latent_guidance import Bounds, GuidanceContext, LatentGuidance, sampled
 
-REFINEMENT: Mapping[int, float] = {0: 0.0, 10: 0.0, 20: 0.0}
+REFINEMENT: Mapping[int, float | None] = {0: None, 10: None, 20: None}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class CONFORM(LatentGuidance):
         """The authors' released example: the defaults of this class."""
         return cls(groups, **overrides)
 
-    def bounds(self, steps: int) -> dict[int, float]:
+    def bounds(self, steps: int) -> dict[int, float | None]:
         return sampled("refinement", dict(self.refinement), steps, REFINEMENT)
 
     def tokens(self, prompts: Prompts) -> list[list[int]]:
@@ -88,7 +88,6 @@ class CONFORM(LatentGuidance):
                 )
         return rows
 
-    @torch.inference_mode(False)
     def prepare(self, call: Call) -> _Memory:
         rows = [[index for _, index in row] for row in self._members(call.prompts)]
         return _Memory(padded(rows).repeat_interleave(call.images, 0))

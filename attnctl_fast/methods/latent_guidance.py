@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import KW_ONLY, dataclass, field, fields
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from .._tokens import Prompts
     from ._base import Call
 
-Bounds: TypeAlias = Mapping[int, float] | tuple[tuple[int, float], ...]
+Bounds: TypeAlias = Mapping[int, float | None] | tuple[tuple[int, float | None], ...]
 
 
 @dataclass
@@ -55,7 +56,8 @@ class LatentGuidance:
         scale: length of the step on the latents.
         schedule: its factor over the call, as in `attnctl_fast.schedules`.
         refinement: at which steps (int, from 0) the latents are moved again and again until the loss is at most a
-            bound, or `max_refinements` times. The host waits for the loss of every such move, and only there.
+            bound, or `max_refinements` times; always so often where the bound is None. The host waits for the loss
+            of every such move that has a bound, and nowhere else.
         max_refinements: see there.
         late_check: end the refinement one move after the bound is met, as the released codes do.
         truncate: leave out what comes after the last layer that the loss reads; False only to measure the effect.
@@ -101,8 +103,9 @@ class LatentGuidance:
     def default_layers(self, layers: dict[str, Layer]) -> list[str]:
         return choose(layers, by_downsampling(4))
 
-    def bounds(self, steps: int) -> dict[int, float]:
-        """At which steps of a call of so many the latents are refined, and the largest loss that is good enough.
+    def bounds(self, steps: int) -> dict[int, float | None]:
+        """At which steps of a call of so many the latents are refined, and the largest loss that is good enough (None:
+        none is).
 
         Raises:
             ValueError: a step that such a call does not run.
@@ -133,24 +136,25 @@ class LatentGuidance:
         """Called once at the end of each guided step with the last maps `[B,n,M]` that were computed, detached."""
 
 
-def check_bounds(name: str, bounds: Bounds) -> tuple[tuple[int, float], ...]:
-    """A mapping from steps to numbers in hashable form, as pairs.
+def check_bounds(name: str, bounds: Bounds) -> tuple[tuple[int, float | None], ...]:
+    """A mapping from steps to numbers or None in hashable form, as pairs.
 
     Raises:
-        ValueError: not a mapping, a step that is not a count, a number below zero or not finite.
+        ValueError: not a mapping, a step that is not a count, a number that is not finite.
     """
     pairs = tuple(bounds.items()) if isinstance(bounds, Mapping) else bounds
     if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"{name} is {bounds!r}; pass a mapping from steps to numbers, such as {{0: 0.95, 10: 0.5}}")
     for step, bound in pairs:
         check_count(f"a step of {name}", step, 0)
-        check_number(f"{name}[{step}]", bound, 0.0)
+        if bound is not None:
+            check_number(f"{name}[{step}]", bound, -math.inf)
     return pairs
 
 
 def sampled(
-    name: str, bounds: dict[int, float], steps: int, default: Mapping[int, float] | None = None
-) -> dict[int, float]:
+    name: str, bounds: dict[int, float | None], steps: int, default: Mapping[int, float | None] | None = None
+) -> dict[int, float | None]:
     """`bounds`, all of whose steps a call of so many steps runs; where they are the default, those that it runs.
 
     Raises:

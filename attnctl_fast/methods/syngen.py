@@ -93,7 +93,6 @@ class SynGen(LatentGuidance):
     def tokens(self, prompts: Prompts) -> list[list[int]]:
         return self._tokens(prompts, self._places(prompts))
 
-    @torch.inference_mode(False)
     def prepare(self, call: Call) -> _Bindings:
         found = self._places(call.prompts)
         rows = self._tokens(call.prompts, found)

@@ -17,7 +17,7 @@ from ._base import Call
 from .latent_guidance import Bounds, GuidanceContext, LatentGuidance, sampled
 
 VARIANTS = ("cosine", "normalised_cosine", "absolute")
-REFINEMENT: Mapping[int, float] = {0: 0.0, 10: 0.0, 20: 0.0}
+REFINEMENT: Mapping[int, float | None] = {0: None, 10: None, 20: None}
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class TSAM(LatentGuidance):
         """The paper's gamma, 4; everything else is the released code's."""
         return cls(**{"gamma": 4.0, **overrides})
 
-    def bounds(self, steps: int) -> dict[int, float]:
+    def bounds(self, steps: int) -> dict[int, float | None]:
         return sampled("refinement", dict(self.refinement), steps, REFINEMENT)
 
     def tokens(self, prompts: Prompts) -> list[list[int]]:
@@ -101,7 +101,6 @@ class TSAM(LatentGuidance):
             raise ValueError("TSAM compares the words of the prompt, but one is empty; give every image a prompt")
         return [list(range(1, end)) for end in ends]
 
-    @torch.inference_mode(False)
     def prepare(self, call: Call) -> _Prepared:
         prompts = call.prompts
         lengths = torch.tensor([len(row) for row in self.tokens(prompts)])
