@@ -76,6 +76,19 @@ def composed_attention(
     return sum(w * (_logits(q, k, scale).softmax(-1) @ _wide(v)) for k, v, w in zip(ks, vs, shares, strict=True))  # type: ignore[return-value]
 
 
+def region_attention(
+    q: Tensor, k: Tensor, v: Tensor, row_regions: Tensor, column_regions: Tensor, weight: Tensor, scale: float
+) -> Tensor:
+    """Logits pulled to their row's maximum where row and column share a region, to its minimum elsewhere (arXiv
+    2308.12964, Eq. 4-7)."""
+    logits = _logits(q, k, scale)
+    shared = (row_regions[:, None, :, None] & column_regions[:, None, None, :]) != 0
+    above = logits.amax(-1, keepdim=True) - logits
+    below = logits - logits.amin(-1, keepdim=True)
+    moved = logits + weight[:, None, :, None] * torch.where(shared, above, -below)
+    return moved.softmax(-1) @ _wide(v)
+
+
 def target_logits(q: Tensor, k: Tensor, target_ids: Tensor, scale: float) -> Tensor:
     """The target columns of scale q k^T, one map per token: [B,H,T,M]; -inf for a padded target."""
     logits = _logits(q, k, scale).mT

@@ -197,6 +197,22 @@ def composed_attention(x: Inputs, layer: Layer, dtype: torch.dtype, compile: pee
     return Comparison("composed_attention", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, _first)
 
 
+def region_attention(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.Compile) -> Comparison:
+    """Four stripes of the picture, each with a phrase of four tokens."""
+    batch, device = layer.batch, x.q.device
+    rows = 1 << (torch.arange(layer.image_tokens, device=device) * 4 // layer.image_tokens)
+    columns = torch.zeros(layer.tokens, dtype=torch.int64, device=device)
+    columns[1:17] = (1 << torch.arange(4, device=device)).repeat_interleave(4)[: layer.tokens - 1]
+    regions = [bits.int().expand(batch, -1).contiguous() for bits in (rows, columns)]
+    weight = torch.full((batch, layer.image_tokens), 0.5, device=device)
+    contenders = _implementations(partial(ops.region_attention, *x[:3], *regions, weight))
+    contenders["published"] = _ready(partial(peers.published_region_attention, *x[:3], *regions, weight))
+    contenders["plain attention"] = Contender(lambda: partial(ops.attention, *x[:3], impl=OURS), checked=False)
+    truth = _first(ops.region_attention(*_wide(x)[:3], *regions, weight.double(), impl="reference"))
+    moved = _size(*x[:3], x.q, *regions, weight)
+    return Comparison("region_attention", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, _first)
+
+
 def gaussian_bias(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.Compile) -> Comparison:
     truth = _first(ops.gaussian_bias(x.theta.double(), layer.grid, impl="reference"))
     contenders = _implementations(partial(ops.gaussian_bias, x.theta, layer.grid))
@@ -477,6 +493,7 @@ OPERATIONS: dict[str, Build] = {
     "attention_with_context_gradient": attention_with_context_gradient,
     "context_update": context_update,
     "composed_attention": composed_attention,
+    "region_attention": region_attention,
     "merge_targets": merge_targets,
     "biased_attention": biased_attention,
     "regulated_attention": regulated_attention,

@@ -60,6 +60,19 @@ def sdpa_each(backend: str, q: Tensor, ks: Sequence[Tensor], vs: Sequence[Tensor
     return out
 
 
+def published_region_attention(
+    q: Tensor, k: Tensor, v: Tensor, row_regions: Tensor, column_regions: Tensor, weight: Tensor
+) -> Tensor:
+    """With the logits, the masks and both pulls in memory."""
+    logits = q.shape[-1] ** -0.5 * (q @ k.mT)
+    shared = ((row_regions[:, :, None] & column_regions[:, None, :]) != 0).unsqueeze(1)
+    high, low = logits.amax(-1, keepdim=True), logits.amin(-1, keepdim=True)
+    share = weight[:, None, :, None].to(logits.dtype)
+    logits += shared * share * (high - logits)
+    logits -= ~shared * share * (logits - low)
+    return logits.softmax(-1) @ v
+
+
 class Columns(NamedTuple):
     """What a prompt's targets give once: their ids [T], one-hot columns [N,T] in the dtype of k, and which target each
     text token is, or -1 [N]."""

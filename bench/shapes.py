@@ -81,14 +81,33 @@ REGULATED = [layer for layer in LAYERS if layer.image_tokens <= 4096]
 SMALL, LARGE = LAYERS[6], LAYERS[13]
 
 _MOST = (
-    *("regulated", "merge", "context", "context, masked", "step", "composed"),
+    *("regulated", "merge", "context", "context, masked", "step", "composed", "region"),
     *("plain, gradients", "statistics, gradients", "regulated, gradients"),
     *("maps, all", "maps, gradients", "maps, query gradient"),
 )
-_SOME = ("plain", "statistics", "merge", "context", "step", "composed", "regulated, gradients", "maps, gradients")
+_SOME = (
+    "plain",
+    "statistics",
+    "merge",
+    "context",
+    "step",
+    "composed",
+    "region",
+    "regulated, gradients",
+    "maps, gradients",
+)
 _ALL = (
     *("plain", "statistics", "statistics, square", "biased", "regulated", "merge"),
-    *("context", "context, masked", "composed", "context, gradients", "composed, gradients", "step", "step, weighted"),
+    *(
+        "context",
+        "context, masked",
+        "composed",
+        "region",
+        "context, gradients",
+        "composed, gradients",
+        "step",
+        "step, weighted",
+    ),
     *("plain, gradients", "statistics, gradients", "biased, gradients", "regulated, gradients", "merge, gradients"),
     *("biased, bias gradient", "regulated, theta gradient"),
     *("maps, all", "maps, all, gradients", "maps, each head", "maps, gradients", "maps, query gradient"),
@@ -168,6 +187,10 @@ def attention_cases(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], 
         """As in the last layer that a loss of the maps reads."""
         return maps(q, k, v)[1]
 
+    def region(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        rows, columns = (torch.ones(layer.batch, x.shape[2], dtype=torch.int32) for x in (q, k))
+        return ops.region_attention(q, k, v, rows, columns, rows.float(), impl="triton")
+
     mask = torch.ones(layer.image_tokens)
     forms: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         "plain": (plain, (q, k, v)),
@@ -185,6 +208,7 @@ def attention_cases(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], 
         **{f"{name}, gradients": partial(differentiated, f, *tensors) for name, (f, tensors) in forms.items()},
         "statistics, square": partial(statistics, q, k, v, True),
         "context, masked": partial(context, q, k, v, mask),
+        "region": partial(region, q, k, v),
         "step": partial(step, k),
         "step, weighted": partial(step, k, torch.ones(layer.batch, layer.tokens), "paper"),
         "maps, each head": partial(maps, q, k, v, ids, "none"),

@@ -67,6 +67,7 @@ JUDGED_BY = {
     "context_pull_fwd": ("context_update",),
     "composed_attention_fwd": ("composed_attention",),
     "merge_targets_fwd": ("merge_targets",),
+    "region_attention_fwd": ("region_attention",),
     "select_fwd": ("regulate",),
     "gaussian_bias_fwd": ("gaussian_bias",),
     "attention_bwd_rows": ("regulated_attention_all",),

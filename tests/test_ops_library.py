@@ -43,6 +43,11 @@ def map_inputs(bias):
     return maps, maps[..., :4].abs().expand(2, 4, 4), torch.tensor([4, 3], device=DEVICE)
 
 
+def regions(q, k):
+    """Two regions, whose rows and columns differ from sample to sample."""
+    return [1 + (x.detach()[:, 0, :, 0] > 0).int() for x in (q, k)]
+
+
 def registered(grad: bool, strided: bool = True):
     """(operation, arguments) for everything in torch.ops.attnctl_fast."""
     q, k, v, bias, theta = inputs(grad=grad, strided=strided)
@@ -56,6 +61,7 @@ def registered(grad: bool, strided: bool = True):
     paper = ("paper", *LOSS[1:])
     solver = (logits.detach(), rest_lse.detach())
     maps, text, lengths = map_inputs(bias)
+    region = (q, k, v, *regions(q, k), bias[:, 0, 0], 0.3)
     return {
         "attention": [(q, k, v, none, 0.3), (q, k, v, ids, 0.3)],
         "attention_reference": [(q, k, v, ids, 0.3)],
@@ -87,6 +93,8 @@ def registered(grad: bool, strided: bool = True):
         "biased_attention_reference": [(q, k, v, bias, ids, pins, 0.3)],
         "gaussian_bias": [(theta, y, x)],
         "gaussian_bias_reference": [(theta, rand(1, 2, 4, 6))],
+        "region_attention": [region],
+        "region_attention_reference": [region],
         "regulation_loss": [
             (logits, rest_lse, None, bias, theta, *LOSS),
             (logits, rest_lse, square, bias, None, *paper),
@@ -155,6 +163,7 @@ def kernels(strided: bool = True):
             (k.float(), k, ones[0, 0], ones[0, 1], None, 0.0, False),
         ],
         "composed_attention_triton": [(*halves[:1], halves[1:2] * 2, halves[2:] * 2, [0.7, 0.3], 0.3)],
+        "region_attention_triton": [(*x, *regions(*x[:2]), bias[:, 0, 0], 0.3) for x in (halves, (q, k, v))],
         "target_statistics_triton": [(*halves, ids, pins, 0.3, True), (q, k, v, ids, none, 0.3, False)],
         "target_statistics_triton_backward": [
             (*upstream, *halves, ids, pins, rest_lse, logits, square, 0.3, [True, True, True]),
@@ -262,6 +271,9 @@ def public(impl, ids=ids, pins=pins):
         text = torch.arange(16.0, dtype=bias.dtype, device=bias.device).view(4, 4)
         return ops.similarity_loss(bias.flatten(1, 2), text, GRID, impl=impl)
 
+    def region(q, k, v, bias, theta):
+        return ops.region_attention(q, k, v, *regions(q, k), bias[:, 0, 0], impl=impl)
+
     return {
         "attention": lambda q, k, v, bias, theta: ops.attention(q, k, v, return_lse=True, impl=impl),
         "attention_with_context_gradient": lambda q, k, v, bias, theta: ops.attention_with_context_gradient(
@@ -282,6 +294,7 @@ def public(impl, ids=ids, pins=pins):
         "gaussian_bias": lambda q, k, v, bias, theta: ops.gaussian_bias(theta, GRID, impl=impl),
         "map_similarity": lambda q, k, v, bias, theta: ops.map_similarity(bias.flatten(1, 2), impl=impl),
         "merge_targets": merged,
+        "region_attention": region,
         "regulate": solve,
         "regulated_attention": regulated,
         "regulation_loss": loss("official"),
@@ -294,6 +307,12 @@ def public(impl, ids=ids, pins=pins):
 
 
 PUBLIC = sorted(public("eager"))
+FORWARD_ONLY = [
+    ("reference", "regulate"),
+    ("eager", "regulate"),
+    ("triton", "regulate"),
+    ("triton", "region_attention"),
+]
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
@@ -315,7 +334,7 @@ def _grads(function, arguments):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_one_graph_under_compile(name, impl):
     function = public(impl, real_ids)[name]
-    arguments = inputs(widest(impl), grad=name != "regulate")
+    arguments = inputs(widest(impl), grad=(impl, name) not in FORWARD_ONLY)
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for ours, expected in zip(_grads(compiled, arguments), _grads(function, arguments), strict=True):

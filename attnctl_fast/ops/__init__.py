@@ -10,6 +10,7 @@ from .context_update import context_update
 from .gaussian_bias import basis_shape, default_sigma, gaussian_bias
 from .map_similarity import map_similarity
 from .merge_targets import merge_targets
+from .region_attention import region_attention
 from .regulate import Regulation, regulate
 from .regulated_attention import regulated_attention
 from .regulation_loss import regulation_loss
@@ -33,6 +34,7 @@ __all__ = [
     "gaussian_bias",
     "map_similarity",
     "merge_targets",
+    "region_attention",
     "regulate",
     "regulated_attention",
     "regulation_loss",

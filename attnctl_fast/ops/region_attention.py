@@ -1,0 +1,110 @@
+"""Attention whose logits are pulled to their row's extremes by regions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._impl import resolve
+from .._validate import check_dtype, check_kernel_limits, check_qkv, check_scale
+from ._library import composite, differentiated
+from ._triton import region_attention as _triton
+
+# Logits that are in memory at once: on a CPU what its caches hold.
+LOGITS = {"cpu": 1 << 19}
+LOGITS_ELSEWHERE = 1 << 25
+
+
+def _eager(
+    q: Tensor, k: Tensor, v: Tensor, row_regions: Tensor, column_regions: Tensor, weight: Tensor, scale: float
+) -> Tensor:
+    """By blocks of rows, the heads of a sample in one product."""
+    batch, heads, image_tokens, _ = q.shape
+    most = LOGITS.get(q.device.type, LOGITS_ELSEWHERE)
+    rows = max(1, min(image_tokens, most // (batch * heads * k.shape[2])))
+    columns, keys = column_regions[:, None, None, :], k.mT
+    blocks = []
+    for first in range(0, image_tokens, rows):
+        block = slice(first, first + rows)
+        logits = scale * (q[:, :, block] @ keys)  # [B,H,rows,N]
+        low, high = logits.aminmax(dim=-1, keepdim=True)
+        share = weight[:, None, block, None]
+        shared = (row_regions[:, None, block, None] & columns) != 0
+        pulls = torch.where(shared, share * high, share * low)
+        blocks.append(torch.addcmul(pulls, logits, 1 - share).softmax(-1) @ v)
+    return torch.cat(blocks, 2)
+
+
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor row_regions, Tensor column_regions, Tensor weight, float scale) -> Tensor"
+)
+region_attention_reference = composite(f"region_attention_reference{_SCHEMA}", reference.region_attention)
+region_attention_eager = composite(f"region_attention{_SCHEMA}", _eager)
+
+
+def _check_regions(name: str, regions: Tensor, q: Tensor, tokens: int) -> None:
+    if regions.shape != (q.shape[0], tokens):
+        raise ValueError(f"{name} has shape {tuple(regions.shape)}; it must be [batch, tokens] {(q.shape[0], tokens)}")
+    if regions.dtype != torch.int32:
+        raise ValueError(f"{name} has dtype {regions.dtype}; it must be torch.int32, one bit per region")
+    if regions.device != q.device:
+        raise ValueError(f"{name} is on {regions.device} but q is on {q.device}; move them to one device")
+
+
+def region_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_regions: Tensor,
+    column_regions: Tensor,
+    weight: Tensor,
+    *,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """softmax(l') v, with logits l = scale q k^T that regions modulate (arXiv 2308.12964, "DenseDiffusion").
+
+    With w the row's weight, l' = l + w (max - l) where row and column share a region, and l' = l - w (l - min)
+    everywhere else; max and min are those of the row of l. Neither logits nor masks of size M*N are ever in memory as a
+    whole, except for the gradients.
+
+    Differentiable in q, k, v and weight by `"eager"` and `"reference"`.
+
+    Args:
+        q: queries `[B,H,M,d]`, any strides.
+        k, v: keys and values `[B,H,N,d]`.
+        row_regions, column_regions: the regions of every row `[B,M]` and column `[B,N]`, int32 sets of up to 32 bits,
+            one per region. Zero belongs to none.
+        weight: w, `[B,M]`, float32 or that of the computation. Zero leaves a row as it is; one moves all its logits
+            to the extremes.
+        scale: factor of the logits, 1/sqrt(d) by default.
+        impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
+
+    Returns:
+        out `[B,H,M,d]` in q's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; with `"triton"`, inputs that require a gradient.
+    """
+    check_qkv(q, k, v)
+    _check_regions("row_regions", row_regions, q, q.shape[2])
+    _check_regions("column_regions", column_regions, q, k.shape[2])
+    if weight.shape != row_regions.shape or weight.device != q.device:
+        raise ValueError(
+            f"weight is {tuple(weight.shape)} on {weight.device}; it must be [batch, image tokens] "
+            f"{tuple(row_regions.shape)} on {q.device}"
+        )
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weight = check_dtype("weight", weight, wide)
+    scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
+    if impl == "triton":
+        check_kernel_limits(q)
+        if differentiated(q, k, v, weight):
+            raise ValueError(
+                "region_attention has no gradient by the Triton kernels; use impl='eager', or torch.no_grad()"
+            )
+        return _triton.region_attention(q, k, v, row_regions, column_regions, weight, scale)
+    run = region_attention_reference if impl == "reference" else region_attention_eager
+    out = run(q.to(wide), k.to(wide), v.to(wide), row_regions, column_regions, weight, scale)
+    return out.to(q.dtype)
