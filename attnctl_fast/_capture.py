@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._layers import ByDownsampling, Layer
 from ._tokens import Targets, padded
-from .methods._base import Call, Edited
+from .methods._base import Call, Edited, Modulated
 
 
 class AttentionMaps(Mapping[str, Tensor]):
@@ -86,8 +86,8 @@ class Recording:
         self.maps = capture.maps._maps
         self.token_ids = padded(ids).repeat_interleave(call.images, 0)
 
-    def record(self, layer: Layer, q: Tensor, k: Tensor, scale: float, edited: Edited | None) -> None:
-        """Add the maps of queries `[B,H,M,d]` and keys `[B,H,N,d]`, with the bias of an edit if there was one."""
+    def record(self, layer: Layer, q: Tensor, k: Tensor, scale: float, edited: Edited | Modulated | None) -> None:
+        """Add the maps of queries `[B,H,M,d]` and keys `[B,H,N,d]`, with the edit if there was one."""
         maps = _mean_maps(q, k, scale, self.token_ids.to(q.device), edited)
         self.maps.setdefault(layer.name, []).append(maps.unflatten(2, layer.grid(self.call.latents)).cpu())
 
@@ -98,19 +98,21 @@ def _one_hot(ids: Tensor, batch: int, tokens: int, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _mean_maps(q: Tensor, k: Tensor, scale: float, ids: Tensor, edited: Edited | None) -> Tensor:
+def _mean_maps(q: Tensor, k: Tensor, scale: float, ids: Tensor, edited: Edited | Modulated | None) -> Tensor:
     """Attention to the tokens `ids`, mean over heads, `[B,n,M]` in float32. One head at a time: nothing of size
     B*H*M*N."""
     batch, heads, image_tokens, _ = q.shape
     total = torch.zeros(batch, k.shape[2], image_tokens, device=q.device)
     targets = pinned = total
-    if edited is not None:
+    if isinstance(edited, Edited):
         targets = _one_hot(edited.target_ids, batch, k.shape[2], total)
         pinned = _one_hot(edited.pinned_ids, batch, k.shape[2], total).sum(1).bool()[..., None]
     for head in range(heads):
         logits = scale * (k[:, head].float() @ q[:, head].float().mT)
+        if isinstance(edited, Modulated):
+            logits = edited.logits(logits.mT).mT
         probabilities = logits.softmax(1)
-        if edited is not None:
+        if isinstance(edited, Edited):
             biased = (logits + targets.mT @ edited.bias[:, head].float()).softmax(1)
             probabilities = torch.where(pinned, probabilities, biased)
         total += probabilities

@@ -15,13 +15,13 @@ from torch import Tensor
 from ._conjunction import Conjunction
 from ._contexts import Contexts
 from ._guidance import Evaluation, Guidance
-from ._layers import Layer, cross_attention_layers
+from ._layers import Layer, attention_layers
 from ._processors import NOT_HOOKED, ControlledProcessor, is_supported
 from ._scheduler import SchedulerTap, check_scheduler
 from ._tokens import Prompts
 from ._unet_call import arguments
 from .methods import ComposableDiffusion, Composition, EnergyContext, LatentGuidance
-from .methods._base import Call, Editing, EditingMethod, Encode
+from .methods._base import Call, Editing, EditingMethod, Encode, Method, RewritesText
 
 if TYPE_CHECKING:
     from ._capture import Capture, Recording
@@ -72,7 +72,8 @@ class Engine:
 
     def __init__(self, unet: Any) -> None:
         self.unet = unet
-        self.layers = cross_attention_layers(unet)
+        self.attention = attention_layers(unet)
+        self.layers = {name: layer for name, layer in self.attention.items() if layer.cross}
         self.entries: list[Entry] = []
         self.processors: dict[str, ControlledProcessor] = {}
         self.call: Call | None = None
@@ -109,11 +110,18 @@ class Engine:
             )
         return engine
 
+    def reach(self, method: Method) -> dict[str, Layer]:
+        """The layers that a method may act on: cross-attention, unless it says itself which ones it reaches."""
+        reaches = getattr(method, "reaches", None)
+        if reaches is None:
+            return self.layers
+        return {name: layer for name, layer in self.attention.items() if reaches(layer)}
+
     def check_processors(self, names: Iterable[str]) -> None:
         """Raise ValueError unless these layers' processors can be edited."""
         self.check_in_place()
         for name in names:
-            processor = self.layers[name].module.processor
+            processor = self.attention[name].module.processor
             if type(processor) is not ControlledProcessor and not is_supported(processor):
                 raise ValueError(
                     f"{name} uses {type(processor).__name__}, whose attention this library cannot edit; "
@@ -121,7 +129,7 @@ class Engine:
                 )
 
     def _replaced(self) -> list[str]:
-        return [name for name, ours in self.processors.items() if self.layers[name].module.processor is not ours]
+        return [name for name, ours in self.processors.items() if self.attention[name].module.processor is not ours]
 
     def check_in_place(self) -> None:
         """Raise RuntimeError if something replaced the processors that the engine installed."""
@@ -140,8 +148,8 @@ class Engine:
             self._patch(entry.pipe)
         self.entries.append(entry)
         for name in entry.layers(self.layers) - self.processors.keys():
-            module = self.layers[name].module
-            self.processors[name] = ControlledProcessor(module.processor, self.layers[name], self)
+            module = self.attention[name].module
+            self.processors[name] = ControlledProcessor(module.processor, self.attention[name], self)
             module.set_processor(self.processors[name])
         self._mark_edited()
 
@@ -194,7 +202,7 @@ class Engine:
         for name in self.processors.keys() - needed:
             ours = self.processors.pop(name)
             if name not in replaced:
-                self.layers[name].module.set_processor(ours._inner)
+                self.attention[name].module.set_processor(ours._inner)
         if all(entry.pipe is not other.pipe for other in self.entries):
             self._unpatch(entry.pipe)
         self._mark_edited()
@@ -222,7 +230,7 @@ class Engine:
             result = encode(*args, **kwargs)
             arguments = signature.bind(pipe, *args, **kwargs).arguments
             self._begin(pipe, arguments, result, functools.partial(_encoded, encode, signature, arguments))
-            return result
+            return self._rewritten(pipe, result)
 
         @functools.wraps(free)
         def maybe_free_model_hooks(*args: Any, **kwargs: Any) -> Any:
@@ -279,6 +287,20 @@ class Engine:
         except BaseException:
             self._end()
             raise
+
+    def _rewritten(self, pipe: Any, result: Any) -> Any:
+        """What `encode_prompt` returned, the prompts' contexts as the edits at work want them."""
+        acting: dict[str, Editing] = {}
+        for entry in self.entries:
+            if entry.pipe is pipe:
+                acting.update(entry.edits)
+        rewriting = [edit for edit in dict.fromkeys(acting.values()) if isinstance(edit, RewritesText)]
+        if not rewriting:
+            return result
+        embeddings = result if isinstance(result, Tensor) else result[0]
+        for edit in rewriting:
+            embeddings = edit.rewritten(embeddings)
+        return embeddings if isinstance(result, Tensor) else (embeddings, *result[1:])
 
     def _start_contexts(self, pipe: Any, embeddings: Tensor) -> None:
         """Of nested controls the innermost context update acts, and the innermost composition."""
@@ -344,7 +366,8 @@ class Engine:
             order = getattr(scheduler, "order", 1)
             first = call.evaluation < 0
             if first:
-                call.steps = -(-_remaining(scheduler.timesteps, timestep) // order)
+                call.timesteps = scheduler.timesteps[-_remaining(scheduler.timesteps, timestep) :]
+                call.steps = -(-len(call.timesteps) // order)
             # Kept, so that no later timestep can have its address.
             self._timestep = timestep
             call.evaluation += 1

@@ -1,4 +1,4 @@
-"""The cross-attention layers of a UNet: names, places, grids, and choosing among them."""
+"""The attention layers of a UNet: names, places, grids, and choosing among them."""
 
 from __future__ import annotations
 
@@ -49,16 +49,17 @@ def check_choice(layers: LayerChoice) -> tuple[str, ...] | ByDownsampling | None
 
 @dataclass(frozen=True)
 class Layer:
-    """A cross-attention module of a UNet.
+    """An attention module of a UNet.
 
     name: as in `named_modules()`. block: its block, such as `down_blocks.2`. level: how often the latents' grid has
-    been halved where it stands.
+    been halved where it stands. cross: whether it attends to the text, not to the image itself.
     """
 
     name: str
     block: str
     level: int
     module: Any
+    cross: bool = True
 
     def grid(self, latents: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of the layer for latents of that (height, width); odd sides are rounded up, as the UNet
@@ -79,16 +80,22 @@ def _blocks(unet: Any) -> Iterable[tuple[str, Any, int]]:
         level -= getattr(block, "upsamplers", None) is not None
 
 
-def cross_attention_layers(unet: Any) -> dict[str, Layer]:
-    """Every cross-attention layer of a UNet by name, in order of execution: down, mid, up."""
+def attention_layers(unet: Any) -> dict[str, Layer]:
+    """Every cross-attention layer of a UNet, and every self-attention layer of its transformer blocks, by name, in
+    order of execution: down, mid, up."""
     from diffusers.models.attention_processor import Attention
 
     return {
-        f"{block_name}.{name}": Layer(f"{block_name}.{name}", block_name, level, module)
+        f"{block_name}.{name}": Layer(f"{block_name}.{name}", block_name, level, module, module.is_cross_attention)
         for block_name, block, level in _blocks(unet)
         for name, module in block.named_modules()
-        if isinstance(module, Attention) and module.is_cross_attention
+        if isinstance(module, Attention) and (module.is_cross_attention or name.endswith((".attn1", ".attn2")))
     }
+
+
+def cross_attention_layers(unet: Any) -> dict[str, Layer]:
+    """Every cross-attention layer of a UNet by name, in order of execution."""
+    return {name: layer for name, layer in attention_layers(unet).items() if layer.cross}
 
 
 def last_down_first_up(layers: dict[str, Layer]) -> list[str]:

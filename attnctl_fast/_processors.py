@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from ._projections import heads_to_channels, keys_values, queries
+from ._projections import heads_to_channels, keys_values, own_keys_values, queries
 
 if TYPE_CHECKING:
     from ._contexts import Slot
@@ -150,7 +150,10 @@ class ControlledProcessor:
             return own(context if images is None else (context, images))
         self._unmasked(attention_mask)
         q = queries(attn, hidden_states, optional["temb"])
-        k, v = keys_values(attn, context)
+        if context is None:
+            k, v = own_keys_values(attn, hidden_states, optional["temb"])
+        else:
+            k, v = keys_values(attn, context)
         if (edit is not None or acts) and attn.upcast_attention:
             q, k, v = q.float(), k.float(), v.float()
         edited = None
@@ -199,8 +202,8 @@ class ControlledProcessor:
             out = out + hidden_states
         return out / attn.rescale_output_factor
 
-    def _split(self, encoder_hidden_states: Any) -> tuple[Tensor, Any]:
-        """The text's context, and an IP-Adapter's images or None."""
+    def _split(self, encoder_hidden_states: Any) -> tuple[Any, Any]:
+        """The text's context (None in self-attention), and an IP-Adapter's images or None."""
         if isinstance(encoder_hidden_states, tuple):
             text, images = encoder_hidden_states
             return text, images

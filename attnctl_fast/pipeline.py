@@ -78,7 +78,8 @@ def enable(pipe: Any, *methods: Method) -> Handle:
                 raise ValueError("ComposableDiffusion does not go together with other methods; pass it alone")
             entry.conjunction = method
             continue
-        names = method.default_layers(engine.layers) if method.layers is None else choose(engine.layers, method.layers)
+        layers = engine.reach(method)
+        names = method.default_layers(layers) if method.layers is None else choose(layers, method.layers)
         if isinstance(method, (EnergyContext, Composition)):
             kind = "energy" if isinstance(method, EnergyContext) else "composition"
             if getattr(entry, kind) is not None:

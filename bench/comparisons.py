@@ -200,16 +200,18 @@ def composed_attention(x: Inputs, layer: Layer, dtype: torch.dtype, compile: pee
 def region_attention(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.Compile) -> Comparison:
     """Four stripes of the picture, each with a phrase of four tokens."""
     batch, device = layer.batch, x.q.device
-    rows = 1 << (torch.arange(layer.image_tokens, device=device) * 4 // layer.image_tokens)
-    columns = torch.zeros(layer.tokens, dtype=torch.int64, device=device)
-    columns[1:17] = (1 << torch.arange(4, device=device)).repeat_interleave(4)[: layer.tokens - 1]
-    regions = [bits.int().expand(batch, -1).contiguous() for bits in (rows, columns)]
+    bits = 1 << (torch.arange(layer.image_tokens, device=device) * 4 // layer.image_tokens)
+    words = torch.zeros(layer.tokens, dtype=torch.int64, device=device)
+    words[1:17] = (1 << torch.arange(4, device=device)).repeat_interleave(4)[: layer.tokens - 1]
+    rows, columns = (x.int().expand(batch, -1).contiguous() for x in (bits, words))
     weight = torch.full((batch, layer.image_tokens), 0.5, device=device)
-    contenders = _implementations(partial(ops.region_attention, *x[:3], *regions, weight))
-    contenders["published"] = _ready(partial(peers.published_region_attention, *x[:3], *regions, weight))
+    given = (x.q, x.k, x.v, rows, columns, weight)
+    contenders = _implementations(partial(ops.region_attention, *given))
+    contenders["published"] = _ready(partial(peers.published_region_attention, *given))
     contenders["plain attention"] = Contender(lambda: partial(ops.attention, *x[:3], impl=OURS), checked=False)
-    truth = _first(ops.region_attention(*_wide(x)[:3], *regions, weight.double(), impl="reference"))
-    moved = _size(*x[:3], x.q, *regions, weight)
+    wide = _wide(x)
+    truth = _first(ops.region_attention(wide.q, wide.k, wide.v, rows, columns, weight.double(), impl="reference"))
+    moved = _size(*given, x.q)
     return Comparison("region_attention", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, _first)
 
 

@@ -5,6 +5,7 @@ from .attention_regulation import AttentionRegulation
 from .composable_diffusion import ComposableDiffusion
 from .composition import Composition, Edit
 from .conform import CONFORM
+from .dense_diffusion import DenseDiffusion
 from .energy_context import EnergyContext
 from .latent_guidance import GuidanceContext, LatentGuidance
 from .syngen import SynGen
@@ -16,6 +17,7 @@ __all__ = [
     "CONFORM",
     "ComposableDiffusion",
     "Composition",
+    "DenseDiffusion",
     "Edit",
     "EnergyContext",
     "GuidanceContext",

@@ -24,6 +24,7 @@ class Call:
     many the schedule has from the call's first one on. latents: (height, width) of the latents. mask: of an
     inpainting call, `[samples, 1, height, width]` at the latents' size, 1 where the picture is new; None elsewhere.
     encode: contexts `[n,N,C]` and pooled embeddings (or None) of n texts, as the pipeline encodes prompts in this call.
+    timesteps: the schedule, one entry per evaluation; known from the first one on.
     """
 
     pipe: Any
@@ -35,6 +36,7 @@ class Call:
     steps: int = 0
     latents: tuple[int, int] = (0, 0)
     mask: Tensor | None = None
+    timesteps: Tensor | None = None
 
     @property
     def samples(self) -> int:
@@ -51,14 +53,29 @@ class Edited(NamedTuple):
     pinned_ids: Tensor
 
 
+class Modulated(NamedTuple):
+    """out: attention `[B,H,M,d]`. logits: what the edit makes of a head's scaled logits `[B,M,N]`."""
+
+    out: Tensor
+    logits: Callable[[Tensor], Tensor]
+
+
 class Editing(Protocol):
     """A method at work during one pipeline call."""
 
     def active(self) -> bool:
         """Whether it edits at the call's current step; where it does not, the pipeline's own processor runs."""
 
-    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Edited:
+    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Edited | Modulated:
         """Attention of the conditional rows, q `[B,H,M,d]`, k and v `[B,H,N,d]`."""
+
+
+@runtime_checkable
+class RewritesText(Protocol):
+    """An `Editing` that changes the text's context as well."""
+
+    def rewritten(self, embeddings: Tensor) -> Tensor:
+        """The prompts' contexts `[samples,N,C]` for the whole call; the given ones are left as they are."""
 
 
 class Method(Protocol):
@@ -73,7 +90,10 @@ class Method(Protocol):
 
 @runtime_checkable
 class EditingMethod(Method, Protocol):
-    """A method that edits the attention of the conditional rows, each layer by itself."""
+    """A method that edits the attention of the conditional rows, each layer by itself.
+
+    Cross-attention, but where it has a method `reaches(layer) -> bool`: the layers for which that is true.
+    """
 
     def start(self, call: Call) -> Editing:
         """Begin a pipeline call, before its first step; raises ValueError where the prompts do not fit the method."""

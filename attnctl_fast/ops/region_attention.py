@@ -27,12 +27,12 @@ def _eager(
     blocks = []
     for first in range(0, image_tokens, rows):
         block = slice(first, first + rows)
-        logits = scale * (q[:, :, block] @ keys)  # [B,H,rows,N]
-        low, high = logits.aminmax(dim=-1, keepdim=True)
+        logits = (scale * q[:, :, block]) @ keys  # [B,H,rows,N]
+        low, high = logits.amin(-1, keepdim=True), logits.amax(-1, keepdim=True)
         share = weight[:, None, block, None]
-        shared = (row_regions[:, None, block, None] & columns) != 0
-        pulls = torch.where(shared, share * high, share * low)
-        blocks.append(torch.addcmul(pulls, logits, 1 - share).softmax(-1) @ v)
+        shared = ((row_regions[:, None, block, None] & columns) != 0).to(logits)
+        lowered = torch.addcmul(share * low, logits, 1 - share)
+        blocks.append(torch.addcmul(lowered, shared, share * (high - low)).softmax(-1) @ v)
     return torch.cat(blocks, 2)
 
 

@@ -1,0 +1,231 @@
+"""DenseDiffusion: phrases drawn where their masks are, by modulated cross- and self-attention."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from .._layers import LayerChoice, check_choice
+from .._numbers import check_number, check_steps, step_count
+from ._base import Call, Modulated
+from ._masks import Masks, Row, check_masks
+
+if TYPE_CHECKING:
+    from .._layers import Layer
+
+CONVENTIONS = ("official", "paper")
+
+
+@dataclass(frozen=True)
+class DenseDiffusion:
+    """DenseDiffusion (arXiv 2308.12964, ICCV 2023, Eq. 4-8).
+
+    In the first sampling steps, in the conditional rows, logits are pulled towards the highest of their row where image
+    token and key belong together, and towards the lowest where they do not (`ops.region_attention`). In
+    cross-attention, an image token belongs to the tokens of the phrases in whose masks it lies; start and end of text
+    and words without a mask belong to none. In self-attention, image tokens belong together that share a mask. The
+    weight is `strength * (t/T)**decay * (1 - area * S)` with t of T the timestep and S the image token's share of the
+    picture, the area of its masks.
+
+    Args:
+        masks: a mapping from phrases (words that stand side by side in the prompt, all their tokens at their first
+            occurrence), token ids or tuples of these to masks `[height, width]` of zeros and ones, as tensors, arrays
+            or nested lists: all of one size, of the picture's proportions. One mapping for every prompt, or a list of
+            one per prompt. Masks may overlap and leave cells free; a token that several name is the last one's. They
+            are resized to the latents and then to every layer's grid, to the nearest cell.
+        layers: name prefixes or `by_downsampling(n)`, of cross- and self-attention. None takes all.
+        edit_steps: the first steps to edit; an int counts them, a float is a share of the steps that the call runs,
+            rounded down (but at least one step), and with the paper's convention of the noise schedule: the steps with
+            t/T > 1 - edit_steps.
+        cross_strength, self_strength: w in cross- and in self-attention. At zero the pipeline's own attention stays in
+            place; with both at zero its picture, bit for bit.
+        decay: exponent of the timestep.
+        area: how much the size of a mask counts against its strength.
+        encode_phrases: encode every phrase by itself as well, and give its tokens in the prompt these embeddings, in
+            all steps. Phrases given as token ids keep those of the prompt.
+        convention: `"official"` (the released code) or `"paper"`. They differ in what a share of steps is, and where
+            masks overlap: in the released code the areas of an image token's masks are added, in the paper it is the
+            area that they cover.
+
+    Raises:
+        ValueError: an argument out of range, or a mask that is empty or not of zeros and ones. Phrases that are not in
+            the prompt, and masks of other proportions than the picture, are reported when the pipeline is called,
+            before its first step.
+    """
+
+    masks: Masks
+    _: KW_ONLY
+    layers: LayerChoice = None
+    edit_steps: int | float = 0.3
+    cross_strength: float = 1.0
+    self_strength: float = 0.3
+    decay: float = 5.0
+    area: float = 1.0
+    encode_phrases: bool = True
+    convention: str = "official"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "masks", check_masks(self.masks))
+        object.__setattr__(self, "layers", check_choice(self.layers))
+        check_steps("edit_steps", self.edit_steps)
+        check_number("cross_strength", self.cross_strength, 0.0)
+        check_number("self_strength", self.self_strength, 0.0)
+        check_number("decay", self.decay, 0.0)
+        check_number("area", self.area, 0.0, 1.0)
+        if self.convention not in CONVENTIONS:
+            raise ValueError(
+                f"convention is {self.convention!r}; it must be one of {', '.join(map(repr, CONVENTIONS))}"
+            )
+
+    @classmethod
+    def official(cls, masks: Masks, **overrides: Any) -> DenseDiffusion:
+        """The authors' released code: the defaults of this class."""
+        return cls(masks, **overrides)
+
+    @classmethod
+    def paper(cls, masks: Masks, **overrides: Any) -> DenseDiffusion:
+        """The paper's equations. In 50 steps of DDIM, with masks that do not overlap, it is the same."""
+        return cls(masks, **{"convention": "paper", **overrides})
+
+    def strength(self, layer: Layer) -> float:
+        return self.cross_strength if layer.cross else self.self_strength
+
+    def reaches(self, layer: Layer) -> bool:
+        """Cross- and self-attention, but what a strength of zero leaves alone."""
+        return self.strength(layer) > 0 or not self.works()
+
+    def works(self) -> bool:
+        """Whether there is anything to do."""
+        return max(self.cross_strength, self.self_strength) > 0 and self.edit_steps > 0
+
+    def default_layers(self, layers: dict[str, Layer]) -> list[str]:
+        return list(layers)
+
+    def start(self, call: Call) -> _Modulating:
+        return _Modulating(self, call)
+
+
+class _Modulating:
+    """DenseDiffusion during one pipeline call."""
+
+    def __init__(self, method: DenseDiffusion, call: Call) -> None:
+        self.method, self.call = method, call
+        rows: Any = method.masks
+        count = call.prompts.count
+        if len(rows) not in (1, count):
+            raise ValueError(
+                f"masks holds {len(rows)} mappings, but there are {count} prompts; pass one for all of them, or one "
+                "per prompt"
+            )
+        self._rows: list[Row] = [rows[index % len(rows)] for index in range(count)]
+        self._places = [
+            [[call.prompts.find(target, index, "masks") for target in targets] for targets, _ in row]
+            for index, row in enumerate(self._rows)
+        ]
+        self._columns = self._column_regions()
+        self._phrases = self._encoded() if method.works() and method.encode_phrases else {}
+        self._times: list[float] = []
+        self._grids: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._weights: dict[tuple[tuple[int, int], bool], Tensor] = {}
+        self._weighed = -1
+
+    def _column_regions(self) -> Tensor:
+        """The regions of every text token, `[samples,N]`."""
+        columns = torch.zeros(len(self._rows), self.call.prompts.length, dtype=torch.int32)
+        for index, phrases in enumerate(self._places):
+            for region, places in enumerate(phrases):
+                columns[index, sum(places, [])] = 1 << region
+        return columns.repeat_interleave(self.call.images, 0)
+
+    def _encoded(self) -> dict[str, Tensor]:
+        """The contexts `[N,C]` of the phrases that are given as text, each encoded by itself."""
+        targets = [target for row in self._rows for targets, _ in row for target in targets]
+        texts = list(dict.fromkeys(target.strip() for target in targets if isinstance(target, str)))
+        return dict(zip(texts, self.call.encode(texts)[0], strict=True)) if texts else {}
+
+    def rewritten(self, embeddings: Tensor) -> Tensor:
+        if not self._phrases:
+            return embeddings
+        embeddings = embeddings.clone()
+        samples = embeddings.unflatten(0, (len(self._rows), self.call.images))
+        for index, row in enumerate(self._rows):
+            for (targets, _), phrases in zip(row, self._places[index], strict=True):
+                for target, places in zip(targets, phrases, strict=True):
+                    if isinstance(target, str):
+                        # After the start of text.
+                        alone = self._phrases[target.strip()][1 : 1 + len(places)]
+                        samples[index][:, places] = alone.to(embeddings)
+        return embeddings
+
+    def time(self) -> float:
+        """The timestep's share of the schedule, t/T; read from the device once in a call."""
+        call = self.call
+        if not self._times:
+            assert call.timesteps is not None
+            whole = call.pipe.scheduler.config.num_train_timesteps
+            self._times = [float(timestep) / whole for timestep in call.timesteps.tolist()]
+        return self._times[min(call.evaluation, len(self._times) - 1)]
+
+    def active(self) -> bool:
+        method, steps = self.method, self.method.edit_steps
+        if not method.works():
+            return False
+        if method.convention == "paper" and isinstance(steps, float):
+            return self.time() > 1 - steps
+        return self.call.step < step_count(steps, self.call.steps)
+
+    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Modulated:
+        grid = layer.grid(self.call.latents)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        if grid not in self._grids:
+            rows, sizes = self._row_regions(grid)
+            self._grids[grid] = rows.to(q.device), sizes.to(q.device, wide)
+        rows, sizes = self._grids[grid]
+        self._columns = self._columns.to(q.device)
+        columns = self._columns if layer.cross else rows
+        weight = self._weight(layer, grid, sizes)
+
+        def logits(plain: Tensor) -> Tensor:
+            shared = (rows[:, :, None] & columns[:, None, :]) != 0
+            pull = torch.where(shared, plain.amax(-1, keepdim=True), plain.amin(-1, keepdim=True))
+            return plain.lerp(pull, weight.to(plain.dtype)[..., None])
+
+        return Modulated(ops.region_attention(q, k, v, rows, columns, weight, scale=scale), logits)
+
+    def _weight(self, layer: Layer, grid: tuple[int, int], sizes: Tensor) -> Tensor:
+        """The weight of every image token at this step, `[samples,M]`; made once for the layers that share it."""
+        if self._weighed != self.call.evaluation:
+            self._weights, self._weighed = {}, self.call.evaluation
+        key = grid, layer.cross
+        if key not in self._weights:
+            self._weights[key] = sizes * (self.method.strength(layer) * self.time() ** self.method.decay)
+        return self._weights[key]
+
+    def _row_regions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The regions of every image token and 1 - area * S, `[samples,M]`."""
+        latents, regions, sizes = self.call.latents, [], []
+        height, width = self._rows[0][0][1].height, self._rows[0][0][1].width
+        if height * latents[1] != width * latents[0]:
+            raise ValueError(
+                f"masks are {height}x{width}, which has not the proportions of the picture (latents "
+                f"{latents[0]}x{latents[1]}); draw them at the picture's size"
+            )
+        for row in self._rows:
+            masks = torch.stack([mask.tensor() for _, mask in row]).unsqueeze(1)
+            masks = F.interpolate(F.interpolate(masks, size=latents), size=grid).flatten(1)  # [regions, M]
+            bits = (masks.int() << torch.arange(len(row), dtype=torch.int32)[:, None]).sum(0, dtype=torch.int32)
+            regions.append(bits)
+            sizes.append(1 - self.method.area * self._shares(masks.double(), bits))
+        return tuple(torch.stack(x).repeat_interleave(self.call.images, 0) for x in (regions, sizes))  # type: ignore[return-value]
+
+    def _shares(self, masks: Tensor, bits: Tensor) -> Tensor:
+        """S of every image token, `[M]`."""
+        if self.method.convention == "official":
+            return masks.mT @ masks.mean(1)
+        distinct, place = bits.unique(return_inverse=True)
+        return ((distinct[:, None] & bits) != 0).double().mean(1)[place]
