@@ -14,10 +14,11 @@ import tiny
 import torch
 import torch.nn.functional as F
 from test_pipeline_kinds import OTHER, PROMPT, call, picture
-from test_pipeline_restore import Stop, snapshot, stop_at
+from test_pipeline_restore import Stop, image_embeddings, snapshot, stop_at, with_ip_adapter
 
 import attnctl_fast as ac
 from attnctl_fast._layers import attention_layers
+from attnctl_fast.methods import dense_diffusion
 from attnctl_fast.methods._base import EditingMethod
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -429,3 +430,59 @@ def test_what_does_not_fit_the_call_is_an_error_before_its_first_step() -> None:
     assert not steps
     assert snapshot(pipe) == before
     assert torch.equal(call(pipe), plain)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "kind"),
+    [
+        ("DDIMScheduler", "text"),
+        ("DDIMScheduler", "image"),
+        ("DPMSolverMultistepScheduler", "text"),
+        ("EulerDiscreteScheduler", "image"),
+        ("PNDMScheduler", "text"),
+        ("HeunDiscreteScheduler", "text"),
+    ],
+)
+def test_the_time_is_that_of_every_evaluation(monkeypatch: pytest.MonkeyPatch, scheduler: str, kind: str) -> None:
+    cls = "StableDiffusionImg2ImgPipeline" if kind == "image" else "StableDiffusionPipeline"
+    pipe = tiny.pipeline(cls, scheduler=tiny.scheduler(scheduler))
+    times: list[float] = []
+    given: list[float] = []
+    time = dense_diffusion._Modulating.time
+
+    def noted(self: Any) -> float:
+        times.append(time(self))
+        return times[-1]
+
+    def hook(module: Any, args: Any, kwargs: Any) -> None:
+        given.append(float(args[1]) / 1000)
+
+    monkeypatch.setattr(dense_diffusion._Modulating, "time", noted)
+    handle = pipe.unet.register_forward_pre_hook(hook, with_kwargs=True)
+    options: dict[str, Any] = {"image": picture(), "strength": 0.5} if kind == "image" else {}
+    method = {"edit_steps": 1.0, "self_strength": 0.0, "layers": ["mid_block"]}
+    dense(pipe, method=method, num_inference_steps=6, **options)
+    handle.remove()
+    assert times == given
+    assert len(times) >= 3
+
+
+def test_ip_adapter_keeps_its_images() -> None:
+    pipe = with_ip_adapter(tiny.pipeline())
+    before = snapshot(pipe)
+    plain, edited = call(pipe, **image_embeddings()), dense(pipe, **image_embeddings())
+    pipe.set_ip_adapter_scale(0.0)
+    without = dense(pipe, **image_embeddings())
+    assert (edited - plain).abs().max() > 1e-3 and (edited - without).abs().max() > 1e-3
+    pipe.set_ip_adapter_scale(0.7)
+    assert snapshot(pipe) == before
+
+
+def test_compiled_unet_gives_the_same_picture() -> None:
+    """With graph breaks at the edited layers."""
+    pipe = tiny.pipeline()
+    method = {"layers": ["mid_block"], "decay": 0.0}
+    expected = dense(pipe, method=method, num_inference_steps=2)
+    torch.compiler.reset()
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    torch.testing.assert_close(dense(pipe, method=method, num_inference_steps=2), expected, rtol=0, atol=1e-5)

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import attnctl_fast as ac
-from attnctl_fast._layers import choose, cross_attention_layers, last_down_first_up
+from attnctl_fast._layers import attention_layers, choose, cross_attention_layers, last_down_first_up
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 CROSS_UP, PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"
@@ -138,3 +138,19 @@ def test_only_the_chosen_layers_are_touched(layers: Any, edited: set[str]) -> No
         changed = {name for name, processor in pipe.unet.attn_processors.items() if processor is not before[name]}
     assert {name.split(".attentions")[0] for name in changed} == edited
     assert all(name.endswith("attn2.processor") for name in changed)
+
+
+@pytest.mark.parametrize(("config", "count"), [(SD1, 16), (SDXL, 70)], ids=["SD 1.x", "SDXL"])
+def test_self_attention(config: dict[str, Any], count: int) -> None:
+    """One beside every cross-attention layer, at its grid and before it."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    layers = attention_layers(unet)
+    cross = cross_attention_layers(unet)
+    assert [name for name, layer in layers.items() if layer.cross] == list(cross)
+    assert len(layers) == 2 * count
+    for own, other in zip(list(layers.values())[::2], cross.values(), strict=True):
+        assert own.name == other.name.replace("attn2", "attn1") and not own.cross
+        assert (own.level, own.block) == (other.level, other.block)
