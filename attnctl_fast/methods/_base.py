@@ -85,7 +85,7 @@ class Method(Protocol):
     def layers(self) -> LayerChoice: ...
 
     def default_layers(self, layers: dict[str, Layer]) -> list[str]:
-        """The layers to act on where the user names none, from all that the method may act on, in order of execution."""
+        """The layers to act on where the user names none, from all that it may act on, in order of execution."""
 
 
 @runtime_checkable
