@@ -80,7 +80,7 @@ def region_attention(
     q: Tensor, k: Tensor, v: Tensor, row_regions: Tensor, column_regions: Tensor, weight: Tensor, scale: float
 ) -> Tensor:
     """Logits pulled to their row's maximum where row and column share a region, to its minimum elsewhere (arXiv
-    2308.12964, Eq. 4-7)."""
+    2308.12964)."""
     logits = _logits(q, k, scale)
     shared = (row_regions[:, None, :, None] & column_regions[:, None, None, :]) != 0
     above = logits.amax(-1, keepdim=True) - logits

@@ -168,11 +168,42 @@ def behaviour_table(run: dict[str, Any]) -> str:
 
 
 def _options(options: dict[str, Any]) -> str:
-    shown = {
-        name: f"{value['name']} {value['value']:g}" if isinstance(value, dict) else f"{value:g}"
-        for name, value in options.items()
-    }
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
+    return ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in options.items())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and "name" in value:
+        return f"{value['name']} {value['value']:g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_shown(one)}" for key, one in value.items()) or "none"
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def methods_table(run: dict[str, Any]) -> str:
+    """A run of `methods.py` as a Markdown table with its settings below."""
+    settings, versions = run["settings"], run["versions"]
+    criteria = ("strict", "exact", "colours")
+    rows = [["method", "strict", "exact", "all colours", "overhead"], ["---", *["---:"] * 4]]
+    rows.append(["plain", *(_percent(run["plain"][name]) for name in criteria), ""])
+    for row in run["rows"]:
+        changes = [row[name] for name in criteria]
+        cells = [
+            f"{_percent(one['controlled'])} (+{one['gained']} -{one['lost']}, p = {one['p_value']:.1g})"
+            for one in changes
+        ]
+        title = f"`{row['method']}`" + (f": {_options(row['options'])}" if row["options"] else "")
+        rows.append([title, *cells, f"{row['overhead_percent']['median']:+.0f} %"])
+    last = settings["seed_start"] + settings["count"] - 1
+    lines = _lines(rows)
+    lines += [
+        "",
+        f"{settings['count']} prompts of two objects, seeds {settings['seed_start']} to {last}, DDIM "
+        f"{settings['steps']} steps, guidance {settings['guidance_scale']:g}, batches of {settings['batch_size']} in "
+        f"turn; torch {versions['torch']}, {versions['processor']}. Strict: every prompted object is there; exact: and "
+        "no other; all colours: each colour, on whichever shape; in brackets the pairs gained and lost and McNemar's "
+        "exact p.",
+    ]
+    return "\n".join(lines)
 
 
 def gpu_table(folder: Path) -> str:
@@ -273,6 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rates": lambda: rates_table(last_line(RESULTS / "shapes_rates.jsonl")),
     "regulate": lambda: regulate_table(last_line(RESULTS / "cpu_regulate.jsonl")),
     "behaviour": lambda: behaviour_table(last_line(RESULTS / "shapes_behaviour.jsonl")),
+    "methods": lambda: methods_table(last_line(RESULTS / "shapes_methods.jsonl")),
     "context": lambda: context_table(last_line(RESULTS / "cpu_context.jsonl")),
     "similarity": lambda: similarity_table(last_line(RESULTS / "cpu_similarity.jsonl")),
     "maps": lambda: maps_table(last_line(RESULTS / "cpu_maps.jsonl")),

@@ -412,6 +412,8 @@ def test_unusual_attention_modules() -> None:
             return Edited(torch.nn.functional.scaled_dot_product_attention(q, k, v), nothing, nothing, nothing)
 
     class Engine:
+        guiding = False
+
         def at(self, layer: Any) -> Any:
             return Same(), []
 

@@ -337,6 +337,8 @@ def test_ip_adapter_image_part_is_exact() -> None:
     attn = pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn2
 
     class Nothing:
+        guiding = False
+
         def at(self, layer: Any) -> Any:
             return self, []
 

@@ -23,7 +23,7 @@ CONVENTIONS = ("official", "paper")
 
 @dataclass(frozen=True)
 class DenseDiffusion:
-    """DenseDiffusion (arXiv 2308.12964, ICCV 2023, Eq. 4-8).
+    """DenseDiffusion (arXiv 2308.12964, ICCV 2023).
 
     In the first sampling steps, in the conditional rows, logits are pulled towards the highest of their row where image
     token and key belong together, and towards the lowest where they do not (`ops.region_attention`). In
