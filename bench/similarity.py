@@ -27,8 +27,8 @@ from attnctl_fast import ops
 GRID = (16, 16)
 TOKENS = (12, 20)
 FORMS = ("published", "closed form", "eager")
-TURNS = 4
-ROUNDS = {"published": 5, "closed form": 60, "eager": 60}
+TURNS = 3
+ROUNDS = {"published": 3, "closed form": 60, "eager": 60}
 
 
 def inputs(tokens: int) -> tuple[Tensor, Tensor]:
