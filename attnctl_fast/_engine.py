@@ -19,7 +19,7 @@ from ._layers import Layer, attention_layers
 from ._processors import NOT_HOOKED, ControlledProcessor, is_supported
 from ._scheduler import SchedulerTap, check_scheduler
 from ._tokens import Prompts
-from ._unet_call import arguments
+from ._unet_call import arguments, replaced
 from .methods import ComposableDiffusion, Composition, EnergyContext, LatentGuidance
 from .methods._base import Call, Editing, EditingMethod, Encode, Method, RewritesText
 
@@ -377,7 +377,8 @@ class Engine:
                 for one in self._guidances():
                     one.plan()
         if self.conjunction is not None:
-            return (), self.conjunction.expanded(arguments(self.unet, args, kwargs))
+            given = self.conjunction.expanded(arguments(self.unet, args, kwargs))
+            return replaced(self.unet, args, kwargs, given)
         changed = self._guide(len(sample), again, args, kwargs)
         if self.contexts is not None:
             if torch.is_grad_enabled() and getattr(self.unet, "is_gradient_checkpointing", False):
@@ -386,7 +387,7 @@ class Engine:
                     "unet.disable_gradient_checkpointing() under EnergyContext and Composition"
                 )
             self.contexts.prepare(self.conditional(len(sample)), len(sample), text)
-        return None if changed is None else ((), changed)
+        return changed
 
     def _after_unet(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: what the UNet returns instead, or None."""
@@ -395,7 +396,9 @@ class Engine:
     def _guidances(self) -> list[Guidance]:
         return [one for entry in self.entries for one in entry.guiding]
 
-    def _guide(self, rows: int, again: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    def _guide(
+        self, rows: int, again: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The UNet's arguments with the latents that the guidances make, one after the other; None for no change."""
         changed = None
         for one in self._guidances():
@@ -407,8 +410,7 @@ class Engine:
             finally:
                 self.guiding = False
             if latents is not None:
-                args, kwargs = (), evaluation.moved_to(latents)
-                changed = kwargs
+                changed = args, kwargs = replaced(self.unet, args, kwargs, evaluation.moved_to(latents))
         return changed
 
     def at(self, layer: Layer) -> tuple[Editing | None, list[Recording]]:

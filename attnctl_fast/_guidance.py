@@ -62,7 +62,7 @@ class Evaluation:
         return self._latents[-self._samples :]
 
     def moved_to(self, latents: Tensor) -> dict[str, Any]:
-        """The UNet's arguments with these latents in all rows, and the scheduler's next step from there."""
+        """The UNet's arguments with these latents in all rows; the scheduler's next step starts from there."""
         self._tap.guided = latents
         rows = torch.cat([self._input(latents)] * (self._rows // self._samples))
         return {**self._given, "sample": torch.cat([rows, self._fixed], 1)}

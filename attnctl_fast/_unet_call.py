@@ -15,6 +15,15 @@ def arguments(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return {name: value for name, value in bound.items() if name != "self"}
 
 
+def replaced(
+    unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`args` and `kwargs` with the values `given` by name, each where it stood: torch.compile would take another place
+    for another call."""
+    names = list(inspect.signature(type(unet).forward).parameters)[1 : 1 + len(args)]
+    return tuple(given[name] for name in names), {name: given[name] for name in kwargs}
+
+
 def with_rows(value: Any, rows: int, change: Callable[[Tensor], Tensor]) -> Any:
     """`value` with `change` made to every tensor of so many rows within. Lists are copied: the UNet empties some."""
     if isinstance(value, Tensor):

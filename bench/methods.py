@@ -4,8 +4,8 @@
     python bench/methods.py --tune      other settings, on seeds from 100000 on
     python bench/tables.py              put the last figures into the README
 
-Every run appends one line to bench/results/shapes_methods.jsonl (--tune: shapes_methods_tuning.jsonl) and prints it as a
-table. All methods draw the same two-object prompts from the same seeds, batch by batch in turn.
+Every run appends one line to bench/results/shapes_methods.jsonl (--tune: shapes_methods_tuning.jsonl) and prints it as
+a table. All methods draw the same two-object prompts from the same seeds, batch by batch in turn.
 """
 
 from __future__ import annotations

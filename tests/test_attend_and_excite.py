@@ -70,13 +70,13 @@ def diffusers_picture(pipe: Any, **options: Any) -> tuple[Tensor, list[float]]:
 
     other._compute_loss = noting
     options = {"attn_res": RES, "num_inference_steps": 5, "output_type": "latent"} | options
-    result = other(PROMPT, TARGETS, latents=tiny.latents(), **options).images
+    result = other(PROMPT, TARGETS, latents=tiny.latents().double(), **options).images
     return result, losses
 
 
 def ours(pipe: Any, method: ac.AttendAndExcite, **options: Any) -> Tensor:
     with ac.control(pipe, method):
-        options = {"num_inference_steps": 5, "output_type": "latent", "latents": tiny.latents()} | options
+        options = {"num_inference_steps": 5, "output_type": "latent", "latents": tiny.latents().double()} | options
         return pipe(PROMPT, **options).images
 
 
@@ -94,8 +94,8 @@ def test_the_same_latents_as_diffusers(name: str) -> None:
 
 
 def test_latents_are_scaled_as_the_scheduler_says() -> None:
-    """diffusers' pipeline hands the UNet latents that are not scaled, which is another picture for Euler's scheduler; the
-    loss of ours is that of the scaled ones."""
+    """diffusers' pipeline hands the UNet latents that are not scaled, which is another picture for Euler's scheduler;
+    the loss of ours is that of the scaled ones."""
     pipe = tiny.pipeline(scheduler=tiny.scheduler("EulerDiscreteScheduler")).to(torch.float64)
     seen = []
 
@@ -123,8 +123,8 @@ def test_latents_are_scaled_as_the_scheduler_says() -> None:
 
 
 def test_height_and_width_keep_their_places() -> None:
-    """diffusers' pipeline takes (width, height) for the grid of the maps and smooths across their rows; ours smooths the
-    picture."""
+    """diffusers' pipeline takes (width, height) for the grid of the maps and smooths across their rows; ours smooths
+    the picture."""
     pipe = tiny.pipeline().to(torch.float64)
     grids = []
 
@@ -137,7 +137,7 @@ def test_height_and_width_keep_their_places() -> None:
             grids.append((grid, float((loss[0] - swapped).abs())))
             return loss
 
-    options = {"height": 32 * tiny.SCALE, "width": 48 * tiny.SCALE, "latents": tiny.latents(1, (32, 48))}
+    options = {"height": 32 * tiny.SCALE, "width": 48 * tiny.SCALE, "latents": tiny.latents(1, (32, 48)).double()}
     ours(pipe, Noting(["bag", "apple"], layers=LAYERS, steps=2, thresholds={}), num_inference_steps=2, **options)
     assert [grid for grid, _ in grids] == [(16, 24)] * 2
     assert max(difference for _, difference in grids) > 1e-4
