@@ -62,10 +62,10 @@ def composable(options: Options) -> Arm:
 
 
 def dense(options: Options) -> Arm:
-    """Masks of the scene's own layout, that of its caption's drawing; the batch's first seed draws it."""
+    """Masks of a drawing of the scene."""
 
     def methods(scenes: Sequence[Scene]) -> Sequence[Any]:
-        masks = []
+        masks: list[Any] = []
         for index, scene in enumerate(scenes):
             drawn = torch.as_tensor(render(scene, index).masks)
             masks.append({phrase(scene, i): drawn[i].float() for i in range(len(scene.objects))})
@@ -106,13 +106,18 @@ TRIED: dict[str, list[Options]] = {
 
 
 def measure(
-    pipe: Any, choices: Mapping[str, tuple[Make, list[Options]]], seeds: Sequence[int], batch_size: int, steps: int
+    pipe: Any,
+    choices: Mapping[str, tuple[Make, list[Options]]],
+    seeds: Sequence[int],
+    batch_size: int,
+    steps: int,
+    warm_up: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Evaluation]]:
     """What a line of results holds of the methods, and the pictures of every arm."""
     settings = [(name, make, options) for name, (make, tried) in choices.items() for options in tried]
     arms = {"plain": Arm()} | {f"{name} {i}": make(options) for i, (name, make, options) in enumerate(settings)}
     results = interleaved(
-        pipe, seeds, arms, num_inference_steps=steps, guidance_scale=GUIDANCE, batch_size=batch_size, warm_up=True
+        pipe, seeds, arms, num_inference_steps=steps, guidance_scale=GUIDANCE, batch_size=batch_size, warm_up=warm_up
     )
     plain = results["plain"]
     rows = []
@@ -144,7 +149,7 @@ def picture(results: Mapping[str, Evaluation], count: int) -> Any:
             )
         rows.append(Row(f"seed {plain.seeds[index]}: {scene.prompt}", panels))
     notes = ["Below each picture: what a detector found of the prompt's objects. Green frame: all of them."]
-    return draw_grid(rows, title="Every method on the shapes model, the same seeds", notes=notes, columns=1, side=200)
+    return draw_grid(rows, title="Every method on the shapes model, the same seeds", notes=notes, columns=1, side=230)
 
 
 def main() -> None:
@@ -164,7 +169,12 @@ def main() -> None:
     start = TUNING_SEED if arguments.tune else 0
     seeds = range(start, start + arguments.count)
     found, results = measure(
-        load_pipeline(device=arguments.device), choices, seeds, arguments.batch_size, arguments.steps
+        load_pipeline(device=arguments.device),
+        choices,
+        seeds,
+        arguments.batch_size,
+        arguments.steps,
+        not arguments.tune,
     )
     run = {
         "date": time.strftime("%Y-%m-%d"),

@@ -179,6 +179,29 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
+def guidance_table(run: dict[str, Any]) -> str:
+    """A run of `guidance.py` as a Markdown table with its settings below."""
+    settings, versions = run["settings"], run["versions"]
+    rows = [["Attend-and-Excite", "form", "seconds", "ratio to ours"], ["---", "---", "---:", "---:"]]
+    for section, title in (("iteration", "one guidance iteration"), ("image", "a whole image")):
+        for form, times in run[section].items():
+            cells = [_quartiles(times), "" if form == "ours" else _quartiles(times["ratio"])]
+            rows.append([title, form, *cells])
+    lines = _lines(rows)
+    lines += [
+        "",
+        f"{settings['arch']}, random weights, {8 * settings['side']}x{8 * settings['side']} pixels, float32, one "
+        f"sample; images of {settings['steps']} steps, {settings['guided']} of them guided, with guidance scale 7.5, without "
+        "refinement and decoding. Medians and quartiles over forms that alternate, ratios over their turns; torch "
+        f"{versions['torch']}, {versions['threads']} threads, {versions['processor']}.",
+    ]
+    return "\n".join(lines)
+
+
+def _quartiles(times: dict[str, float]) -> str:
+    return f"{times['median']:.3g} ({times['low']:.3g} to {times['high']:.3g})"
+
+
 def methods_table(run: dict[str, Any]) -> str:
     """A run of `methods.py` as a Markdown table with its settings below."""
     settings, versions = run["settings"], run["versions"]
@@ -304,6 +327,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rates": lambda: rates_table(last_line(RESULTS / "shapes_rates.jsonl")),
     "regulate": lambda: regulate_table(last_line(RESULTS / "cpu_regulate.jsonl")),
     "behaviour": lambda: behaviour_table(last_line(RESULTS / "shapes_behaviour.jsonl")),
+    "guidance": lambda: guidance_table(last_line(RESULTS / "cpu_guidance.jsonl")),
     "methods": lambda: methods_table(last_line(RESULTS / "shapes_methods.jsonl")),
     "context": lambda: context_table(last_line(RESULTS / "cpu_context.jsonl")),
     "similarity": lambda: similarity_table(last_line(RESULTS / "cpu_similarity.jsonl")),
