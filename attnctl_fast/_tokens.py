@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -196,6 +197,39 @@ class Prompts:
             )
         return [place for place in found if place in second]
 
+    def words(self, targets: Targets | None = None, name: str = "targets") -> list[dict[str, list[int]]] | None:
+        """The positions of every word by what it is called, one dict per prompt; None where the words are unknown.
+
+        With targets, those as the user named them (an id by its digits); without, the words of the prompts in order,
+        each all its tokens, as the tokenizer normalises them. What would be called the same is numbered: "dog",
+        "dog (2)". Of prompts that differ between the text encoders, the words that stand at the same place in both.
+
+        Raises:
+            ValueError: as `positions` does.
+        """
+        if targets is not None:
+            checked: Any = check_targets(targets, name)
+            rows = checked if isinstance(checked[0], tuple) else (checked,) * self.count
+            return [
+                _numbered([(str(item), self.find(item, index, name)) for item in row]) for index, row in enumerate(rows)
+            ]
+        if self.tokens is None or not self._aligned:
+            return None
+        second = self.second or self.tokens
+        shared = [[self._split(tokens) for tokens in both] for both in zip(self.tokens, second, strict=True)]
+        return [_numbered([word for word in first if word in other]) for first, other in shared]
+
+    def _split(self, tokens: Tokens) -> list[tuple[str, list[int]]]:
+        """The words of a prompt and their positions, without start and end."""
+        marked = any(string.endswith(_WORD_END) for string in tokens.strings)
+        found: list[list[int]] = []
+        for position in range(1, tokens.end):
+            if marked and position > 1 and self._continues(tokens.strings[position - 1]):
+                found[-1].append(position)
+            else:
+                found.append([position])
+        return [(self._tokenizer.decode([tokens.ids[i] for i in word]).strip(), word) for word in found]
+
     def ends(self) -> list[int] | None:
         """Position of the first end-of-text in every prompt, or None where the text is unknown (embeddings were given)
         or encoded piece by piece."""
@@ -215,6 +249,15 @@ class Prompts:
         """
         ends = self.ends()
         return [[0] for _ in range(self.count)] if ends is None else [[0, end] for end in ends]
+
+
+def _numbered(words: list[tuple[str, list[int]]]) -> dict[str, list[int]]:
+    seen: Counter[str] = Counter()
+    named = {}
+    for word, positions in words:
+        seen[word] += 1
+        named[word if seen[word] == 1 else f"{word} ({seen[word]})"] = positions
+    return named
 
 
 def padded(rows: list[list[int]]) -> Tensor:
