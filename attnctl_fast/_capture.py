@@ -77,8 +77,8 @@ class AttentionMaps(Mapping[str, Tensor]):
         maps = self.mean(layers, steps=steps)
         if self.words is None:
             raise ValueError(
-                "the words of the prompt are unknown (prompt embeddings, or a long prompt in pieces); pass what to show "
-                "as capture(pipe, tokens=[...]): token ids, the positions in the context"
+                "the words of the prompt are unknown (prompt embeddings, or a long prompt in pieces); pass token ids, "
+                "the positions in the context, as capture(pipe, tokens=[...])"
             )
         images = len(maps) // len(self.words)
         places = [{position: i for i, position in enumerate(row)} for row in self.token_ids]

@@ -113,9 +113,10 @@ def choose(layers: dict[str, Layer], choice: str | Sequence[str] | ByDownsamplin
         chosen = [name for name, layer in layers.items() if 1 << layer.level == choice.factor]
         if not chosen:
             factors = sorted({1 << layer.level for layer in layers.values()})
+            blocks = list(dict.fromkeys(layer.block for layer in layers.values()))
             raise ValueError(
                 f"no cross-attention layer divides the latents' grid by {choice.factor}; this UNet has "
-                f"by_downsampling of {', '.join(map(str, factors))}"
+                f"by_downsampling of {', '.join(map(str, factors))}, in {', '.join(blocks)}"
             )
         return chosen
     for prefix in choice:
