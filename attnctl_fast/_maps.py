@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ._engine import Engine
 from ._grid import Panel, Row, draw_grid
 from ._heat import overlay
@@ -56,8 +54,8 @@ def draw_maps(settings: MapsSettings, *, overwrite: bool, out: Path) -> None:
         shown: Image = overlay(image, heat.numpy())
         shown.save(out / names[word])
         print(out / names[word])
-        peak = float(np.max(heat.numpy()))
-        rows.append(Row(word, [Panel(shown, f"at most {peak:.3f}")]))
+        peak = float(heat.max())
+        rows.append(Row(word, [Panel(shown, f"peak {peak:.3f}")]))
         words[word] = {"file": names[word], "token_ids": maps.words[0][word], "peak": peak}
     draw_grid(rows, title=settings.model).save(overview)
     print(overview)

@@ -116,10 +116,9 @@ class Prompts:
         """
         places = []
         wanted = list(self._tokenizer(self._converted(phrase.strip()), add_special_tokens=False).input_ids)
-        marked = any(string.endswith(_WORD_END) for string in tokens.strings)
         for start in range(1, len(tokens.ids) - len(wanted)):
             # Without this, "apple" would be found within "pineapple".
-            inside = marked and start > 1 and self._continues(tokens.strings[start - 1])
+            inside = self._inside(start, tokens)
             if wanted and not inside and list(tokens.ids[start : start + len(wanted)]) == wanted:
                 places.append(list(range(start, start + len(wanted))))
         if places:
@@ -129,8 +128,12 @@ class Prompts:
             "use words of the prompt as they stand there, or token ids"
         )
 
-    def _continues(self, string: str) -> bool:
-        return not string.endswith(_WORD_END) and string not in self._tokenizer.get_added_vocab()
+    def _inside(self, position: int, tokens: Tokens) -> bool:
+        """Whether the token goes on with the word of the one before."""
+        before = tokens.strings[position - 1]
+        marked = any(string.endswith(_WORD_END) for string in tokens.strings)
+        whole = before.endswith(_WORD_END) or before in self._tokenizer.get_added_vocab()
+        return marked and position > 1 and not whole
 
     def positions(self, targets: Targets, name: str = "targets", *, within_prompt: bool = True) -> list[list[int]]:
         """The targets' positions in the context, one list per prompt.
@@ -221,14 +224,20 @@ class Prompts:
 
     def _split(self, tokens: Tokens) -> list[tuple[str, list[int]]]:
         """The words of a prompt and their positions, without start and end."""
-        marked = any(string.endswith(_WORD_END) for string in tokens.strings)
+        strings, learned = tokens.strings, self._tokenizer.get_added_vocab()
         found: list[list[int]] = []
         for position in range(1, tokens.end):
-            if marked and position > 1 and self._continues(tokens.strings[position - 1]):
+            # Textual inversion calls the further vectors of a word <word>_1, <word>_2.
+            further = found and strings[position] == f"{strings[found[-1][0]]}_{len(found[-1])}"
+            if further or self._inside(position, tokens):
                 found[-1].append(position)
             else:
                 found.append([position])
-        return [(self._tokenizer.decode([tokens.ids[i] for i in word]).strip(), word) for word in found]
+        shown = [[i for i in word if i == word[0] or strings[i] not in learned] for word in found]
+        return [
+            (self._tokenizer.decode([tokens.ids[i] for i in named]).strip(), word)
+            for named, word in zip(shown, found, strict=True)
+        ]
 
     def ends(self) -> list[int] | None:
         """Position of the first end-of-text in every prompt, or None where the text is unknown (embeddings were given)

@@ -174,7 +174,11 @@ def test_generate_overwrites_only_when_told(generate, tmp_path, capsys):
         (("--edit-start", "0.2"), ["circle"], "--edit-start is an option of --method compose, not of regulation"),
         (("--scale", 2), ["circle"], "--scale is an option of .*excite, tsam, syngen and conform, not of regulation"),
         (("--method", "excite"), [], "--method excite needs --targets"),
-        (("--method", "excite"), ["star"], "grid by 4; this UNet has .* in down_blocks.0, up_blocks.2"),
+        (
+            ("--method", "excite"),
+            ["star"],
+            "grid by 4; this UNet has .* 1 .down_blocks.0, up_blocks.2.; name such blocks as layers",
+        ),
         (("--method", "syngen"), [], "--method syngen needs --pairs.*or spaCy"),
         (("--method", "syngen", "--pairs", "red:cat", "--layers", "up_blocks"), [], "pairs holds 'cat'"),
         (("--method", "conform"), [], "--method conform needs --groups"),
