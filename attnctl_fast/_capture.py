@@ -23,12 +23,14 @@ class AttentionMaps(Mapping[str, Tensor]):
     method edits the layer, its edited maps are shown.
 
     token_ids: the positions captured, one list per prompt. tokens: their strings, or None with prompt embeddings.
+    words: the positions of every captured word, one dict per prompt, or None where the words are unknown.
     """
 
     def __init__(self) -> None:
         self._maps: dict[str, list[Tensor]] = {}
         self.token_ids: list[list[int]] = []
         self.tokens: list[list[str]] | None = None
+        self.words: list[dict[str, list[int]]] | None = None
 
     def __getitem__(self, layer: str) -> Tensor:
         return torch.stack(self._maps[layer])
@@ -59,6 +61,35 @@ class AttentionMaps(Mapping[str, Tensor]):
         resized = [F.interpolate(maps.mean(0), size=tuple(size), mode="bilinear", antialias=False) for maps in chosen]
         return torch.stack(resized).mean(0)
 
+    def per_word(self, layers: Sequence[str] | None = None, *, steps: slice | None = None) -> list[dict[str, Tensor]]:
+        """Every word's map `[height, width]`, one dict per image (prompt by prompt): mean over layers and evaluations
+        as in `mean`, and over the word's tokens.
+
+        The words are those that were captured, as they were named (token ids by their digits), or all words of the
+        prompt as the tokenizer normalises them (CLIP: lower case), a repeated one as "dog", "dog (2)".
+
+        Args:
+            layers, steps: as in `mean`.
+
+        Raises:
+            ValueError: nothing was captured there, or all tokens of a prompt whose words are unknown.
+        """
+        maps = self.mean(layers, steps=steps)
+        if self.words is None:
+            raise ValueError(
+                "the words of the prompt are unknown (prompt embeddings, or a long prompt in pieces); pass token ids, "
+                "the positions in the context, as capture(pipe, tokens=[...])"
+            )
+        images = len(maps) // len(self.words)
+        places = [{position: i for i, position in enumerate(row)} for row in self.token_ids]
+        return [
+            {
+                word: of_image[[places[index // images][position] for position in positions]].mean(0)
+                for word, positions in self.words[index // images].items()
+            }
+            for index, of_image in enumerate(maps)
+        ]
+
 
 @dataclass(frozen=True)
 class Capture:
@@ -75,6 +106,7 @@ class Capture:
         maps._maps.clear()
         maps.token_ids = ids
         maps.tokens = prompts.strings(ids)
+        maps.words = prompts.words(self.tokens, "tokens")
         return Recording(self, call, ids)
 
 

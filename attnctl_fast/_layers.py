@@ -119,10 +119,13 @@ def choose(layers: dict[str, Layer], choice: str | Sequence[str] | ByDownsamplin
     if isinstance(choice, ByDownsampling):
         chosen = [name for name, layer in layers.items() if 1 << layer.level == choice.factor]
         if not chosen:
-            factors = sorted({1 << layer.level for layer in layers.values()})
+            blocks: dict[int, dict[str, None]] = {}
+            for layer in layers.values():
+                blocks.setdefault(1 << layer.level, {})[layer.block] = None
+            known = [f"{factor} ({', '.join(blocks[factor])})" for factor in sorted(blocks)]
             raise ValueError(
                 f"no cross-attention layer divides the latents' grid by {choice.factor}; this UNet has "
-                f"by_downsampling of {', '.join(map(str, factors))}"
+                f"by_downsampling of {', '.join(known)}; name such blocks as layers"
             )
         return chosen
     for prefix in choice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -115,10 +116,9 @@ class Prompts:
         """
         places = []
         wanted = list(self._tokenizer(self._converted(phrase.strip()), add_special_tokens=False).input_ids)
-        marked = any(string.endswith(_WORD_END) for string in tokens.strings)
         for start in range(1, len(tokens.ids) - len(wanted)):
             # Without this, "apple" would be found within "pineapple".
-            inside = marked and start > 1 and self._continues(tokens.strings[start - 1])
+            inside = self._inside(start, tokens)
             if wanted and not inside and list(tokens.ids[start : start + len(wanted)]) == wanted:
                 places.append(list(range(start, start + len(wanted))))
         if places:
@@ -128,8 +128,12 @@ class Prompts:
             "use words of the prompt as they stand there, or token ids"
         )
 
-    def _continues(self, string: str) -> bool:
-        return not string.endswith(_WORD_END) and string not in self._tokenizer.get_added_vocab()
+    def _inside(self, position: int, tokens: Tokens) -> bool:
+        """Whether the token goes on with the word of the one before."""
+        before = tokens.strings[position - 1]
+        marked = any(string.endswith(_WORD_END) for string in tokens.strings)
+        whole = before.endswith(_WORD_END) or before in self._tokenizer.get_added_vocab()
+        return marked and position > 1 and not whole
 
     def positions(self, targets: Targets, name: str = "targets", *, within_prompt: bool = True) -> list[list[int]]:
         """The targets' positions in the context, one list per prompt.
@@ -196,6 +200,45 @@ class Prompts:
             )
         return [place for place in found if place in second]
 
+    def words(self, targets: Targets | None = None, name: str = "targets") -> list[dict[str, list[int]]] | None:
+        """The positions of every word by what it is called, one dict per prompt; None where the words are unknown.
+
+        With targets, those as the user named them (an id by its digits); without, the words of the prompts in order,
+        each all its tokens, as the tokenizer normalises them. What would be called the same is numbered: "dog",
+        "dog (2)". Of prompts that differ between the text encoders, the words that stand at the same place in both.
+
+        Raises:
+            ValueError: as `positions` does.
+        """
+        if targets is not None:
+            checked: Any = check_targets(targets, name)
+            rows = checked if isinstance(checked[0], tuple) else (checked,) * self.count
+            return [
+                _numbered([(str(item), self.find(item, index, name)) for item in row]) for index, row in enumerate(rows)
+            ]
+        if self.tokens is None or not self._aligned:
+            return None
+        second = self.second or self.tokens
+        shared = [[self._split(tokens) for tokens in both] for both in zip(self.tokens, second, strict=True)]
+        return [_numbered([word for word in first if word in other]) for first, other in shared]
+
+    def _split(self, tokens: Tokens) -> list[tuple[str, list[int]]]:
+        """The words of a prompt and their positions, without start and end."""
+        strings, learned = tokens.strings, self._tokenizer.get_added_vocab()
+        found: list[list[int]] = []
+        for position in range(1, tokens.end):
+            # Textual inversion calls the further vectors of a word <word>_1, <word>_2.
+            further = found and strings[position] == f"{strings[found[-1][0]]}_{len(found[-1])}"
+            if further or self._inside(position, tokens):
+                found[-1].append(position)
+            else:
+                found.append([position])
+        shown = [[i for i in word if i == word[0] or strings[i] not in learned] for word in found]
+        return [
+            (self._tokenizer.decode([tokens.ids[i] for i in named]).strip(), word)
+            for named, word in zip(shown, found, strict=True)
+        ]
+
     def ends(self) -> list[int] | None:
         """Position of the first end-of-text in every prompt, or None where the text is unknown (embeddings were given)
         or encoded piece by piece."""
@@ -215,6 +258,15 @@ class Prompts:
         """
         ends = self.ends()
         return [[0] for _ in range(self.count)] if ends is None else [[0, end] for end in ends]
+
+
+def _numbered(words: list[tuple[str, list[int]]]) -> dict[str, list[int]]:
+    seen: Counter[str] = Counter()
+    named = {}
+    for word, positions in words:
+        seen[word] += 1
+        named[word if seen[word] == 1 else f"{word} ({seen[word]})"] = positions
+    return named
 
 
 def padded(rows: list[list[int]]) -> Tensor:

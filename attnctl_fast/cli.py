@@ -1,4 +1,4 @@
-"""The `attnctl-fast` command: `demo`, `generate`, `info`."""
+"""The `attnctl-fast` command: `demo`, `generate`, `maps`, `info`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from . import __version__
+from ._options import add_model_options, group, natural, pair, positive, share, strength, token_weight
 
-METHODS = ("regulation", "energy", "compose")
+METHODS = ("regulation", "energy", "compose", "excite", "tsam", "syngen", "conform", "composable")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_generate(commands)
+    _add_maps(commands)
     info = commands.add_parser("info", help="versions, devices and the implementation that would run")
     info.set_defaults(run=_info)
     for command in commands.choices.values():
@@ -55,16 +59,14 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "replacing earlier ones.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--count", type=_positive, default=64, metavar="N", help="number of prompts")
+    demo.add_argument("--count", type=positive, default=64, metavar="N", help="number of prompts")
     demo.add_argument(
-        "--seed-start", type=_natural, default=0, metavar="SEED", help="the first of the consecutive seeds"
+        "--seed-start", type=natural, default=0, metavar="SEED", help="the first of the consecutive seeds"
     )
-    demo.add_argument("--steps", type=_positive, default=25, help="steps of the sampler")
+    demo.add_argument("--steps", type=positive, default=25, help="steps of the sampler")
     demo.add_argument("--guidance-scale", type=float, default=5.0, help="scale of classifier-free guidance")
-    demo.add_argument(
-        "--strength", type=_strength, help="strength of the regulation (default: as tuned for this model)"
-    )
-    demo.add_argument("--batch-size", type=_positive, default=8, help="prompts per batch")
+    demo.add_argument("--strength", type=strength, help="strength of the regulation (default: as tuned for this model)")
+    demo.add_argument("--batch-size", type=positive, default=8, help="prompts per batch")
     demo.add_argument("--device", default="cpu", help="torch device")
     demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="where the files go")
     demo.set_defaults(run=_demo)
@@ -78,61 +80,85 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "SEED-METHOD.png for consecutive seeds, with --compare SEED-plain.png and compare.png too, and generate.json. "
         "Nothing is overwritten without --overwrite.",
     )
-    generate.add_argument(
-        "--model", required=True, help="a folder, an id on the Hugging Face hub, or `shapes` for the shipped model"
-    )
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--negative-prompt")
+    add_model_options(generate, layers="the method's own", out="out/generate")
     generate.add_argument("--method", choices=METHODS, default="regulation", help="default: regulation")
     generate.add_argument(
-        "--targets", nargs="+", metavar="WORD", help="regulation: words or phrases of the prompt to enforce (required)"
+        "--targets",
+        nargs="+",
+        metavar="WORD",
+        help="regulation and excite: words or phrases of the prompt to enforce (required)",
     )
-    generate.add_argument("--strength", type=_strength, help="regulation: default the method's own; 0 is plain")
-    generate.add_argument("--convention", choices=["official", "paper"], help="regulation and energy: default official")
+    generate.add_argument(
+        "--pairs",
+        nargs="+",
+        metavar="MODIFIER:NOUN",
+        type=pair,
+        help="syngen: which words modify which, such as red:ball or big:red:ball; default: what spaCy finds",
+    )
+    generate.add_argument(
+        "--groups",
+        nargs="+",
+        metavar="WORD+WORD",
+        type=group,
+        help="conform: two or more groups of words that belong together, such as red+ball dog (required)",
+    )
+    generate.add_argument("--strength", type=strength, help="regulation: default the method's own; 0 is plain")
+    generate.add_argument(
+        "--scale",
+        type=strength,
+        help="excite, tsam, syngen and conform: length of the latents' step; default the method's own",
+    )
+    generate.add_argument(
+        "--convention",
+        choices=["official", "paper"],
+        help="regulation, energy, excite and tsam: default official, the released code",
+    )
     generate.add_argument(
         "--gamma-attn",
-        type=_strength,
+        type=strength,
         metavar="STEP",
         help="energy and compose: the context's step on the attention's energy, of the prompt's context (default 0.01) "
         "or of the edits' (default 0)",
     )
     generate.add_argument(
-        "--gamma-norm", type=_strength, metavar="STEP", help="the same on the energy of the norms; default 0.02 or 0"
+        "--gamma-norm", type=strength, metavar="STEP", help="the same on the energy of the norms; default 0.02 or 0"
     )
     generate.add_argument(
         "--token-weights",
         nargs="+",
         metavar="WORD=FACTOR",
-        type=_token_weight,
+        type=token_weight,
         help="energy: factors of --gamma-attn for words of the prompt",
     )
-    generate.add_argument("--edit", nargs="+", metavar="TEXT", help="compose: texts to add to the prompt")
-    generate.add_argument("--negate", nargs="+", metavar="TEXT", help="compose: texts to take away from it")
-    generate.add_argument("--edit-weight", type=_strength, metavar="WEIGHT", help="compose: of every text; default 1")
     generate.add_argument(
-        "--edit-start", type=_share, metavar="SHARE", help="compose: share of the steps before the edits; default 0"
+        "--edit", nargs="+", metavar="TEXT", help="compose and composable: texts to add to the prompt"
+    )
+    generate.add_argument("--negate", nargs="+", metavar="TEXT", help="compose and composable: texts to take away")
+    generate.add_argument(
+        "--edit-weight",
+        type=strength,
+        metavar="WEIGHT",
+        help="compose and composable: of every text; default 1, as the prompt has in composable",
     )
     generate.add_argument(
-        "--layers", nargs="+", metavar="PREFIX", help="names of UNet blocks or layers; default: the method's own"
+        "--edit-start", type=share, metavar="SHARE", help="compose: share of the steps before the edits; default 0"
     )
-    generate.add_argument("--seed", type=_natural, default=0, help="seed of the first picture; default: 0")
-    generate.add_argument("--num-images", type=_positive, default=1, metavar="N", help="default: 1")
-    generate.add_argument("--steps", type=_positive, help="default: the pipeline's own")
-    generate.add_argument("--guidance-scale", type=float, help="default: the pipeline's own")
-    generate.add_argument("--height", type=_positive, metavar="PIXELS", help="default: the model's own")
-    generate.add_argument("--width", type=_positive, metavar="PIXELS", help="default: the model's own")
-    generate.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "float16", "bfloat16"],
-        default="auto",
-        help="default: auto, float16 on a GPU and float32 elsewhere",
-    )
-    generate.add_argument("--device", default="auto", help="torch device; default: auto, the GPU if there is one")
-    generate.add_argument("--variant", help="variant of the weight files, such as fp16")
+    generate.add_argument("--num-images", type=positive, default=1, metavar="N", help="default: 1")
     generate.add_argument("--compare", action="store_true", help="draw the same seeds without the method too")
-    generate.add_argument("--overwrite", action="store_true", help="replace files of an earlier run")
-    generate.add_argument("--out", type=Path, default=Path("out/generate"), metavar="DIR", help="default: out/generate")
     generate.set_defaults(run=_generate)
+
+
+def _add_maps(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    maps = commands.add_parser(
+        "maps",
+        help="draw with your own model and see where it attends to each word",
+        description="Draws one picture and shows its cross-attention, averaged over heads, layers, steps and a word's "
+        "tokens, each map scaled by its own maximum. The files are SEED.png, SEED-WORD.png, maps.png with all of "
+        "them, and maps.json. Nothing is overwritten without --overwrite.",
+    )
+    add_model_options(maps, layers="those at a quarter of the latents' size, or nearest to it", out="out/maps")
+    maps.add_argument("--words", nargs="+", metavar="WORD", help="words or phrases of the prompt; default: all words")
+    maps.set_defaults(run=_maps)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -153,11 +179,23 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _generate(arguments: argparse.Namespace) -> None:
     _require_extra()
-    from ._generate import Settings, generate
+    from ._choice import MethodSettings
+    from ._generate import generate
 
-    names = Settings.__dataclass_fields__
-    settings = Settings(**{name: value for name, value in vars(arguments).items() if name in names})
+    settings = MethodSettings(**_fields(MethodSettings, arguments))
     generate(settings, compare=arguments.compare, overwrite=arguments.overwrite, out=arguments.out)
+
+
+def _maps(arguments: argparse.Namespace) -> None:
+    _require_extra()
+    from ._maps import MapsSettings, draw_maps
+
+    draw_maps(MapsSettings(**_fields(MapsSettings, arguments)), overwrite=arguments.overwrite, out=arguments.out)
+
+
+def _fields(settings: type[Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    names = {field.name for field in fields(settings)}
+    return {name: value for name, value in vars(arguments).items() if name in names}
 
 
 def _info(_: argparse.Namespace) -> None:
@@ -173,38 +211,3 @@ def _require_extra() -> None:
     missing = [name for name in ("diffusers", "transformers", "PIL", "tqdm") if find_spec(name) is None]
     if missing:
         raise ImportError(f'{", ".join(missing)} not installed; run: pip install "attnctl-fast[diffusers]"')
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
-def _natural(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 2**63:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 2**63 - 1, got {number}")
-    return number
-
-
-def _strength(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be zero or positive and finite, got {number}")
-    return number
-
-
-def _share(text: str) -> float:
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {number}")
-    return number
-
-
-def _token_weight(text: str) -> tuple[str, float]:
-    word, sign, factor = text.rpartition("=")
-    if not sign or not word:
-        raise argparse.ArgumentTypeError(f"must be WORD=FACTOR, such as crown=2.5, got {text!r}")
-    return word, _strength(factor)

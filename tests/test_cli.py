@@ -12,12 +12,23 @@ import torch
 from PIL import Image
 
 import attnctl_fast
-from attnctl_fast import _demo, _grid, _report, cli
-from attnctl_fast.methods import AttentionRegulation, Composition, Edit, EnergyContext
+from attnctl_fast import _choice, _demo, _grid, _report, cli
+from attnctl_fast.methods import (
+    CONFORM,
+    TSAM,
+    AttendAndExcite,
+    AttentionRegulation,
+    ComposableDiffusion,
+    Composition,
+    Edit,
+    EnergyContext,
+    SynGen,
+)
 from attnctl_fast.pipeline import control
 from attnctl_fast.shapes import evaluate, load_pipeline, scene_for_seed
 
 PROMPT = "a red circle and a blue star"
+LAYERS = ["down_blocks.0", "up_blocks.2"]
 
 
 @pytest.fixture
@@ -95,14 +106,36 @@ def test_generate_writes_its_settings(generate, untrained, tmp_path):
                 ]
             ),
         ),
+        (
+            ["--method", "composable", "--edit", "a ring", "--negate", "a star", "--edit-weight", 0.5],
+            ComposableDiffusion([PROMPT, "a ring", "a star"], [1, 0.5, -0.5]),
+        ),
+        (
+            ["--method", "excite", "--targets", "red circle", "star", "--layers", *LAYERS, "--scale", 3],
+            AttendAndExcite([["red circle", "star"]], layers=LAYERS, scale=3.0),
+        ),
+        (
+            ["--method", "tsam", "--layers", *LAYERS, "--convention", "paper"],
+            TSAM.paper(layers=LAYERS),
+        ),
+        (
+            ["--method", "syngen", "--pairs", "red:circle", "blue:star", "--layers", "up_blocks.2", "--scale", 2],
+            SynGen([("red", "circle"), ("blue", "star")], layers=["up_blocks.2"], scale=2.0),
+        ),
+        (
+            ["--method", "conform", "--groups", "red+circle", "star", "--layers", "down_blocks"],
+            CONFORM([("red", "circle"), ("star",)], layers=["down_blocks"]),
+        ),
     ],
-    ids=["energy", "paper", "compose"],
+    ids=["energy", "paper", "compose", "composable", "excite", "tsam", "syngen", "conform"],
 )
-def test_generate_with_contexts(generate, untrained, tmp_path, options, method):
+def test_generate_with_every_other_method(generate, untrained, tmp_path, options, method):
     assert generate(*options, targets=()) == 0
     name = options[1]
     out = tmp_path / "out"
-    assert close(Image.open(out / f"0-{name}.png"), drawn(untrained, [0], method)[0])
+    picture = Image.open(out / f"0-{name}.png")
+    assert close(picture, drawn(untrained, [0], method)[0])
+    assert not np.array_equal(picture, drawn(untrained, [0])[0])
     report = json.loads((out / "generate.json").read_text())["method"]
     assert report.pop("name") == type(method).__name__
     assert report == json.loads(json.dumps(asdict(method)))
@@ -137,15 +170,32 @@ def test_generate_overwrites_only_when_told(generate, tmp_path, capsys):
         (("--device", "abacus"), ["circle"], "abacus"),
         ((), [], "--method regulation needs --targets"),
         (("--method", "compose"), [], "--method compose needs --edit or --negate"),
-        (("--method", "energy"), ["circle"], "--targets is an option of --method regulation, not of energy"),
+        (("--method", "energy"), ["circle"], "--targets is an option of --method regulation and excite, not of energy"),
         (("--edit-start", "0.2"), ["circle"], "--edit-start is an option of --method compose, not of regulation"),
+        (("--scale", 2), ["circle"], "--scale is an option of .*excite, tsam, syngen and conform, not of regulation"),
+        (("--method", "excite"), [], "--method excite needs --targets"),
+        (
+            ("--method", "excite"),
+            ["star"],
+            "grid by 4; this UNet has .* 1 .down_blocks.0, up_blocks.2.; name such blocks as layers",
+        ),
+        (("--method", "syngen"), [], "--method syngen needs --pairs.*or spaCy"),
+        (("--method", "syngen", "--pairs", "red:cat", "--layers", "up_blocks"), [], "pairs holds 'cat'"),
+        (("--method", "conform"), [], "--method conform needs --groups"),
+        (("--method", "conform", "--groups", "red+circle"), [], "name at least 2"),
+        (("--method", "composable"), [], "--method composable needs --edit or --negate"),
+        (
+            ("--method", "composable", "--edit", "a ring", "--layers", "up_blocks"),
+            [],
+            "--layers is an option of .*, not of composable",
+        ),
         (("--method", "energy", "--token-weights", "cat=2"), [], "token_weights holds 'cat'"),
         (("--method", "energy", "--token-weights", "star=2", "star=3"), [], "--token-weights names a word twice"),
     ],
-    ids=["target", "layers", "path", "hub id", "device", "no targets", "no edits", "energy", "start", "token", "twice"],
 )
 def test_generate_explains_what_it_cannot_do(generate, tmp_path, capsys, monkeypatch, options, targets, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(_choice, "find_spec", lambda name: None)
     assert generate(*options, targets=targets) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("attnctl-fast generate: ")
@@ -169,7 +219,10 @@ def test_debug_shows_where_an_error_comes_from(generate):
         ["generate", "--model", "m", "--prompt", "p", "--method", "paint"],
         ["generate", "--model", "m", "--prompt", "p", "--method", "energy", "--token-weights", "crown"],
         ["generate", "--model", "m", "--prompt", "p", "--method", "compose", "--edit-start", "2"],
+        ["generate", "--model", "m", "--prompt", "p", "--method", "syngen", "--pairs", "red"],
+        ["generate", "--model", "m", "--prompt", "p", "--method", "conform", "--groups", "red++ball", "dog"],
         ["generate", "--model", "m", "--prompt", "p", "--targets", "t", "--num-images", "0"],
+        ["maps", "--model", "m"],
         ["generate", "--model", "m", "--prompt", "p", "--targets", "t", "--strength", "-1"],
         ["generate", "--model", "m", "--prompt", "p", "--targets", "t", "--seed", "-1"],
         ["generate", "--model", "m", "--prompt", "p", "--targets", "t", "--dtype", "int8"],

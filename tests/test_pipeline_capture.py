@@ -85,12 +85,84 @@ def test_mean_over_layers_and_steps() -> None:
             maps.mean(**bad)
 
 
+def check_words(found: list[dict[str, torch.Tensor]], means: torch.Tensor, columns: list[dict[str, list[int]]]) -> None:
+    """Every image's maps are the means of these columns of `means [B,n,height,width]`, in this order."""
+    assert len(found) == len(means) == len(columns)
+    for maps, mean, expected in zip(found, means, columns, strict=True):
+        assert list(maps) == list(expected)
+        for word, chosen in expected.items():
+            assert maps[word].dtype == torch.float32 and maps[word].device.type == "cpu"
+            torch.testing.assert_close(maps[word], mean[chosen].mean(0))
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_maps_of_all_words(kind: str) -> None:
+    """Tokens of a word joined, repeated words numbered, without start, end and padding; non-square."""
+    pipe = tiny.pipeline(*(["StableDiffusionXLPipeline"] if kind == "sdxl" else []), kind=kind)
+    with ac.capture(pipe) as maps:
+        call(pipe, prompt="a Pineapple and two octopus, a dog, dog", size=(16, 32), height=32, width=64)
+    columns = {"a": [1], "pineapple": [2, 3], "and": [4], "two": [5], "octopus": [6, 7], ",": [8], "a (2)": [9]}
+    columns |= {"dog": [10], ", (2)": [11], "dog (2)": [12]}
+    assert maps.words == [columns]
+    assert maps.mean().shape == (1, tiny.LENGTH, 8, 16)
+    check_words(maps.per_word(), maps.mean(), [columns])
+    chosen: dict[str, Any] = {"layers": [LAYER], "steps": slice(1, 3)}
+    check_words(maps.per_word(**chosen), maps[LAYER][1:3].mean(0), [columns])
+    coarse = [name for name in maps if "mid" in name]
+    assert maps.per_word(coarse)[0]["dog"].shape == (4, 8)
+
+
+def test_maps_of_named_words() -> None:
+    """Of two prompts with two images each, as they were named; padded tokens do not count."""
+    pipe = tiny.pipeline()
+    prompts = ["an octopus and a bag", OTHER]
+    options: dict[str, Any] = {"prompt": prompts, "count": 4, "num_images_per_prompt": 2}
+    with ac.capture(pipe, [["Octopus"], ["red ball", "dog", 11]]) as maps:
+        call(pipe, **options)
+    first, second = {"Octopus": [0, 1]}, {"red ball": [0, 1], "dog": [2], "11": [3]}
+    assert maps.words == [{"Octopus": [2, 3]}, {"red ball": [2, 3], "dog": [6], "11": [11]}]
+    check_words(maps.per_word(), maps.mean(), [first, first, second, second])
+    with ac.capture(pipe) as everything:
+        call(pipe, **options)
+    found = everything.per_word()
+    assert list(found[0]) == ["an", "octopus", "and", "a", "bag"] and list(found[2])[-3:] == ["a", "black", "cat"]
+    for index in range(4):
+        for word, mean in maps.per_word()[index].items():
+            parts = {"red ball": ["red", "ball"], "11": ["cat"]}.get(word, [word.lower()])
+            torch.testing.assert_close(mean, torch.stack([found[index][part] for part in parts]).mean(0))
+
+
+def test_words_that_both_text_encoders_read() -> None:
+    pipe = tiny.pipeline("StableDiffusionXLPipeline", kind="sdxl")
+    with ac.capture(pipe) as maps:
+        call(pipe, prompt="a bag and an apple", prompt_2="a dog and an octopus")
+    assert list(maps.per_word()[0]) == ["a", "and", "an"]
+
+
+def test_words_of_embeddings_are_unknown() -> None:
+    pipe = tiny.pipeline()
+    positive, negative = pipe.encode_prompt([PROMPT, OTHER], "cpu", 1, True, ["", ""])
+    embeddings = {"prompt": None, "prompt_embeds": positive, "negative_prompt_embeds": negative, "count": 2}
+    with ac.capture(pipe, layers=[LAYER]) as maps:
+        call(pipe, **embeddings)
+    assert maps.words is None
+    with pytest.raises(ValueError, match=r"words of the prompt are unknown.*pass .*tokens="):
+        maps.per_word()
+    with ac.capture(pipe, [5, 2], [LAYER]) as ids:
+        call(pipe, **embeddings)
+    check_words(ids.per_word(), maps.mean(), [{"5": [5], "2": [2]}] * 2)
+    for bad in ({"layers": ["nowhere"]}, {"steps": slice(9, 10)}):
+        with pytest.raises(ValueError, match="no maps of"):
+            ids.per_word(**bad)
+
+
 def test_nothing_captured_yet() -> None:
     pipe = tiny.pipeline()
     with ac.capture(pipe, TARGETS) as maps:
         assert not maps
-        with pytest.raises(ValueError, match="call the pipeline"):
-            maps.mean()
+        for look in (maps.mean, maps.per_word):
+            with pytest.raises(ValueError, match="call the pipeline"):
+                look()
 
 
 @pytest.mark.parametrize("pin_special", [True, False])

@@ -72,6 +72,20 @@ def test_textual_inversion_tokens() -> None:
     )
     found = prompts("a <thing> bag", pipe=pipe).positions(["<thing>", "bag"])
     assert found == [[2, 3, 4]]
+    assert prompts("a <thing> bag", pipe=pipe).words() == [{"a": [1], "<thing>": [2, 3], "bag": [4]}]
+
+
+def test_words() -> None:
+    spelled = {"a": [1], "black": [2], "bag": [3], "and": [4], "an": [5], "octopus": [6, 7], ",": [8], "a (2)": [9]}
+    spelled |= {"pineapple": [10, 11], "and (2)": [12], "an (2)": [13], "apple": [14]}
+    assert prompts(PROMPT, "", "dog").words() == [spelled, {}, {"dog": [1]}]
+    cut = prompts(" ".join(["bag"] * 13 + ["octopus"])).words()
+    assert cut is not None and list(cut[0].items())[-1] == ("octo", [14])
+    assert prompts("a bag", "a dog").words(["A", 2]) == [{"A": [1], "2": [2]}] * 2
+    assert prompts("a 5 5", "a 5").words([["5", 5], [2]]) == [{"5": [2], "5 (2)": [5]}, {"2": [2]}]
+    assert prompts("a bag", "a dog", second=["a bag", "dog"]).words() == [{"a": [1], "bag": [2]}, {}]
+    assert Prompts(PIPE, None, 2, tiny.LENGTH).words() is None
+    assert Prompts(PIPE, ["a bag"], 1, 2 * tiny.LENGTH).words() is None  # encoded piece by piece
 
 
 BAD_TARGETS = {

@@ -1,0 +1,85 @@
+"""`attnctl-fast maps`: where the user's own model attends to each word."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._engine import Engine
+from ._grid import Panel, Row, draw_grid
+from ._heat import overlay
+from ._layers import ByDownsampling, by_downsampling
+from ._model import ModelSettings, check_absent, draw, load, write_report
+from .pipeline import capture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapsSettings(ModelSettings):
+    """What decides the picture and its maps. words: None for all of the prompt."""
+
+    words: list[str] | None = None
+
+
+def draw_maps(settings: MapsSettings, *, overwrite: bool, out: Path) -> None:
+    """Draw a picture and save it, a heat map over it for every word, `maps.png` and `maps.json`.
+
+    Raises:
+        ValueError: a setting that the model or the machine cannot meet, such as a word that is not in the prompt.
+        OSError: the model is not found, or a file is there already.
+    """
+    picture, overview, report = out / f"{settings.seed}.png", out / "maps.png", out / "maps.json"
+    check_absent([picture, overview, report], overwrite=overwrite)
+    pipe = load(settings)
+    layers = _middle(pipe) if settings.layers is None else settings.layers
+    with capture(pipe, settings.words, layers) as maps:
+        (image,) = draw(pipe, settings)
+    (found,) = maps.per_word()
+    if not found:
+        raise ValueError(f"--prompt {settings.prompt!r} has no words to show")
+    assert maps.words is not None
+    names = file_names(list(found), settings.seed)
+    check_absent([out / name for name in names.values()], overwrite=overwrite)
+
+    out.mkdir(parents=True, exist_ok=True)
+    image.save(picture)
+    print(picture)
+    rows = [Row(settings.prompt, [Panel(image, f"seed {settings.seed}")])]
+    words: dict[str, Any] = {}
+    for word, heat in found.items():
+        shown: Image = overlay(image, heat.numpy())
+        shown.save(out / names[word])
+        print(out / names[word])
+        peak = float(heat.max())
+        rows.append(Row(word, [Panel(shown, f"peak {peak:.3f}")]))
+        words[word] = {"file": names[word], "token_ids": maps.words[0][word], "peak": peak}
+    draw_grid(rows, title=settings.model).save(overview)
+    print(overview)
+    write_report(report, pipe, settings, {"layers": list(maps), "file": picture.name, "words": words})
+
+
+def _middle(pipe: Any) -> ByDownsampling:
+    """A quarter of the latents' size, where maps say most (Hertz et al., arXiv 2208.01626), or the nearest to it that
+    has cross-attention, the coarser of two."""
+    levels = {layer.level for layer in Engine.of(pipe).layers.values()}
+    return by_downsampling(1 << min(levels, key=lambda level: (abs(level - 2), -level)))
+
+
+def file_names(words: list[str], seed: int) -> dict[str, str]:
+    """A file name for every word that any file system takes, no two the same even without case."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for word in words:
+        # Names of files may have 255 bytes, and a letter up to four.
+        safe = re.sub(r"\W+", "-", word)[:50].strip("-") or "sign"
+        name, number = safe, 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{safe}-{number}"
+        taken.add(name.casefold())
+        names[word] = f"{seed}-{name}.png"
+    return names
