@@ -85,23 +85,18 @@ SHOWN: dict[str, tuple[Make, list[Options]]] = {
     "ComposableDiffusion": (composable, [{"weight": 1.0}]),
     "DenseDiffusion": (dense, [{}]),
 }
-FEW: Options = {"steps": 0.5}
+HALF: Options = {"steps": 0.5}
+OFTEN: Options = {"steps": 0.5, "refinement": {0: None, 5: None}, "max_refinements": 5}
+ONCE: Options = {"steps": 0.5, "refinement": {}}
 TRIED: dict[str, list[Options]] = {
     "AttendAndExcite": [
-        {"scale": scale, "steps": 0.5, "thresholds": thresholds}
-        for scale, thresholds in ((2.0, {}), (5.0, {}), (20.0, {}), (5.0, {0: 0.5, 5: 0.8}), (20.0, {0: 0.5, 5: 0.8}))
+        {"scale": scale, "thresholds": thresholds, **HALF}
+        for scale, thresholds in ((2.0, {}), (5.0, {}), (20.0, {}), (5.0, {0: 0.5, 5: 0.8}))
     ],
-    "TSAM": [
-        {"scale": scale, "steps": 0.5, "refinement": refinement, "max_refinements": 5}
-        for scale, refinement in ((1.0, {}), (5.0, {}), (20.0, {}), (5.0, {0: None, 5: None}))
-    ],
-    "SynGen": [{"scale": scale, "steps": 0.5} for scale in (1.0, 5.0, 20.0)],
-    "CONFORM": [
-        {"scale": scale, "steps": 0.5, "refinement": refinement, "max_refinements": 5}
-        for scale, refinement in ((1.0, {}), (5.0, {}), (20.0, {}), (5.0, {0: None, 5: None}))
-    ],
-    "ComposableDiffusion": [{"weight": weight} for weight in (0.5, 0.7, 1.0)],
-    "DenseDiffusion": [{}],
+    "TSAM": [{"scale": 2.0, **ONCE}, {"scale": 5.0, **ONCE}, {"scale": 5.0, **OFTEN}],
+    "SynGen": [{"scale": 1.0, **HALF}, {"scale": 4.0, **HALF}],
+    "CONFORM": [{"scale": 2.0, **ONCE}, {"scale": 5.0, **ONCE}, {"scale": 2.0, **OFTEN}],
+    "ComposableDiffusion": [{"weight": 0.5}, {"weight": 0.7}],
 }
 
 
