@@ -192,8 +192,8 @@ def guidance_table(run: dict[str, Any]) -> str:
         "",
         f"{settings['arch']}, random weights, {8 * settings['side']}x{8 * settings['side']} pixels, float32, one "
         f"sample; images of {settings['steps']} steps, {settings['guided']} of them guided, with guidance scale 7.5, "
-        "without refinement and decoding. Medians and quartiles over forms that alternate, ratios over their turns; torch "
-        f"{versions['torch']}, {versions['threads']} threads, {versions['processor']}.",
+        "without refinement and decoding. Medians and quartiles over forms that alternate, ratios over their turns; "
+        f"torch {versions['torch']}, {versions['threads']} threads, {versions['processor']}.",
     ]
     return "\n".join(lines)
 
