@@ -1,4 +1,4 @@
-"""The tables of README.md and kernels/README.md, made from the result files: python bench/tables.py [--check].
+"""The tables of the README, docs/measurements.md and kernels/README.md, made from the result files: python bench/tables.py [--check].
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; `TABLES` says what makes it.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from checkout import RESULTS, ROOT
 
 RESOURCES = ROOT / "bench" / "resources.json"
-PAGES = (ROOT / "README.md", ROOT / "kernels" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measurements.md", ROOT / "kernels" / "README.md")
 CRITERIA = ("strict", "exact", "colours")
 
 

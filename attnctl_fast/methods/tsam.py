@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._impl import resolve
 from .._numbers import check_number, check_smoothing
 from .._text_attention import text_attention
 from .._tokens import Prompts, Targets, check_targets
+from ..ops.map_similarity import KERNEL_TOKENS
 from ._base import Call
 from .latent_guidance import Bounds, GuidanceContext, LatentGuidance, sampled
 
@@ -28,6 +30,8 @@ class TSAM(LatentGuidance):
     within the text encoder: mean over its layers and heads, without start and end of text, to the power gamma, rows
     normalised. With two text encoders (SDXL, of which the released code knows nothing) it is the mean of the two. A
     prompt of one token has no loss, and one of two has none by the default variant.
+
+    Prompts of more than 64 tokens are compared by PyTorch operations on a GPU too.
 
     Args:
         layers, steps, scale, schedule, late_check, truncate, freeze: as in `LatentGuidance`.
@@ -129,7 +133,13 @@ class TSAM(LatentGuidance):
             weight=self.weight,
             sigma=self.sigma,
             kernel_size=self.kernel_size,
+            impl="eager" if _too_many(maps) else None,
         )
+
+
+def _too_many(maps: Tensor) -> bool:
+    """Whether the kernels would be asked to compare more maps than they take: prompts go up to 75 tokens."""
+    return maps.shape[1] > KERNEL_TOKENS and resolve(None, maps.device) == "triton"
 
 
 class _Prepared(NamedTuple):
