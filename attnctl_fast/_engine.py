@@ -360,26 +360,13 @@ class Engine:
         names = ("sample", "timestep", "encoder_hidden_states")
         sample, timestep, text = (*args, *(kwargs.get(name) for name in names[len(args) :]))[:3]
         call.latents = (sample.shape[-2], sample.shape[-1])
-        again = False
-        if not _same(timestep, self._timestep):
-            scheduler = self._caller.scheduler
-            order = getattr(scheduler, "order", 1)
-            first = call.evaluation < 0
-            if first:
-                call.timesteps = scheduler.timesteps[-_remaining(scheduler.timesteps, timestep) :]
-                call.steps = -(-len(call.timesteps) // order)
-            # Kept, so that no later timestep can have its address.
-            self._timestep = timestep
-            call.evaluation += 1
-            again = call.step == call.evaluation // order
-            call.step = call.evaluation // order
-            if first:
-                for one in self._guidances():
-                    one.plan()
+        repeated = _same(timestep, self._timestep)
+        if not repeated:
+            self._advance(call, timestep)
         if self.conjunction is not None:
             given = self.conjunction.expanded(arguments(self.unet, args, kwargs))
             return replaced(self.unet, args, kwargs, given)
-        changed = self._guide(len(sample), again, args, kwargs)
+        changed = self._guide(len(sample), repeated, args, kwargs)
         if self.contexts is not None:
             if torch.is_grad_enabled() and getattr(self.unet, "is_gradient_checkpointing", False):
                 raise ValueError(
@@ -396,22 +383,43 @@ class Engine:
     def _guidances(self) -> list[Guidance]:
         return [one for entry in self.entries for one in entry.guiding]
 
+    def _advance(self, call: Call, timestep: Any) -> None:
+        """To the evaluation at the next entry of the schedule."""
+        scheduler = self._caller.scheduler
+        order = getattr(scheduler, "order", 1)
+        first = call.evaluation < 0
+        if first:
+            call.timesteps = scheduler.timesteps[-_remaining(scheduler.timesteps, timestep) :]
+            call.steps = -(-len(call.timesteps) // order)
+        # Kept, so that no later timestep can have its address.
+        self._timestep = timestep
+        call.evaluation += 1
+        call.repeated = call.step == call.evaluation // order
+        call.step = call.evaluation // order
+        if first:
+            for one in self._guidances():
+                one.plan()
+
     def _guide(
-        self, rows: int, again: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, rows: int, moved: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The UNet's arguments with the latents that the guidances make, one after the other; None for no change."""
+        """The UNet's arguments with the latents that the guidances make, one after the other, or with those of this
+        timestep's last call where they have `moved` already; None for no change."""
         changed = None
         for one in self._guidances():
             assert self.call is not None and self._tap is not None
             evaluation = Evaluation(self.call, self.unet, self._tap, self.conditional(rows), args, kwargs)
-            self.guiding = True
-            try:
-                latents = one.guide(evaluation, again)
-            finally:
-                self.guiding = False
+            latents = self._tap.guided if moved else self._moved_by(one, evaluation)
             if latents is not None:
                 changed = args, kwargs = replaced(self.unet, args, kwargs, evaluation.moved_to(latents))
         return changed
+
+    def _moved_by(self, guidance: Guidance, evaluation: Evaluation) -> Tensor | None:
+        self.guiding = True
+        try:
+            return guidance.guide(evaluation)
+        finally:
+            self.guiding = False
 
     def at(self, layer: Layer) -> tuple[Editing | None, list[Recording]]:
         """The edit at work in the layer at this step (that of the last `enable` that names it), and the recordings of

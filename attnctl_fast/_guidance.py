@@ -123,16 +123,11 @@ class Guidance:
         self._sizes = [self.method.scale * factor for factor in schedules.factors(self.method.schedule, steps)]
         self._bounds = self.method.bounds(steps)
 
-    def guide(self, evaluation: Evaluation, again: bool) -> Tensor | None:
-        """The latents moved, float32; None where this step is not guided.
-
-        Args:
-            evaluation: of the UNet, at the latents as they are.
-            again: the second evaluation of a step of a second-order scheduler.
-        """
+    def guide(self, evaluation: Evaluation) -> Tensor | None:
+        """The latents moved, float32; None where this step is not guided."""
         step = self.call.step
         guided = step < step_count(self.method.steps, self.call.steps)
-        refined = step in self._bounds and not again
+        refined = step in self._bounds and not self.call.repeated
         if not guided and not refined:
             return None
         size = self._sizes[min(step, len(self._sizes) - 1)]

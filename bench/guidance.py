@@ -92,7 +92,7 @@ def our_iteration(
     guidance.plan()
     tap: Any = SimpleNamespace(latents=latents, guided=None, scaled=lambda x, _: x)
     given = {"sample": latents, "timestep": timestep, "encoder_hidden_states": text}
-    return lambda: guidance.guide(Evaluation(call, unet, tap, 0, (), given), False)
+    return lambda: guidance.guide(Evaluation(call, unet, tap, 0, (), given))
 
 
 def images(theirs: Any, ours: Any, latents: Tensor, text: Tensor) -> dict[str, Callable[[], Any]]:

@@ -1,4 +1,6 @@
-"""The tables of the README, docs/measurements.md and kernels/README.md, made from the result files: python bench/tables.py [--check].
+"""The tables of README.md, docs/measurements.md and kernels/README.md, made from the result files.
+
+    python bench/tables.py [--check]
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; `TABLES` says what makes it.
 """

@@ -93,9 +93,9 @@ def test_operations(name: str, forward: float, both: float) -> None:
         whole, _ = guidance(unet, Sum(truncate=False, freeze=False), arguments)
         with cut._reading() as maps, torch.no_grad():
             assert flops(lambda: cut._maps(arguments["sample"], evaluation, maps)) <= forward * full
-        spent = flops(lambda: cut.guide(evaluation, False))
+        spent = flops(lambda: cut.guide(evaluation))
         assert spent <= both * full
-        assert flops(lambda: whole.guide(evaluation, False)) > 1.1 * spent
+        assert flops(lambda: whole.guide(evaluation)) > 1.1 * spent
 
 
 class Down(Sum):
@@ -116,7 +116,7 @@ def test_memory_falls_as_the_unet_is_cut() -> None:
     kept = {}
     for name, method in methods.items():
         at_work, evaluation = guidance(unet, method, given(unet))
-        kept[name] = saved(unet, lambda at_work=at_work, evaluation=evaluation: at_work.guide(evaluation, False))
+        kept[name] = saved(unet, lambda at_work=at_work, evaluation=evaluation: at_work.guide(evaluation))
     assert kept["down blocks"] < kept["cut"] < kept["cut, trainable"]
     assert kept["cut"] < 0.8 * kept["whole"]
     assert kept["whole"] < kept["whole, trainable"]

@@ -498,3 +498,29 @@ def test_a_subclass_is_a_value() -> None:
     assert hash(Peaks()) != hash(Peaks(steps=3))
     assert ac.AttendAndExcite.official(["bag"]) == ac.AttendAndExcite(["bag"])
     assert not ac.AttendAndExcite.paper(["bag"]).late_check
+
+
+def test_a_second_call_at_a_timestep_starts_from_the_moved_latents() -> None:
+    """As pipelines do that evaluate the UNet twice in a step: the latents move once."""
+    pipe = double()
+    expected, unet = guided(pipe, Peaks(steps=2)), pipe.unet
+    forward, given, inner = unet.forward, [], []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        if not torch.is_grad_enabled() and not inner:
+            given[:] = [args, kwargs]
+
+    def twice(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() and not inner:
+            inner.append(1)
+            again = unet(*given[0], **given[1])
+            inner.clear()
+            assert torch.equal(again[0], forward(*args, **kwargs)[0])
+        return forward(*args, **kwargs)
+
+    hook = unet.register_forward_pre_hook(note, with_kwargs=True)
+    unet.forward = twice
+    result = guided(pipe, Peaks(steps=2))
+    hook.remove()
+    del unet.forward
+    torch.testing.assert_close(result, expected, **EXACT)

@@ -21,10 +21,11 @@ class Call:
 
     pipe: the pipeline. prompts: the prompts and their tokens. images: images per prompt; samples come prompt by
     prompt. evaluation: index of the UNet evaluation. step, steps: index of the sampling step it belongs to, and how
-    many the schedule has from the call's first one on. latents: (height, width) of the latents. mask: of an
-    inpainting call, `[samples, 1, height, width]` at the latents' size, 1 where the picture is new; None elsewhere.
-    encode: contexts `[n,N,C]` and pooled embeddings (or None) of n texts, as the pipeline encodes prompts in this call.
-    timesteps: the schedule, one entry per evaluation; known from the first one on.
+    many the schedule has from the call's first one on. repeated: it is the step's second evaluation (Heun).
+    latents: (height, width) of the latents. mask: of an inpainting call, `[samples, 1, height, width]` at the
+    latents' size, 1 where the picture is new; None elsewhere. encode: contexts `[n,N,C]` and pooled embeddings (or
+    None) of n texts, as the pipeline encodes prompts in this call. timesteps: the schedule, one entry per
+    evaluation; known from the first one on.
     """
 
     pipe: Any
@@ -33,6 +34,7 @@ class Call:
     encode: Encode
     evaluation: int = -1
     step: int = -1
+    repeated: bool = False
     steps: int = 0
     latents: tuple[int, int] = (0, 0)
     mask: Tensor | None = None
