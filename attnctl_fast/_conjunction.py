@@ -40,7 +40,8 @@ class Conjunction:
         if rows != 2 * samples:
             raise ValueError(
                 f"the UNet was called with {rows} rows for {samples} images; ComposableDiffusion needs the "
-                "unconditional and the conditional ones in one batch: call the pipeline with guidance_scale above 1"
+                "unconditional and the conditional ones in one batch: call the pipeline with guidance_scale above 1, "
+                "without callbacks that end guidance"
             )
         text = given["encoder_hidden_states"]
         if text.shape[1:] != self._context.shape[1:]:

@@ -46,11 +46,17 @@ def _replaced(module: nn.Module, children: dict[str, Any]) -> Iterator[None]:
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Within the block, no parameter of the module requires a gradient."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
+    # By name: sequential offloading puts other parameters into their places in the meantime.
+    trained = [
+        (owner, name)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    for owner, name in trained:
+        owner.get_parameter(name).requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for owner, name in trained:
+            owner.get_parameter(name).requires_grad_(True)

@@ -195,6 +195,12 @@ class Engine:
         self.entries.remove(entry)
         if entry.energy or entry.composition:
             self._stop_contexts()
+        if entry.conjunction:
+            self.conjunction = None
+        guiding = entry.guiding
+        entry.stop()
+        for one in guiding:
+            one.finish()
         if not any(other.guidances for other in self.entries):
             self._release_scheduler()
         replaced = self._replaced()
@@ -361,8 +367,14 @@ class Engine:
         sample, timestep, text = (*args, *(kwargs.get(name) for name in names[len(args) :]))[:3]
         call.latents = (sample.shape[-2], sample.shape[-1])
         repeated = _same(timestep, self._timestep)
+        if self._tap is not None and self._tap.latents is not None and not self._tap.fresh and not repeated:
+            # Another pipeline's: this one scales its input before every evaluation, but ended by an exception.
+            self._end()
+            return None
         if not repeated:
             self._advance(call, timestep)
+        if self._tap is not None:
+            self._tap.fresh = False
         if self.conjunction is not None:
             given = self.conjunction.expanded(arguments(self.unet, args, kwargs))
             return replaced(self.unet, args, kwargs, given)

@@ -25,6 +25,16 @@ if TYPE_CHECKING:
     from .methods._base import Call
 
 
+def check_offload(unet: Any) -> None:
+    """Raise ValueError where weights leave the device before a backward pass could use them."""
+    for module in unet.modules():
+        if "group_offloading" in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}):
+            raise ValueError(
+                "the UNet is under group offloading, which takes its weights away before the latents' gradient needs "
+                "them; use pipe.enable_model_cpu_offload() instead"
+            )
+
+
 class _Point(NamedTuple):
     """Where the latents are: loss `[B]`, its gradient, and the maps that it was computed from."""
 
@@ -101,6 +111,11 @@ class Guidance:
             raise ValueError(
                 f"the layers of {type(method).__name__}, {', '.join(layer.name for layer in layers)}, have different "
                 "grids, so their maps cannot be averaged; choose layers of one grid, as by_downsampling(4) does"
+            )
+        if any(parameter.is_inference() for parameter in unet.parameters()):
+            raise ValueError(
+                "the UNet was loaded under torch.inference_mode(), so nothing can be differentiated through it; load "
+                "the pipeline outside of it (it may be called within)"
             )
         positions = method.tokens(call.prompts)
         self._every = positions is None
@@ -179,7 +194,8 @@ class Guidance:
         # Around the backward pass too: under gradient checkpointing it runs the layers again.
         with self._reading() as maps_of_layers:
             maps = self._maps(latents, evaluation, maps_of_layers)
-            loss = self.method.loss(maps, self._context)
+            with torch.autocast(latents.device.type, enabled=False):
+                loss = self.method.loss(maps, self._context)
             name = type(self.method).__name__
             if not isinstance(loss, Tensor) or loss.shape != (len(latents),):
                 shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+# One entry per IP-Adapter, not per row.
+_OF_ADAPTERS = ("ip_adapter_masks",)
+
 
 def arguments(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `unet(*args, **kwargs)` by name."""
@@ -29,7 +32,7 @@ def with_rows(value: Any, rows: int, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value) if value.ndim and len(value) == rows else value
     if isinstance(value, dict):
-        return {key: with_rows(item, rows, change) for key, item in value.items()}
+        return {key: item if key in _OF_ADAPTERS else with_rows(item, rows, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(with_rows(item, rows, change) for item in value)
     return value

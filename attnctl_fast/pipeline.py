@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from ._capture import AttentionMaps, Capture
 from ._engine import Engine, Entry
+from ._guidance import check_offload
 from ._layers import LayerChoice, by_downsampling, check_choice, choose
 from ._scheduler import check_scheduler
 from ._tokens import check_targets
@@ -90,6 +91,7 @@ def enable(pipe: Any, *methods: Method) -> Handle:
             continue
         if isinstance(method, LatentGuidance):
             check_scheduler(pipe)
+            check_offload(engine.unet)
             engine.check_processors(names)
             entry.guidances.append((method, names))
             continue

@@ -47,7 +47,7 @@ def pipelines(name: str) -> tuple[Any, Any]:
     parts = {
         "vae": AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4),
         "unet": build_unet(name),
-        "scheduler": DDIMScheduler(),
+        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
         **dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor")),
         "requires_safety_checker": False,
     }

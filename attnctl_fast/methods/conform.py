@@ -35,7 +35,8 @@ class CONFORM(LatentGuidance):
         layers, steps, scale, schedule, late_check, truncate, freeze: as in `LatentGuidance`. 30 steps are those
             of the released example; the released pipeline's own default is 25.
         refinement, max_refinements: as there. The released code has no bound: by default all `max_refinements` moves
-            are made. Of the default's steps, those that a call does not run are left out.
+            are made. Of the default's steps, those that a call does not run are left out. Where every group is a
+            single token, the first step has nothing to compare with yet and moves nothing: leave step 0 out.
         temperature: of the similarities.
         remember: compare with the maps of the step before. Without, tokens that are alone in their group attract
             nothing, and are repelled by nothing.

@@ -52,12 +52,13 @@ class LatentGuidance:
         layers: name prefixes, or `by_downsampling(n)`: cross-attention layers of one grid, whose maps are averaged.
             None takes `by_downsampling(4)`, 16x16 for Stable Diffusion at 512x512.
         steps: the first steps to guide; an int counts them, a float is a share of the steps that the call runs, rounded
-            down. Where a second-order scheduler (Heun) evaluates the UNet twice in a step, both are guided.
+            down. Where a second-order scheduler (Heun) evaluates the UNet twice in a step, both are guided, as the
+            published loops do; the second one changes little.
         scale: length of the step on the latents.
         schedule: its factor over the call, as in `attnctl_fast.schedules`.
         refinement: at which steps (int, from 0) the latents are moved again and again until the loss is at most a
             bound, or `max_refinements` times; always so often where the bound is None. The host waits for the loss
-            of every such move that has a bound, and nowhere else.
+            of every such move that has a bound, and once at the end of the call.
         max_refinements: see there.
         late_check: end the refinement one move after the bound is met, as the released codes do.
         truncate: leave out what comes after the last layer that the loss reads; False only to measure the effect.
@@ -81,16 +82,20 @@ class LatentGuidance:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # `layers = [...]` in the body of a subclass that is not a dataclass is its default.
+        # `layers = [...]` in the body of a subclass is its default, with or without an annotation.
         base = {one.name: one for one in fields(LatentGuidance)}
         own = cls.__dict__.get("__annotations__", {})
         plain = [name for name in base if name in cls.__dict__ and name not in own]
-        if plain:
-            cls.__annotations__ = {**own, **{name: base[name].type for name in plain}}
-            for name in plain:
-                # Not as a default: a list may not be one.
-                setattr(cls, name, field(default_factory=partial(copy, cls.__dict__[name]), kw_only=True))
+        cls.__annotations__ = {**own, **{name: base[name].type for name in plain}}
+        for name in plain:
+            # Not as a default: a list may not be one.
+            setattr(cls, name, field(default_factory=partial(copy, cls.__dict__[name]), kw_only=True))
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if "__dataclass_fields__" not in cls.__dict__:
+            # A subclass without the decorator.
             dataclass(frozen=True)(cls)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", check_choice(self.layers))
@@ -133,7 +138,7 @@ class LatentGuidance:
         raise NotImplementedError(f"{type(self).__name__} has no loss(maps, context); a latent guidance needs one")
 
     def after_step(self, maps: Tensor, context: GuidanceContext) -> None:
-        """Called once at the end of each guided step with the last maps `[B,n,M]` that were computed, detached."""
+        """Called at the end of each guided evaluation with the last maps `[B,n,M]` that were computed, detached."""
 
 
 def check_bounds(name: str, bounds: Bounds) -> tuple[tuple[int, float | None], ...]:
