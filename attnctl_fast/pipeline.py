@@ -46,21 +46,22 @@ def enable(pipe: Any, *methods: Method) -> Handle:
     The pipeline's class and the way it is called stay the same. On the layers that the methods edit, and only there, a
     processor stands in front of the one that is there (standard or IP-Adapter); under EnergyContext and Composition on
     every cross-attention layer, for all read the context. Where controls are nested, the inner one acts on the layers
-    that both name; an inner EnergyContext or Composition takes the place of an outer one. Other pipelines that share
-    the UNet are not affected.
+    that both name; an inner EnergyContext, Composition or ComposableDiffusion takes the place of an outer one. Latent
+    guidance needs no processor between its evaluations; several move the latents one after the other, and all other
+    methods rest meanwhile. Other pipelines that share the UNet are not affected.
 
     Args:
         pipe: a text-to-image, image-to-image, inpainting or ControlNet pipeline of SD 1.x, SD 2.x or SDXL.
-        methods: such as `AttentionRegulation(["bag", "apple"])`, each on its own layers; and one EnergyContext and one
-            Composition, on any layers.
+        methods: such as `AttentionRegulation(["bag", "apple"])`, each on its own layers; any number of `LatentGuidance`,
+            on any layers; and one EnergyContext and one Composition, on any layers. A ComposableDiffusion stands alone.
 
     Returns:
         The handle.
 
     Raises:
         ValueError: no method, two of a kind where one is allowed, a pipeline without cross-attention, layers that do
-            not exist, that two editing methods share or whose processors cannot be edited. Nothing has been changed
-            then. What depends on the prompt (a target that does not stand in it) is raised by the pipeline call, before
+            not exist, that two editing methods share or whose processors cannot be edited; for latent guidance a
+            scheduler that does not scale its input, or group offloading. Nothing has been changed then. What depends on the prompt (a target that does not stand in it) is raised by the pipeline call, before
             its first step.
         RuntimeError: the processors were replaced while another control is on; calling the pipeline also raises it.
     """
