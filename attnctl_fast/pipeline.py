@@ -52,17 +52,18 @@ def enable(pipe: Any, *methods: Method) -> Handle:
 
     Args:
         pipe: a text-to-image, image-to-image, inpainting or ControlNet pipeline of SD 1.x, SD 2.x or SDXL.
-        methods: such as `AttentionRegulation(["bag", "apple"])`, each on its own layers; any number of `LatentGuidance`,
+        methods: such as `AttentionRegulation(["bag", "apple"])`, each on its own layers; any number of LatentGuidance,
             on any layers; and one EnergyContext and one Composition, on any layers. A ComposableDiffusion stands alone.
 
     Returns:
         The handle.
 
     Raises:
-        ValueError: no method, two of a kind where one is allowed, a pipeline without cross-attention, layers that do
-            not exist, that two editing methods share or whose processors cannot be edited; for latent guidance a
-            scheduler that does not scale its input, or group offloading. Nothing has been changed then. What depends on the prompt (a target that does not stand in it) is raised by the pipeline call, before
-            its first step.
+        ValueError: no method, two of a kind where one is allowed, a pipeline without cross-attention, layers that
+            do not exist, that two editing methods share or whose processors cannot be edited; for latent guidance a
+            scheduler that does not scale its input, or group offloading. Nothing has been changed then. What
+            depends on the prompt (a target that does not stand in it) is raised by the pipeline call, before its
+            first step.
         RuntimeError: the processors were replaced while another control is on; calling the pipeline also raises it.
     """
     if not methods:
