@@ -45,13 +45,13 @@ def double(**parts: Any) -> Any:
 
 
 SCHEDULERS = {
-    # The bound is met after a few moves; ours, at most.
-    "DDIMScheduler": (0.738, 1e-9),
-    "PNDMScheduler": (0.738, 1e-9),
-    "DPMSolverMultistepScheduler": (0.785, 1e-9),
-    "UniPCMultistepScheduler": (0.785, 1e-9),
-    "EulerDiscreteScheduler": (0.7897, 1e-4),
-    "HeunDiscreteScheduler": (0.76975, 1e-4),
+    # A loss that is reached after a few moves.
+    "DDIMScheduler": 0.738,
+    "PNDMScheduler": 0.738,
+    "DPMSolverMultistepScheduler": 0.785,
+    "UniPCMultistepScheduler": 0.785,
+    "EulerDiscreteScheduler": 0.7897,
+    "HeunDiscreteScheduler": 0.76975,
 }
 
 
@@ -59,7 +59,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_equal_to_the_loop_by_hand(name: str, late_check: bool) -> None:
     """With a refinement at the second step, whose loss is checked one move late or at once."""
-    bound, tolerance = SCHEDULERS[name]
+    bound = SCHEDULERS[name]
     pipe = double(scheduler=tiny.scheduler(name))
     steps, first = 6, 3
     method = Peaks(
@@ -77,7 +77,7 @@ def test_equal_to_the_loop_by_hand(name: str, late_check: bool) -> None:
         bounds={1: bound},
         late_check=late_check,
     )
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+    torch.testing.assert_close(ours, theirs, **EXACT)
     assert (ours - call(pipe, num_inference_steps=steps)).abs().max() > 0.02
     order = pipe.scheduler.order
     refined = losses[order : len(losses) - (first - 1) * order + 1]
