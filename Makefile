@@ -46,6 +46,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python bench/context.py
 	$(BIN)/python bench/similarity.py
 	$(BIN)/python bench/maps.py
+	$(BIN)/python bench/guidance.py
 	$(BIN)/python bench/rates.py
 
 clean:
