@@ -151,9 +151,10 @@ class _Function(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = list(ctx.needs_input_grad[:3])
         if grad_out is None and grad_maps is None:
             return (None,) * 6
+        needed = list(ctx.needs_input_grad[:3])
+        needed[2] = needed[2] and grad_out is not None  # no map depends on v
         found = _backward_op(grad_out, grad_maps, *ctx.saved_tensors, ctx.per_head, ctx.scale, needed)
         return *(x if wanted else None for x, wanted in zip(found, needed, strict=True)), None, None, None
 
