@@ -40,7 +40,7 @@ def _smooth_maps_fwd_kernel(
     start = maps_ptr + b * stride_b
     out = load_smoothed(start, rows, rows < n, stride_n, stride_m, places, height, width, taps, RADIUS, ADJOINT)
     inside = (rows < n)[:, None] & (places < height * width)[None, :]
-    offsets = b * n * height * width + rows[:, None] * (height * width) + places[None, :]
+    offsets = b * n * height * width + rows.to(tl.int64)[:, None] * (height * width) + places[None, :]
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
