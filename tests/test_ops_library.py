@@ -119,7 +119,11 @@ def registered(grad: bool, strided: bool = True):
         "map_similarity": [(maps,)],
         "map_similarity_backward": [(text, maps, text, maps[..., 0])],
         "map_similarity_reference": [(bias.flatten(1, 2),)],
-        "similarity_loss": [(maps, text, None, *SIMILAR, False), (maps, text, lengths, *SIMILAR, True)],
+        "similarity_loss": [
+            (maps, text, None, *SIMILAR, False),
+            (maps, text, lengths, *SIMILAR, True),
+            (maps.mT.contiguous().mT, text, None, list(GRID), [1.0], "cosine", 0.2, True),
+        ],
         "similarity_loss_backward": [(maps[:, 0, 0], maps, text, *SMOOTH)],
         "similarity_loss_reference": [(bias.flatten(1, 2), text, lengths, *SIMILAR)],
     }
