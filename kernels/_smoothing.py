@@ -56,14 +56,13 @@ def load_smoothed(
 ):
     """Maps `rows` that are `inside`, smoothed (or K^T of them), at `places`; zeros elsewhere: [ROWS, PLACES]."""
     y, x = places // width, places % width
-    starts = rows.to(tl.int64) * stride_row
     out = tl.zeros([rows.shape[0], places.shape[0]], tl.float32)
     for dy in tl.static_range(-RADIUS, RADIUS + 1):
         line = tl.zeros([rows.shape[0], places.shape[0]], tl.float32)
         for dx in tl.static_range(-RADIUS, RADIUS + 1):
             column = x + dx
             on_map = (places < height * width) & (y + dy >= 0) & (y + dy < height) & (column >= 0) & (column < width)
-            offsets = starts[:, None] + ((places + dy * width + dx).to(tl.int64) * stride_place)[None, :]
+            offsets = rows[:, None] * stride_row + ((places + dy * width + dx) * stride_place)[None, :]
             tile = tl.load(ptr + offsets, mask=inside[:, None] & on_map[None, :], other=0.0).to(tl.float32)
             line += _weight(x, column, width, taps, RADIUS, ADJOINT)[None, :] * tile
         out += _weight(y, y + dy, height, taps, RADIUS, ADJOINT)[None, :] * line

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_cases import MAPS, Case, check
-from numerics import DEVICE, IMPLS, assert_rows_close, rand, randn, widest
+from numerics import DEVICE, IMPLS, TRITON, assert_rows_close, rand, randn, widest
 from torch.autograd import gradcheck
 
 from attnctl_fast import ops
@@ -226,6 +226,14 @@ def test_strided_maps(impl):
         out = call(strided, text)
         assert out.is_contiguous()
         torch.testing.assert_close(out, call(maps, text.contiguous()))
+
+
+@pytest.mark.parametrize("impl", TRITON)
+def test_smoothing_reaches_beyond_32_bits(impl):
+    storage = torch.empty((1 << 31) + 24, dtype=torch.float16, device=DEVICE)
+    far = storage.as_strided((1, 3, 24), (0, 1 << 30, 1)).copy_(some_maps(1, 3, (4, 6)))
+    expected = ops.smooth_maps(far.clone(), (4, 6), impl="reference")
+    torch.testing.assert_close(ops.smooth_maps(far, (4, 6), impl=impl), expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
