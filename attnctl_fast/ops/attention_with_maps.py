@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .._impl import resolve
 from .._validate import TokenIds, check_kernel_limits, check_qkv, check_scale, check_tokens
-from ._library import composite, differentiated, opaque, without_autocast
+from ._library import composite, differentiated, once_differentiable, opaque, without_autocast
 from ._triton import attention_with_maps as _triton
 
 # Numbers of the map that are held at a time: about what the caches of two cores hold in float32.

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_dtype
-from ._library import composite, differentiated, opaque, without_autocast
+from ._library import composite, differentiated, once_differentiable, opaque, without_autocast
 from ._objective import Array, arrays, namespace, tensor
 from ._triton import map_similarity as _triton
 from .smooth_maps import check_maps, wide
@@ -95,8 +94,8 @@ class _MapSimilarity(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> Tensor:
-        return map_similarity_backward_op(grad, *ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor]:
+        return (map_similarity_backward_op(grad, *ctx.saved_tensors),)
 
 
 def map_similarity(maps: Tensor, *, impl: str | None = None) -> Tensor:

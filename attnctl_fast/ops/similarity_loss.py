@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .._impl import resolve
 from .._validate import check_dtype
-from ._library import composite, differentiated, opaque, without_autocast
+from ._library import composite, differentiated, once_differentiable, opaque, without_autocast
 from ._objective import Array, arrays, namespace, tensor
 from ._triton import similarity_loss as _triton
 from .map_similarity import check_kernel_tokens, mixing, similarities
@@ -154,14 +153,14 @@ class _SimilarityLoss(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         _, smoothed, mixing = output
-        ctx.save_for_backward(smoothed, mixing)
+        ctx.save_for_backward(smoothed, mixing, inputs[0])
         ctx.mark_non_differentiable(smoothed, mixing)
         ctx.how = inputs[3:5]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return similarity_loss_backward_op(grad, *ctx.saved_tensors, *ctx.how), *[None] * 6
+        return similarity_loss_backward_op(grad, *ctx.saved_tensors[:2], *ctx.how), *[None] * 6
 
 
 def _check_lengths(lengths: Tensor | Sequence[int] | None, maps: Tensor) -> Tensor | None:

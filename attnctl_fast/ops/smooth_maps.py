@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .._impl import resolve
 from .._validate import check_grid, check_kernel_dtype
-from ._library import composite, differentiated, opaque, without_autocast
+from ._library import composite, differentiated, once_differentiable, opaque, without_autocast
 from ._objective import Array, arrays, tensor
 from ._triton import smooth_maps as _triton
 
@@ -143,7 +142,7 @@ def smooth_maps(
 
     Along each axis the kernel is `exp(-((x - mu) / (2 sigma))^2)` over its sum, mu = (kernel_size - 1) / 2: the
     released code's, which is wider by sqrt(2) than a Gaussian of standard deviation sigma. Differentiable in maps. NaN
-    and inf reach the cells around theirs; with `"eager"`, which multiplies whole matrices, the whole map of their token.
+    and inf reach the cells around theirs; with `"eager"`, which multiplies whole matrices, all cells of their map.
 
     Args:
         maps: `[B,n,M]`; float.
