@@ -314,7 +314,7 @@ def smooth_maps(maps: Tensor, grid: Sequence[int], taps: Sequence[float]) -> Ten
 def _unit(x: Tensor) -> Tensor:
     """x over its norm along the last dimension; zeros, whose gradient is zero, where it is all zeros."""
     square = x.square().sum(-1, keepdim=True)
-    return torch.where(square > 0, x / torch.where(square > 0, square, 1.0).sqrt(), 0.0)
+    return torch.where(square == 0, 0.0, x / torch.where(square == 0, 1.0, square).sqrt())
 
 
 def map_similarity(maps: Tensor) -> Tensor:
@@ -339,7 +339,7 @@ def similarity_loss(
     real = torch.arange(tokens, device=maps.device) < lengths[:, None]
     similarity = map_similarity(torch.where(real[..., None], smooth_maps(maps, grid, taps), 0.0))
     text = torch.where(real[..., None], text_similarity, 0.0)
-    loss = 0 * similarity[:, 0, 0]
+    loss = similarity[:, 0, :0].sum(1)
     for i in range(1, tokens):
         if variant == "cosine":
             ours, theirs, share = similarity[:, i, :i], text[:, i, :i], torch.full_like(loss, i)

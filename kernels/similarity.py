@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import config, launch
+from ._launch import config, launch, unit_stride
 from ._smoothing import load_smoothed, padded_taps
 
 VARIANTS = ("similarity", "cosine", "normalised_cosine", "absolute")
@@ -25,7 +25,7 @@ _SIZES = ["n", "height", "width"]
 @triton.jit
 def _inverse_root(square):
     """1 / sqrt, 0 of 0."""
-    return tl.where(square > 0, tl.div_rn(1.0, tl.sqrt_rn(tl.where(square > 0, square, 1.0))), 0.0)
+    return tl.where(square == 0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(tl.where(square == 0, 1.0, square))))
 
 
 @triton.jit
@@ -135,9 +135,9 @@ def _cosine_distance(ours, theirs):
     ours = ours * inverse[:, None]
     apart = ours - theirs * inverse_text[:, None]
     distance = 0.5 * tl.sum(apart * apart, 1)
-    some = (inverse > 0) & (inverse_text > 0)
-    slope = (apart - distance[:, None] * ours) * tl.where(some, inverse, 0.0)[:, None]
-    return tl.where(some, distance, 1.0), slope
+    nothing = (inverse == 0) | (inverse_text == 0)
+    slope = (apart - distance[:, None] * ours) * tl.where(nothing, 0.0, inverse)[:, None]
+    return tl.where(nothing, 1.0, distance), slope
 
 
 @triton.jit
@@ -361,6 +361,7 @@ def _forward(
     made: dict[str, Tensor | None],
 ) -> None:
     batch, tokens, places = maps.shape
+    lengths = None if lengths is None else unit_stride(lengths)
     tile = max(triton.next_power_of_2(tokens), 16)
     sizes = {"tokens": tile, "m": places}
     shared = {"RADIUS": len(taps) // 2, "N": tile}

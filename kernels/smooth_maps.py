@@ -38,9 +38,11 @@ def _smooth_maps_fwd_kernel(
     places = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     taps = (tap0, tap1, tap2, tap3)
     start = maps_ptr + b * stride_b
+    # 64 bit, for there may be any number of tokens.
+    stride_n, stride_m = tl.cast(stride_n, tl.int64), tl.cast(stride_m, tl.int64)
     out = load_smoothed(start, rows, rows < n, stride_n, stride_m, places, height, width, taps, RADIUS, ADJOINT)
     inside = (rows < n)[:, None] & (places < height * width)[None, :]
-    offsets = b * n * height * width + rows[:, None] * (height * width) + places[None, :]
+    offsets = b * n * height * width + rows.to(tl.int64)[:, None] * (height * width) + places[None, :]
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 

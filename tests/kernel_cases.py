@@ -94,7 +94,15 @@ class Case:
         statistics = ops.target_statistics(*wide, **self.edit, with_square=True, impl="reference")
         made |= {name: x.float() for name, x in statistics._asdict().items() if x is not None}
         made |= self._maps()
+        made["share"] = rand(self.batch, self.m, seed=10)
         return {name: x if self.strided else fenced(x) for name, x in made.items()}
+
+    @property
+    def regions(self) -> list[Tensor]:
+        """Sets of two regions, some empty, of the image tokens and of the context's."""
+        samples = torch.arange(self.batch, device=DEVICE)[:, None]
+        sides = (torch.arange(side, device=DEVICE) for side in (self.m, self.n))
+        return [fenced(((samples + places) % 4).int()) for places in sides]
 
     @property
     def lengths(self) -> Tensor | None:
@@ -121,7 +129,7 @@ class Case:
 
 
 class Operation(NamedTuple):
-    """`run(case, impl, tensors)` gives the outputs by name; `leaves` are the inputs that it differentiates."""
+    """`run(case, impl, tensors)` gives the outputs by name; `leaves` are the inputs that the kernels differentiate."""
 
     leaves: tuple[str, ...]
     run: Callable[[Case, str, Tensors], Tensors]
@@ -140,6 +148,10 @@ def _target_statistics(case: Case, impl: str, t: Tensors) -> Tensors:
 def _attention_with_maps(case: Case, impl: str, t: Tensors) -> Tensors:
     out, maps = ops.attention_with_maps(t["q"], t["k"], t["v"], case.edit["target_ids"], impl=impl)
     return {"out": out, "maps": maps}
+
+
+def _region_attention(case: Case, impl: str, t: Tensors) -> Tensors:
+    return {"out": ops.region_attention(t["q"], t["k"], t["v"], *case.regions, t["share"], impl=impl)}
 
 
 def _biased_attention(case: Case, impl: str, t: Tensors) -> Tensors:
@@ -197,6 +209,7 @@ OPERATIONS = {
     "attention": Operation(("q", "k", "v"), _attention),
     "target_statistics": Operation(("q", "k", "v"), _target_statistics),
     "attention_with_maps": Operation(("q", "k", "v"), _attention_with_maps),
+    "region_attention": Operation((), _region_attention),
     "biased_attention": Operation(("q", "k", "v", "bias"), _biased_attention),
     "regulated_attention": Operation(("q", "k", "v", "theta"), _regulated_attention),
     "gaussian_bias": Operation(("theta",), _gaussian_bias),
@@ -209,7 +222,10 @@ OPERATIONS = {
     "similarity_loss_normalised_cosine": Operation(("maps",), _similarity_loss("normalised_cosine")),
     "similarity_loss_absolute": Operation(("maps",), _similarity_loss("absolute")),
 }
-ATTENTION = ("attention", "target_statistics", "attention_with_maps", "biased_attention", "regulated_attention")
+ATTENTION = (
+    *("attention", "target_statistics", "attention_with_maps", "region_attention"),
+    *("biased_attention", "regulated_attention"),
+)
 MAPS = tuple(name for name in OPERATIONS if OPERATIONS[name].leaves == ("maps",))
 LOSSES = ("regulation_loss_official", "regulation_loss_paper")
 
@@ -218,7 +234,8 @@ def plain(name: str, case: Case, t: Tensors, parts: int = 1) -> Tensors:
     """The outputs in plain PyTorch, the attention itself in the inputs' dtype, its sums over the head width in `parts`
     that are added."""
     outputs = OPERATIONS[name].run(case, "reference", t)
-    if name not in ATTENTION or t["q"].dtype in (torch.float32, torch.float64):
+    # Half-precision logits of region_attention would be judged by the rounding of what is added to them.
+    if name not in ATTENTION or name == "region_attention" or t["q"].dtype in (torch.float32, torch.float64):
         return outputs
     if name == "target_statistics":
         gone = [set(row) for row in case.rows(case.ids)]
@@ -256,6 +273,8 @@ def gradients(
     case: Case, t: Tensors, grads: Tensors, leaves: Sequence[str], run: Callable[[Case, Tensors], Tensors]
 ) -> Tensors:
     """The gradients of `leaves`, given those of the outputs of `run(case, tensors)`."""
+    if not leaves:
+        return {}
     inputs = {key: x.detach().requires_grad_(key in leaves) for key, x in t.items()}
     outputs = run(case, inputs)
     pairs = [(x, grads[key].to(x.dtype)) for key, x in outputs.items() if x.requires_grad]
@@ -315,6 +334,14 @@ def _plain_runs(
     return runs
 
 
+def _by_lse(case: Case) -> bool:
+    """Whether the kernels make maps from a logsumexp, not from the sums of the kernel that makes the output."""
+    from attnctl_fast.kernels._launch import config
+
+    sizes = {"d": case.d, "n": case.n, "m": case.m, "itemsize": case.dtype.itemsize}
+    return case.dtype == torch.float32 or case.n > config("attention_maps_fwd", DEVICE, **sizes)["ON_CHIP_N"]
+
+
 def _carried(name: str, case: Case, t: Tensors, grads: Tensors | None) -> Tensors:
     """What a logsumexp held in float32 adds to the error of the outputs or, given theirs, of the gradients."""
     t = _widened(t)
@@ -330,7 +357,7 @@ def _carried(name: str, case: Case, t: Tensors, grads: Tensors | None) -> Tensor
     if name == "attention_with_maps":
         inputs, rows = (t["q"], t["k"]), case.rows(case.ids)
         if grads is None:
-            return {"maps": carried_to_maps(*inputs, rows, "mean", case.scale)}
+            return {"maps": carried_to_maps(*inputs, rows, "mean", case.scale)} if _by_lse(case) else {}
         return carried_through_maps(*inputs, t["v"], grads["out"], grads["maps"], rows, case.scale)
     if name not in ATTENTION or grads is None:
         return {}
@@ -386,29 +413,30 @@ def assert_all_right(name: str, case: Case, ours: Tensors, tensors: Tensors, gra
         else:
             if key == "theta":  # a row is one target's centres
                 kept, expected, *plains = (x.flatten(-2) for x in (kept, expected, *plains))
-            judged = case.dtype if key in ("out", "rest_out", "q", "k", "v", "maps") else torch.float32
+            rounded = ("out", "rest_out", "q", "k", "v", *(["maps"] if grads else []))
+            judged = case.dtype if key in rounded else torch.float32
             assert_rows_close(kept, plains, expected, judged, what, carried.get(key, 0.0))
 
 
-def run_triton(name: str, case: Case, tensors: Tensors | None = None) -> Tensors:
+def run_triton(name: str, case: Case, tensors: Tensors | None = None, impl: str = IMPL) -> Tensors:
     """The kernels' outputs."""
-    return OPERATIONS[name].run(case, IMPL, case.tensors() if tensors is None else tensors)
+    return OPERATIONS[name].run(case, impl, case.tensors() if tensors is None else tensors)
 
 
 def triton_gradients(
-    name: str, case: Case, tensors: Tensors, grads: Tensors, leaves: Sequence[str] | None = None
+    name: str, case: Case, tensors: Tensors, grads: Tensors, leaves: Sequence[str] | None = None, impl: str = IMPL
 ) -> Tensors:
     leaves = [x for x in OPERATIONS[name].leaves if x in tensors] if leaves is None else list(leaves)
-    return gradients(case, tensors, grads, leaves, lambda c, t: OPERATIONS[name].run(c, IMPL, t))
+    return gradients(case, tensors, grads, leaves, lambda c, t: OPERATIONS[name].run(c, impl, t))
 
 
-def check(name: str, case: Case, backward: bool = True) -> None:
+def check(name: str, case: Case, backward: bool = True, impl: str = IMPL) -> None:
     """Outputs and all gradients of one operation by the rule."""
     tensors = case.tensors()
     with torch.no_grad():
-        outputs = run_triton(name, case, tensors)
+        outputs = run_triton(name, case, tensors, impl)
     assert_all_right(name, case, outputs, tensors)
     if backward:
         grads = {key: fenced(x) for key, x in upstream(outputs).items()}
-        found = triton_gradients(name, case, tensors, grads)
+        found = triton_gradients(name, case, tensors, grads, impl=impl)
         assert_all_right(name, case, found, tensors, grads)

@@ -92,9 +92,10 @@ def test_every_operation_runs_kernels(name, launches):
         outputs = run_triton(name, case)
     forward = len(launches)
     assert forward >= 1
-    found = gradients(
-        case, case.tensors(), upstream(outputs), [OPERATIONS[name].leaves[-1]], lambda c, t: run_triton(name, c, t)
-    )
+    leaves = OPERATIONS[name].leaves[-1:]
+    if not leaves:
+        return
+    found = gradients(case, case.tensors(), upstream(outputs), leaves, lambda c, t: run_triton(name, c, t))
     assert found and len(launches) > 2 * forward, "the backward pass launches kernels too"
 
 

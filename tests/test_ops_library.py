@@ -119,7 +119,11 @@ def registered(grad: bool, strided: bool = True):
         "map_similarity": [(maps,)],
         "map_similarity_backward": [(text, maps, text, maps[..., 0])],
         "map_similarity_reference": [(bias.flatten(1, 2),)],
-        "similarity_loss": [(maps, text, None, *SIMILAR, False), (maps, text, lengths, *SIMILAR, True)],
+        "similarity_loss": [
+            (maps, text, None, *SIMILAR, False),
+            (maps, text, lengths, *SIMILAR, True),
+            (maps.mT.contiguous().mT, text, None, list(GRID), [1.0], "cosine", 0.2, True),
+        ],
         "similarity_loss_backward": [(maps[:, 0, 0], maps, text, *SMOOTH)],
         "similarity_loss_reference": [(bias.flatten(1, 2), text, lengths, *SIMILAR)],
     }
@@ -339,6 +343,34 @@ def test_one_graph_under_compile(name, impl):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for ours, expected in zip(_grads(compiled, arguments), _grads(function, arguments), strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name != "regulate"])
+def test_second_derivatives_are_right_or_an_error(name, impl):
+    """Never those of a gradient that is taken for a constant."""
+    function = public(impl, real_ids)[name]
+
+    def second(function, arguments):
+        found = function(*arguments)
+        total = sum(x.square().sum() for x in (found if isinstance(found, tuple) else (found,)))
+        first = torch.autograd.grad(total, arguments, create_graph=True, allow_unused=True)
+        first = [x for x in first if x is not None]
+        total = total + sum(x.square().sum() for x in first)
+        return torch.autograd.grad(total, arguments, allow_unused=True)
+
+    if (impl, name) in FORWARD_ONLY:
+        pytest.skip("has no gradient")
+    arguments = inputs(widest(impl), grad=True)
+    expected = second(public("reference", real_ids)[name], inputs(widest(impl), grad=True))
+    try:
+        ours = second(function, arguments)
+    except RuntimeError as error:
+        assert impl != "reference"
+        assert "derivative of their own" in str(error) or "no autograd formula" in str(error), error
+    else:
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++")

@@ -148,6 +148,14 @@ def test_every_subset_of_gradients(impl, needed):
         check_gradients(impl, torch.float32, (20, 9, 8, 2), [4, 1], "mean", used, needed=needed)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_map_depends_on_v(impl):
+    leaves = [x.requires_grad_() for x in attention_inputs(2, 2, 20, 9, 8, torch.float32)]
+    _, maps = ops.attention_with_maps(*leaves, [4, 1], impl=impl)
+    dq, dk, dv = torch.autograd.grad(maps.square().sum(), leaves, allow_unused=True)
+    assert dv is None and dq.any() and dk.any()
+
+
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("impl", ["reference", "eager"])
 @pytest.mark.parametrize("ids", IDS)

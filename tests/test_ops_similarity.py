@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import DEVICE, IMPLS, assert_rows_close, rand, randn, widest
+from kernel_cases import MAPS, Case, check
+from numerics import DEVICE, IMPLS, TRITON, assert_rows_close, rand, randn, widest
 from torch.autograd import gradcheck
 
 from attnctl_fast import ops
@@ -178,6 +181,14 @@ def test_gradcheck(impl):
             assert gradcheck(lambda m, how=how: ops.similarity_loss(m, text, (3, 4), **how), [maps])
 
 
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [Case(256), Case(63, batch=3, strided=True), Case(64, sharp=7.0)])
+def test_eager_is_as_exact_as_plain_pytorch(name, dtype, case):
+    """As test_kernels.py has it of the kernels."""
+    check(name, replace(case, dtype=dtype), impl="eager")
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(impl, dtype):
@@ -196,8 +207,8 @@ def test_half_precision_is_computed_in_float32(impl, dtype):
         torch.testing.assert_close(out.double(), truth, atol=1e-6, rtol=1e-5)
         (ours,), (expected,) = (torch.autograd.grad(o.sum(), m) for o, m in ((out, maps), (truth, wide)))
         assert ours.dtype == dtype
-        allowed = 2 * torch.finfo(dtype).eps * expected.abs().amax() + 1e-6
-        assert (ours.double() - expected).abs().amax() <= allowed
+        allowed = 2 * torch.finfo(dtype).eps * expected.abs().amax(-1) + 1e-6
+        assert ((ours.double() - expected).abs().amax(-1) <= allowed).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -207,14 +218,72 @@ def test_strided_maps(impl):
     strided = maps.mT.contiguous().mT
     text = some_text(2, 4, maps.dtype).mT.contiguous().mT
     for call in (
-        lambda m: ops.smooth_maps(m, (4, 6), impl=impl),
-        lambda m: ops.smooth_maps(m, (4, 6), kernel_size=1, impl=impl),
-        lambda m: ops.map_similarity(m, impl=impl),
-        lambda m: ops.similarity_loss(m, text, (4, 6), impl=impl),
+        lambda m, _: ops.smooth_maps(m, (4, 6), impl=impl),
+        lambda m, _: ops.smooth_maps(m, (4, 6), kernel_size=1, impl=impl),
+        lambda m, _: ops.map_similarity(m, impl=impl),
+        lambda m, t: ops.similarity_loss(m, t, (4, 6), impl=impl),
     ):
-        out = call(strided)
+        out = call(strided, text)
         assert out.is_contiguous()
-        torch.testing.assert_close(out, call(maps))
+        torch.testing.assert_close(out, call(maps, text.contiguous()))
+
+
+@pytest.mark.parametrize("impl", TRITON)
+def test_smoothing_reaches_beyond_32_bits(impl):
+    storage = torch.empty((1 << 31) + 24, dtype=torch.float16, device=DEVICE)
+    far = storage.as_strided((1, 3, 24), (0, 1 << 30, 1)).copy_(some_maps(1, 3, (4, 6)))
+    expected = ops.smooth_maps(far.clone(), (4, 6), impl="reference")
+    torch.testing.assert_close(ops.smooth_maps(far, (4, 6), impl=impl), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_lengths_of_any_stride(impl):
+    maps, text = some_maps(3, 5, (4, 6), widest(impl)), some_text(3, 5, widest(impl))
+    spread, one = torch.tensor([4, 99, 2, 99, 5, 99], device=DEVICE)[::2], torch.tensor([3], device=DEVICE)
+    for lengths in (spread, one.expand(3)):
+        loss = ops.similarity_loss(maps, text, (4, 6), lengths=lengths, impl=impl)
+        listed = ops.similarity_loss(maps, text, (4, 6), lengths=lengths.tolist(), impl=impl)
+        assert torch.equal(loss, listed)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nan_shows(impl, variant):
+    """A NaN in one map: its similarities and its sample's loss and gradient are NaN, no others."""
+    maps, text = some_maps(2, 4, (4, 6), widest(impl)), some_text(2, 4, widest(impl))
+    maps[0, 2, 5] = torch.nan
+    similarity = ops.map_similarity(maps, impl=impl)
+    expected = torch.zeros_like(similarity, dtype=torch.bool)
+    expected[0, 2], expected[0, :, 2] = True, True
+    assert torch.equal(similarity.isnan(), expected)
+    maps.requires_grad_()
+    loss = ops.similarity_loss(maps, text, (4, 6), variant=variant, impl=impl)
+    (grad,) = torch.autograd.grad(loss.sum(), maps)
+    assert loss.isnan().tolist() == [True, False]
+    assert grad[0].isnan().any() and not grad[1].isnan().any()
+
+
+def test_autocast_leaves_the_precision_alone(monkeypatch):
+    """As on an accelerator, where tensors are not seen as numpy arrays."""
+    modules = [importlib.import_module(f"attnctl_fast.ops.{name}") for name in ("smooth_maps", "map_similarity")]
+    modules.append(importlib.import_module("attnctl_fast.ops.similarity_loss"))
+    for module in modules:
+        monkeypatch.setattr(module, "arrays", lambda *tensors: list(tensors))
+    maps, text = some_maps(2, 5, (4, 6), torch.float32).requires_grad_(), some_text(2, 5, torch.float32)
+
+    def run(enabled):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=enabled):
+            smoothed = ops.smooth_maps(maps, (4, 6), impl="eager")
+            found = [smoothed, ops.map_similarity(maps, impl="eager")]
+            found += [ops.similarity_loss(maps, text, (4, 6), variant=x, impl="eager") for x in VARIANTS]
+            return found + [torch.autograd.grad(x.square().sum(), maps)[0] for x in found]
+
+    modules[0]._kept_axis.cache_clear()
+    try:
+        for ours, expected in zip(run(True), run(False), strict=True):
+            assert ours.dtype == torch.float32 and torch.equal(ours, expected)
+    finally:
+        modules[0]._kept_axis.cache_clear()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

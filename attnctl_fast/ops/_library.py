@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import Function
 
 NAMESPACE = "attnctl_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -48,6 +49,45 @@ def opaque(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) 
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name)
+
+
+class _Once(Function):
+    """Passes gradients on, and raises where they are differentiated. Its inputs: how many gradients, these, and what
+    they depend on."""
+
+    @staticmethod
+    def forward(count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise RuntimeError(
+            "the gradients of this operation have no derivative of their own; use impl='reference' where one is needed"
+        )
+
+
+def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """For the backward of an autograd.Function, which must save the tensors that its gradients depend on: a second
+    derivative raises. PyTorch's decorator of this name lets it be wrong unless the gradients given depend on inputs."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        causes = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
+        made = [x for x in found if x is not None]
+        if not causes or not made:
+            return found
+        passed = iter(_Once.apply(len(made), *made, *causes))
+        return tuple(x if x is None else next(passed) for x in found)
+
+    return run
 
 
 def differentiated(*tensors: torch.Tensor | None) -> bool:

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .._impl import resolve
 from .._validate import TokenIds, check_kernel_limits, check_qkv, check_scale, check_tokens
-from ._library import composite, differentiated, opaque, without_autocast
+from ._library import composite, differentiated, once_differentiable, opaque, without_autocast
 from ._triton import attention_with_maps as _triton
 
 # Numbers of the map that are held at a time: about what the caches of two cores hold in float32.
@@ -151,9 +150,10 @@ class _Function(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = list(ctx.needs_input_grad[:3])
         if grad_out is None and grad_maps is None:
             return (None,) * 6
+        needed = list(ctx.needs_input_grad[:3])
+        needed[2] = needed[2] and grad_out is not None  # no map depends on v
         found = _backward_op(grad_out, grad_maps, *ctx.saved_tensors, ctx.per_head, ctx.scale, needed)
         return *(x if wanted else None for x, wanted in zip(found, needed, strict=True)), None, None, None
 

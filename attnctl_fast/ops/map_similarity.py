@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_dtype
-from ._library import composite, differentiated, opaque
+from ._library import composite, differentiated, once_differentiable, opaque, without_autocast
 from ._objective import Array, arrays, namespace, tensor
 from ._triton import map_similarity as _triton
 from .smooth_maps import check_maps, wide
@@ -59,11 +58,13 @@ def mixing(slope: Array, similarity: Array, inverse: Array) -> Array:
     return both
 
 
+@without_autocast
 def _forward(maps: Tensor) -> tuple[Tensor, Tensor]:
     similarity, inverse = similarities(*arrays(maps))
     return tensor(similarity), tensor(inverse)
 
 
+@without_autocast
 def _backward(grad: Tensor, maps: Tensor, similarity: Tensor, inverse: Tensor) -> Tensor:
     grad, maps, similarity, inverse = arrays(grad, maps, similarity, inverse)
     return tensor(mixing(grad, similarity, inverse) @ maps)
@@ -93,8 +94,8 @@ class _MapSimilarity(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> Tensor:
-        return map_similarity_backward_op(grad, *ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor]:
+        return (map_similarity_backward_op(grad, *ctx.saved_tensors),)
 
 
 def map_similarity(maps: Tensor, *, impl: str | None = None) -> Tensor:
@@ -111,7 +112,7 @@ def map_similarity(maps: Tensor, *, impl: str | None = None) -> Tensor:
         `[B,n,n]` in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: maps of another shape or dtype, or empty.
+        ValueError: maps of another shape or dtype, or empty; or (Triton) float64 or more than 64 tokens.
     """
     check_maps(maps)
     impl = resolve(impl, maps.device)

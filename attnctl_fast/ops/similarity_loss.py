@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .._impl import resolve
 from .._validate import check_dtype
-from ._library import composite, differentiated, opaque
-from ._objective import Array, arrays, namespace, reciprocal, tensor
+from ._library import composite, differentiated, once_differentiable, opaque, without_autocast
+from ._objective import Array, arrays, namespace, tensor
 from ._triton import similarity_loss as _triton
 from .map_similarity import check_kernel_tokens, mixing, similarities
 from .smooth_maps import check_kernel_taps, check_maps, check_smoothing, smooth, wide
@@ -31,7 +30,9 @@ similarity_loss_reference = composite(f"similarity_loss_reference({_ARGUMENTS}) 
 
 def _unit(x: Array) -> tuple[Array, Array]:
     """x over its norm along the last dimension, and one over the norm; 0 where it is 0."""
-    inverse = reciprocal((x * x).sum(-1, keepdims=True) ** 0.5)
+    xp = namespace(x)
+    norm = (x * x).sum(-1, keepdims=True) ** 0.5
+    inverse = 1 / xp.where(norm == 0, xp.full_like(norm, xp.inf), norm)
     return x * inverse, inverse
 
 
@@ -40,12 +41,12 @@ def _cosine_distance(ours: Array, theirs: Array) -> tuple[Array, Array]:
 
     With d the difference of the unit rows, 1 - cos = |d|^2 / 2: no digit is lost where they are alike.
     """
-    (ours, inverse), (theirs, has_text) = _unit(ours), _unit(theirs)
+    (ours, inverse), (theirs, inverse_text) = _unit(ours), _unit(theirs)
     apart = ours - theirs
     distance = (apart * apart).sum(-1, keepdims=True) / 2
-    slope = (apart - distance * ours) * (inverse * (has_text > 0))
+    slope = (apart - distance * ours) * (inverse * (inverse_text != 0))
     xp = namespace(ours)
-    distance = xp.where((inverse > 0) & (has_text > 0), distance, xp.ones_like(distance))
+    distance = xp.where((inverse == 0) | (inverse_text == 0), xp.ones_like(distance), distance)
     return distance[..., 0], slope
 
 
@@ -89,6 +90,7 @@ def _distance(similarity: Array, text: Array, lengths: Array, variant: str, weig
     return (factor * distance).sum(-1), xp.where(below, slope * factor[..., None], zero)
 
 
+@without_autocast
 def _forward(
     maps: Tensor,
     text_similarity: Tensor,
@@ -114,10 +116,11 @@ def _forward(
         return tensor(loss), maps.new_empty(0), maps.new_empty(0)
     smoothed = tensor(smoothed)
     # Not the maps themselves, which an operation may not return.
-    smoothed = smoothed.clone() if len(taps) == 1 else smoothed
+    smoothed = smoothed.clone(memory_format=torch.contiguous_format) if len(taps) == 1 else smoothed
     return tensor(loss), smoothed, tensor(mixing(slope, similarity, inverse))
 
 
+@without_autocast
 def _backward(grad: Tensor, smoothed: Tensor, mixing: Tensor, grid: Sequence[int], taps: Sequence[float]) -> Tensor:
     outer, maps, matrix = arrays(grad[:, None, None], smoothed, mixing)
     mixed = tensor((outer * matrix) @ maps)
@@ -150,14 +153,14 @@ class _SimilarityLoss(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         _, smoothed, mixing = output
-        ctx.save_for_backward(smoothed, mixing)
+        ctx.save_for_backward(smoothed, mixing, inputs[0])
         ctx.mark_non_differentiable(smoothed, mixing)
         ctx.how = inputs[3:5]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return similarity_loss_backward_op(grad, *ctx.saved_tensors, *ctx.how), *[None] * 6
+        return similarity_loss_backward_op(grad, *ctx.saved_tensors[:2], *ctx.how), *[None] * 6
 
 
 def _check_lengths(lengths: Tensor | Sequence[int] | None, maps: Tensor) -> Tensor | None:
@@ -240,7 +243,8 @@ def similarity_loss(
 
     Raises:
         ValueError: shapes that do not fit, an unknown variant, a length beyond n, a text_similarity that requires a
-            gradient, or what `smooth_maps` refuses.
+            gradient, what `smooth_maps` refuses, or (Triton) more than 64 tokens. Lengths on an accelerator are
+            trusted, for reading them would synchronise.
     """
     check_maps(maps)
     sides, taps = check_smoothing(grid, maps.shape[2], sigma, kernel_size)

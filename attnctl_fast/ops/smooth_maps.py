@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .._impl import resolve
 from .._validate import check_grid, check_kernel_dtype
-from ._library import composite, differentiated, opaque
+from ._library import composite, differentiated, once_differentiable, opaque, without_autocast
 from ._objective import Array, arrays, tensor
 from ._triton import smooth_maps as _triton
 
@@ -91,6 +90,7 @@ def smooth(maps: Tensor, grid: Sequence[int], taps: Sequence[float], adjoint: bo
     return columns.reshape(-1, grid[1], grid[0]).swapaxes(1, 2).reshape(x.shape)
 
 
+@without_autocast
 def _forward(maps: Tensor, grid: Sequence[int], taps: Sequence[float], adjoint: bool = False) -> Tensor:
     if len(taps) == 1:
         return maps.clone(memory_format=torch.contiguous_format)
@@ -104,7 +104,7 @@ def _fake(maps: Tensor, grid: Sequence[int], taps: Sequence[float]) -> Tensor:
 smooth_maps_op = opaque("smooth_maps(Tensor maps, int[] grid, float[] taps) -> Tensor", _forward, _fake)
 smooth_maps_backward_op = opaque(
     "smooth_maps_backward(Tensor grad, int[] grid, float[] taps) -> Tensor",
-    functools.partial(_forward, adjoint=True),
+    lambda grad, grid, taps: _forward(grad, grid, taps, True),
     _fake,
 )
 
@@ -141,7 +141,8 @@ def smooth_maps(
     and T-SAM.
 
     Along each axis the kernel is `exp(-((x - mu) / (2 sigma))^2)` over its sum, mu = (kernel_size - 1) / 2: the
-    released code's, which is wider by sqrt(2) than a Gaussian of standard deviation sigma. Differentiable in maps.
+    released code's, which is wider by sqrt(2) than a Gaussian of standard deviation sigma. Differentiable in maps. NaN
+    and inf reach the cells around theirs; with `"eager"`, which multiplies whole matrices, all cells of their map.
 
     Args:
         maps: `[B,n,M]`; float.
@@ -154,8 +155,8 @@ def smooth_maps(
         `[B,n,M]` in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: a grid that is not M cells or smaller than the kernel reflects, an even kernel_size, or a sigma that
-            is not positive.
+        ValueError: maps of another shape or dtype, or empty; a grid that is not M cells or smaller than the kernel
+            reflects, an even kernel_size, or a sigma that is not positive; or (Triton) float64 or a kernel_size over 7.
     """
     check_maps(maps)
     sides, taps = check_smoothing(grid, maps.shape[2], sigma, kernel_size)

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from .._library import differentiated, opaque
+from .._library import differentiated, once_differentiable, opaque
 from .attention import fake_gradients, gradients, only
 
 
@@ -79,6 +78,7 @@ class _Function(Function):
         if grad_out is None and grad_maps is None:
             return (None,) * 7
         needed = list(ctx.needs_input_grad[:3])
+        needed[2] = needed[2] and grad_out is not None  # no map depends on v
         found = _backward_op(grad_out, grad_maps, *ctx.saved_tensors, ctx.scale, needed)
         return *only(needed, found), None, None, None, None
 

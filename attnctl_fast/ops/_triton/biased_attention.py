@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from .._library import differentiated, opaque
+from .._library import differentiated, once_differentiable, opaque
 from .attention import fake_gradients, gradients, only
 
 # With a width of 0, bias is S [B,H,T,M]. Otherwise it is theta [B,H,T,r_y,r_x], width is that of the grid, and axes are

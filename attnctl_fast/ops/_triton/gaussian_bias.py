@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from .._library import differentiated, opaque
+from .._library import differentiated, once_differentiable, opaque
 
 
 def _forward(theta: Tensor, grid: Sequence[int], axes: Sequence[float]) -> Tensor:

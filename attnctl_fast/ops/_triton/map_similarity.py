@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from .._library import differentiated, opaque
+from .._library import differentiated, once_differentiable, opaque
 
 
 def _forward(maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,8 +48,8 @@ class _MapSimilarity(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> Tensor:
-        return _backward_op(grad, *ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor]:
+        return (_backward_op(grad, *ctx.saved_tensors),)
 
 
 def map_similarity(maps: Tensor) -> Tensor:

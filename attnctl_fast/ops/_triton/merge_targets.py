@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from .._library import differentiated, opaque
+from .._library import differentiated, once_differentiable, opaque
 
 _ARGUMENTS = (
     "Tensor rest_out, Tensor rest_lse, Tensor logits, Tensor pinned_logits, Tensor v, Tensor? bias, "

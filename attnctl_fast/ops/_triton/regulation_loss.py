@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from .._library import differentiated, opaque
+from .._library import differentiated, once_differentiable, opaque
 
 _ARGUMENTS = (
     "Tensor logits, Tensor rest_lse, Tensor? rest_square, Tensor bias, Tensor? theta, "

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from .._library import differentiated, opaque
+from .._library import differentiated, once_differentiable, opaque
 
 _ARGUMENTS = "Tensor maps, Tensor text_similarity, Tensor? lengths, int[] grid, float[] taps, str variant, float weight"
 
@@ -59,14 +58,14 @@ class _SimilarityLoss(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         _, smoothed, mixing = output
-        ctx.save_for_backward(smoothed, mixing)
+        ctx.save_for_backward(smoothed, mixing, inputs[0])
         ctx.mark_non_differentiable(smoothed, mixing)
         ctx.how = *inputs[3:5], inputs[0].dtype
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return _backward_op(grad, *ctx.saved_tensors, *ctx.how), *[None] * 6
+        return _backward_op(grad, *ctx.saved_tensors[:2], *ctx.how), *[None] * 6
 
 
 def similarity_loss(maps: Tensor, *arguments: Any) -> Tensor:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from .._library import differentiated, opaque
+from .._library import differentiated, once_differentiable, opaque
 from .attention import fake_gradients, gradients, only
 
 _Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
