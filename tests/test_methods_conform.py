@@ -186,7 +186,7 @@ def test_presets_and_refinement() -> None:
     assert method == ac.CONFORM(GROUPS) and len({method, ac.CONFORM(GROUPS, temperature=0.1)}) == 2
     assert (method.steps, method.scale, method.max_refinements) == (30, 20.0, 20)
     assert method.schedule == ac.schedules.root(0.5)
-    assert method.bounds(50) == {0: 0.0, 10: 0.0, 20: 0.0}
-    assert method.bounds(15) == {0: 0.0, 10: 0.0}
+    assert method.bounds(50) == {0: None, 10: None, 20: None}
+    assert method.bounds(15) == {0: None, 10: None}
     with pytest.raises(ValueError, match="refinement names step 9, but the call runs steps 0..4"):
         ac.CONFORM(GROUPS, refinement={9: 0.1}).bounds(5)

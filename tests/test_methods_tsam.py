@@ -256,8 +256,8 @@ def test_presets_and_refinement() -> None:
     method = ac.TSAM()
     assert (method.steps, method.scale, method.max_refinements) == (30, 5.0, 30)
     assert method.schedule == ac.schedules.root(0.5)
-    assert method.bounds(50) == {0: 0.0, 10: 0.0, 20: 0.0}
-    assert method.bounds(10) == {0: 0.0}
+    assert method.bounds(50) == {0: None, 10: None, 20: None}
+    assert method.bounds(10) == {0: None}
     assert ac.TSAM(refinement=()).bounds(50) == {}
     with pytest.raises(ValueError, match="refinement names step 20, but the call runs steps 0..9"):
         ac.TSAM(refinement={0: 0.1, 20: 0.1}).bounds(10)
