@@ -131,13 +131,6 @@ def test_with_embeddings_token_ids_will_do() -> None:
         ac.CONFORM([("cat",), (6,)]).tokens(one.prompts)
 
 
-def test_inference_mode_of_the_call_does_not_reach_the_loss() -> None:
-    method = ac.CONFORM(GROUPS)
-    with torch.inference_mode():
-        context = guided.started(method, guided.call(*PROMPTS))
-    guided.gradient(method, guided.maps_for(context), context)
-
-
 BAD_CALLS: dict[str, tuple[Any, tuple[str, ...], str]] = {
     "not in the prompt": ([("cat",), ("bag",)], ("a cat",), "groups holds 'bag', which is not in the prompt 'a cat'"),
     "in two groups": ([("cat",), ("red", 2)], ("a cat, red",), "names token 2 in two groups"),

@@ -121,13 +121,6 @@ def test_zero_maps_have_finite_gradients() -> None:
     assert loss.isfinite().all() and gradient.isfinite().all() and gradient[0].any()
 
 
-def test_inference_mode_of_the_call_does_not_reach_the_loss() -> None:
-    method = ac.SynGen(PAIRS)
-    with torch.inference_mode():
-        context = guided.started(method, guided.call(*PROMPTS))
-    guided.gradient(method, guided.maps_for(context), context)
-
-
 BAD_CALLS: dict[str, tuple[Any, tuple[str, ...], str]] = {
     "not in the prompt": (
         [("red", "dog")],

@@ -196,15 +196,6 @@ def test_similarity_from_the_user() -> None:
         guided.started(ac.TSAM(text_similarity=text.expand(2, 3, 3)), guided.call("a red bag"))
 
 
-def test_inference_mode_of_the_call_does_not_reach_the_loss() -> None:
-    method, pipe = ac.TSAM(), pipeline("sd1")
-    for implementation in ("eager", "reference"):
-        with torch.inference_mode():
-            context = guided.started(method, guided.call(*PROMPTS, pipe=pipe))
-        with ac.use(implementation):
-            guided.gradient(method, guided.maps_for(context), context)
-
-
 def test_calls_that_do_not_fit() -> None:
     pipe, xl = pipeline("sd1"), pipeline("sdxl")
     with pytest.raises(

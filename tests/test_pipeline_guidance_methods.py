@@ -94,3 +94,12 @@ def test_conform_remembers_the_step_before() -> None:
     torch.testing.assert_close(guided(pipe, first, prompt=PROMPT), call(pipe, prompt=PROMPT), **EXACT)
     second = guided(pipe, ac.CONFORM(groups, **options), prompt=PROMPT)
     assert (second - call(pipe, prompt=PROMPT)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_in_inference_mode(name: str) -> None:
+    pipe = tiny.pipeline()
+    method = METHODS[name]([PAIRS], max_refinements=1)
+    expected = guided(pipe, method, prompt=PROMPT, num_inference_steps=2)
+    with torch.inference_mode():
+        assert torch.equal(guided(pipe, method, prompt=PROMPT, num_inference_steps=2), expected)
