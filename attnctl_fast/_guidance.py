@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -194,7 +194,7 @@ class Guidance:
         # Around the backward pass too: under gradient checkpointing it runs the layers again.
         with self._reading() as maps_of_layers:
             maps = self._maps(latents, evaluation, maps_of_layers)
-            with torch.autocast(latents.device.type, enabled=False):
+            with _full_precision(latents.device.type):
                 loss = self.method.loss(maps, self._context)
             name = type(self.method).__name__
             if not isinstance(loss, Tensor) or loss.shape != (len(latents),):
@@ -233,6 +233,12 @@ class Guidance:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def _full_precision(device: str) -> AbstractContextManager[Any]:
+    """Without the caller's autocast."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 @contextmanager

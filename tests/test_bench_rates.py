@@ -74,13 +74,6 @@ def test_fill_replaces_what_stands_between_the_marks(bench, monkeypatch):
         tables.fill("<!-- table:three -->\n<!-- /table -->")
 
 
-def test_readme_shows_what_the_result_files_hold(bench):
-    _, tables = bench
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "<!-- table:rates -->" in readme
-    assert tables.fill(readme) == readme, "run python bench/tables.py"
-
-
 def test_the_stated_rates_rest_on_enough_pairs_from_seed_zero_on(bench):
     _, tables = bench
     settings = tables.last_line(tables.RESULTS / "shapes_rates.jsonl")["settings"]
