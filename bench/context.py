@@ -12,14 +12,13 @@ UNet.
 from __future__ import annotations
 
 import functools
-import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cpu import record
+from cpu import measure, quartiles, record
 from peers import published_context_gradient, sdpa_each
 from tables import context_table
 from torch import Tensor
@@ -97,34 +96,13 @@ RUNS = [
     ("case", "turn", "threads", "form"), RUNS, ids=lambda x: " ".join(map(str, x)) if isinstance(x, Case) else str(x)
 )
 def test_context_operation(benchmark: Any, case: Case, turn: int, threads: int, form: str) -> None:
-    run, before = forms(case)[form], torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        benchmark.extra_info.update(case=case, form=form, threads=threads)
-        benchmark.pedantic(run, rounds=ROUNDS[case.image_tokens], warmup_rounds=2)
-    finally:
-        torch.set_num_threads(before)
+    rounds = ROUNDS[case.image_tokens]
+    measure(benchmark, forms(case)[form], case=case, form=form, threads=threads, rounds=rounds)
 
 
 def summary(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Per case: every form's median and quartiles in ms over all turns at its better thread count, and the ratios of
-    the medians to eager's."""
-    times: dict[tuple[Case, str, int], list[float]] = {}
-    for run in report["benchmarks"]:
-        info = run["extra_info"]
-        key = Case(*info["case"]), info["form"], info["threads"]
-        times.setdefault(key, []).extend(1e3 * x for x in run["stats"]["data"])
-    rows = []
-    for case in CASES:
-        row: dict[str, Any] = case._asdict()
-        for form in FORMS[case.operation]:
-            threads = min((1, 2), key=lambda count: statistics.median(times[case, form, count]))
-            quartiles = statistics.quantiles(times[case, form, threads], n=4)
-            row[form] = dict(zip(("q1", "median", "q3"), quartiles, strict=True)) | {"threads": threads}
-        others = [form for form in FORMS[case.operation] if form != "eager"]
-        row["ratios"] = {form: row[form]["median"] / row["eager"]["median"] for form in others}
-        rows.append(row)
-    return rows
+    found = quartiles(report, {case: FORMS[case.operation] for case in CASES})
+    return [case._asdict() | row for case, row in found]
 
 
 if __name__ == "__main__":

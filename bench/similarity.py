@@ -11,14 +11,13 @@ autograd.
 from __future__ import annotations
 
 import functools
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import peers
 import pytest
 import torch
-from cpu import record
+from cpu import measure, quartiles, record
 from tables import similarity_table
 from torch import Tensor
 
@@ -70,34 +69,12 @@ RUNS = [
 
 @pytest.mark.parametrize(("tokens", "turn", "threads", "form"), RUNS)
 def test_similarity_loss(benchmark: Any, tokens: int, turn: int, threads: int, form: str) -> None:
-    run, before = forms(tokens)[form], torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        benchmark.extra_info.update(tokens=tokens, form=form, threads=threads)
-        benchmark.pedantic(run, rounds=ROUNDS[form], warmup_rounds=2)
-    finally:
-        torch.set_num_threads(before)
+    measure(benchmark, forms(tokens)[form], case=(tokens,), form=form, threads=threads, rounds=ROUNDS[form])
 
 
 def summary(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Per number of tokens: every form's median and quartiles in ms over all turns at its better thread count, and the
-    ratios of the medians to eager's."""
-    times: dict[tuple[int, str, int], list[float]] = {}
-    for run in report["benchmarks"]:
-        info = run["extra_info"]
-        times.setdefault((info["tokens"], info["form"], info["threads"]), []).extend(
-            1e3 * x for x in run["stats"]["data"]
-        )
-    rows = []
-    for tokens in TOKENS:
-        row: dict[str, Any] = {"tokens": tokens, "grid": GRID}
-        for form in FORMS:
-            threads = min((1, 2), key=lambda count: statistics.median(times[tokens, form, count]))
-            quartiles = statistics.quantiles(times[tokens, form, threads], n=4)
-            row[form] = dict(zip(("q1", "median", "q3"), quartiles, strict=True)) | {"threads": threads}
-        row["ratios"] = {form: row[form]["median"] / row["eager"]["median"] for form in FORMS if form != "eager"}
-        rows.append(row)
-    return rows
+    found = quartiles(report, {(tokens,): FORMS for tokens in TOKENS})
+    return [{"tokens": tokens, "grid": GRID} | row for (tokens,), row in found]
 
 
 if __name__ == "__main__":
