@@ -1,0 +1,66 @@
+"""Rows of measurements: what every one carries, and a file that they are added to one by one."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkout import git_state
+
+from attnctl_fast._report import versions
+
+Row = dict[str, Any]
+
+
+def stamp(device: torch.device | str = "cpu") -> Row:
+    """What every row carries: the run that it belongs to, versions, commit, whether tracked files differ from it, device
+    and threads."""
+    state = git_state()
+    device = torch.device(device)
+    report = versions()
+    return {
+        "run": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "git": state and state.removesuffix("-dirty"),
+        "dirty": state is not None and state.endswith("-dirty"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else report["processor"],
+        "threads": torch.get_num_threads(),
+        "versions": report,
+    }
+
+
+class Log:
+    """The rows of one run, each in the file as soon as it is written, so that an interrupted run keeps what it has."""
+
+    def __init__(self, path: Path | None, common: Row) -> None:
+        """`path`: the file to append to, None for none; `common`: what every row starts with.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self.path, self.common = path, common
+        self.rows: list[Row] = []
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a", encoding="utf-8").close()
+
+    def write(self, row: Row) -> None:
+        self.rows.append({**self.common, **row})
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.rows[-1]) + "\n")
+
+
+def read(path: Path) -> Iterator[Row]:
+    """The rows of a file, the oldest first."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        yield json.loads(line)
+
+
+def last_run(path: Path) -> list[Row]:
+    """The rows of the newest run in a file."""
+    rows = list(read(path))
+    return [row for row in rows if row["run"] == rows[-1]["run"]]
