@@ -17,8 +17,7 @@ Row = dict[str, Any]
 
 
 def stamp(device: torch.device | str = "cpu") -> Row:
-    """What every row carries: the run that it belongs to, versions, commit, whether tracked files differ from it, device
-    and threads."""
+    """What every row carries: run, versions, commit, whether tracked files differ from it, device and threads."""
     state = git_state()
     device = torch.device(device)
     report = versions()

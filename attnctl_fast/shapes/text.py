@@ -47,8 +47,8 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: index for index, token in enumerate([*tokens, BOS, EOS])}, merges
 
 
-def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Write `vocab.json` and `merges.txt` into the folder and load a `CLIPTokenizer` from it."""
+def build_tokenizer(folder: Path, length: int = MAX_LENGTH) -> CLIPTokenizer:
+    """Write `vocab.json` and `merges.txt` into the folder and load a `CLIPTokenizer` of so many tokens from it."""
     from transformers import CLIPTokenizer
 
     vocab, merges = vocabulary()
@@ -60,7 +60,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
         json.dumps(
             {
                 "tokenizer_class": "CLIPTokenizer",
-                "model_max_length": MAX_LENGTH,
+                "model_max_length": length,
                 "bos_token": BOS,
                 "eos_token": EOS,
                 "pad_token": EOS,
