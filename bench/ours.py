@@ -1,4 +1,4 @@
-"""Our methods on the task of `sampling`, with the hyper-parameters of the released codes, and what their papers report."""
+"""Our methods on the task of `sampling`, with the steps of the released codes, and the costs that papers report."""
 
 from __future__ import annotations
 
