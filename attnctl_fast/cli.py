@@ -1,4 +1,4 @@
-"""The `attnctl-fast` command: `demo`, `generate`, `maps`, `info`."""
+"""The `attnctl-fast` command: `demo`, `generate`, `maps`, `bench`, `info`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 2 for a mistake of the user, 130 when interrupted."""
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    arguments = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["bench"]:
+        return _bench(given[1:])
+    arguments = _parser().parse_args(given)
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
@@ -43,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_generate(commands)
     _add_maps(commands)
+    commands.add_parser("bench", help="what attention control costs on this machine (in a checkout)", add_help=False)
     info = commands.add_parser("info", help="versions, devices and the implementation that would run")
     info.set_defaults(run=_info)
     for command in commands.choices.values():
@@ -159,6 +163,19 @@ def _add_maps(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add_model_options(maps, layers="those at a quarter of the latents' size, or nearest to it", out="out/maps")
     maps.add_argument("--words", nargs="+", metavar="WORD", help="words or phrases of the prompt; default: all words")
     maps.set_defaults(run=_maps)
+
+
+def _bench(argv: Sequence[str]) -> int:
+    """The suite in the checkout's folder `bench`, which has a parser of its own."""
+    folder = Path(__file__).resolve().parents[1] / "bench"
+    if not (folder / "run.py").is_file():
+        print("attnctl-fast bench: the benchmarks are in the repository; run it from a checkout", file=sys.stderr)
+        return 2
+    sys.path.insert(0, str(folder))
+    from importlib import import_module
+
+    status: int = import_module("run").main(argv)
+    return status
 
 
 def _demo(arguments: argparse.Namespace) -> None:

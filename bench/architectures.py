@@ -65,6 +65,8 @@ VAE_CONFIG: dict[str, Any] = {
 }
 # Pixels along a side at which the model was trained.
 SIZES = {"sd15": 512, "sd2": 512, "sdxl": 1024, "shapes": 64}
+# Sides are multiples of this, so that every block halves its grid evenly: pixels per latent, times three halvings.
+SIDES = {"sd15": 64, "sd2": 64, "sdxl": 64, "shapes": 32}
 TOKENS = 77
 
 

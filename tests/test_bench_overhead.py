@@ -1,0 +1,223 @@
+"""The overhead table: on the shapes model in two steps, and on architectures a thousandth of their size."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# Nothing is downloaded and nothing large is made: the encoders and the autoencoder keep their parts, at small sizes.
+SMALL_TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL_UNET = {"sample_size": 16, "norm_num_groups": 4, "layers_per_block": 1}
+SMALL_VAE = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "layers_per_block": 1}
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "bench")):
+            del sys.modules[name]
+
+
+def bench_run(*arguments: Any) -> int:
+    import run
+
+    status: int = run.main(["overhead", *map(str, arguments)])
+    return status
+
+
+SHAPES = ("--arch", "shapes", "--steps", 2, "--turns", 1)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_form_is_a_row(bench: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "overhead.jsonl"
+    assert bench_run(*SHAPES, "--methods", "AttendAndExcite", "AttentionRegulation", "--results", path) == 0
+    rows = {(row["method"], row["form"]): row for row in read(path)}
+    forms = ("published", "stock", "ours")
+    expected = {(method, form) for method in ("AttendAndExcite", "AttentionRegulation") for form in forms}
+    assert expected | {("plain", "plain")} <= rows.keys()
+    for row in rows.values():
+        assert {"run", "git", "dirty", "device", "threads", "versions"} <= row.keys()
+        assert (row["kind"], row["arch"], row["size"], row["steps"], row["edited"]) == ("overhead", "shapes", 64, 2, 1)
+    for key in expected:
+        row = rows[key]
+        assert row["median"] == row["seconds"][0] > 0 and row["overhead_percent"].keys() == {"median", "low", "high"}
+        assert row["published_percent"] == {"AttendAndExcite": 414.6, "AttentionRegulation": 48.8}[row["method"]]
+    for form in ("published", "stock"):
+        assert rows["AttendAndExcite", form]["difference"]["image"] < 1e-3
+        assert rows["AttentionRegulation", form]["difference"]["loss_percent"] < 0.1
+    table = capsys.readouterr().out
+    assert "| `AttendAndExcite` | published |" in table and "| +414.6 % |" in table
+    assert "chaotic: loss differs by" in table and "shapes, trained weights, 64x64 pixels" in table
+
+
+def test_json_prints_the_rows(bench: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "overhead.jsonl"
+    chosen = ("--methods", "EnergyContext", "--forms", "ours", "--json")
+    assert bench_run(*SHAPES, *chosen, "--batch", 2, "--results", path) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert printed == read(path)
+    assert [(row["method"], row["form"], row["batch"]) for row in printed] == [
+        ("plain", "plain", 2),
+        ("EnergyContext", "ours", 2),
+    ]
+
+
+def test_a_form_that_fails_is_a_row_with_its_error(
+    bench: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import overhead
+
+    def broken(_: Any) -> Any:
+        raise RuntimeError("no such | luck")
+
+    monkeypatch.setitem(overhead.RIVALS, "stock", {"EnergyContext": broken})
+    path = tmp_path / "overhead.jsonl"
+    chosen = ("--methods", "EnergyContext", "--forms", "stock", "ours")
+    assert bench_run(*SHAPES, *chosen, "--results", path) == 0
+    rows = {row["form"]: row for row in read(path)}
+    assert rows["stock"]["failed"] == "RuntimeError: no such | luck" and "seconds" not in rows["stock"]
+    assert rows["ours"]["seconds"]
+    assert "| `EnergyContext` | stock | failed: RuntimeError: no such \\| luck |" in capsys.readouterr().out
+
+
+def test_an_interrupt_keeps_what_was_measured(
+    bench: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import overhead
+
+    real, calls = overhead.RIVALS["stock"]["EnergyContext"], []
+
+    def impatient(setting: Any) -> Any:
+        calls.append(setting.steps)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(setting)
+
+    monkeypatch.setitem(overhead.RIVALS, "stock", {"EnergyContext": impatient})
+    path = tmp_path / "overhead.jsonl"
+    chosen = ("--methods", "EnergyContext", "--forms", "stock", "ours", "--turns", 3)
+    assert bench_run(*SHAPES, *chosen, "--results", path) == 130
+    # One turn that is not counted, one that is, and the interrupted one, which goes the other way round.
+    rows = {row["form"]: row for row in read(path)}
+    assert len(rows["stock"]["seconds"]) == 1 and len(rows["ours"]["seconds"]) == 2
+    shown = capsys.readouterr()
+    assert "| `EnergyContext` | stock |" in shown.out and "interrupted; what was measured is kept" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--arch", "sd9"), "--arch is 'sd9'; it must be one of sd15, sd2, sdxl, shapes"),
+        (("--methods", "Magic"), "--methods is 'Magic'; it must be one of AttentionRegulation"),
+        (("--forms", "best"), "--forms is 'best'; it must be one of published, diffusers, stock, ours"),
+        (("--dtype", "int8"), "--dtype is 'int8'"),
+        (("--steps", "0"), "--steps is 0; it must be at least 1"),
+        (("--steps", "4", "--edited", "5"), "--edited is 5; it must be 1 to 4"),
+        (("--arch", "shapes", "--size", "65"), "--size is 65; for shapes it must be a multiple of 32"),
+        (("--official-dir", "nowhere"), "nowhere"),
+        (("--results", "FILE/below.jsonl"), "FILE"),
+        (("--device", "abacus"), "--device is 'abacus'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    bench: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "FILE").write_text("")
+    given = [x.replace("FILE", str(tmp_path / "FILE")) for x in arguments]
+    if "--results" not in given:
+        given += ["--results", str(tmp_path / "overhead.jsonl")]
+    assert bench_run(*given) == 2
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1 and message.replace("FILE", str(tmp_path / "FILE")) in shown.err
+    assert not shown.out and not list(tmp_path.glob("*.jsonl"))
+
+
+def test_without_diffusers_the_extra_is_named(
+    bench: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.delitem(sys.modules, "overhead", raising=False)
+    assert bench_run() == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "pip install -e '.[diffusers,bench]'" in err
+
+
+def test_the_command_is_the_script(bench: None, capsys: pytest.CaptureFixture[str]) -> None:
+    from attnctl_fast import cli
+
+    assert cli.main(["bench", "overhead", "--arch", "sd9"]) == 2
+    assert capsys.readouterr().err.startswith("attnctl-fast bench overhead: --arch is 'sd9'")
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "bench" in capsys.readouterr().out
+
+
+@pytest.fixture
+def small(bench: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import architectures
+
+    for name, config in architectures.CONFIGS.items():
+        widths = (8, 8, 16, 16)[: len(config.get("block_out_channels", (0,) * 4))]
+        heads = {"attention_head_dim": 2, "block_out_channels": widths, "cross_attention_dim": 16}
+        if name == "sdxl":
+            layers = {"transformer_layers_per_block": (1, 1, 2), "cross_attention_dim": 32}
+            times = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 16}
+            heads |= layers | times
+        monkeypatch.setitem(architectures.CONFIGS, name, config | SMALL_UNET | heads)
+        texts = [text | SMALL_TEXT for text in architectures.TEXT_CONFIGS[name]]
+        texts = [text | {"projection_dim": 16} if "projection_dim" in text else text for text in texts]
+        monkeypatch.setitem(architectures.TEXT_CONFIGS, name, texts)
+    monkeypatch.setattr(architectures, "VAE_CONFIG", architectures.VAE_CONFIG | SMALL_VAE)
+
+
+@pytest.mark.parametrize("arch", ["sd15", "sd2", "sdxl"])
+def test_the_sampler_by_hand_is_the_pipeline(small: None, arch: str) -> None:
+    import architectures
+    import sampling
+
+    pipe = architectures.pipeline(arch)
+    latents = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    setting = sampling.Setting(pipe, latents, 2, 1)
+    images = sampling.sample(setting)
+    assert images.shape == (2, 3, 64, 128) and images.std() > 0
+    torch.testing.assert_close(images, sampling.call(setting), rtol=0, atol=0)
+    assert setting.positions("blue square") == [6, 7] and setting.end() == 8
+
+
+@pytest.mark.parametrize("arch", ["sd15", "sd2", "sdxl"])
+def test_every_form_on_every_architecture(small: None, tmp_path: Path, arch: str) -> None:
+    path = tmp_path / "overhead.jsonl"
+    assert bench_run("--arch", arch, "--size", 128, "--steps", 2, "--turns", 1, "--results", path) == 0
+    rows = read(path)
+    assert not [row for row in rows if "failed" in row]
+    import ours
+
+    for form in ("published", "stock", "ours"):
+        assert {row["method"] for row in rows if row["form"] == form} == set(ours.METHODS)
+    assert ("AttendAndExcite", "diffusers") in {(row["method"], row["form"]) for row in rows} or arch == "sdxl"
+
+
+def test_peak_memory_is_what_was_taken_at_most(bench: None) -> None:
+    from memory import peak_megabytes
+
+    with peak_megabytes(torch.device("cpu")) as peak:
+        torch.ones(64 << 20, dtype=torch.uint8)
+        torch.ones(16 << 20, dtype=torch.uint8)
+        taken = peak()
+    if taken is None:
+        pytest.skip("nobody counts memory here")
+    assert 60 < taken < 90
