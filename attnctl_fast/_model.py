@@ -48,7 +48,7 @@ def load(settings: ModelSettings) -> Any:
         ValueError: there is no such device.
         OSError: there is no such model.
     """
-    device = _device(settings.device)
+    device = device_named(settings.device)
     dtype = {"auto": torch.float16 if device.type == "cuda" else torch.float32}.get(settings.dtype)
     dtype = dtype or getattr(torch, settings.dtype)
     if settings.model == SHAPES:
@@ -109,7 +109,12 @@ def write_report(path: Path, pipe: Any, settings: ModelSettings, results: dict[s
     print(path)
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """What --device names; `auto` is a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

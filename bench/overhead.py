@@ -37,6 +37,7 @@ from sampling import Drawn, Form, Setting, call
 from timing import first_line
 from tqdm import tqdm
 
+from attnctl_fast._model import device_named
 from attnctl_fast._report import overhead, spread
 from attnctl_fast.shapes import LAYERS
 
@@ -161,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, default=1, help="pictures at once; default: 1")
     made.add_argument("--compile", action="store_true", help="compile the UNet in place before all forms")
     made.add_argument("--turns", type=int, help="how often every form draws; default: 2")
-    made.add_argument("--device", help="torch device; default: a GPU if there is one")
+    made.add_argument("--device", default="auto", help="torch device; default: a GPU if there is one")
     made.add_argument(
         "--official-dir",
         type=Path,
@@ -175,7 +176,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    device = _device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_named(arguments.device)
     complete(arguments, device)
     clones = None if arguments.official_dir is None else official.find_clones(arguments.official_dir)
     settings = {
@@ -249,14 +250,6 @@ def complete(arguments: argparse.Namespace, device: torch.device) -> None:
         raise ValueError(f"--size is {arguments.size}; for {arguments.arch} it must be a multiple of {multiple}")
     if arguments.edited not in range(1, arguments.steps + 1):
         raise ValueError(f"--edited is {arguments.edited}; it must be 1 to {arguments.steps}, the number of steps")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device is {name!r}, which PyTorch cannot use here; leave it out") from error
-    return torch.device(name)
 
 
 def _known(option: str, given: Sequence[str] | None, known: Any) -> list[str]:

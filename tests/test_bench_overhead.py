@@ -130,7 +130,7 @@ def test_an_interrupt_keeps_what_was_measured(
         (("--arch", "shapes", "--size", "65"), "--size is 65; for shapes it must be a multiple of 32"),
         (("--official-dir", "nowhere"), "nowhere"),
         (("--results", "FILE/below.jsonl"), "FILE"),
-        (("--device", "abacus"), "--device is 'abacus'"),
+        (("--device", "abacus"), "--device 'abacus' is not to be had here"),
     ],
 )
 def test_mistakes_are_one_line(
