@@ -1,6 +1,7 @@
 # make demo    install, then draw two-object prompts without and with attention regulation into out/demo
 # make test    install with the test extras, then lint, types and tests: what CI runs
-# make bench   install with the test extras, then time the operations and measure the detection rates
+# make bench   install with the test extras, then measure what attention control costs here (docs/benchmarks.md): the
+#              overhead table, the operations and pictures of both, into out/bench
 # make clean   remove what these made
 # PYTHON=python3.12 chooses the interpreter that .venv is made with (3.10 to 3.13).
 
@@ -8,7 +9,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 PYTEST_ARGS ?=
+# Of pytest-xdist; empty for one process.
+WORKERS ?= --numprocesses logical --maxprocesses 8 --dist worksteal
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PACKAGING := setup.py pyproject.toml constraints.txt
@@ -31,8 +35,10 @@ help:
 demo: $(VENV)/.installed-demo
 	$(BIN)/attnctl-fast demo $(DEMO_ARGS)
 
+# Workers have one thread each.
+test: export OMP_NUM_THREADS = 1
 test: lint types
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -42,12 +48,9 @@ types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python bench/regulate.py
-	$(BIN)/python bench/context.py
-	$(BIN)/python bench/similarity.py
-	$(BIN)/python bench/maps.py
-	$(BIN)/python bench/guidance.py
-	$(BIN)/python bench/rates.py
+	$(BIN)/attnctl-fast bench overhead --results out/bench/overhead.jsonl $(BENCH_ARGS)
+	$(BIN)/attnctl-fast bench ops --results out/bench/ops_cpu.jsonl
+	$(BIN)/attnctl-fast bench plot --results out/bench --out out/bench
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .benchmarks
