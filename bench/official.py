@@ -96,13 +96,14 @@ def measure(
     folder: Path | None,
     log: Log,
     turns: int,
-    progress: Callable[[str], Any],
+    progress: Callable[[str], Any] = lambda name: None,
     device: torch.device | str = "cpu",
 ) -> None:
     """Write a row per function: its time and ours, `turns` times in turn after a first call of each that is compared.
 
     Args:
         folder: a clone or a folder of clones; None writes rows that say that there was none.
+        log: its rows' `kind` and `dtype` become "official" and "float32".
         progress: called with what is measured next.
 
     Raises:
@@ -117,7 +118,7 @@ def measure(
     commits = {name: _commit(path) for name, path in find_clones(folder).items()}
     clock = Clock(torch.device(device))
     for case in cases(folder, device):
-        row = {"kind": "official", "commit": commits.get(case.repository)}
+        row = {"kind": "official", "commit": commits.get(case.repository), "dtype": "float32"}
         row |= {name: getattr(case, name) for name in ("repository", "function", "operation")}
         if isinstance(case, Skipped):
             log.write({**row, "failed" if case.failed else "skipped": case.reason})
@@ -154,11 +155,16 @@ def official_table(rows: Iterable[Row]) -> str:
 
 def _cells(row: Row) -> list[str]:
     times = [
-        f"{1e3 * x['median']:.3g} ({1e3 * x['low']:.3g}-{1e3 * x['high']:.3g})" for x in (row["theirs"], row["ours"])
+        f"{_figure(1e3 * x['median'])} ({_figure(1e3 * x['low'])}-{_figure(1e3 * x['high'])})"
+        for x in (row["theirs"], row["ours"])
     ]
     # A ratio of the times of two different things would mean nothing.
-    ratio = f"{row['ratio']['median']:.2f}" if row["agrees"] else ""
+    ratio = _figure(row["ratio"]["median"]) if row["agrees"] else ""
     return [row["repository"], f"`{row['function']}`", row["operation"], row["shape"], *times, ratio, row["agreement"]]
+
+
+def _figure(x: float) -> str:
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def _case(clone: Clone, adapter: Adapter, device: torch.device) -> OfficialCase | Skipped:

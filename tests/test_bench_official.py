@@ -28,11 +28,9 @@ class AttnProcessorAttnMapEdit:
         drawn = torch.rand(logits.shape[1], rows * columns, len(ids))
         theta = drawn.mT.unflatten(2, (columns, rows)).mT[None]
         basis = full_basis((side, side), None, "official", theta)
+        bias, _, _ = reference.regulate_full_logits(logits, torch.tensor(ids), theta, basis)
         torch.set_grad_enabled(True)
         torch.autograd.set_detect_anomaly(True)
-        bias, _, _ = reference.regulate_full_logits(logits, torch.tensor(ids), theta, basis)
-        torch.autograd.set_detect_anomaly(False)
-        torch.set_grad_enabled(False)
         return bias, reference.gaussian_bias(theta, basis)
 
     def _optimise_attention_maps(self, attention_probs, relevant_attn, target_ids, internals, current_step):
@@ -166,7 +164,7 @@ def official(monkeypatch: pytest.MonkeyPatch) -> Any:
     import official_clone
     import official_tsam
 
-    monkeypatch.setattr(official_clone, "LAYER", official_clone.Layer(2, 8, 16, 12))
+    monkeypatch.setattr(official_clone, "LAYER", official_clone.Layer(1, 8, 16, 12))
     small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     monkeypatch.setattr(official_tsam, "TEXT_ENCODER", small)
     yield official
@@ -179,19 +177,23 @@ def measured(official: Any, folder: Path | None, path: Path | None = None) -> li
     import rows
 
     log = rows.Log(path, {"run": "now"})
-    official.measure(folder, log, 2, lambda name: None)
+    official.measure(folder, log, 1)
     return log.rows
 
 
 def test_every_function_is_measured_and_agrees(official: Any, tmp_path: Path) -> None:
     clones = write(tmp_path / "clones", CLONES)
+    state = torch.random.get_rng_state()
     found = measured(official, clones, tmp_path / "rows.jsonl")
+    assert torch.is_grad_enabled() and not torch.is_anomaly_enabled()
+    assert torch.equal(torch.random.get_rng_state(), state)
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == found
     assert [row["repository"] for row in found] == (
         ["attention_regulation"] * 2 + ["Energy-Based-CrossAttention"] * 2 + ["T-SAM"] * 5
     )
     for row in found:
         assert row["kind"] == "official" and row["run"] == "now" and row["commit"] is None
+        assert row["dtype"] == "float32"
         assert row["agrees"], row
         assert row["agreement"] == f"equal to {row['difference']:.1e}"
         assert "M 256" in row["shape"] or row["function"] == "CLIPSdpaAttentionX.forward"
@@ -246,7 +248,9 @@ def test_another_result_is_reported(official: Any, tmp_path: Path) -> None:
 
 
 def test_an_error_of_theirs_is_a_row(official: Any, tmp_path: Path) -> None:
-    broken = REGULATION.replace("bias, _, _ = reference", "exit('gone')\n        bias, _, _ = reference")
+    broken = REGULATION.replace(
+        "        bias, _, _ =", "        torch.set_grad_enabled(True)\n        exit('gone')\n        bias ="
+    )
     found = measured(official, write(tmp_path, {"attention_regulation/attn_processor.py": broken}))
     rows = [row for row in found if row["repository"] == "attention_regulation"]
     assert [row["failed"] for row in rows] == ["SystemExit: gone"] * 2
@@ -283,18 +287,12 @@ def test_importing_leaves_no_trace(official: Any, tmp_path: Path, monkeypatch: p
     clones = write(tmp_path, CLONES)
     own = type(sys)("utils")
     monkeypatch.setitem(sys.modules, "utils", own)
-    list(official.cases(clones))  # diffusers and transformers are imported once and stay
+    list(official.cases(clones))  # What they import from elsewhere stays.
     before, path, bytecode = dict(sys.modules), list(sys.path), sys.dont_write_bytecode
-    state = torch.random.get_rng_state()
-    for case in official.cases(clones):
-        case.theirs()
+    assert all(isinstance(case, official.OfficialCase) for case in official.cases(clones))
     assert sys.modules == before and sys.modules["utils"] is own
     assert sys.path == path and sys.dont_write_bytecode == bytecode
-    torch.set_grad_enabled(True)
     assert not list(clones.rglob("__pycache__"))
-    measured(official, clones)
-    assert torch.is_grad_enabled() and not torch.is_anomaly_enabled()
-    torch.random.set_rng_state(state)
 
 
 def test_an_installed_package_of_the_same_name_is_told_apart(
