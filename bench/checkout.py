@@ -16,11 +16,11 @@ if importlib.util.find_spec("attnctl_fast") is None:
     sys.path.append(str(ROOT))
 
 
-def git_state() -> str | None:
-    """The commit, with `-dirty` where tracked files differ from it; `None` outside a checkout."""
+def git_state(root: Path = ROOT) -> str | None:
+    """The commit of a checkout, with `-dirty` where tracked files differ from it; `None` outside of one."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None
