@@ -31,6 +31,7 @@ import stock_guidance
 import torch
 from checkout import RESULTS
 from memory import peak_megabytes
+from official import official_table
 from overhead_table import overhead_table
 from rows import Log, Row, stamp
 from sampling import Drawn, Form, Setting, call
@@ -167,8 +168,7 @@ def parser() -> argparse.ArgumentParser:
         "--official-dir",
         type=Path,
         metavar="PATH",
-        help="a clone of an authors' repository, or a folder of clones: their functions are measured too. This runs "
-        "the code in that folder",
+        help=official.HELP,
     )
     made.add_argument("--json", action="store_true", help="print the rows as JSON lines instead of the table")
     made.add_argument("--results", type=Path, default=RESULTS / "overhead.jsonl", help="file to append to")
@@ -178,7 +178,8 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     device = device_named(arguments.device)
     complete(arguments, device)
-    clones = None if arguments.official_dir is None else official.find_clones(arguments.official_dir)
+    if arguments.official_dir is not None:
+        official.find_clones(arguments.official_dir)
     settings = {
         "kind": "overhead",
         **{name: getattr(arguments, name) for name in ("arch", "size", "steps", "edited", "dtype", "batch", "compile")},
@@ -186,29 +187,34 @@ def run(arguments: argparse.Namespace) -> int:
     log = Log(arguments.results, stamp(device) | settings)
     setting = prepare(arguments, device)
     competing = arms(arguments.methods, arguments.forms)
-    total = len(competing) * (arguments.turns + 1)
     try:
-        with tqdm(total=total, unit="image", dynamic_ncols=True) as bar:
-
-            def progress(name: str) -> None:
-                bar.set_postfix_str(name, refresh=False)
-                bar.update()
-
-            measure(setting, competing, arguments.turns, progress)
-        if clones is not None:
-            official.measure(arguments.official_dir, log, turns=arguments.turns)
+        compete(setting, competing, arguments.turns, log)
+        official.measure(arguments.official_dir, log, arguments.turns, device=device)
     finally:
-        for row in rows(competing):
-            log.write(row)
         show(log.rows, as_json=arguments.json)
     return 0
+
+
+def compete(setting: Setting, competing: Sequence[Arm], turns: int, log: Log) -> None:
+    """`measure` with a progress bar; what was measured is written even if it is interrupted."""
+    with tqdm(total=len(competing) * (turns + 1), unit="image", dynamic_ncols=True) as bar:
+
+        def progress(name: str) -> None:
+            bar.set_postfix_str(name, refresh=False)
+            bar.update()
+
+        try:
+            measure(setting, competing, turns, progress)
+        finally:
+            for row in rows(competing):
+                log.write(row)
 
 
 def show(written: Sequence[Row], *, as_json: bool) -> None:
     if as_json:
         print(*map(json.dumps, written), sep="\n")
-    elif written:
-        print(overhead_table(written))
+    elif any(row["kind"] == "overhead" for row in written):
+        print(overhead_table(written), official_table(written), sep="\n\n")
 
 
 def prepare(arguments: argparse.Namespace, device: torch.device) -> Setting:
