@@ -1,8 +1,8 @@
-"""Attend-and-Excite on Stable Diffusion's architecture with random weights, on a CPU: one guidance iteration, and a
-whole image, against diffusers' own pipeline.
+"""One guidance iteration of Attend-and-Excite on Stable Diffusion's architecture with random weights, on a CPU, against
+diffusers' own pipeline; whole images are `overhead.py`'s.
 
     python bench/guidance.py             SD 1.5, 512x512
-    python bench/tables.py              put the last figures into the README
+    python bench/tables.py              put the last figures into docs/measurements.md
 
 diffusers' form is its StableDiffusionAttendAndExcitePipeline, unchanged: the whole UNet, attention with its maps in
 every layer, weights that require gradients. The forms alternate. Each run appends one line to
@@ -32,7 +32,6 @@ from attnctl_fast._report import spread, versions
 from attnctl_fast.methods._base import Call
 
 TOKENS = [2, 5]
-STEPS, GUIDED = 2, 1  # half of the steps, as published
 WHOLE = {"truncate": False, "freeze": False}
 
 
@@ -95,20 +94,6 @@ def our_iteration(
     return lambda: guidance.guide(Evaluation(call, unet, tap, 0, (), given))
 
 
-def images(theirs: Any, ours: Any, latents: Tensor, text: Tensor) -> dict[str, Callable[[], Any]]:
-    common = {"num_inference_steps": STEPS, "output_type": "latent", "prompt_embeds": text}
-    common |= {"negative_prompt_embeds": text * 0, "latents": latents}
-
-    def published() -> Any:
-        return theirs(None, TOKENS, max_iter_to_alter=GUIDED, thresholds={}, attn_res=None, **common).images
-
-    def controlled() -> Any:
-        with ac.control(ours, ac.AttendAndExcite(TOKENS, steps=GUIDED, thresholds={})):
-            return ours(**common).images
-
-    return {"diffusers": published, "ours": controlled, "plain": lambda: ours(**common).images}
-
-
 def timed(forms: dict[str, Callable[[], Any]], turns: int, progress: str) -> dict[str, list[float]]:
     """Seconds of every form, turn by turn; one call of each is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in forms}
@@ -128,7 +113,6 @@ def main() -> None:
     parser.add_argument("--arch", choices=("sd15", "sd2"), default="sd15")
     parser.add_argument("--side", type=int, default=64, help="of the latents; 64 is 512 pixels")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--image-turns", type=int, default=3)
     arguments = parser.parse_args()
     theirs, ours = pipelines(arguments.arch)
     generator = torch.Generator().manual_seed(0)
@@ -142,21 +126,15 @@ def main() -> None:
         "ours, whole UNet, trainable weights": our_iteration(ours, latents, text, timestep, **WHOLE),
     }
     torch.testing.assert_close(forms["ours"](), forms["diffusers"](), rtol=0, atol=1e-3)
-    sections = {
-        "iteration": timed(forms, arguments.turns, "iteration"),
-        "image": timed(images(theirs, ours, latents, text), arguments.image_turns, "image"),
-    }
+    measured = timed(forms, arguments.turns, "iteration")
     run = {
         "date": time.strftime("%Y-%m-%d"),
         "git": git_state(),
         "versions": versions(),
-        "settings": {"arch": arguments.arch, "side": arguments.side, "steps": STEPS, "guided": GUIDED},
-        **{
-            name: {
-                form: spread(seconds) | {"ratio": spread(_ratios(seconds, measured["ours"]))}
-                for form, seconds in measured.items()
-            }
-            for name, measured in sections.items()
+        "settings": {"arch": arguments.arch, "side": arguments.side},
+        "iteration": {
+            form: spread(seconds) | {"ratio": spread(_ratios(seconds, measured["ours"]))}
+            for form, seconds in measured.items()
         },
     }
     append(RESULTS / "cpu_guidance.jsonl", run)

@@ -184,17 +184,14 @@ def _shown(value: Any) -> str:
 def guidance_table(run: dict[str, Any]) -> str:
     """A run of `guidance.py` as a Markdown table with its settings below."""
     settings, versions = run["settings"], run["versions"]
-    rows = [["Attend-and-Excite", "form", "seconds", "ratio to ours"], ["---", "---", "---:", "---:"]]
-    for section, title in (("iteration", "one guidance iteration"), ("image", "a whole image")):
-        for form, times in run[section].items():
-            cells = [_quartiles(times), "" if form == "ours" else _quartiles(times["ratio"])]
-            rows.append([title, form, *cells])
+    rows = [["one iteration of Attend-and-Excite", "seconds", "ratio to ours"], ["---", "---:", "---:"]]
+    for form, times in run["iteration"].items():
+        rows.append([form, _quartiles(times), "" if form == "ours" else _quartiles(times["ratio"])])
     lines = _lines(rows)
     lines += [
         "",
         f"{settings['arch']}, random weights, {8 * settings['side']}x{8 * settings['side']} pixels, float32, one "
-        f"sample; images of {settings['steps']} steps, {settings['guided']} of them guided, with guidance scale 7.5, "
-        "without refinement and decoding. Medians and quartiles over forms that alternate, ratios over their turns; "
+        "sample. Medians and quartiles over forms that alternate, ratios over their turns; "
         f"torch {versions['torch']}, {versions['threads']} threads, {versions['processor']}.",
     ]
     return "\n".join(lines)

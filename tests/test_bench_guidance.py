@@ -39,15 +39,14 @@ def test_guidance_against_diffusers(
 
     monkeypatch.setitem(architectures.CONFIGS, "sd15", SMALL)
     monkeypatch.setattr(guidance, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["guidance.py", "--side", "16", "--turns", "2", "--image-turns", "2"])
+    monkeypatch.setattr(sys, "argv", ["guidance.py", "--side", "16", "--turns", "2"])
     guidance.main()
     (line,) = (tmp_path / "cpu_guidance.jsonl").read_text().splitlines()
     run = json.loads(line)
     assert set(run["iteration"]) == {"diffusers", "ours", "ours, whole UNet, trainable weights"}
-    assert set(run["image"]) == {"diffusers", "ours", "plain"}
     assert all(times["median"] > 0 for times in run["iteration"].values())
     table = capsys.readouterr().out
-    assert "| one guidance iteration | diffusers |" in table
+    assert "| diffusers |" in table
     assert "128x128 pixels" in table
 
 
