@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -16,11 +17,25 @@ _PATIENCE = timedelta(days=30)
 
 
 class Processes:
-    """This process among all: `rank` of `count`, the first of which is 0, and its own `device`."""
+    """This process among all: `rank` of `count`, the first of which is 0, and its own `device`.
+
+    Args:
+        cpu: leave accelerators alone.
+
+    Raises:
+        ValueError: more processes were started than Accelerate brings together.
+    """
 
     def __init__(self, cpu: bool) -> None:
-        self._state = PartialState(cpu=cpu, timeout=_PATIENCE)
+        # Where there is no accelerator, Accelerate joins processes only if it is told that they run on the CPU.
+        self._state = PartialState(cpu=cpu or not torch.accelerator.is_available(), timeout=_PATIENCE)
         self.rank, self.count = self._state.process_index, self._state.num_processes
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started > self.count:
+            raise ValueError(
+                f"{started} processes were started, which Accelerate does not join on {self._state.device}; start "
+                "one, or add --device cpu"
+            )
         # Accelerate numbers the CPU too.
         self.device = torch.device("cpu") if self._state.device.type == "cpu" else self._state.device
 

@@ -41,6 +41,8 @@ def read_prompts(path: Path) -> list[Entry]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise OSError(f"--prompts {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts {path} is not UTF-8 text: {error}") from error
     entries = []
