@@ -38,10 +38,11 @@ class Folder:
             raise ValueError(f"{self.path} holds other files and no sweep; choose another --out")
 
     def claim(self, settings: Row) -> None:
-        """Write the settings, for later runs to compare theirs with."""
-        (self.path / "pictures").mkdir(parents=True, exist_ok=True)
+        """Write the settings, for later runs to compare theirs with, before anything else."""
+        self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / "sweep.json").exists():
             self.write("sweep.json", json.dumps(settings, indent=1) + "\n")
+        (self.path / "pictures").mkdir(exist_ok=True)
 
     def rows(self) -> list[Row]:
         """What all processes of all runs have written, the earliest run first, without lines that a kill cut off."""

@@ -132,10 +132,11 @@ def _sweep(arguments: argparse.Namespace) -> int:
     methods, folder = arguments.method, Folder(arguments.out)
     base = processes.together(lambda: _base(arguments, processes))
     scorers = processes.together(lambda: _scorers(arguments, processes.device))
-    entries = processes.together(lambda: _entries(arguments, base))
-    seeds = range(arguments.seed_start, arguments.seed_start + (arguments.seeds or 1))
+    count = arguments.seeds or (_SCENES if arguments.prompts is None else 1)
+    seeds = range(arguments.seed_start, arguments.seed_start + count)
+    entries = processes.together(lambda: _entries(arguments, base, seeds))
     pictures = processes.together(lambda: plan(base, methods, entries, seeds))
-    settings = _settings(base, methods, entries, [seeds[0], len(seeds)])
+    settings = _settings(base, methods, entries, [seeds[0], count])
     by_file = {picture.file: picture for picture in pictures}
 
     def look() -> tuple[str, list[str]]:
@@ -210,7 +211,7 @@ def _device(name: str, processes: Processes) -> str:
     return name
 
 
-def _entries(arguments: argparse.Namespace, base: MethodSettings) -> list[Entry]:
+def _entries(arguments: argparse.Namespace, base: MethodSettings, seeds: range) -> list[Entry]:
     """The prompts.
 
     Raises:
@@ -225,7 +226,7 @@ def _entries(arguments: argparse.Namespace, base: MethodSettings) -> list[Entry]
         raise ValueError(f"--model {arguments.model} needs --prompts, a file of prompts; only shapes has its own")
     for name in base.given("targets", "pairs", "groups"):
         raise ValueError(f"--{name} goes with --prompts; the scenes of --model shapes have their own")
-    return scene_prompts(range(arguments.seed_start, arguments.seed_start + (arguments.seeds or _SCENES)))
+    return scene_prompts(seeds)
 
 
 def _scorers(arguments: argparse.Namespace, device: torch.device) -> list[Scorer]:

@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from attnctl_fast import _prompts, _scores, _sweep, evaluate
+from attnctl_fast import _processes, _prompts, _scores, _sweep, evaluate
 from attnctl_fast._folder import Folder, Log
 from attnctl_fast._processes import Processes
 from attnctl_fast._scores import Clip
@@ -69,13 +69,13 @@ def launched(out, *options):
 
 
 def worker(launcher, rank):
-    """The process of a rank among a launcher's children."""
+    """The process of this rank among a launcher's children."""
     children = psutil.Process(launcher.pid).children(recursive=True)
     return next(child for child in children if child.environ().get("RANK") == str(rank))
 
 
 def test_two_processes_of_which_one_is_killed_draw_what_one_draws(sweep, tmp_path):
-    options = ["--steps", 2, "--seeds", 5, "--method", "plain", "regulation"]
+    options = ["--steps", 2, "--seeds", 4, "--method", "plain", "regulation"]
     out = tmp_path / "two"
     first = launched(out, *options)
     while not pictures(out):
@@ -85,7 +85,7 @@ def test_two_processes_of_which_one_is_killed_draw_what_one_draws(sweep, tmp_pat
     first.communicate()
     assert first.returncode != 0
     before = {name: path.stat().st_mtime_ns for name, path in pictures(out).items()}
-    assert 0 < len(before) < 10 and not (out / "results.jsonl").exists()
+    assert 0 < len(before) < 8 and not (out / "results.jsonl").exists()
 
     again = launched(out, *options)
     output, errors = again.communicate()
@@ -98,7 +98,7 @@ def test_two_processes_of_which_one_is_killed_draw_what_one_draws(sweep, tmp_pat
 
     assert sweep(*options, out="one") == 0
     alone = pictures(tmp_path / "one")
-    assert len(alone) == 10 and alone.keys() == after.keys()
+    assert len(alone) == 8 and alone.keys() == after.keys()
     for name, path in alone.items():
         assert path.read_bytes() == after[name].read_bytes(), name
     keys = ("file", "place", "prompt", "seed", "method", "strict", "exact", "colours")
@@ -342,7 +342,7 @@ def test_other_settings_are_refused(sweep, tmp_path, capsys, options, message):
     parser = evaluate._parser()
     arguments = parser.parse_args([*SHAPES, "--steps", "1", "--seeds", "2", "--method", "plain"])
     base = evaluate._base(arguments, Processes(cpu=True))
-    folder.claim(evaluate._settings(base, ["plain"], evaluate._entries(arguments, base), [0, 2]))
+    folder.claim(evaluate._settings(base, ["plain"], evaluate._entries(arguments, base, range(2)), [0, 2]))
     (tmp_path / "ONE").write_text("a red circle\n")
     (tmp_path / "TWO").write_text("a red circle\na blue star\n")
     given = [tmp_path / word if word in ("ONE", "TWO") else word for word in options]
@@ -411,6 +411,8 @@ def test_folders_of_something_else_are_left_alone(sweep, tmp_path, capsys):
     assert "holds other files and no sweep; choose another --out" in capsys.readouterr().err
     assert sweep("--method", "plain", "--out", tmp_path / "out" / "letter") == 2
     assert "is a file; name a folder" in capsys.readouterr().err
+    assert sweep("--method", "plain", "--out", tmp_path / "out" / "letter" / "further") == 2
+    assert "letter/further" in capsys.readouterr().err.splitlines()[-1]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["letter"]
 
 
@@ -432,6 +434,17 @@ def test_processes_that_are_not_joined_are_refused(sweep, tmp_path, capsys, monk
     assert sweep() == 2
     assert "2 processes were started, which Accelerate does not join" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_that_only_another_process_met_is_raised_here_too(monkeypatch):
+    processes = Processes(cpu=True)
+    monkeypatch.setattr(_processes, "gather_object", lambda mine: [*mine, "no such device"])
+    with pytest.raises(ValueError, match="no such device"):
+        processes.together(lambda: 3)
+    with pytest.raises(OSError, match="own"):
+        processes.together(lambda: (_ for _ in ()).throw(OSError("own")))
+    monkeypatch.setattr(_processes, "gather_object", lambda mine: [*mine, None])
+    assert processes.together(lambda: 3) == processes.by_first(lambda: 3) == 3
 
 
 def test_missing_extras_are_named_with_the_remedy(sweep, capsys, monkeypatch):
