@@ -109,8 +109,10 @@ def _parser() -> argparse.ArgumentParser:
         "--method",
         nargs="+",
         choices=["plain", *METHODS],
+        metavar="NAME",
         default=["plain", "regulation"],
-        help="one or more, each with those of the options below that it has; default: plain regulation",
+        help=f"one or more of plain, {', '.join(METHODS)}, each with those of the options below that it has; default: "
+        "plain regulation",
     )
     add_method_options(parser)
     clip = parser.add_mutually_exclusive_group()
