@@ -1,9 +1,9 @@
-"""`--method` of `attnctl-fast generate` and the options that go with it."""
+"""`--method` of the commands that draw with methods, and the options that go with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
@@ -74,18 +74,35 @@ class MethodSettings(ModelSettings):
         return getattr(self, name)
 
 
+def check_options(settings: MethodSettings, *methods: str) -> None:
+    """Raise ValueError if an option is given that none of these methods has."""
+    for name, known in _METHODS_OF.items():
+        if getattr(settings, name) is not None and not set(methods).intersection(known):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is an option of --method {_listed(known)}, not of {_listed(methods)}"
+            )
+
+
+def settings_for(settings: MethodSettings, method: str) -> MethodSettings:
+    """The settings of one of several methods that share them: without the options that it does not have."""
+    others = {name: None for name, known in _METHODS_OF.items() if method not in known}
+    changes: dict[str, Any] = {"method": method, **others}
+    return replace(settings, **changes)
+
+
 def chosen_method(settings: MethodSettings) -> Method:
     """The method that the settings describe.
 
     Raises:
         ValueError: an option that it needs is missing, or one of other methods is given.
     """
-    for name, methods in _METHODS_OF.items():
-        if getattr(settings, name) is not None and settings.method not in methods:
-            *most, last = methods
-            known = f"{', '.join(most)} and {last}" if most else last
-            raise ValueError(f"--{name.replace('_', '-')} is an option of --method {known}, not of {settings.method}")
+    check_options(settings, settings.method)
     return _MAKE[settings.method](settings)
+
+
+def _listed(names: Sequence[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _form(settings: MethodSettings, method: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ._grid import Panel, Row, draw_grid, found_lines
-from ._report import overhead, spread, versions
+from ._report import aligned, overhead, spread, versions
 from .shapes.evaluate import (
     ADDED,
     TUNED,
@@ -108,8 +108,6 @@ def table(results: dict[str, Evaluation], comparisons: dict[str, Comparison]) ->
             cost = f"{percent['median']:+.0f} % ({percent['low']:+.0f} to {percent['high']:+.0f})"
         timing = f"{seconds['median']:.3f} ({seconds['low']:.3f} to {seconds['high']:.3f})"
         rows.append((name, *rates, timing, cost))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     p_values = ", ".join(f"{name} {comparison.strict.p_value:.2g}" for name, comparison in comparisons.items())
     notes = [
         f"{len(results[PLAIN].seeds)} prompts of two objects; in brackets pairs of pictures gained and lost, quartiles "
@@ -119,7 +117,7 @@ def table(results: dict[str, Evaluation], comparisons: dict[str, Comparison]) ->
         f"{FIRST}: of the prompt; {COMPOSED}: a composition with the whole prompt adds the other one.",
         f"Exact McNemar p of strict: {p_values}.",
     ]
-    return "\n".join(["", lines[0], "-" * max(map(len, lines)), *lines[1:], "", *notes])
+    return "\n".join(["", *aligned(rows), "", *notes])
 
 
 def as_json(results: dict[str, Evaluation], comparisons: dict[str, Comparison]) -> dict[str, Any]:

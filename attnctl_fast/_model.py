@@ -72,8 +72,8 @@ def load(settings: ModelSettings) -> Any:
     return pipe.to(device)
 
 
-def draw(pipe: Any, settings: ModelSettings, count: int = 1) -> list[Any]:
-    """The pictures of as many seeds from the settings' one on.
+def call_arguments(pipe: Any, settings: ModelSettings, count: int = 1) -> dict[str, Any]:
+    """What the pipeline is called with for `count` pictures, but for their generators.
 
     Raises:
         ValueError: the pipeline does not take one of the settings.
@@ -93,8 +93,17 @@ def draw(pipe: Any, settings: ModelSettings, count: int = 1) -> list[Any]:
         raise ValueError(
             f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave those options out or choose another model"
         )
+    return given
+
+
+def draw(pipe: Any, settings: ModelSettings, count: int = 1) -> list[Any]:
+    """The pictures of as many seeds from the settings' one on, each from the noise of a CPU generator of its seed.
+
+    Raises:
+        ValueError: the pipeline does not take one of the settings.
+    """
     generators = [torch.Generator().manual_seed(settings.seed + i) for i in range(count)]
-    return list(pipe(**given, generator=generators).images)
+    return list(pipe(**call_arguments(pipe, settings, count), generator=generators).images)
 
 
 def write_report(path: Path, pipe: Any, settings: ModelSettings, results: dict[str, Any]) -> None:

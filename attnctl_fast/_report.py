@@ -41,6 +41,13 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "low": low, "high": high}
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table as lines of text, the first one its head, with a rule below."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
 def overhead(plain: Sequence[float], controlled: Sequence[float]) -> dict[str, float]:
     """The cost over plain sampling in percent: median and quartiles over pairs measured one after the other."""
     pairs = zip(plain, controlled, strict=False)

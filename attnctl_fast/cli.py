@@ -6,14 +6,20 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from . import __version__
-from ._options import add_model_options, group, natural, pair, positive, share, strength, token_weight
-
-METHODS = ("regulation", "energy", "compose", "excite", "tsam", "syngen", "conform", "composable")
+from ._options import (
+    METHODS,
+    add_method_options,
+    add_model_options,
+    add_picture_options,
+    natural,
+    positive,
+    require_extra,
+    settings_of,
+    strength,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,68 +91,9 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "Nothing is overwritten without --overwrite.",
     )
     add_model_options(generate, layers="the method's own", out="out/generate")
+    add_picture_options(generate)
     generate.add_argument("--method", choices=METHODS, default="regulation", help="default: regulation")
-    generate.add_argument(
-        "--targets",
-        nargs="+",
-        metavar="WORD",
-        help="regulation and excite: words or phrases of the prompt to enforce (required)",
-    )
-    generate.add_argument(
-        "--pairs",
-        nargs="+",
-        metavar="MODIFIER:NOUN",
-        type=pair,
-        help="syngen: which words modify which, such as red:ball or big:red:ball; default: what spaCy finds",
-    )
-    generate.add_argument(
-        "--groups",
-        nargs="+",
-        metavar="WORD+WORD",
-        type=group,
-        help="conform: two or more groups of words that belong together, such as red+ball dog (required)",
-    )
-    generate.add_argument("--strength", type=strength, help="regulation: default the method's own; 0 is plain")
-    generate.add_argument(
-        "--scale",
-        type=strength,
-        help="excite, tsam, syngen and conform: length of the latents' step; default the method's own",
-    )
-    generate.add_argument(
-        "--convention",
-        choices=["official", "paper"],
-        help="regulation, energy, excite and tsam: default official, the released code",
-    )
-    generate.add_argument(
-        "--gamma-attn",
-        type=strength,
-        metavar="STEP",
-        help="energy and compose: the context's step on the attention's energy, of the prompt's context (default 0.01) "
-        "or of the edits' (default 0)",
-    )
-    generate.add_argument(
-        "--gamma-norm", type=strength, metavar="STEP", help="the same on the energy of the norms; default 0.02 or 0"
-    )
-    generate.add_argument(
-        "--token-weights",
-        nargs="+",
-        metavar="WORD=FACTOR",
-        type=token_weight,
-        help="energy: factors of --gamma-attn for words of the prompt",
-    )
-    generate.add_argument(
-        "--edit", nargs="+", metavar="TEXT", help="compose and composable: texts to add to the prompt"
-    )
-    generate.add_argument("--negate", nargs="+", metavar="TEXT", help="compose and composable: texts to take away")
-    generate.add_argument(
-        "--edit-weight",
-        type=strength,
-        metavar="WEIGHT",
-        help="compose and composable: of every text; default 1, as the prompt has in composable",
-    )
-    generate.add_argument(
-        "--edit-start", type=share, metavar="SHARE", help="compose: share of the steps before the edits; default 0"
-    )
+    add_method_options(generate)
     generate.add_argument("--num-images", type=positive, default=1, metavar="N", help="default: 1")
     generate.add_argument("--compare", action="store_true", help="draw the same seeds without the method too")
     generate.set_defaults(run=_generate)
@@ -161,6 +108,7 @@ def _add_maps(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "them, and maps.json. Nothing is overwritten without --overwrite.",
     )
     add_model_options(maps, layers="those at a quarter of the latents' size, or nearest to it", out="out/maps")
+    add_picture_options(maps)
     maps.add_argument("--words", nargs="+", metavar="WORD", help="words or phrases of the prompt; default: all words")
     maps.set_defaults(run=_maps)
 
@@ -179,7 +127,7 @@ def _bench(argv: Sequence[str]) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    _require_extra()
+    require_extra()
     from ._demo import demo
 
     demo(
@@ -195,24 +143,19 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    _require_extra()
+    require_extra()
     from ._choice import MethodSettings
     from ._generate import generate
 
-    settings = MethodSettings(**_fields(MethodSettings, arguments))
+    settings = MethodSettings(**settings_of(MethodSettings, arguments))
     generate(settings, compare=arguments.compare, overwrite=arguments.overwrite, out=arguments.out)
 
 
 def _maps(arguments: argparse.Namespace) -> None:
-    _require_extra()
+    require_extra()
     from ._maps import MapsSettings, draw_maps
 
-    draw_maps(MapsSettings(**_fields(MapsSettings, arguments)), overwrite=arguments.overwrite, out=arguments.out)
-
-
-def _fields(settings: type[Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    names = {field.name for field in fields(settings)}
-    return {name: value for name, value in vars(arguments).items() if name in names}
+    draw_maps(MapsSettings(**settings_of(MapsSettings, arguments)), overwrite=arguments.overwrite, out=arguments.out)
 
 
 def _info(_: argparse.Namespace) -> None:
@@ -220,11 +163,3 @@ def _info(_: argparse.Namespace) -> None:
 
     for name, value in versions().items():
         print(f"{name:<15} {value if value is not None else 'not installed'}")
-
-
-def _require_extra() -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in ("diffusers", "transformers", "PIL", "tqdm") if find_spec(name) is None]
-    if missing:
-        raise ImportError(f'{", ".join(missing)} not installed; run: pip install "attnctl-fast[diffusers]"')

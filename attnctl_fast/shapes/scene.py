@@ -55,6 +55,16 @@ def scene_for_seed(seed: int, objects: int = 2) -> Scene:
     return Scene(tuple(zip(_shuffled(COLOURS, rng)[:objects], _shuffled(SHAPES, rng)[:objects], strict=True)))
 
 
+def scene_for_prompt(prompt: str) -> Scene | None:
+    """The scene whose prompt this is, word for word; None where there is none."""
+    objects = [words.removeprefix("a ").partition(" ") for words in prompt.split(" and ")]
+    try:
+        scene = Scene(tuple((colour, shape) for colour, _, shape in objects))
+    except ValueError:
+        return None
+    return scene if scene.prompt == prompt else None
+
+
 def _shuffled(names: Iterable[str], rng: random.Random) -> list[str]:
     # Only Random.random() is promised to give the same numbers in every Python version; shuffle() and sample() are not.
     return sorted(names, key=lambda _: rng.random())

@@ -1,0 +1,127 @@
+"""The folder of a sweep: what has been drawn and judged, so that a later run goes on with the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Row: TypeAlias = dict[str, Any]
+
+
+class Folder:
+    """Where a sweep lies: `sweep.json` with its settings, `pictures`, and `results-RANK.jsonl` of every process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def check(self, settings: Row) -> None:
+        """Raise ValueError if the folder holds anything but a sweep of these settings."""
+        path = self.path / "sweep.json"
+        if path.is_file():
+            there = json.loads(path.read_text(encoding="utf-8"))
+            here = json.loads(json.dumps(settings))
+            if there != here:
+                raise ValueError(
+                    f"{self.path} holds another sweep: {_difference(there, here)}; choose another --out, or repeat it "
+                    "with the same options"
+                )
+        elif self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"--out {self.path} is a file; name a folder")
+        elif self.path.exists() and any(entry.suffix != ".tmp" for entry in self.path.iterdir()):
+            raise ValueError(f"{self.path} holds other files and no sweep; choose another --out")
+
+    def claim(self, settings: Row) -> None:
+        """Write the settings, for later runs to compare theirs with, before anything else."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / "sweep.json").exists():
+            self.write("sweep.json", json.dumps(settings, indent=1) + "\n")
+        (self.path / "pictures").mkdir(exist_ok=True)
+
+    def rows(self) -> list[Row]:
+        """What all processes of all runs have written, the earliest run first, without lines that a kill cut off."""
+        found = []
+        for path in sorted(self.path.glob("results-*.jsonl")):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    found.append(json.loads(line))
+                except json.JSONDecodeError:
+                    continue
+        return sorted(found, key=lambda row: row["run"])
+
+    def drawn(self) -> dict[str, Row]:
+        """The last row of every picture, by its file; of one that is not there any more, none."""
+        last = {row["file"]: row for row in self.rows() if row["kind"] == "picture"}
+        return {file: row for file, row in last.items() if "error" in row or (self.path / file).is_file()}
+
+    def missing(self, files: Iterable[str]) -> list[str]:
+        """Those of the pictures that have no row, or one with an error."""
+        done = {file for file, row in self.drawn().items() if "error" not in row}
+        return [file for file in files if file not in done]
+
+    def unscored(self, files: Iterable[str], name: str) -> list[str]:
+        """Those of the pictures that are drawn and not judged by this scorer."""
+        done = {row["file"] for row in self.rows() if row["kind"] == "scores" and row["by"] == name}
+        drawn = {file for file, row in self.drawn().items() if "error" not in row}
+        return [file for file in files if file in drawn - done]
+
+    def save(self, file: str, image: Image) -> None:
+        """Save a picture; under its name there is never a part of one."""
+        path = self.path / file
+        part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        image.save(part, format="PNG")
+        os.replace(part, path)
+
+    def write(self, file: str, text: str) -> None:
+        """Write a text in the same way."""
+        part = self.path / f"{file}.{os.getpid()}.tmp"
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, self.path / file)
+
+    def tidy(self) -> None:
+        """Remove what killed processes left unfinished."""
+        for path in [*self.path.glob("*.tmp"), *self.path.glob("pictures/*.tmp")]:
+            path.unlink(missing_ok=True)
+
+
+@dataclass
+class Log:
+    """The rows of one process, each in its file as soon as it is written; the first of a run says what it runs on."""
+
+    path: Path
+    run: str
+    rank: int
+    about: Row
+    _begun: bool = field(default=False, init=False)
+
+    def write(self, kind: str, row: Row) -> None:
+        with self.path.open("a+b") as file:
+            if not self._begun:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    # A kill may have cut off the last line.
+                    file.write(b"" if file.read() == b"\n" else b"\n")
+                file.write(self._line("run", self.about))
+                self._begun = True
+            file.write(self._line(kind, row))
+
+    def _line(self, kind: str, row: Row) -> bytes:
+        return (json.dumps({"run": self.run, "kind": kind, "rank": self.rank, **row}) + "\n").encode()
+
+
+def _difference(there: Row, here: Row) -> str:
+    """The first setting that differs; of the prompts, which one."""
+    name = next(name for name in {**there, **here} if there.get(name) != here.get(name))
+    one, other = there.get(name), here.get(name)
+    if name == "prompts" and isinstance(one, list) and isinstance(other, list):
+        if len(one) != len(other):
+            return f"it has {len(one)} prompts, this one {len(other)}"
+        place = next(place for place in range(len(one)) if one[place] != other[place])
+        name, one, other = f"prompt {place + 1}", one[place], other[place]
+    return f"{name} is {one!r} there and {other!r} here"

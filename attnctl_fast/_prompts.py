@@ -1,0 +1,112 @@
+"""What a sweep draws: prompts with their own targets and seeds, from a file or of the shapes model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ._options import group, natural, pair, token_weight
+from .shapes.scene import scene_for_seed
+
+# Fields of `MethodSettings` for one prompt, and its seeds where it has seeds of its own.
+Entry: TypeAlias = dict[str, Any]
+
+# Lists of words, each written as on the command line.
+_LISTS: dict[str, Callable[[str], Any]] = {
+    "targets": str,
+    "pairs": pair,
+    "groups": group,
+    "token_weights": token_weight,
+    "edit": str,
+    "negate": str,
+}
+FIELDS = ("prompt", "negative_prompt", "seeds", *_LISTS)
+
+
+def read_prompts(path: Path) -> list[Entry]:
+    """The prompts of a text file, one a line; blank lines and those that start with `#` are skipped.
+
+    A line that starts with `{` is JSON: the prompt and, where it has its own, `negative_prompt`, `seeds` (whole
+    numbers) and the options `targets`, `pairs`, `groups`, `token_weights`, `edit` and `negate`, as lists of what stands
+    on the command line.
+
+        {"prompt": "a red ball and a dog", "targets": ["ball", "dog"], "pairs": ["red:ball"], "seeds": [3, 4]}
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: no prompt in it, or a line that is not as above.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise OSError(f"--prompts {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {path} is not UTF-8 text: {error}") from error
+    entries = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        line = line.strip()
+        if line.startswith("{"):
+            entries.append(_entry(line, f"--prompts {path}, line {number}"))
+        elif line and not line.startswith("#"):
+            entries.append({"prompt": line})
+    if not entries:
+        raise ValueError(f"--prompts {path} holds no prompt; write one a line")
+    return entries
+
+
+def scene_prompts(seeds: Iterable[int]) -> list[Entry]:
+    """The shapes model's scenes of these seeds, one picture each, with the words that methods ask for."""
+    scenes = [(seed, scene_for_seed(seed)) for seed in seeds]
+    return [
+        {
+            "prompt": scene.prompt,
+            "targets": list(scene.nouns),
+            "pairs": list(scene.objects),
+            "groups": list(scene.objects),
+            "seeds": [seed],
+        }
+        for seed, scene in scenes
+    ]
+
+
+def _entry(line: str, where: str) -> Entry:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if unknown := sorted(entry.keys() - set(FIELDS)):
+        raise ValueError(f"{where} has the field {unknown[0]!r}; known are {', '.join(FIELDS)}")
+    for name in ("prompt", "negative_prompt"):
+        if not isinstance(entry.get(name, "text"), str):
+            raise ValueError(f"{where}: {name} is {entry[name]!r}; it must be text")
+    if "prompt" not in entry:
+        raise ValueError(f"{where} has no field 'prompt'")
+    for name, parse in _LISTS.items():
+        if name in entry:
+            entry[name] = _parsed(entry[name], parse, f"{where}: {name}")
+    if "seeds" in entry:
+        _check_seeds(entry["seeds"], where)
+    return entry
+
+
+def _parsed(words: Any, parse: Callable[[str], Any], where: str) -> list[Any]:
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{where} is {words!r}; it must be a list of texts, written as on the command line")
+    try:
+        return [parse(word) for word in words]
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise ValueError(f"{where} {error}") from error
+
+
+def _check_seeds(seeds: Any, where: str) -> None:
+    whole = isinstance(seeds, list) and all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"{where}: seeds is {seeds!r}; it must be a list of whole numbers, none twice")
+    try:
+        for seed in seeds:
+            natural(str(seed))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{where}: seeds {error}") from error

@@ -1,0 +1,130 @@
+"""What the pictures of a sweep are judged by: the detector of the shapes model, and CLIP."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import torch
+
+from .shapes.detection import detect, score
+from .shapes.drawing import SIZE
+from .shapes.scene import scene_for_prompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Scores: TypeAlias = dict[str, bool | float]
+
+
+class Scorer(Protocol):
+    """Something that judges pictures. `name` tells it from others, weights included."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, image: Image, prompt: str) -> Scores:
+        """Its figures for one picture, always under the same names; none where it cannot judge this one."""
+
+
+class Detector:
+    """Whether the shapes that a prompt names are there: `strict`, `exact` and `colours` as in `shapes.Score`; none for
+    prompts that are no scene and for pictures of another size than 64x64."""
+
+    name = "detector"
+
+    def __call__(self, image: Image, prompt: str) -> Scores:
+        scene = scene_for_prompt(prompt)
+        if scene is None or image.size != (SIZE, SIZE):
+            return {}
+        return dict(score(scene, detect(image))._asdict())
+
+
+class Clip:
+    """The CLIP score of Hessel et al. (arXiv 2104.08718), 100 max(cos, 0) of the embeddings of picture and prompt, by a
+    `transformers.CLIPModel`.
+
+    Args:
+        model: a folder or an id on the Hugging Face hub.
+        device: where it computes.
+
+    Raises:
+        OSError: there is no such model.
+    """
+
+    def __init__(self, model: str, device: torch.device) -> None:
+        from transformers import CLIPProcessor
+
+        self.name = f"clip {model}"
+        self._model, self._device = model, device
+        try:
+            self._processor = CLIPProcessor.from_pretrained(model)
+        except (OSError, ValueError, TypeError) as error:
+            raise _absent("--clip", model, "a CLIP model of transformers with its processor", error) from error
+
+    @cached_property
+    def _weights(self) -> Any:
+        from transformers import CLIPModel
+
+        try:
+            return CLIPModel.from_pretrained(self._model).to(self._device).eval()
+        except (OSError, ValueError) as error:
+            raise _absent("--clip", self._model, "a CLIP model of transformers", error) from error
+
+    @torch.inference_mode()
+    def __call__(self, image: Image, prompt: str) -> Scores:
+        given = self._processor(text=[prompt], images=[image], return_tensors="pt", truncation=True)
+        out = self._weights(**given.to(self._device))
+        return {"clip": _clip_score(out.image_embeds, out.text_embeds)}
+
+
+class OpenClip:
+    """The same score by a model of `open_clip_torch`.
+
+    Args:
+        model: `MODEL:PRETRAINED` as `open_clip.list_pretrained()` has them, a file of weights as PRETRAINED, or a name
+            with a scheme, such as `hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K`.
+        device: where it computes.
+
+    Raises:
+        ImportError: open_clip_torch is not installed.
+        ValueError: there is no such model.
+    """
+
+    def __init__(self, model: str, device: torch.device) -> None:
+        if util.find_spec("open_clip") is None:
+            raise ImportError("--open-clip needs open_clip_torch; run: pip install open_clip_torch")
+        import open_clip
+
+        self.name = f"open_clip {model}"
+        whole = model.startswith(("hf-hub:", "local-dir:"))
+        self._model, _, pretrained = (model, "", "") if whole else model.partition(":")
+        self._pretrained, self._device = pretrained or None, device
+        there = Path(pretrained).is_file() and self._model in open_clip.list_models()
+        if not whole and not there and (self._model, pretrained) not in open_clip.list_pretrained():
+            raise ValueError(f"--open-clip {model!r} is not one of open_clip.list_pretrained(), as MODEL:PRETRAINED")
+
+    @cached_property
+    def _weights(self) -> tuple[Any, Any, Any]:
+        import open_clip
+
+        model, _, transform = open_clip.create_model_and_transforms(
+            self._model, pretrained=self._pretrained, device=self._device
+        )
+        return model.eval(), transform, open_clip.get_tokenizer(self._model)
+
+    @torch.inference_mode()
+    def __call__(self, image: Image, prompt: str) -> Scores:
+        model, transform, tokenizer = self._weights
+        pixels, tokens = transform(image)[None].to(self._device), tokenizer([prompt]).to(self._device)
+        return {"clip": _clip_score(model.encode_image(pixels), model.encode_text(tokens))}
+
+
+def _clip_score(image: torch.Tensor, text: torch.Tensor) -> float:
+    return 100 * torch.cosine_similarity(image.float(), text.float()).clamp(min=0).item()
+
+
+def _absent(option: str, model: str, what: str, error: Exception) -> OSError:
+    return OSError(f"{option} {model!r} is not {what}: {str(error).strip().splitlines()[0]}")

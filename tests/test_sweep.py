@@ -1,0 +1,453 @@
+"""Sweeps: the same pictures from any number of processes, nothing lost to a kill, and what they say of mistakes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+from attnctl_fast import _processes, _prompts, _scores, _sweep, evaluate
+from attnctl_fast._folder import Folder, Log
+from attnctl_fast._processes import Processes
+from attnctl_fast._scores import Clip
+from attnctl_fast._summary import summary, table
+from attnctl_fast.shapes import detect, scene_for_seed, score
+from attnctl_fast.shapes.evaluate import mcnemar
+from attnctl_fast.shapes.scene import scene_for_prompt
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = ["--model", "shapes", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """One thread, as the processes of a launcher have, and no state of Accelerate left behind."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    PartialState._reset_state()
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Run a sweep of the shapes model in one step per picture, in this process; later options win."""
+
+    def run(*options, out="out"):
+        words = [*SHAPES, "--steps", 1, "--seeds", 2, "--out", tmp_path / out, *options]
+        return evaluate.main([str(word) for word in words])
+
+    return run
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def pictures(folder):
+    return {path.name: path for path in (folder / "pictures").glob("*.png")}
+
+
+def launched(out, *options):
+    """Two processes of `accelerate launch` on this machine's CPU, as a process of its own."""
+    flags = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    flags += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "attnctl_fast.evaluate"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, *SHAPES, "--out", out, *options]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([str(word) for word in command], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def worker(launcher, rank):
+    """The process of this rank among a launcher's children."""
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    return next(child for child in children if child.environ().get("RANK") == str(rank))
+
+
+def test_two_processes_of_which_one_is_killed_draw_what_one_draws(sweep, tmp_path):
+    options = ["--steps", 2, "--seeds", 4, "--method", "plain", "regulation"]
+    out = tmp_path / "two"
+    first = launched(out, *options)
+    while not pictures(out):
+        assert first.poll() is None, first.communicate()[1].decode()
+        time.sleep(0.02)
+    worker(first, 1).send_signal(signal.SIGKILL)
+    first.communicate()
+    assert first.returncode != 0
+    before = {name: path.stat().st_mtime_ns for name, path in pictures(out).items()}
+    assert 0 < len(before) < 8 and not (out / "results.jsonl").exists()
+
+    again = launched(out, *options)
+    output, errors = again.communicate()
+    assert again.returncode == 0, errors.decode()
+    assert output.decode().count("s per picture") == 1
+    after = pictures(out)
+    assert {name: after[name].stat().st_mtime_ns for name in before} == before
+    assert {row["rank"] for row in rows(out)} == {0, 1}
+    assert not list(out.rglob("*.tmp"))
+
+    assert sweep(*options, out="one") == 0
+    alone = pictures(tmp_path / "one")
+    assert len(alone) == 8 and alone.keys() == after.keys()
+    for name, path in alone.items():
+        assert path.read_bytes() == after[name].read_bytes(), name
+    keys = ("file", "place", "prompt", "seed", "method", "strict", "exact", "colours")
+    assert [[row[key] for key in keys] for row in rows(tmp_path / "one")] == [
+        [row[key] for key in keys] for row in rows(out)
+    ]
+
+
+def test_a_sweep_of_scenes_is_judged_by_the_detector(sweep, tmp_path, capsys):
+    assert sweep("--seed-start", 7, "--method", "plain", "regulation", "energy", "--strength", 0.5) == 0
+    out = tmp_path / "out"
+    found = rows(out)
+    assert [(row["place"], row["seed"], row["method"]) for row in found] == [
+        (place, 7 + place, method) for place in (0, 1) for method in ("plain", "regulation", "energy")
+    ]
+    for row in found:
+        scene = scene_for_seed(row["seed"])
+        assert row["prompt"] == scene.prompt and row["seconds"] > 0 and row["rank"] == 0
+        with Image.open(out / row["file"]) as image:
+            assert {name: row[name] for name in ("strict", "exact", "colours")} == score(scene, detect(image))._asdict()
+    report = json.loads((out / "summary.json").read_text())
+    assert list(report["methods"]) == ["plain", "regulation", "energy"]
+    assert report["settings"]["strength"] == 0.5 and len(report["settings"]["prompts"]) == 2
+    assert [run["versions"]["torch"] for run in report["runs"]] == [torch.__version__]
+    assert report["methods"]["energy"]["against_plain"]["strict"]["count"] == 2
+    assert "regulation  2 " in capsys.readouterr().out
+
+
+def test_what_is_missing_is_drawn_and_nothing_else(sweep, tmp_path):
+    assert sweep("--method", "plain") == 0
+    out = tmp_path / "out"
+    results, (first, second) = out / "results-0.jsonl", sorted(pictures(out).values())
+    wanted, complete = rows(out), results.read_bytes()
+    drawn = second.read_bytes()
+
+    # A line that a kill cut off, of another number of processes, and a picture whose row was never written.
+    lines = complete.splitlines(keepends=True)
+    cut = next(i for i, line in enumerate(lines) if second.name.encode() in line)
+    results.rename(out / "results-3.jsonl")
+    (out / "results-3.jsonl").write_bytes(b"".join(lines[:cut]) + lines[cut][:40])
+    (out / "results-0.jsonl").write_bytes(b'{"run": "2026-')
+    stamps = [path.stat().st_mtime_ns for path in (first, second)]
+    assert sweep("--method", "plain") == 0
+    assert [path.stat().st_mtime_ns for path in (first, second)] == stamps
+    adopted = rows(out)
+    assert adopted[0] == wanted[0] and adopted[1]["seconds"] is None
+    assert [row["strict"] for row in adopted] == [row["strict"] for row in wanted]
+
+    # A picture that was removed, and a part of one.
+    second.unlink()
+    part = second.with_name(f"{second.name}.1.tmp")
+    part.write_bytes(drawn[:50])
+    assert sweep("--method", "plain") == 0
+    assert first.stat().st_mtime_ns == stamps[0] and second.read_bytes() == drawn and not part.exists()
+    assert rows(out)[1]["seconds"] > 0
+
+    # Nothing at all: no pipeline is needed.
+    size = results.stat().st_size
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("attnctl_fast._model.load", None)
+        assert sweep("--method", "plain") == 0
+    assert results.stat().st_size == size
+
+
+def test_a_picture_that_fails_is_a_row_and_tried_again(sweep, tmp_path, monkeypatch, capsys):
+    draw = _sweep.draw
+
+    def failing(pipe, settings):
+        if settings.seed == 0:
+            raise RuntimeError("out of memory\nmore of it")
+        return draw(pipe, settings)
+
+    monkeypatch.setattr(_sweep, "draw", failing)
+    assert sweep("--method", "plain") == 1
+    captured = capsys.readouterr()
+    assert "1 of 2 pictures failed" in captured.err and "1 (1 failed)" in captured.out
+    bad, good = rows(tmp_path / "out")
+    assert bad["error"] == "RuntimeError: out of memory" and "strict" not in bad and "strict" in good
+
+    monkeypatch.setattr(_sweep, "draw", draw)
+    stamp = (tmp_path / "out" / good["file"]).stat().st_mtime_ns
+    assert sweep("--method", "plain") == 0
+    assert ["error" in row for row in rows(tmp_path / "out")] == [False, False]
+    assert (tmp_path / "out" / good["file"]).stat().st_mtime_ns == stamp
+
+
+def test_an_interruption_keeps_what_is_drawn(sweep, tmp_path, monkeypatch, capsys):
+    draw = _sweep.draw
+
+    def interrupted(pipe, settings):
+        if settings.seed == 1:
+            raise KeyboardInterrupt
+        return draw(pipe, settings)
+
+    monkeypatch.setattr(_sweep, "draw", interrupted)
+    assert sweep("--method", "plain") == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    (kept,) = pictures(tmp_path / "out").values()
+    stamp = kept.stat().st_mtime_ns
+    monkeypatch.setattr(_sweep, "draw", draw)
+    assert sweep("--method", "plain") == 0
+    assert kept.stat().st_mtime_ns == stamp and len(rows(tmp_path / "out")) == 2
+
+
+def test_prompts_have_targets_and_seeds_of_their_own(sweep, tmp_path):
+    lines = [
+        "# two objects",
+        "",
+        '{"prompt": "a red circle and a blue star", "targets": ["circle", "star"], "seeds": [5, 3]}',
+        '{"prompt": "a green ring and a cyan cross", "groups": ["green+ring", "cyan+cross"], "targets": ["ring"]}',
+        "a red circle",
+    ]
+    (tmp_path / "prompts").write_text("\n".join(lines))
+    layers = ["--layers", "down_blocks.0", "up_blocks.2"]
+    given = ["--prompts", tmp_path / "prompts", "--seeds", 1, "--seed-start", 9]
+    assert sweep(*given, "--method", "regulation", "plain", "--targets", "circle", *layers) == 0
+    found = rows(tmp_path / "out")
+    assert [(row["place"], row["seed"]) for row in found if row["method"] == "plain"] == [
+        (0, 5),
+        (0, 3),
+        (1, 9),
+        (2, 9),
+    ]
+
+    entries = _prompts.read_prompts(tmp_path / "prompts")
+    assert entries[1]["groups"] == [("green", "ring"), ("cyan", "cross")]
+    base = _sweep.MethodSettings(model="shapes", prompt="", targets=["circle"])
+    planned = _sweep.plan(base, ["regulation", "plain"], entries, [9])
+    targets = [picture.settings.targets for picture in planned]
+    assert targets == [["circle", "star"], None, ["circle", "star"], None, ["ring"], None, ["circle"], None]
+    assert planned[4].settings.groups is None
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A CLIP model with random weights, saved with its processor, to whom the tests' pictures and prompts are alike."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    tokens = tiny.tokenizer()
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id}
+    text = {**shared, **special, "vocab_size": len(tokens), "max_position_embeddings": tiny.LENGTH}
+    vision = {**shared, "image_size": 32, "patch_size": 16}
+    folder = tmp_path_factory.mktemp("clip")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    with torch.no_grad():
+        # A direction that both have, which makes the cosines positive.
+        model.visual_projection.weight.copy_(model.text_projection.weight)
+        model.vision_model.post_layernorm.bias.fill_(3)
+        model.text_model.final_layer_norm.bias.fill_(3)
+    model.save_pretrained(folder)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPProcessor(CLIPImageProcessor(**size), tokens).save_pretrained(folder)
+    return folder
+
+
+def test_clip_scores_also_pictures_that_were_drawn_before(sweep, tmp_path, clip, capsys):
+    assert sweep("--method", "plain", "energy", "--gamma-attn", 1) == 0
+    out = tmp_path / "out"
+    stamps = {name: path.stat().st_mtime_ns for name, path in pictures(out).items()}
+    assert sweep("--method", "plain", "energy", "--gamma-attn", 1, "--clip", clip) == 0
+    assert {name: path.stat().st_mtime_ns for name, path in pictures(out).items()} == stamps
+    assert "CLIP score" in capsys.readouterr().out
+
+    from transformers import CLIPModel, CLIPProcessor
+
+    model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
+    found = rows(out)
+    for row in found:
+        with Image.open(out / row["file"]) as image, torch.no_grad():
+            given = processor(text=[row["prompt"]], images=[image], return_tensors="pt", truncation=True)
+            expected = 100 * model(**given).logits_per_image.item() / model.logit_scale.exp().item()
+        assert row["clip"] == pytest.approx(expected, rel=1e-4) and 0 < row["clip"] < 100
+    assert len({row["clip"] for row in found}) == 4
+    figures = json.loads((out / "summary.json").read_text())["methods"]
+    one, other = ([row["clip"] for row in found if row["method"] == name] for name in ("plain", "energy"))
+    assert figures["plain"]["clip"]["mean"] == pytest.approx(sum(one) / 2)
+    gained = sum(after > before for before, after in zip(one, other, strict=True))
+    assert figures["energy"]["against_plain"]["clip"]["gained"] == gained
+
+
+def test_clip_scores_below_zero_are_zero_and_long_prompts_are_cut(clip):
+    scorer = Clip(str(clip), torch.device("cpu"))
+    image = Image.new("RGB", (48, 64), "red")
+    value = scorer(image, "a red ball " * 30)["clip"]
+    assert value > 0
+    scorer._weights.text_projection.weight.data.neg_()
+    assert scorer(image, "a red ball " * 30)["clip"] == 0
+
+
+def test_pairs_are_counted_by_prompt_and_seed():
+    def row(method, seed, **scores):
+        return {"place": 0, "seed": seed, "method": method, "seconds": 1.0 + seed, **scores}
+
+    plain = [row("plain", seed, strict=seed == 0, clip=20.0) for seed in range(4)] + [row("plain", 9, error="x")]
+    other = [row("tsam", seed, strict=seed > 0, clip=19.0 + seed) for seed in range(4)] + [row("tsam", 9, strict=True)]
+    figures = summary(plain + other, ["plain", "tsam"])
+    assert figures["plain"]["strict"]["rate"] == 0.25 and figures["plain"]["failed"] == 1
+    assert figures["plain"]["seconds"] == {"median": 2.5, "low": 1.75, "high": 3.25}
+    against = figures["tsam"]["against_plain"]
+    assert against["strict"] == {"gained": 3, "lost": 1, "p_value": mcnemar(3, 1), "count": 4}
+    assert (against["clip"]["gained"], against["clip"]["lost"]) == (2, 1)
+    assert "80.0 % (+3 -1, p = 0.6)" in table(figures) and "20.50 (+2 -1, p = 1)" in table(figures)
+
+
+def test_a_log_goes_on_after_a_cut_line(tmp_path):
+    (tmp_path / "results-0.jsonl").write_text('{"run": "a", "kind": "picture", "fi')
+    log = Log(tmp_path / "results-0.jsonl", "b", 0, {"device": "cpu"})
+    log.write("picture", {"file": "x", "seconds": 1.0})
+    log.write("picture", {"file": "y", "error": "no"})
+    assert [row["kind"] for row in Folder(tmp_path).rows()] == ["run", "picture", "picture"]
+    assert (tmp_path / "results-0.jsonl").read_text().count("\n") == 4
+
+
+@pytest.mark.parametrize("prompt", ["", "a red", "a red circle and", "a red circle and a red star", "two red circles"])
+def test_prompts_that_are_no_scene(prompt):
+    assert scene_for_prompt(prompt) is None
+
+
+@pytest.mark.parametrize("objects", [1, 2, 3])
+def test_prompts_of_scenes(objects):
+    scene = scene_for_seed(4, objects)
+    assert scene_for_prompt(scene.prompt) == scene
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", 2], "steps is 1 there and 2 here"),
+        (["--method", "plain", "energy"], "methods is .*plain.* there and .*energy.* here"),
+        (["--seeds", 3], "seeds is .0, 2. there and .0, 3. here"),
+        (["--seed-start", 1], "seeds is .0, 2. there and .1, 2. here"),
+        (["--prompts", "ONE"], "it has 2 prompts, this one 1"),
+        (["--prompts", "TWO"], "prompt 1 is .*a cyan square and a red cross.* there and .*a red circle.* here"),
+    ],
+)
+def test_other_settings_are_refused(sweep, tmp_path, capsys, options, message):
+    folder = Folder(tmp_path / "out")
+    parser = evaluate._parser()
+    arguments = parser.parse_args([*SHAPES, "--steps", "1", "--seeds", "2", "--method", "plain"])
+    base = evaluate._base(arguments, Processes(cpu=True))
+    folder.claim(evaluate._settings(base, ["plain"], evaluate._entries(arguments, base, range(2)), [0, 2]))
+    (tmp_path / "ONE").write_text("a red circle\n")
+    (tmp_path / "TWO").write_text("a red circle\na blue star\n")
+    given = [tmp_path / word if word in ("ONE", "TWO") else word for word in options]
+    assert sweep("--method", "plain", *given) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("attnctl_fast.evaluate: ") and "holds another sweep" in line
+    assert re.search(message, line), line
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pictures", "sweep.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "lines", "message"),
+    [
+        ((), [], "prompts holds no prompt; write one a line"),
+        ((), ['{"prompt": '], "line 1 is not JSON"),
+        ((), ["a red circle", '{"text": "a"}'], "line 2 has the field 'text'; known are prompt, "),
+        ((), ['{"targets": ["a"]}'], "has no field 'prompt'"),
+        ((), ['{"prompt": 3}'], "prompt is 3; it must be text"),
+        ((), ['{"prompt": "a", "targets": "a"}'], "targets is 'a'; it must be a list of texts"),
+        ((), ['{"prompt": "a", "pairs": ["red"]}'], "pairs must be MODIFIER:NOUN"),
+        ((), ['{"prompt": "a", "token_weights": ["a=b"]}'], "token_weights could not convert"),
+        ((), ['{"prompt": "a", "seeds": [1, 1]}'], "seeds is .1, 1.; it must be a list of whole numbers, none twice"),
+        ((), ['{"prompt": "a", "seeds": [-1]}'], "seeds must be from 0 to"),
+        ((), ["a red circle"], "prompt 1 .'a red circle'.: --method regulation needs --targets"),
+        ((), ['{"prompt": "a red circle", "targets": ["cat"]}'], "prompt 1: targets holds 'cat', which is not in the"),
+        (("--method", "plain", "--targets", "a"), ["a"], "--targets is an option of .* and excite, not of plain"),
+        (("--method", "plain", "energy", "plain"), ["a"], "--method names plain twice"),
+        (("--targets", "circle", "--layers", "mid_block.7"), ["a circle"], "mid_block.7"),
+        (("--device", "abacus"), None, "abacus"),
+        (("--targets", "circle"), None, "--targets goes with --prompts; the scenes of --model shapes have their own"),
+        (("--model", "/nowhere"), None, "--model /nowhere needs --prompts"),
+        (("--model", "/nowhere", "--method", "plain"), ["a"], "/nowhere"),
+        (("--clip", "/no/clip"), None, "--clip '/no/clip' is not a CLIP model"),
+        (
+            ("--open-clip", "ViT-B-32:openai"),
+            None,
+            "--open-clip needs open_clip_torch; run: pip install open_clip_torch",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_drawn(sweep, tmp_path, capsys, monkeypatch, options, lines, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(_scores.util, "find_spec", lambda name: None if name == "open_clip" else find_spec(name))
+    given = []
+    if lines is not None:
+        (tmp_path / "prompts").write_text("\n".join(lines))
+        given = ["--prompts", tmp_path / "prompts"]
+    assert sweep(*given, *options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("attnctl_fast.evaluate: ") and re.search(message, line), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_that_cannot_be_read(sweep, tmp_path, capsys):
+    assert sweep("--prompts", tmp_path / "none") == 2
+    assert capsys.readouterr().err.endswith("none cannot be read: No such file or directory\n")
+    (tmp_path / "latin").write_bytes("ein Möwe".encode("latin-1"))
+    assert sweep("--prompts", tmp_path / "latin") == 2
+    assert "latin is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_folders_of_something_else_are_left_alone(sweep, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter").write_text("mine")
+    assert sweep("--method", "plain") == 2
+    assert "holds other files and no sweep; choose another --out" in capsys.readouterr().err
+    assert sweep("--method", "plain", "--out", tmp_path / "out" / "letter") == 2
+    assert "is a file; name a folder" in capsys.readouterr().err
+    assert sweep("--method", "plain", "--out", tmp_path / "out" / "letter" / "further") == 2
+    assert "letter/further" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["letter"]
+
+
+@pytest.mark.parametrize("wrong", [["--method", "paint"], ["--clip", "a", "--open-clip", "b:c"], ["--seeds", "0"]])
+def test_wrong_usage_exits_with_two_and_only_the_first_process_says_so(wrong, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([*SHAPES, *wrong])
+    assert stopped.value.code == 2 and "usage: attnctl_fast.evaluate" in capsys.readouterr().err
+    # A launcher kills the first process, which may not have said yet what is wrong, once another one has failed.
+    monkeypatch.setenv("RANK", "1")
+    assert evaluate.main([*SHAPES, *wrong]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_processes_that_are_not_joined_are_refused(sweep, tmp_path, capsys, monkeypatch):
+    Processes(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert sweep() == 2
+    assert "2 processes were started, which Accelerate does not join" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_that_only_another_process_met_is_raised_here_too(monkeypatch):
+    processes = Processes(cpu=True)
+    monkeypatch.setattr(_processes, "gather_object", lambda mine: [*mine, "no such device"])
+    with pytest.raises(ValueError, match="no such device"):
+        processes.together(lambda: 3)
+    with pytest.raises(OSError, match="own"):
+        processes.together(lambda: (_ for _ in ()).throw(OSError("own")))
+    monkeypatch.setattr(_processes, "gather_object", lambda mine: [*mine, None])
+    assert processes.together(lambda: 3) == processes.by_first(lambda: 3) == 3
+
+
+def test_missing_extras_are_named_with_the_remedy(sweep, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "accelerate" else object())
+    assert sweep() == 2
+    assert 'accelerate not installed; run: pip install "attnctl-fast[diffusers]"' in capsys.readouterr().err
