@@ -36,6 +36,26 @@ def _cells(grid: tuple[int, int]) -> int:
     return grid[0] * grid[1]
 
 
+def _pipeline(pipe: Any) -> Any:
+    """diffusers' pipeline on the parts of this one, without the news that it is deprecated."""
+    from diffusers.utils import logging
+
+    parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    spared = dict.fromkeys(("safety_checker", "feature_extractor"))
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from diffusers import StableDiffusionAttendAndExcitePipeline
+
+            made = StableDiffusionAttendAndExcitePipeline(**parts, **spared, requires_safety_checker=False)
+    finally:
+        logging.set_verbosity(verbosity)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
 def _attend_and_excite(setting: Setting) -> Drawn:
     """StableDiffusionAttendAndExcitePipeline of the pipeline's own parts, without refinement.
 
@@ -46,17 +66,7 @@ def _attend_and_excite(setting: Setting) -> Drawn:
     if objection is not None:
         raise ValueError(f"{objection}; leave out its form")
     method: Any = ours.method("AttendAndExcite", setting)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from diffusers import StableDiffusionAttendAndExcitePipeline
-
-        pipe = StableDiffusionAttendAndExcitePipeline(
-            **{name: getattr(setting.pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")},
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = _pipeline(setting.pipe)
     before = pipe.unet.attn_processors
     try:
         return Drawn(

@@ -77,7 +77,9 @@ def text_similarity(setting: Setting, gamma: float, *, padded: bool) -> Tensor:
     length = pipe.tokenizer.model_max_length if padded else end + 1
     ids = pipe.tokenizer(PROMPT, padding="max_length", max_length=length, return_tensors="pt").input_ids
     found = [_self_attention(encoder, ids.to(setting.latents.device)) for encoder in encoders if encoder is not None]
-    words = torch.stack(found).mean(0)[1:end, 1:end] ** gamma
+    words = torch.stack(found).mean(0)[1:end, 1:end]
+    # Over the largest first, so that the power does not underflow.
+    words = (words / words.amax(1, keepdim=True)) ** gamma
     return words / words.sum(1, keepdim=True)
 
 
