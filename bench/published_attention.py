@@ -39,8 +39,7 @@ class _Dense:
         plan, own = self.plan, encoder_hidden_states is None
         context = hidden_states if own else plan.text
         q, k, v = (
-            attn.head_to_batch_dim(x)
-            for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+            attn.head_to_batch_dim(x) for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
         if plan.active():
             logits = torch.baddbmm(q.new_empty(len(q), q.shape[1], k.shape[1]), q, k.mT, beta=0, alpha=attn.scale)

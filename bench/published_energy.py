@@ -34,8 +34,7 @@ class _Contexts:
     def projected(self, attn: Any, hidden_states: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The layer's output, and queries, keys and logits."""
         q, k, v = (
-            attn.head_to_batch_dim(x)
-            for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+            attn.head_to_batch_dim(x) for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
         logits = torch.baddbmm(q.new_empty(len(q), q.shape[1], k.shape[1]), q, k.mT, beta=0, alpha=attn.scale)
         out = attn.batch_to_head_dim(torch.bmm(logits.softmax(-1).to(q.dtype), v))
@@ -63,7 +62,7 @@ class _Contexts:
         context = hidden_states if own else self.main
         assert context is not None
         out, q, k, logits = self.projected(attn, hidden_states, context)
-        moved = []
+        moved: list[Tensor] = []
         if not own and self.edits:
             out, moved = self._composed(attn, hidden_states, out)
         increment = self.step(attn, q, k, logits, self.gammas)

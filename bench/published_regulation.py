@@ -60,8 +60,7 @@ class _Regulation:
 
     def _attend(self, layer: Layer, attn: Any, hidden_states: Tensor, context: Tensor) -> Tensor:
         q, k, v = (
-            attn.head_to_batch_dim(x)
-            for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+            attn.head_to_batch_dim(x) for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
         logits = q.new_empty(len(q), q.shape[1], k.shape[1])
         logits = torch.baddbmm(logits, q, k.mT, beta=0, alpha=attn.scale)

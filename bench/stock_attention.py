@@ -156,9 +156,7 @@ class _Pulled:
         return finished(attn, torch.cat([plain, pulled]), hidden_states)
 
 
-def _by_logits(
-    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, sets: Tensor, shared: Tensor, scale: float
-) -> Tensor:
+def _by_logits(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, sets: Tensor, shared: Tensor, scale: float) -> Tensor:
     """weight `[M,1]`; sets `[M,P]`: which set of masks an image token lies in, one-hot; shared `[N,P]`: which sets have
     a mask in common with a key's."""
     logits = (scale * q) @ k.mT
@@ -167,9 +165,7 @@ def _by_logits(
     return pulled.softmax(-1) @ v
 
 
-def _by_columns(
-    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, sets: Tensor, shared: Tensor, scale: float
-) -> Tensor:
+def _by_columns(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, sets: Tensor, shared: Tensor, scale: float) -> Tensor:
     """The same by fused attention, with q, k and v a multiple of 8 wide."""
     reach = torch.cat([_reach(rows, k) for rows in q.split(_rows(q), 2)], 2)
     width, spare = q.shape[3], -(q.shape[3] + sets.shape[1]) % 8

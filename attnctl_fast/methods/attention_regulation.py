@@ -183,9 +183,7 @@ class _Regulating:
         return _moved(theta.to(logits.dtype).expand(batch, -1, -1, -1, -1), logits.device)
 
 
-def initial_theta(
-    seed: int, layer: str, evaluation: int, heads: int, targets: int, centres: tuple[int, int]
-) -> Tensor:
+def initial_theta(seed: int, layer: str, evaluation: int, heads: int, targets: int, centres: tuple[int, int]) -> Tensor:
     """Uniform weights `[H,T,r_y,r_x]` of one layer at one evaluation of the UNet, on the CPU."""
     key = f"{seed}/{layer}/{evaluation}"
     number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")
