@@ -182,29 +182,40 @@ def full_logits(q: Tensor, k: Tensor) -> Tensor:
 
 
 def statistics_loop(
-    grid: tuple[int, int], basis: tuple[Tensor, Tensor], steps: int, compile: Compile
+    grid: tuple[int, int],
+    basis: tuple[Tensor, Tensor],
+    steps: int,
+    compile: Compile,
+    *,
+    step_size: float = 100.0,
+    quantile: float = 0.9,
+    level: float = 0.9,
+    mass: float | None = None,
+    mass_weight: float = 80.0,
+    penalty: float = 0.09,
 ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(losses [steps,B,H], bias) from (logits [B,H,T,M], rest_lse [B,H,M], theta): the closed forms of one step of the
-    official objective in plain PyTorch, compiled, in a loop. `basis`: from `axes`."""
+    official objective in plain PyTorch, compiled, in a loop. `basis`: from `axes`; the rest as for `ops.regulate`."""
 
     def step(theta: Tensor, logits: Tensor, rest: Tensor, basis_y: Tensor, basis_x: Tensor) -> tuple[Tensor, Tensor]:
         count, size = logits.shape[2:]
-        position = 0.9 * (size - 1)
+        position = quantile * (size - 1)
         rank, fraction = int(position), position - int(position)
         edited = torch.cat([logits + span(theta, (basis_y, basis_x)), rest.unsqueeze(2)], 2)
         maps = edited.softmax(2)[:, :, :count]
         values, places = maps.topk(size - rank)
         lower, upper = values[..., -1], values[..., max(-2, -values.shape[-1])]
-        above, off = torch.lerp(lower, upper, fraction) - 0.9, maps.mean(3) - min(1.0, 0.2 * count) / count
-        loss = (above**2 + 80 * off**2).mean(2) + 0.09 * theta.square().mean((-1, -2, -3))
-        slope = (160 / (count * size) * off).unsqueeze(-1).expand_as(maps)
+        share = min(1.0, 0.2 * count) / count if mass is None else mass
+        above, off = torch.lerp(lower, upper, fraction) - level, maps.mean(3) - share
+        loss = (above**2 + mass_weight * off**2).mean(2) + penalty * theta.square().mean((-1, -2, -3))
+        slope = (2 * mass_weight / (count * size) * off).unsqueeze(-1).expand_as(maps)
         slopes = torch.stack([above * (1 - fraction), above * fraction], -1) * (2 / count)
         at = torch.stack([places[..., -1], places[..., max(-2, -values.shape[-1])]], -1)
         slope = slope.scatter_add(3, at, slopes) * maps
         slope = slope - slope.sum(2, keepdim=True) * maps
         gradient = basis_y.mT @ slope.unflatten(3, grid) @ basis_x
-        shrink = 1 - 100 * 2 * 0.09 / (count * theta.shape[3] * theta.shape[4])
-        return theta * shrink - 100 * gradient, loss
+        shrink = 1 - step_size * 2 * penalty / (count * theta.shape[3] * theta.shape[4])
+        return theta * shrink - step_size * gradient, loss
 
     fused = compile(step)
 

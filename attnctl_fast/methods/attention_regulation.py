@@ -179,12 +179,17 @@ class _Regulating:
         """Uniform weights `[B,H,T,r_y,r_x]`, the same for every sample, whatever the batch and its longest list of
         targets."""
         batch, heads, targets, _ = logits.shape
-        key = f"{self.method.seed}/{layer.name}/{self.call.evaluation}"
-        seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")
-        generator = torch.Generator().manual_seed(seed)
-        # Target by target, so that the first targets' weights do not depend on how many there are.
-        theta = torch.stack([torch.rand(heads, *centres, generator=generator) for _ in range(targets)], 1)
+        theta = initial_theta(self.method.seed, layer.name, self.call.evaluation, heads, targets, centres)
         return _moved(theta.to(logits.dtype).expand(batch, -1, -1, -1, -1), logits.device)
+
+
+def initial_theta(seed: int, layer: str, evaluation: int, heads: int, targets: int, centres: tuple[int, int]) -> Tensor:
+    """Uniform weights `[H,T,r_y,r_x]` of one layer at one evaluation of the UNet, on the CPU."""
+    key = f"{seed}/{layer}/{evaluation}"
+    number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")
+    generator = torch.Generator().manual_seed(number)
+    # Target by target, so that the first targets' weights do not depend on how many there are.
+    return torch.stack([torch.rand(heads, *centres, generator=generator) for _ in range(targets)], 1)
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:
