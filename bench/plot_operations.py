@@ -66,15 +66,16 @@ def newest(rows: Iterable[Row]) -> list[Row]:
 
 
 def _devices(rows: Iterable[Row]) -> list[list[Row]]:
-    """The newest rows of every device in its most measured dtype: GPUs first, then the newest."""
+    """The newest rows of every device in its most measured dtype, and what failed before it had one: GPUs first, then
+    the newest."""
     by_device: dict[str, list[Row]] = {}
     for row in newest(rows):
         by_device.setdefault(device(row), []).append(row)
     found = []
     for mine in by_device.values():
-        dtypes = [row.get("dtype") for row in mine]
-        dtype = max(dict.fromkeys(dtypes), key=dtypes.count)
-        found.append([row for row in mine if row.get("dtype") == dtype])
+        dtypes = [row["dtype"] for row in mine if "dtype" in row]
+        dtype = max(dict.fromkeys(dtypes), key=dtypes.count, default=None)
+        found.append([row for row in mine if row.get("dtype") in (dtype, None)])
     return sorted(found, key=lambda mine: (on_gpu(mine[0]), max(map(moment, mine))), reverse=True)
 
 
@@ -117,7 +118,7 @@ def _role(impl: str, kernels: bool) -> str | None:
 
 def select_growth(rows: Iterable[Row], letter: str) -> list[Row]:
     """Of the best device with any: per operation the rows of one model that differ only in a size (with M also in heads
-    and their width, as a model's layers do)."""
+    and their width, as a model's layers do); and what failed."""
     free = "MHd" if letter == "M" else letter
     for mine in _devices(rows):
         found: list[Row] = []
@@ -136,12 +137,8 @@ def select_growth(rows: Iterable[Row], letter: str) -> list[Row]:
             if points(best)[0] > 1:
                 found += sorted(best, key=lambda row: sizes(row["shape"])[letter])
         if found:
-            return found
+            return found + [row for row in mine if "failed" in row and row not in found]
     return []
-
-
-def best_stock(found: Iterable[Call]) -> Call | None:
-    return min((call for call in found if call.role == "stock"), key=lambda call: call.median, default=None)
 
 
 def draw_growth(rows: Sequence[Row], letter: str) -> Figure:
@@ -160,7 +157,8 @@ def draw_growth(rows: Sequence[Row], letter: str) -> Figure:
                     times = (factor * call.median, factor * call.low, factor * call.high)
                     lines.setdefault(role, []).append(Point(size, *times))
                     rivals |= {call.impl} if role == "stock" else set()
-        panels.append(Panel(f"{op}\n{next(row['model'] for row in rows if row['op'] == op)}", lines))
+        where = mine[0].model if letter == "M" else f"{mine[0].model}, M = {mine[0].sizes['M']}"
+        panels.append(Panel(f"{op}\n{where}", lines))
     present = [role for role in ROLES if any(role in panel.lines for panel in panels)]
     spread = "20th and 80th percentile" if "p50" in next(row for row in rows if "failed" not in row) else "quartiles"
     notes = [f"Medians and {spread} of one call."]
@@ -168,7 +166,7 @@ def draw_growth(rows: Sequence[Row], letter: str) -> Figure:
         notes[0] += " The points are the layers of one model, whose heads and their width differ too."
     if rivals:
         notes.append(f"Stock PyTorch's best at each point, of: {', '.join(sorted(rivals))}.")
-    notes += failures(rows, lambda row: f"{row['op']}, {row.get('impl', 'all')}", lambda row: row["shape"])
+    notes += _failures(rows)
     against = {"M": "the image tokens", "B": "the batch"}[letter]
     title = f"Time per call against {against}: {rows[0]['dtype']}"
     handles = [handle(role, NAMES[role]) for role in present]
@@ -178,12 +176,16 @@ def draw_growth(rows: Sequence[Row], letter: str) -> Figure:
     return figure
 
 
+def _failures(rows: Sequence[Row]) -> list[str]:
+    return failures(rows, lambda row: f"{row['op']}, {row.get('impl', 'all')}", lambda row: row["shape"])
+
+
 def select_roofline(rows: Iterable[Row]) -> list[Row]:
-    """The rows of the best device that say how many bytes and FLOPs they take."""
+    """The rows of the best device that say how many bytes and FLOPs they take; and what failed."""
     for mine in _devices(rows):
-        found = [row for row in mine if row.get("bytes") and "flops" in row]
+        found = [row for row in mine if row.get("bytes") and "flops" in row and "failed" not in row]
         if any(call.role == "ours" and call.flops for call in calls(found)):
-            return found
+            return found + [row for row in mine if "failed" in row]
     return []
 
 
@@ -191,7 +193,12 @@ def draw_roofline(rows: Sequence[Row]) -> Figure:
     """Achieved FLOP/s against arithmetic intensity, and what share of the roof the operations reach at their largest
     shape. The roof is the copy bandwidth times the intensity, where it was measured; what limits arithmetic was not.
     Without it, shares are of the highest rate in the rows."""
-    found = [call for call in calls(rows, cold=True) if call.role in ("ours", "stock")]
+    best: dict[tuple[str, str, str, str], Call] = {}
+    for call in calls(rows, cold=True):
+        key = call.op, call.model, call.shape, call.role
+        if call.role != "published" and (key not in best or call.median < best[key].median):
+            best[key] = call
+    found = list(best.values())
     copies = [call.copy for call in found if call.copy]
     highest = max(call.flops / call.median for call in found if call.flops)
     shown: list[tuple[str, list[tuple[str, float]]]] = []
@@ -200,7 +207,7 @@ def draw_roofline(rows: Sequence[Row]) -> Figure:
         ours = max((call for call in mine if call.role == "ours"), key=lambda x: (x.moved, x.flops), default=None)
         if ours is None:
             continue
-        rival = best_stock(x for x in mine if (x.model, x.shape) == (ours.model, ours.shape))
+        rival = best.get((op, ours.model, ours.shape, "stock"))
         pair = [(call.role, _share(call, highest)) for call in (ours, rival) if call is not None]
         shown.append((f"{op}\n{ours.shape}", pair))
     shown.sort(key=lambda x: x[1][0][1])
@@ -215,8 +222,9 @@ def draw_roofline(rows: Sequence[Row]) -> Figure:
         )
     else:
         notes.append("The copy bandwidth was not measured: shares are of the highest rate here, not of a roof.")
+    notes += _failures(rows)
     roles = [role for role in ("ours", "stock") if any(role == name for _, pair in shown for name, _ in pair)]
-    handles = [handle(role, NAMES[role], "") for role in roles]
+    handles = [handle(role, NAMES[role], line=False) for role in roles]
     handles += [Line2D([], [], color="black", linewidth=1, label="copy bandwidth")] if copies else []
     figure = canvas(f"Roofline: {rows[0]['dtype']}", rows, notes, handles, 4.0 + 0.3 * len(shown))
     points, bars = figure.subplots(2, 1, height_ratios=(3.3, 0.5 + 0.3 * len(shown)))

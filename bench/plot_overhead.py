@@ -84,7 +84,7 @@ def draw_overhead(rows: Sequence[Row]) -> Figure:
     handles: list[Any] = [Patch(color=COLOURS[form], label=LABELS[form]) for form in present]
     if papers:
         label = sources[0].partition(":")[0] if len(sources) == 1 else "in the paper"
-        handles.append(handle("paper", label, ""))
+        handles.append(handle("paper", label, line=False))
     places: dict[tuple[str, str], float] = {}
     middles, ends, at = [], [], 0.0
     for method in methods:
@@ -205,7 +205,7 @@ def _panels(rows: Sequence[Row], by: str, point: Any) -> list[Panel]:
 def _grown(rows: Sequence[Row], panels: Sequence[Panel], title: str, by: str, notes: Sequence[str]) -> Figure:
     forms = [form for form in ("plain", *FORMS) if any(form in panel.lines for panel in panels)]
     failed = failures(rows, _form, lambda row: f"{by} {row[by]}")
-    handles = [handle(form) for form in forms]
+    handles = [handle(form, LABELS[form]) for form in forms]
     return canvas(f"{title}: {_setting(rows[0], by)}", rows, [*notes, *failed], handles, panel_body(len(panels))[2])
 
 

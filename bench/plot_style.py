@@ -127,10 +127,10 @@ def moment(row: Row) -> str:
     return row["date"] if "date" in row else row["run"]
 
 
-def handle(form: str, label: str | None = None, line: str = "-") -> Line2D:
-    """A form's marker in a legend, with its line if it has one."""
-    name = label or LABELS[form]
-    return Line2D([], [], color=COLOURS[form], marker=MARKERS[form], linestyle=line, markersize=5, label=name)
+def handle(form: str, label: str, *, line: bool = True) -> Line2D:
+    """A form's marker in a legend, on a line or not."""
+    style: Any = "-" if line else ""
+    return Line2D([], [], color=COLOURS[form], marker=MARKERS[form], linestyle=style, markersize=5, label=label)
 
 
 def failures(rows: Iterable[Row], what: Callable[[Row], str], where: Callable[[Row], str] | None = None) -> list[str]:
