@@ -57,12 +57,15 @@ def sizes(shape: str) -> dict[str, int]:
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of every implementation at every shape, dtype and number of threads."""
-    found: dict[tuple[Any, ...], Row] = {}
+    """The rows of every implementation at every shape and dtype from the last run that has any."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
     for row in sorted(rows, key=moment):
-        names = ("op", "model", "shape", "dtype", "impl", "threads")
-        found[(device(row), *(row.get(name) for name in names))] = row
-    return list(found.values())
+        key = device(row), *(row.get(name) for name in ("op", "model", "shape", "dtype", "impl"))
+        if key in found and moment(found[key][0]) == moment(row):
+            found[key].append(row)
+        else:
+            found[key] = [row]
+    return [row for same in found.values() for row in same]
 
 
 def _devices(rows: Iterable[Row]) -> list[list[Row]]:
@@ -165,7 +168,7 @@ def draw_growth(rows: Sequence[Row], letter: str) -> Figure:
     if letter == "M":
         notes[0] += " The points are the layers of one model, whose heads and their width differ too."
     if rivals:
-        notes.append(f"Stock PyTorch's best at each point, of: {', '.join(sorted(rivals))}.")
+        notes.append(f"Stock PyTorch's best at each point, of: {'; '.join(sorted(rivals))}.")
     notes += _failures(rows)
     against = {"M": "the image tokens", "B": "the batch"}[letter]
     title = f"Time per call against {against}: {rows[0]['dtype']}"
@@ -226,7 +229,8 @@ def draw_roofline(rows: Sequence[Row]) -> Figure:
     roles = [role for role in ("ours", "stock") if any(role == name for _, pair in shown for name, _ in pair)]
     handles = [handle(role, NAMES[role], line=False) for role in roles]
     handles += [Line2D([], [], color="black", linewidth=1, label="copy bandwidth")] if copies else []
-    figure = canvas(f"Roofline: {rows[0]['dtype']}", rows, notes, handles, 4.0 + 0.3 * len(shown))
+    title = "Share of the roofline" if copies else "Rates of arithmetic, without a roof"
+    figure = canvas(f"{title}: {rows[0]['dtype']}", rows, notes, handles, 4.0 + 0.3 * len(shown))
     points, bars = figure.subplots(2, 1, height_ratios=(3.3, 0.5 + 0.3 * len(shown)))
     _points(points, found)
     _bars(bars, shown, "share of the copy bandwidth, %" if copies else "share of the highest rate, %")

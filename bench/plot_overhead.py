@@ -99,7 +99,7 @@ def draw_overhead(rows: Sequence[Row]) -> Figure:
     notes = [f"Medians and quartiles, turn by turn over plain sampling; the scale is linear up to {LINEAR:g} %."]
     if papers:
         notes.append(
-            f"Diamonds: {'; '.join(sources)}. Another GPU and a trained model: a reference, no rival of the bars."
+            f"Diamonds: {'; '.join(sources)}. Another machine and a trained model: a reference, no rival of the bars."
         )
     notes += failures(rows, _form)
     lost = [_form(row) for row in rows if row["form"] in FORMS and _without_plain(row)]

@@ -103,7 +103,8 @@ def provenance(rows: Iterable[Row]) -> str:
             if row["versions"].get(name):
                 found.setdefault(name, {})[row["versions"][name]] = None
     commits = dict.fromkeys(_commit(row) for row in rows)
-    where = ", ".join(devices) + (f" ({' or '.join(map(str, threads))} threads)" if threads else "")
+    used = " or ".join(map(str, threads)) + (" thread" if threads == [1] else " threads")
+    where = ", ".join(devices) + (f" ({used})" if threads else "")
     versions = ", ".join(f"{name} {' and '.join(numbers)}" for name, numbers in found.items())
     return f"{where}; {versions}; commit {', '.join(commits)}"
 
