@@ -207,11 +207,13 @@ def draw_roofline(rows: Sequence[Row]) -> Figure:
     shown: list[tuple[str, list[tuple[str, float]]]] = []
     for op in dict.fromkeys(call.op for call in found):
         mine = [call for call in found if call.op == op and (call.copy if copies else call.flops)]
-        ours = max((call for call in mine if call.role == "ours"), key=lambda x: (x.moved, x.flops), default=None)
+        ours = max(
+            (call for call in mine if call.role == "ours"), key=lambda x: (x.moved or 0, x.flops or 0), default=None
+        )
         if ours is None:
             continue
         rival = best.get((op, ours.model, ours.shape, "stock"))
-        pair = [(call.role, _share(call, highest)) for call in (ours, rival) if call is not None]
+        pair = [(call.role, _share(call, highest)) for call in (ours, rival) if call and (call.copy or not copies)]
         shown.append((f"{op}\n{ours.shape}", pair))
     shown.sort(key=lambda x: x[1][0][1])
     notes = [

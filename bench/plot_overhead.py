@@ -110,15 +110,9 @@ def draw_overhead(rows: Sequence[Row]) -> Figure:
     for (method, form), y in places.items():
         if form == "paper":
             value, source = papers[method]
-            axes.plot([value], [y], MARKERS["paper"], color=COLOURS["paper"], markersize=6, label="paper")
-            text = percent(value) if len(sources) == 1 else f"{percent(value)} ({source})"
-            _annotate(axes, value, y, text)
+            _diamond(axes, y, value, "" if len(sources) == 1 else f" ({source})")
         else:
-            cost = found[method, form]["overhead_percent"]
-            median, low, high = cost["median"], cost["low"], cost["high"]
-            axes.barh([y], [median], height=0.82, color=COLOURS[form], label=form)
-            axes.errorbar([median], [y], xerr=[[median - low], [high - median]], color="black", elinewidth=1)
-            _annotate(axes, max(high, 0), y, percent(median))
+            _bar(axes, y, form, found[method, form]["overhead_percent"])
     _scale(axes, [bound for row in rows if _measured(row) for bound in row["overhead_percent"].values()], papers)
     for y in ends[:-1]:
         axes.axhline(y, color="#CCCCCC", linewidth=0.8)
@@ -129,6 +123,18 @@ def draw_overhead(rows: Sequence[Row]) -> Figure:
     axes.set_ylim(at - 0.4, -0.8)
     axes.set_xlabel("extra time per image, %")
     return figure
+
+
+def _bar(axes: Axes, y: float, form: str, cost: dict[str, float]) -> None:
+    median, low, high = cost["median"], cost["low"], cost["high"]
+    axes.barh([y], [median], height=0.82, color=COLOURS[form], label=form)
+    axes.errorbar([median], [y], xerr=[[median - low], [high - median]], color="black", elinewidth=1)
+    _annotate(axes, max(high, 0), y, percent(median))
+
+
+def _diamond(axes: Axes, y: float, value: float, source: str) -> None:
+    axes.plot([value], [y], MARKERS["paper"], color=COLOURS["paper"], markersize=6, label="paper")
+    _annotate(axes, value, y, percent(value) + source)
 
 
 def _annotate(axes: Axes, x: float, y: float, text: str) -> None:
