@@ -18,7 +18,8 @@ DIFFUSERS = [
     "pillow>=10.1",
     "tqdm>=4.60",
 ]
-BENCH = ["pytest>=8", "pytest-benchmark>=5"]
+BENCH = ["matplotlib>=3.9", "pytest>=8", "pytest-benchmark>=5"]
+TEST = ["hypothesis>=6.100", "mypy>=1.10", "peft>=0.17", "pytest-xdist>=3.6", "ruff>=0.6"]
 # A torch for CUDA or ROCm brings its own; the tests run the kernels without a GPU, in Triton's interpreter.
 TRITON = "triton>=3.6; sys_platform == 'linux'"
 
@@ -49,7 +50,7 @@ setup(
     extras_require={
         "diffusers": DIFFUSERS,
         "bench": BENCH,
-        "test": [*DIFFUSERS, *BENCH, TRITON, "hypothesis>=6.100", "mypy>=1.10", "peft>=0.17", "ruff>=0.6"],
+        "test": [*DIFFUSERS, *BENCH, TRITON, *TEST],
     },
     entry_points={"console_scripts": ["attnctl-fast=attnctl_fast.cli:main"]},
 )
