@@ -4,6 +4,8 @@
                                               triton will do
     python bench/gpu.py --quick               fewer shapes, no rival that torch.compile makes
     python bench/gpu.py --only NAME           operations whose name contains NAME; no correctness
+    python bench/gpu.py --dtype TYPE --model NAME
+                                              comparisons of one dtype, or of layers whose model contains NAME
     TRITON_INTERPRET=1 python bench/gpu.py --dry-run --results FILE
                                               the same on tiny shapes on a CPU, to see that all of it runs
 
@@ -39,6 +41,7 @@ from attnctl_fast._report import versions
 Record = dict[str, Any]
 # The kernels, on a GPU or interpreted.
 OURS = "triton"
+DTYPES = ("float16", "bfloat16")
 FORWARD = ("attention", "target_statistics", "merge_targets", "biased_attention", "regulated_attention")
 TINY = Layer("tiny", 2, (4, 4), 8, tokens=9, steps=2)
 
@@ -248,6 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", default="", metavar="NAME")
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--model", default="", metavar="NAME")
     parser.add_argument("--budget-seconds", type=float, default=440)
     parser.add_argument("--results", type=Path, help="file to append to")
     parser.add_argument("--commit", help="what to write as the commit where there is no git")
@@ -266,7 +271,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if results is None and not dry:
         results = RESULTS / f"{_launch.device_slug(torch.cuda.get_device_name(device))}.jsonl"
     planned = [Task(name, TINY, torch.float32, True) for name in OPERATIONS] if dry else tasks(arguments.quick)
-    planned = [task for task in planned if arguments.only in task.operation]
+    planned = [
+        task
+        for task in planned
+        if arguments.only in task.operation
+        and arguments.model.lower() in task.layer.model.lower()
+        and str(task.dtype).endswith(f".{arguments.dtype}" if arguments.dtype else "")
+    ]
+    if not planned:
+        parser.error("nothing is planned that --only, --model and --dtype all allow; --help says what they choose")
     wrong = 0
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         # A cache of its own, so that first calls compile.

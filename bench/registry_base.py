@@ -34,8 +34,8 @@ class Comparison:
 
     `moved`: the bytes of inputs and outputs, each once. `flops`: what the algebra needs, whichever form does it: 2 for
     every multiplication and addition of its matrix products and convolutions, forward and, where gradients are asked
-    for, backward. A product that a form repeats to save memory counts once; exponentials, sums and other work by element
-    do not count, so that an operation of nothing else has 0.
+    for, backward. A product that a form repeats to save memory counts once; exponentials, sums and other work by
+    element do not count, so that an operation of nothing else has 0.
     """
 
     op: str
