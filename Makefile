@@ -42,10 +42,7 @@ types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python bench/regulate.py
-	$(BIN)/python bench/context.py
-	$(BIN)/python bench/similarity.py
-	$(BIN)/python bench/maps.py
+	$(BIN)/python bench/run.py ops
 	$(BIN)/python bench/guidance.py
 	$(BIN)/python bench/rates.py
 
