@@ -152,8 +152,10 @@ def measure(case: Case, dtype: torch.dtype, effort: Effort, compiled: bool = Fal
         "shape": case.layer.sizes,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    compile = partial(torch.compile, dynamic=False) if compiled else peers.uncompiled
-    torch.compiler.reset()
+    compile: peers.Compile = peers.uncompiled
+    if compiled:
+        torch.compiler.reset()
+        compile = partial(torch.compile, dynamic=False)
     try:
         this = comparison(case.operation, case.layer, dtype, torch.device("cpu"), compile)
     except Exception as error:
