@@ -1,70 +1,106 @@
-"""Running a file of pytest-benchmark measurements and keeping their result."""
+"""Times of functions that take turns on a CPU, by pytest-benchmark."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
+import os
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import pytest_benchmark  # noqa: F401  its lack is then an ImportError, not a test without a fixture
 import torch
-from checkout import RESULTS, append, git_state
 
-from attnctl_fast._report import versions
+Run = Callable[[], Any]
+THREADS = (1, 2)
+# Calls of a function in a turn.
+LEAST, MOST = 3, 1000
 
 
-def record(
-    file: str, name: str, summary: Callable[[dict[str, Any]], list[dict[str, Any]]], table: Callable[[Any], str]
-) -> None:
-    """Run the measurements in `file`, append what `summary` makes of the report to bench/results/`name`, print it as a
-    table.
+class Effort(NamedTuple):
+    """How often every function has its turn, on one thread and on two, and the seconds that it then fills."""
+
+    turns: int
+    seconds: float
+
+
+class Times(NamedTuple):
+    """Median and quartiles in milliseconds over all turns, at the better number of threads."""
+
+    threads: int
+    median: float
+    q1: float
+    q3: float
+    samples: int
+
+
+class Turns:
+    """A pytest plugin that makes a test of every turn and collects the times."""
+
+    def __init__(self, runs: Mapping[str, Run], effort: Effort) -> None:
+        self.runs, self.effort = runs, effort
+        self.milliseconds: dict[str, dict[int, list[float]]] = {name: {x: [] for x in THREADS} for name in runs}
+        self.failed: dict[str, Exception] = {}
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        turns = [
+            pytest.param(self, name, threads, id=f"{name} {threads} {turn}")
+            for turn in range(self.effort.turns)
+            for threads in THREADS
+            for name in self.runs
+        ]
+        metafunc.parametrize(("turns", "name", "threads"), turns)
+
+    def take(self, benchmark: Any, name: str, threads: int) -> None:
+        """One function's turn, unless it failed before; its first call only says how many fill the time."""
+        if name in self.failed:
+            return
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            start = time.perf_counter()
+            self.runs[name]()
+            once = time.perf_counter() - start
+            rounds = min(max(int(self.effort.seconds / once), LEAST), MOST)
+            benchmark.pedantic(self.runs[name], rounds=rounds)
+            self.milliseconds[name][threads] += [1e3 * x for x in benchmark.stats.stats.data]
+        except Exception as error:
+            self.failed[name] = error
+        finally:
+            torch.set_num_threads(before)
+
+    def times(self, name: str) -> Times:
+        found = []
+        for threads, values in self.milliseconds[name].items():
+            q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+            found.append(Times(threads, median, q1, q3, len(values)))
+        return min(found, key=lambda x: x.median)
+
+
+def test_turn(benchmark: Any, turns: Turns, name: str, threads: int) -> None:
+    turns.take(benchmark, name, threads)
+
+
+def compare(runs: Mapping[str, Run], effort: Effort) -> dict[str, Times | Exception]:
+    """The times of every function, or what it raised.
 
     Raises:
-        SystemExit: a measurement failed.
+        KeyboardInterrupt: interrupted.
+        RuntimeError: pytest did not run the turns.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        code = pytest.main([file, "-q", "--no-header", f"--benchmark-json={report}"])
+    turns, said = Turns(runs, effort), io.StringIO()
+    # The project's and the user's settings of pytest are not for these.
+    options = ["-q", "-s", "-c", os.devnull, f"--rootdir={Path(__file__).parent}"]
+    options += ["-p", "no:cacheprovider", "-p", "no:faulthandler"]
+    if runs:
+        with contextlib.redirect_stdout(said):
+            code = pytest.main([__file__, *options], plugins=[turns])
+        if code == pytest.ExitCode.INTERRUPTED:
+            raise KeyboardInterrupt
         if code:
-            raise SystemExit(code)
-        rows = summary(json.loads(report.read_text(encoding="utf-8")))
-    run = {"date": time.strftime("%Y-%m-%d"), "git": git_state(), "versions": versions(), "shapes": rows}
-    append(RESULTS / name, run)
-    print(table(run))
-
-
-def measure(
-    benchmark: Any, run: Callable[[], Any], *, case: tuple[Any, ...], form: str, threads: int, rounds: int
-) -> None:
-    """One form of a case on so many threads, for `quartiles` to sum up."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        benchmark.extra_info.update(case=tuple(case), form=form, threads=threads)
-        benchmark.pedantic(run, rounds=rounds, warmup_rounds=2)
-    finally:
-        torch.set_num_threads(before)
-
-
-def quartiles(
-    report: dict[str, Any], forms: Mapping[tuple[Any, ...], Sequence[str]]
-) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every case with its forms' medians and quartiles in ms, over all turns at the better of 1 and 2 threads, and the
-    ratios of the medians to eager's."""
-    times: dict[tuple[Any, str, int], list[float]] = {}
-    for run in report["benchmarks"]:
-        info = run["extra_info"]
-        key = tuple(info["case"]), info["form"], info["threads"]
-        times.setdefault(key, []).extend(1e3 * x for x in run["stats"]["data"])
-    for case, names in forms.items():
-        row: dict[str, Any] = {}
-        for form in names:
-            threads = min((1, 2), key=lambda count: statistics.median(times[case, form, count]))
-            found = statistics.quantiles(times[case, form, threads], n=4)
-            row[form] = dict(zip(("q1", "median", "q3"), found, strict=True)) | {"threads": threads}
-        row["ratios"] = {form: row[form]["median"] / row["eager"]["median"] for form in names if form != "eager"}
-        yield case, row
+            raise RuntimeError(f"pytest ended with {code}: {said.getvalue()[-2000:]}")
+    return {name: turns.failed.get(name) or turns.times(name) for name in runs}

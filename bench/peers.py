@@ -24,6 +24,16 @@ SDPA = {
 Compile = Callable[[Any], Any]
 
 
+def backends(device: torch.device) -> tuple[str, ...]:
+    """Those of `SDPA` that the device may have."""
+    return tuple(SDPA) if device.type == "cuda" else ("flash", "math")
+
+
+def uncompiled(function: Any) -> Any:
+    """Stands for torch.compile where nothing is compiled."""
+    return function
+
+
 def axes(grid: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
     """The default basis along y [height, r_y] and x [width, r_x]."""
     axis_y, axis_x, sigma_y, sigma_x = basis_axes(grid, None, "official")
@@ -49,6 +59,12 @@ def published_context_gradient(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
     """The same with the logits in memory, and a transposed copy of them."""
     logits = q.shape[-1] ** -0.5 * (q @ k.mT)
     return logits.softmax(-1) @ v, logits.mT.contiguous().softmax(-1) @ q
+
+
+def kept_energy(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Both energies of a context [B], with the logits in memory."""
+    square = k.float().square().sum((1, 3))
+    return -full_logits(q, k).logsumexp(2).sum((1, 2)), (square / 2).logsumexp(-1)
 
 
 def sdpa_each(backend: str, q: Tensor, ks: Sequence[Tensor], vs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -253,13 +269,22 @@ def published_similarity_loss(maps: Tensor, text: Tensor, grid: tuple[int, int])
     return torch.stack(losses)
 
 
-def plain_similarity_loss(maps: Tensor, text: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The same by one convolution, one product of all maps and masked rows, left to autograd."""
-    batch, tokens, places = maps.shape
-    taps = torch.tensor(check_smoothing(grid, places, 0.5, 3)[1], dtype=maps.dtype, device=maps.device)
+def convolved(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Maps [B,n,M] smoothed by one convolution."""
+    taps = torch.tensor(check_smoothing(grid, maps.shape[2], 0.5, 3)[1], dtype=maps.dtype, device=maps.device)
     padded = F.pad(maps.reshape(-1, 1, *grid), (1, 1, 1, 1), mode="reflect")
-    unit = F.normalize(F.conv2d(padded, torch.outer(taps, taps)[None, None]).view(batch, tokens, places), dim=-1)
-    similarity = (unit @ unit.mT).tril(-1)
-    weight = 0.2 * torch.arange(1, tokens, dtype=maps.dtype, device=maps.device)
+    return F.conv2d(padded, torch.outer(taps, taps)[None, None]).view(maps.shape)
+
+
+def plain_similarity(maps: Tensor) -> Tensor:
+    """The cosines [B,n,n] between maps by one product."""
+    unit = F.normalize(maps, dim=-1)
+    return unit @ unit.mT
+
+
+def plain_similarity_loss(maps: Tensor, text: Tensor, grid: tuple[int, int]) -> Tensor:
+    """T-SAM's loss by one convolution, one product of all maps and masked rows, left to autograd."""
+    similarity = plain_similarity(convolved(maps, grid)).tril(-1)
+    weight = 0.2 * torch.arange(1, maps.shape[1], dtype=maps.dtype, device=maps.device)
     cosines = F.cosine_similarity(text.tril(-1)[:, 1:], similarity[:, 1:], dim=-1)
     return (weight * (1 - cosines)).sum(-1)

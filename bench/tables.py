@@ -12,13 +12,22 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from checkout import RESULTS, ROOT
+from rows import read
 
 RESOURCES = ROOT / "bench" / "resources.json"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measurements.md", ROOT / "kernels" / "README.md")
+# The operations of a method, each family in a table of its own; the others are together in the table `ops`.
+FAMILIES = {
+    "regulate": ("regulated_layer",),
+    "context": ("attention_with_context_gradient", "composed_attention"),
+    "maps": ("attention_with_maps_guidance",),
+    "similarity": ("similarity_loss",),
+}
 CRITERIA = ("strict", "exact", "colours")
 
 
@@ -53,91 +62,6 @@ def rates_table(run: dict[str, Any]) -> str:
         "Times are medians over batches, overhead the median over batches measured in turn. Strict: every prompted "
         "object is there; exact: and no other; all colours: each colour, on whichever shape; in brackets the pairs "
         "gained and lost and McNemar's exact p.",
-    ]
-    return "\n".join(lines)
-
-
-def regulate_table(run: dict[str, Any]) -> str:
-    """A run of `regulate.py` as a Markdown table with its settings below."""
-    header = ["B*H", "M", "T", "d", "published loop, ms", "eager, ms", "ratio"]
-    rows = [header, ["---:"] * len(header)]
-    for entry in run["shapes"]:
-        times = [_milliseconds(entry[form]) for form in ("published", "eager")]
-        sizes = [str(entry[name]) for name in ("rows", "image_tokens", "targets", "head_width")]
-        rows.append([*sizes, *times, f"{entry['ratio']:.1f}"])
-    versions = run["versions"]
-    lines = _lines(rows)
-    lines += [
-        "",
-        "One regulated layer, float32, 77 text tokens, 20 steps: median and quartiles, each form at its better of "
-        f"1 and 2 threads; torch {versions['torch']}, {versions['processor']}.",
-    ]
-    return "\n".join(lines)
-
-
-def context_table(run: dict[str, Any]) -> str:
-    """A run of `context.py` as a Markdown table with its settings below."""
-    forms = ("sdpa", "published", "eager")
-    titles = ["stock SDPA, ms", "as published, ms", "eager, ms", "SDPA / eager", "published / eager"]
-    rows = [["", "model", "H", "M", "d", *titles], ["---", "---", *["---:"] * (3 + len(titles))]]
-    for entry in run["shapes"]:
-        sizes = [str(entry[name]) for name in ("heads", "image_tokens", "head_width")]
-        times = [_milliseconds(entry[form]) if form in entry else "" for form in forms]
-        ratios = [f"{entry['ratios'][form]:.2f}" if form in entry["ratios"] else "" for form in forms[:2]]
-        rows.append([f"`{entry['operation']}`", entry["model"], *sizes, *times, *ratios])
-    versions = run["versions"]
-    lines = _lines(rows)
-    lines += [
-        "",
-        "Batches of 2, float32, 77 text tokens, without gradients; `composed_attention` of 2 contexts. Median and "
-        f"quartiles, each form at its better of 1 and 2 threads; torch {versions['torch']}, {versions['processor']}.",
-    ]
-    return "\n".join(lines)
-
-
-def similarity_table(run: dict[str, Any]) -> str:
-    """A run of `similarity.py` as a Markdown table with its settings below."""
-    forms = ("published", "closed form", "eager")
-    titles = ["pairs as published, ms", "closed form by autograd, ms", "eager, ms", "published / eager"]
-    rows = [["tokens", "grid", *titles, "closed form / eager"], ["---:"] * (3 + len(titles))]
-    for entry in run["shapes"]:
-        times = [_milliseconds(entry[form]) for form in forms]
-        ratios = [f"{entry['ratios'][form]:.1f}" for form in forms[:2]]
-        rows.append([str(entry["tokens"]), "x".join(map(str, entry["grid"])), *times, *ratios])
-    versions = run["versions"]
-    lines = _lines(rows)
-    lines += [
-        "",
-        "`similarity_loss` and its gradient, one sample, float32: median and quartiles, each form at its better of 1 "
-        f"and 2 threads; torch {versions['torch']}, {versions['processor']}.",
-    ]
-    return "\n".join(lines)
-
-
-def maps_table(run: dict[str, Any]) -> str:
-    """A run of `maps.py` as a Markdown table with its settings below."""
-    forms = ("published", "one_hot", "eager")
-    header = [
-        "M",
-        "d",
-        "maps",
-        "probabilities kept, ms",
-        "one-hot values, ms",
-        "eager, ms",
-        "kept / eager",
-        "one-hot / eager",
-    ]
-    rows = [header, ["---:"] * len(header)]
-    for entry in run["shapes"]:
-        sizes = [str(entry[name]) for name in ("image_tokens", "head_width", "maps")]
-        times = [_milliseconds(entry[form]) for form in forms]
-        rows.append([*sizes, *times, *(f"{entry['ratios'][form]:.1f}" for form in forms[:2])])
-    versions = run["versions"]
-    lines = _lines(rows)
-    lines += [
-        "",
-        "Forward and the queries' gradient by the maps, 8 heads, float32, 77 text tokens. Median and quartiles, each "
-        f"form at its better of 1 and 2 threads; torch {versions['torch']}, {versions['processor']}.",
     ]
     return "\n".join(lines)
 
@@ -228,6 +152,68 @@ def methods_table(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def operations_table(path: Path, family: str | None) -> str:
+    """Of a file of `bench ops`, the operations of a family as a Markdown table with its settings below; None: those of
+    no family."""
+    named = {name for names in FAMILIES.values() for name in names}
+    cases = {
+        case: forms
+        for case, forms in _cases(path).items()
+        if "eager" in forms and (case[0] in FAMILIES[family] if family else case[0] not in named)
+    }
+    header = ["", "shape", "eager, ms", "stock PyTorch's best, ms", "ratio", "as published, ms", "ratio"]
+    rows = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
+    for (op, model, shape, dtype), forms in cases.items():
+        ours, published = forms["eager"]["median"], forms.get("published")
+        stock = {name: row for name, row in _stock(forms).items() if name != "eager"}
+        where = f"{model} {shape}" + (f" {dtype}" if dtype != "float32" else "")
+        cells = [f"`{op}`", where, _milliseconds(forms["eager"])]
+        if stock:
+            name = min(stock, key=lambda x: stock[x]["median"])
+            cells += [f"{_milliseconds(stock[name])} {name}", f"{stock[name]['median'] / ours:.2f}"]
+        else:
+            cells += ["", ""]
+        cells += [_milliseconds(published), f"{published['median'] / ours:.2f}"] if published else ["", ""]
+        rows.append(cells)
+    shown = [row for forms in cases.values() for row in forms.values()]
+    compiled = any(row["impl"] in ("torch.compile", "FlexAttention") for row in shown)
+    places = dict.fromkeys(
+        f"torch {row['versions']['torch']}, {row['device']}, commit {row['git']}"
+        + ("-dirty" if row["dirty"] else "")
+        + (", a quick run" if row["quick"] else "")
+        for row in shown
+    )
+    lines = _lines(rows)
+    lines += [
+        "",
+        "float32 where nothing else is said, medians and quartiles, each form at its better of 1 and 2 threads; ratios "
+        f"are to eager's median, and stock PyTorch is {'with' if compiled else 'without'} torch.compile; "
+        f"{'; '.join(places)}.",
+    ]
+    return "\n".join(lines)
+
+
+def _cases(path: Path) -> dict[tuple[str, str, str, str], dict[str, dict[str, Any]]]:
+    """By operation, model, shape and dtype the timed forms of the newest run with that case, of those that were not
+    quick if there is one."""
+    best: dict[tuple[str, str, str, str], tuple[bool, str]] = {}
+    found: dict[tuple[str, str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in read(path):
+        if "median" not in row:
+            continue
+        case, run = (row["op"], row["model"], row["shape"], row["dtype"]), (not row["quick"], row["run"])
+        if run > best.get(case, (False, "")):
+            best[case], found[case] = run, {}
+        if run == best[case]:
+            found[case][row["impl"]] = row
+    return found
+
+
+def _stock(forms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those of a GPU's or a CPU's forms that an expert may write in PyTorch."""
+    return {name: row for name, row in forms.items() if not name.startswith(("published", "plain", "reference"))}
+
+
 def gpu_table(folder: Path) -> str:
     """The last run of bench/gpu.py on every GPU, float16, each as a Markdown table with its settings below."""
     files = [path for path in sorted(folder.glob("*.jsonl")) if "gpu" in last_line(path)]
@@ -259,7 +245,7 @@ def _gpu_run(path: Path) -> str:
             continue
         ours = impls.pop("triton")
         loop = impls.get("published")
-        stock = {name: x for name, x in impls.items() if not name.startswith(("published", "plain", "reference"))}
+        stock = _stock(impls)
         cells = [f"`{op}`", f"{model} {shape}", _microseconds(_fastest(ours)), _microseconds(ours)]
         if stock:
             name = min(stock, key=lambda x: _fastest(stock[x])["p50"])
@@ -324,14 +310,12 @@ def resources_table(path: Path) -> str:
 # The table NAME of a page, from its result file; a table whose file is missing is an error.
 TABLES: dict[str, Callable[[], str]] = {
     "rates": lambda: rates_table(last_line(RESULTS / "shapes_rates.jsonl")),
-    "regulate": lambda: regulate_table(last_line(RESULTS / "cpu_regulate.jsonl")),
     "behaviour": lambda: behaviour_table(last_line(RESULTS / "shapes_behaviour.jsonl")),
     "guidance": lambda: guidance_table(last_line(RESULTS / "cpu_guidance.jsonl")),
     "methods": lambda: methods_table(last_line(RESULTS / "shapes_methods.jsonl")),
-    "context": lambda: context_table(last_line(RESULTS / "cpu_context.jsonl")),
-    "similarity": lambda: similarity_table(last_line(RESULTS / "cpu_similarity.jsonl")),
-    "maps": lambda: maps_table(last_line(RESULTS / "cpu_maps.jsonl")),
     "gpu": lambda: gpu_table(RESULTS),
+    **{name: partial(operations_table, RESULTS / "ops_cpu.jsonl", name) for name in FAMILIES},
+    "ops": lambda: operations_table(RESULTS / "ops_cpu.jsonl", None),
     "resources": lambda: resources_table(RESOURCES),
 }
 
@@ -340,30 +324,44 @@ def fill(text: str) -> str:
     """The text with every table in it made anew.
 
     Raises:
-        KeyError: a table that `TABLES` does not know.
+        ValueError: a table that `TABLES` does not know.
+        OSError: a table's result file is missing.
     """
 
     def table(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"there is no table {match[2]!r}; the tables are {', '.join(TABLES)}")
         return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
 
     return re.sub(r"(<!-- table:(\w+) -->)\n.*?(<!-- /table -->)", table, text, flags=re.S)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail when a table is out of date")
-    check = parser.parse_args().check
-    code = 0
-    for page in PAGES:
-        before = page.read_text(encoding="utf-8")
-        after = fill(before)
-        if check and before != after:
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--check", action="store_true", help="change nothing; fail when a table is out of date")
+    return made
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Make the tables of all pages anew. 1 if `--check` finds one out of date, else 0.
+
+    Raises:
+        ValueError, OSError: as `fill`; no page is changed then.
+    """
+    before = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    after = {page: fill(text) for page, text in before.items()}
+    stale = [page for page in PAGES if before[page] != after[page]]
+    for page in stale:
+        if arguments.check:
             name = page.relative_to(ROOT)
             print(f"{name} has a table that its result file does not give; run python bench/tables.py", file=sys.stderr)
-            code = 1
-        if not check:
-            page.write_text(after, encoding="utf-8")
-    return code
+        else:
+            page.write_text(after[page], encoding="utf-8")
+    return int(arguments.check and bool(stale))
+
+
+def main() -> int:
+    return run(parser().parse_args())
 
 
 def _percent(rate: float) -> str:

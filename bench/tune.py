@@ -26,9 +26,9 @@ from unittest import mock
 import torch
 from attnctl_fast.kernels import _launch
 from checkout import git_state
-from comparisons import OURS, Comparison, Run, comparison
 from compiled import Job, in_parallel
-from gpu import TINY
+from gpu import OURS, TINY
+from registry import Comparison, Run, comparison
 from shapes import LAYERS, Layer
 from timing import Clock, first_line
 

@@ -98,7 +98,7 @@ def test_a_wrong_kernel_is_a_failed_check(bench, monkeypatch):
 
 
 def test_a_contender_that_is_wrong_or_fails_is_not_timed(bench, monkeypatch):
-    from comparisons import Comparison, Contender
+    from registry import Comparison, Contender
 
     x = torch.arange(1.0, 5.0)
 
@@ -112,7 +112,7 @@ def test_a_contender_that_is_wrong_or_fails_is_not_timed(bench, monkeypatch):
         "broken": Contender(lambda: broken),
         "other": Contender(lambda: lambda: x + 1, checked=False),
     }
-    made = Comparison("op", bench.TINY, torch.float32, contenders, (x.double(),), 1e-3, 16, lambda r: (r,))
+    made = Comparison("op", bench.TINY, torch.float32, contenders, (x.double(),), 1e-3, 16, 8, lambda r: (r,))
     monkeypatch.setattr(bench, "comparison", lambda *_: made)
     measured = bench.Bench(torch.device("cpu"), None)
     measured.measure(bench.Task("op", bench.TINY, torch.float32))
@@ -120,7 +120,7 @@ def test_a_contender_that_is_wrong_or_fails_is_not_timed(bench, monkeypatch):
     assert [name for name, r in records.items() if "p50" in r] == ["triton", "other"]
     assert "allowed 0.001" in records["off"]["failed"] and "nan" in records["nan"]["failed"]
     assert records["broken"]["failed"] == "RuntimeError: no such backend"
-    assert records["triton"]["max_error"] == 0 and records["triton"]["bytes"] == 16
+    assert records["triton"]["max_error"] == 0 and (records["triton"]["bytes"], records["triton"]["flops"]) == (16, 8)
 
 
 def record(op, layer, impl, p50, graph=None):

@@ -69,36 +69,83 @@ def test_the_last_run_on_a_gpu_is_shown(tables, tmp_path):
     assert shown[5].startswith("NVIDIA H200, float16") and "7 of 8 checks right" in shown[5] and "4000 GB/s" in shown[5]
 
 
-def test_context_operations_against_their_rivals(tables):
-    def times(median):
-        return {"q1": median - 1, "median": median, "q3": median + 1, "threads": 2}
+def form(op, impl, median, **more):
+    times = {"q1": median - 1, "median": median, "q3": median + 1, "threads": 2}
+    where = {"op": op, "model": "SD 2", "shape": "B1 H20", "dtype": "float32", "impl": impl}
+    run = {"run": "2026-01-02T03:04:05", "git": "abc", "dirty": False, "device": "a CPU", "quick": False}
+    return {**run, "versions": {"torch": "2.13.0"}, **where, **times, **more}
 
-    layer = {"model": "SD 2", "heads": 20, "image_tokens": 256, "head_width": 64}
-    gradient = {
-        "operation": "attention_with_context_gradient",
-        **{"sdpa": times(30.0), "published": times(40.0), "eager": times(20.0)},
-        "ratios": {"sdpa": 1.5, "published": 2.0},
-    }
-    composed = {"operation": "composed_attention", "sdpa": times(9.0), "eager": times(9.0), "ratios": {"sdpa": 1.0}}
-    run = {"shapes": [layer | gradient, layer | composed], "versions": {"torch": "2.13.0", "processor": "a CPU"}}
-    shown = tables.context_table(run).splitlines()
+
+def test_operations_against_their_rivals(tables, tmp_path):
+    path = tmp_path / "ops.jsonl"
+    failed = {name: value for name, value in form("regulated_layer", "torch.compile", 1.0).items() if name != "median"}
+    lines = [
+        form("regulated_layer", "eager", 20.0),
+        form("regulated_layer", "published", 200.0),
+        form("regulated_layer", "published, no sync", 10.0),
+        form("regulated_layer", "closed form", 30.0),
+        form("regulated_layer", "another", 25.0),
+        form("regulated_layer", "plain layer", 2.0),
+        {**failed, "failed": "RuntimeError"},
+        form("regulated_layer", "eager", 8.0, dtype="bfloat16"),
+        form("gaussian_bias", "two products", 2.0),
+        form("gaussian_bias", "eager", 4.0),
+        {**form("gaussian_bias", None, 1.0), "impl": None, "op": "attention"},
+    ]
+    write(path, lines)
+    shown = tables.operations_table(path, "regulate").splitlines()
     assert len({x.count("|") for x in shown if x.startswith("|")}) == 1
-    assert shown[2] == (
-        "| `attention_with_context_gradient` | SD 2 | 20 | 256 | 64 | 30 (29 to 31) | 40 (39 to 41) | 20 (19 to 21) "
-        "| 1.50 | 2.00 |"
-    )
-    assert shown[3] == "| `composed_attention` | SD 2 | 20 | 256 | 64 | 9 (8 to 10) |  | 9 (8 to 10) | 1.00 |  |"
-    assert shown[5].endswith("torch 2.13.0, a CPU.")
+    assert shown[2:4] == [
+        "| `regulated_layer` | SD 2 B1 H20 | 20 (19 to 21) | 25 (24 to 26) another | 1.25 | 200 (199 to 201) | 10.00 |",
+        "| `regulated_layer` | SD 2 B1 H20 bfloat16 | 8 (7 to 9) |  |  |  |  |",
+    ]
+    assert shown[5].endswith("without torch.compile; torch 2.13.0, a CPU, commit abc.")
+    others = tables.operations_table(path, None).splitlines()
+    assert others[2:4] == ["| `gaussian_bias` | SD 2 B1 H20 | 4 (3 to 5) | 2 (1 to 3) two products | 0.50 |  |  |", ""]
 
 
-def test_maps_against_their_rivals(tables):
-    times = {"q1": 9.0, "median": 10.0, "q3": 11.0, "threads": 2}
-    layer = {"image_tokens": 256, "head_width": 160, "maps": 2, "published": times, "one_hot": times, "eager": times}
-    run = {"shapes": [layer | {"ratios": {"published": 1.0, "one_hot": 1.0}}]}
-    shown = tables.maps_table(run | {"versions": {"torch": "2.13.0", "processor": "a CPU"}}).splitlines()
-    assert len({x.count("|") for x in shown if x.startswith("|")}) == 1
-    assert shown[2] == "| 256 | 160 | 2 | 10 (9 to 11) | 10 (9 to 11) | 10 (9 to 11) | 1.0 | 1.0 |"
-    assert shown[4].endswith("torch 2.13.0, a CPU.")
+def test_the_newest_run_of_a_case_is_shown(tables, tmp_path):
+    path = tmp_path / "ops.jsonl"
+    quick = {"quick": True, "run": "2026-01-05", "git": "new", "dirty": True}
+    lines = [
+        form("similarity_loss", "eager", 2.0),
+        form("similarity_loss", "closed form", 3.0),
+        form("similarity_loss", "eager", 4.0, run="2026-01-04"),
+        form("similarity_loss", "eager", 8.0, **quick),
+        form("smooth_maps", "eager", 8.0, **quick),
+        form("smooth_maps", "torch.compile", 16.0, **quick),
+    ]
+    write(path, lines)
+    shown = tables.operations_table(path, "similarity").splitlines()
+    assert shown[2:4] == ["| `similarity_loss` | SD 2 B1 H20 | 4 (3 to 5) |  |  |  |  |", ""]
+    others = tables.operations_table(path, None).splitlines()
+    assert "| 16 (15 to 17) torch.compile | 2.00 |" in others[2]
+    assert others[4].endswith("with torch.compile; torch 2.13.0, a CPU, commit new-dirty, a quick run.")
+
+
+def test_nothing_is_written_when_a_table_cannot_be_made(tables, tmp_path, monkeypatch):
+    good, bad = tmp_path / "good.md", tmp_path / "bad.md"
+    good.write_text("<!-- table:one -->\n<!-- /table -->\n")
+    bad.write_text("<!-- table:two -->\n<!-- /table -->\n")
+    monkeypatch.setattr(tables, "PAGES", (good, bad))
+    monkeypatch.setattr(tables, "TABLES", {"one": lambda: "| 1 |"})
+    report = tables.parser().parse_args([])
+    with pytest.raises(ValueError, match="there is no table 'two'; the tables are one"):
+        tables.run(report)
+    assert "| 1 |" not in good.read_text()
+
+
+def test_report_checks_or_writes(tables, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table:one -->\nold\n<!-- /table -->\n")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "PAGES", (page,))
+    monkeypatch.setattr(tables, "TABLES", {"one": lambda: "| 1 |"})
+    assert tables.run(tables.parser().parse_args(["--check"])) == 1
+    assert "page.md has a table" in capsys.readouterr().err and "old" in page.read_text()
+    assert tables.run(tables.parser().parse_args([])) == 0
+    assert page.read_text() == "<!-- table:one -->\n| 1 |\n<!-- /table -->\n"
+    assert tables.run(tables.parser().parse_args(["--check"])) == 0
 
 
 def test_resources_are_summed_up_by_kernel(tables, tmp_path):
