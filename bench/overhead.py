@@ -72,10 +72,12 @@ class Arm:
     failed: str | None = None
 
 
-def arms(methods: Sequence[str], forms: Sequence[str]) -> list[Arm]:
+def arms(setting: Setting, methods: Sequence[str], forms: Sequence[str]) -> list[Arm]:
+    """Plain sampling, then every form that there is of every method."""
+    left_out = () if diffusers_forms.supports(setting) else ("diffusers",)
     found = [Arm(PLAIN, PLAIN, lambda setting: Drawn(call(setting)))]
     for method in methods:
-        for form in forms:
+        for form in (form for form in forms if form not in left_out):
             if form == "ours":
                 found.append(Arm(method, form, partial(ours.draw, method)))
             elif method in RIVALS[form]:
@@ -186,7 +188,7 @@ def run(arguments: argparse.Namespace) -> int:
     }
     log = Log(arguments.results, stamp(device) | settings)
     setting = prepare(arguments, device)
-    competing = arms(arguments.methods, arguments.forms)
+    competing = arms(setting, arguments.methods, arguments.forms)
     try:
         compete(setting, competing, arguments.turns, log)
         official.measure(arguments.official_dir, log, arguments.turns, device=device)

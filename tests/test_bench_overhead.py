@@ -113,9 +113,9 @@ def test_an_interrupt_keeps_what_was_measured(
     path = tmp_path / "overhead.jsonl"
     chosen = ("--methods", "EnergyContext", "--forms", "stock", "ours", "--turns", 3)
     assert bench_run(*SHAPES, *chosen, "--results", path) == 130
-    # One turn that is not counted, one that is, and the interrupted one, which goes the other way round.
+    # One turn that is not counted, one that is, and the one that is interrupted after its first picture.
     rows = {row["form"]: row for row in read(path)}
-    assert len(rows["stock"]["seconds"]) == 1 and len(rows["ours"]["seconds"]) == 2
+    assert {form: len(row["seconds"]) for form, row in rows.items()} == {"plain": 2, "stock": 1, "ours": 1}
     shown = capsys.readouterr()
     assert "| `EnergyContext` | stock |" in shown.out and "interrupted; what was measured is kept" in shown.err
 
@@ -200,7 +200,7 @@ def test_the_sampler_by_hand_is_the_pipeline(small: None, arch: str) -> None:
     assert setting.positions("blue square") == [6, 7] and setting.end() == 8
 
 
-@pytest.mark.parametrize("arch", ["sd15", "sd2", "sdxl"])
+@pytest.mark.parametrize("arch", ["sd2", "sdxl"])
 def test_every_form_on_every_architecture(small: None, tmp_path: Path, arch: str) -> None:
     path = tmp_path / "overhead.jsonl"
     assert bench_run("--arch", arch, "--size", 128, "--steps", 2, "--turns", 1, "--results", path) == 0

@@ -35,7 +35,7 @@ class Mask:
             ValueError: not `[height, width]`, numbers other than 0 and 1, or no 1.
         """
         try:
-            values = np.array(given.detach().cpu().double() if isinstance(given, Tensor) else given, dtype=np.float64)
+            values = given.detach().cpu().double().numpy() if isinstance(given, Tensor) else np.array(given, np.float64)
         except (TypeError, ValueError):
             raise ValueError(f"{name} is {type(given).__name__}; it must be numbers 0 and 1, [height, width]") from None
         if values.ndim != 2 or 0 in values.shape:
