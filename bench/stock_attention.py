@@ -166,14 +166,13 @@ def _by_logits(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, sets: Tensor, sh
 
 
 def _by_columns(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, sets: Tensor, shared: Tensor, scale: float) -> Tensor:
-    """The same by fused attention, with q, k and v a multiple of 8 wide."""
+    """The same by fused attention."""
     reach = torch.cat([_reach(rows, k) for rows in q.split(_rows(q), 2)], 2)
-    width, spare = q.shape[3], -(q.shape[3] + sets.shape[1]) % 8
-    more = (weight * reach) * sets.to(q.dtype)
-    wide_q = F.pad(torch.cat([(1 - weight) * q, more], 3), (0, spare))
-    wide_k = F.pad(torch.cat([k, shared.to(k.dtype).expand(*k.shape[:2], -1, -1)], 3), (0, spare))
-    wide_v = F.pad(v, (0, sets.shape[1] + spare))
-    return F.scaled_dot_product_attention(wide_q, wide_k, wide_v, scale=scale)[..., :width]
+    wide_q = torch.cat([(1 - weight) * q, weight * reach * sets.to(q.dtype)], 3)
+    wide_k = torch.cat([k, shared.to(k.dtype).expand(*k.shape[:2], -1, -1)], 3)
+    # Fused backends want all of one width.
+    out = F.scaled_dot_product_attention(wide_q, wide_k, F.pad(v, (0, sets.shape[1])), scale=scale)
+    return out[..., : q.shape[3]]
 
 
 def _rows(q: Tensor) -> int:
@@ -197,11 +196,12 @@ class _Dense:
         for index, places in enumerate(self.regions.positions):
             self._tokens[places] = 0
             self._tokens[places, index] = 1
-        self._found: dict[tuple[tuple[int, int], bool], tuple[Tensor, Tensor, Tensor]] = {}
+        self._found: dict[tuple[tuple[int, int], bool, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def at(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         """What every image token's weight is but for the time `[M,1]`, and `sets` and `shared` of `_by_logits`."""
-        key = layer.grid(self.setting.grid), layer.cross
+        width = layer.module.to_q.out_features // layer.module.heads
+        key = layer.grid(self.setting.grid), layer.cross, width
         if key not in self._found:
             masks = self.regions.at(key[0]).mT
             distinct, place = masks.unique(dim=0, return_inverse=True)
@@ -209,6 +209,8 @@ class _Dense:
             sets = F.one_hot(place, len(distinct)).to(masks.dtype)
             keys = self._tokens if layer.cross else masks
             shared = (keys @ distinct.mT > 0).to(masks.dtype)
+            # Fused backends want q, k and v a multiple of 8 wide.
+            sets, shared = (F.pad(x, (0, -(width + len(distinct)) % 8)) for x in (sets, shared))
             self._found[key] = (self.method.strength(layer) * sizes).unsqueeze(1), sets, shared
         return self._found[key]
 

@@ -81,8 +81,9 @@ class _Regulated:
         centres = self.basis[0].shape[1], self.basis[1].shape[1]
         heads, targets = layer.module.heads, len(regulation.target_ids)
         drawn = [initial_theta(method.seed, layer.name, i, heads, targets, centres) for i in range(method.edit_steps)]
-        # Samples share them.
-        self.thetas = torch.stack(drawn).to(setting.latents.device, dtype)[:, None].expand(-1, setting.batch, *[-1] * 4)
+        # A copy for every sample: broadcast ones would be compiled for anew.
+        thetas = torch.stack(drawn).to(setting.latents.device, dtype)
+        self.thetas = thetas[:, None].repeat(1, setting.batch, 1, 1, 1, 1)
         self.previous: Tensor | None = None
 
     def __call__(

@@ -46,7 +46,7 @@ def setting(bench: Any, pipe: Any) -> Any:
     """Two samples in double precision, where the descents of all forms take the same path."""
     size = pipe.unet.config.sample_size
     latents = torch.randn(2, 4, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return bench("sampling").Setting(pipe, latents, steps=3, edited=2, layers=LAYERS)
+    return bench("sampling").Setting(pipe, latents, steps=2, edited=2, layers=LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_forms_restore_after_an_error(
 
 
 SMALL_SDXL: dict[str, Any] = {
-    "sample_size": 32,
+    "sample_size": 16,
     "cross_attention_dim": 32,
     "attention_head_dim": (2, 4, 4),
     "use_linear_projection": True,
@@ -183,7 +183,7 @@ def sdxl(bench: Any) -> Any:
         patch.setitem(architectures.TEXT_CONFIGS, "sdxl", [SMALL_TEXT, {**SMALL_TEXT, "projection_dim": 16}])
         patch.setattr(architectures, "VAE_CONFIG", {**architectures.VAE_CONFIG, **SMALL_VAE})
         pipe = architectures.pipeline("sdxl", dtype=torch.float64)
-    latents = torch.randn(1, 4, 32, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    latents = torch.randn(1, 4, 16, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return bench("sampling").Setting(pipe, latents, steps=2, edited=1)
 
 
