@@ -1,7 +1,7 @@
 """Attention regulation at its best in stock PyTorch: sufficient statistics and the closed forms of its gradient.
 
 The logits `[B,H,M,N]` of the edited layers are small (N = 77), so that one softmax of them serves attention and
-statistics; a second pass by `scaled_dot_product_attention` costs more. The descent is `peers.statistics_loop`,
+statistics, instead of a second pass by `scaled_dot_product_attention`. The descent is `peers.statistics_loop`,
 compiled on a GPU. Nothing waits for the device: the initial weights of all steps go there before the first one.
 """
 
