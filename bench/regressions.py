@@ -1,0 +1,238 @@
+"""`bench compare BASE`: the operations of this tree against those of another commit.
+
+    python bench/run.py compare main
+    python bench/run.py compare HEAD --only attention regulate --rounds 40
+
+Both trees run the same cases in turns, a process each, and every ratio has its confidence interval. A change is
+reported when the whole interval is beyond the threshold and a second set of rounds, in fresh processes, says so too:
+where a process happens to lie in memory can shift all of its times by some per cent. Intervals allow for the number of
+cases: all together miss with a probability of 5 %. On a CPU a change also has to show in the instructions, where the
+machine counts them: equal counts (within 0.1 %) are the same work whatever the clock says, and a rise over the
+threshold is a slowdown unless the clock shows a speedup. The processor's counter counts every case; valgrind takes
+minutes, so it counts only cases whose time changed (--instructions: all).
+
+The inputs, and what is timed, come from this tree's registry; the checkout is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkout import ROOT
+from comparisons import OPERATIONS
+from instructions import has_counter, has_valgrind
+from intervals import Interval, fewest_rounds, interval, side, verdict
+from pair import Case, Counts, Failure, Pair, Times
+from rows import Log, Row, stamp
+from shapes import LAYERS, Layer
+from suites import refusal
+from worktree import resolve, worktree
+
+# That one of all intervals misses the truth.
+ERROR = 0.05
+DTYPES = ("float32", "float16", "bfloat16")
+SHAPES = {f"{x.model.lower().replace(' ', '').replace('.', '')}-{x.grid[0]}": x for x in LAYERS}
+SHAPES["tiny"] = Layer("tiny", 2, (4, 4), 8, tokens=9, steps=2)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("base", metavar="BASE", help="the commit, branch or tag to compare with")
+    made.add_argument("--only", nargs="+", metavar="NAME", help="operations (default: all)")
+    made.add_argument(
+        "--shapes", nargs="+", metavar="NAME", help=f"of {', '.join(SHAPES)} (default: sd2-16 sd2-32; CUDA: sdxl-32)"
+    )
+    made.add_argument("--dtype", choices=DTYPES, help="default: float32, on CUDA float16")
+    made.add_argument("--impl", choices=("eager", "triton"), help="default: eager, on CUDA triton")
+    made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where --impl triton runs, else cpu")
+    made.add_argument("--rounds", type=int, default=24, metavar="N", help="of four samples each (default: 24)")
+    made.add_argument("--threshold", type=float, default=0.05, help="the change that counts (default: 0.05)")
+    made.add_argument("--no-tests", action="store_true", help="report speedups without running the tests")
+    made.add_argument(
+        "--instructions", action=argparse.BooleanOptionalAction, help="count them for every case, or for none"
+    )
+    made.add_argument("--results", type=Path, metavar="FILE", help="append the rows here (default: keep none)")
+    return made
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare and print; 1 for a slowdown, or for a case that only the base can run.
+
+    Raises:
+        ValueError: no checkout, an unknown base, operation, shape or device, or too few rounds.
+        OSError: the worktree or the file of results cannot be made.
+    """
+    from tqdm import tqdm
+
+    cases = chosen(arguments)
+    if not arguments.threshold > 0:
+        raise ValueError(f"--threshold is {arguments.threshold}; it must be above 0, such as 0.05")
+    error = ERROR / len(cases)
+    if arguments.rounds < fewest_rounds(error):
+        raise ValueError(
+            f"--rounds is {arguments.rounds}; {len(cases)} cases need {fewest_rounds(error)} or more, or choose fewer "
+            "operations or shapes"
+        )
+    commit = resolve(ROOT, arguments.base)
+    how = counting(arguments.instructions, cases[0].device)
+    log = Log(arguments.results, {**stamp(cases[0].device), "threads": 1, "base": commit})
+    tests = (lambda _: None) if arguments.no_tests else cache(partial(refusal, ROOT))
+    print(f"this tree against {arguments.base} ({commit[:12]}); {how or 'instructions are not counted'}")
+    print(f"{'operation':32} {'shape':10} {'base ms':>9} {'ratio':>6}  {'interval':17} {'instructions':>12}  verdict")
+    with (
+        worktree(ROOT, commit) as tree,
+        Counts(tree, ROOT) as valgrind,
+        Comparison(tree, arguments, error, how, valgrind) as comparison,
+        tqdm(total=len(cases) * arguments.rounds, unit="round", disable=None, leave=False) as bar,
+    ):
+        for index, case in enumerate(cases):
+            bar.set_description(case.operation)
+            row = comparison.row(case, bar.update)
+            if row.get("verdict") == "faster" and (why := tests(case.operation)):
+                row |= {"verdict": "refused", "why": why}
+            log.write(row)
+            bar.n = (index + 1) * arguments.rounds
+            tqdm.write(line(row))
+    return summary(log.rows)
+
+
+def chosen(arguments: argparse.Namespace) -> list[Case]:
+    """The cases that the options name.
+
+    Raises:
+        ValueError: a name that there is not, or an implementation that does not run here.
+    """
+    on_gpu = torch.cuda.is_available()
+    device = arguments.device or ("cuda" if on_gpu and arguments.impl != "eager" else "cpu")
+    impl = arguments.impl or ("triton" if device == "cuda" else "eager")
+    if device == "cuda" and not on_gpu:
+        raise ValueError("--device is cuda, but PyTorch sees no GPU; leave it out to compare on the CPU")
+    if impl == "triton" and device == "cpu":
+        raise ValueError("--impl is triton, which is timed on a GPU only, and this is a CPU; use eager")
+    dtype = arguments.dtype or ("float16" if device == "cuda" else "float32")
+    shapes = arguments.shapes or (["sd2-16", "sdxl-32"] if device == "cuda" else ["sd2-16", "sd2-32"])
+    operations = arguments.only or list(OPERATIONS)
+    for option, names, known in (("--only", operations, OPERATIONS), ("--shapes", shapes, SHAPES)):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{option} has {name!r}; known are {', '.join(known)}")
+    return [
+        Case(operation, SHAPES[shape], dtype, device, impl)
+        for shape in dict.fromkeys(shapes)
+        for operation in dict.fromkeys(operations)
+    ]
+
+
+def counting(wanted: bool | None, device: str) -> str:
+    """How instructions are counted, in words; empty where they are not.
+
+    Raises:
+        ValueError: they are wanted, but nothing here counts them.
+    """
+    if wanted is False or device != "cpu":
+        return ""
+    if has_counter():
+        return "instructions by the processor's counter"
+    if has_valgrind():
+        return f"instructions by valgrind, {'of all cases' if wanted else 'where the time changed'}"
+    if wanted:
+        raise ValueError("--instructions: the processor's counter cannot be read here; install valgrind")
+    print("instructions are not counted: no counter of the processor can be read here, and there is no valgrind")
+    return ""
+
+
+class Comparison:
+    """Compares cases in a pair of processes that it starts anew where a change has to be confirmed."""
+
+    def __init__(self, base: Path, arguments: argparse.Namespace, error: float, how: str, valgrind: Counts) -> None:
+        """`error`: that one case's interval misses the truth; `how`: as `counting` says."""
+        self.base, self.arguments, self.error, self.how, self.valgrind = base, arguments, error, how, valgrind
+        self.pair = Pair(base, ROOT)
+
+    def __enter__(self) -> Comparison:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pair.__exit__()
+
+    def row(self, case: Case, tick: Callable[[], Any] = lambda: None) -> Row:
+        """What was measured of a case, or why it could not be."""
+        row: Row = {
+            "op": case.operation,
+            "model": case.layer.model,
+            "shape": case.layer.sizes,
+            "dtype": case.dtype,
+            "impl": case.impl,
+        }
+        try:
+            failed = self.pair.build(case)
+            if failed:
+                return row | {"failed": failed}
+            return row | self._measured(case, tick)
+        except Failure as failure:
+            return row | {"failed": {"both": str(failure)}}
+
+    def _measured(self, case: Case, tick: Callable[[], Any]) -> Row:
+        calls, threshold = self.pair.calls(), self.arguments.threshold
+        sets = [self.pair.times(calls, self.arguments.rounds, tick)]
+        counts = self.pair.counts() if "counter" in self.how else None
+        changed = side(self._interval(sets[0]), threshold) != 0
+        if changed:
+            self.pair.__exit__()
+            self.pair = Pair(self.base, ROOT)
+            failed = self.pair.build(case)
+            if failed:
+                raise Failure("; ".join(failed.values()))
+            sets.append(self.pair.times(calls, self.arguments.rounds))
+        found = [self._interval(times) for times in sets]
+        agreed = changed and len({side(x, threshold) for x in found}) == 1
+        if "valgrind" in self.how and (self.arguments.instructions or agreed):
+            counts = self.valgrind.count(case)
+        ratio = counts and counts["current"] / counts["base"]
+        return {
+            "calls": calls,
+            "base_ms": [1e3 * statistics.median(times.base) for times in sets],
+            "current_ms": [1e3 * statistics.median(times.current) for times in sets],
+            "ratio": [x._asdict() for x in found],
+            "wall_ratio": [statistics.median(times.walls) for times in sets],
+            "instructions": counts,
+            "verdict": verdict(found, ratio, threshold),
+        }
+
+    def _interval(self, times: Times) -> Interval:
+        return interval(times.ratios, self.error)
+
+
+def line(row: Row) -> str:
+    """A row as a line of the table: the last set of rounds counts."""
+    where = f"{row['op']:32} {row['model'].replace(' ', '')} {row['shape'].split()[2]}"
+    where = f"{where:43}"
+    if "failed" in row:
+        sides = {"base": "BASE cannot run it", "current": "this tree cannot run it", "both": "failed"}
+        return f"{where} " + "; ".join(f"{sides[name]}: {why}" for name, why in row["failed"].items())
+    ratio, counts = row["ratio"][-1], row["instructions"]
+    counted = f"{counts['current'] / counts['base']:.4f}" if counts else "-"
+    said = {"slower": "SLOWER", "refused": f"speedup refused: {row.get('why')}"}.get(row["verdict"], row["verdict"])
+    if row["verdict"] == "refused":
+        return f"{where} {said}"
+    span = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
+    return f"{where} {row['base_ms'][-1]:9.3f} {ratio['middle']:6.3f}  {span:17} {counted:>12}  {said}"
+
+
+def broken(row: Row) -> bool:
+    """Whether only the base can run it."""
+    return "current" in row.get("failed", {}) and "base" not in row["failed"]
+
+
+def summary(rows: Sequence[Row]) -> int:
+    """Print how many cases went which way, and return the exit status."""
+    tally = Counter(row.get("verdict", "failed") for row in rows)
+    print(", ".join(f"{count} {name}" for name, count in sorted(tally.items())))
+    return int(tally["slower"] > 0 or any(map(broken, rows)))
