@@ -195,7 +195,7 @@ class Comparison:
         agreed = changed and len({side(x, threshold) for x in found}) == 1
         if "valgrind" in self.how and (self.arguments.instructions or agreed):
             counts = self.valgrind.count(case)
-        ratio = counts and counts["current"] / counts["base"]
+        ratio = counts["current"] / counts["base"] if counts else None
         return {
             "calls": calls,
             "base_ms": [1e3 * statistics.median(times.base) for times in sets],
