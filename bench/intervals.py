@@ -1,8 +1,9 @@
 """Ratios of two programs' times that were taken in turns, and what they say.
 
-A round is A B B A or B A A B, so that a steady drift of the machine cancels within it. Its ratio is one sample. The
-interval of their median comes from their order (the inverted sign test): exact for any distribution, and a neighbour
-that takes the processor in some rounds moves no more than those.
+A round is A B B A or B A A B, so that a steady drift of the machine cancels within it. Its log ratio is one sample. The
+interval comes from the ranks of the samples' pairwise means (Wilcoxon's signed-rank test inverted, Hodges and Lehmann
+1963): exact for any noise that is as likely to hit either program, and what a neighbour on the machine does to some
+rounds moves it no further than those rounds' number, however slow they were.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ SAME_COUNT = 1e-3
 
 
 class Interval(NamedTuple):
-    """The median ratio and its confidence interval."""
+    """The Hodges-Lehmann estimate of a ratio within its confidence interval."""
 
     low: float
     middle: float
@@ -37,19 +38,32 @@ def fewest_rounds(error: float) -> int:
 
 
 def interval(ratios: Sequence[float], error: float) -> Interval:
-    """The interval that misses the true median with a probability of at most `error`.
+    """The interval of the ratio that misses it with a probability of at most `error`.
 
     Raises:
         ValueError: fewer than `fewest_rounds(error)` ratios.
     """
-    count, ordered = len(ratios), sorted(ratios)
+    count = len(ratios)
     if count < fewest_rounds(error):
         raise ValueError(f"{count} rounds cannot bound a ratio; use --rounds {fewest_rounds(error)} or more")
+    logs = [math.log(x) for x in ratios]
+    means = sorted((x + y) / 2 for i, x in enumerate(logs) for y in logs[: i + 1])
     outside, cut = 0.0, -1
-    # Each side misses with the probability of at most `cut` heads in `count` throws of a coin.
-    while (outside := outside + math.comb(count, cut + 1) * 0.5**count) <= error / 2:
+    for chance in _rank_sums(count):
+        outside += chance
+        if outside > error / 2:
+            break
         cut += 1
-    return Interval(ordered[cut], statistics.median(ordered), ordered[count - 1 - cut])
+    return Interval(*(math.exp(x) for x in (means[cut], statistics.median(means), means[-1 - cut])))
+
+
+def _rank_sums(count: int) -> list[float]:
+    """The probability of every sum of the ranks 1 to `count` that each count or not, as a coin falls."""
+    chances = [1.0]
+    for rank in range(1, count + 1):
+        without = [*chances, *[0.0] * rank]
+        chances = [(x + y) / 2 for x, y in zip(without, [*[0.0] * rank, *chances], strict=True)]
+    return chances
 
 
 def side(found: Interval, threshold: float) -> int:

@@ -5,11 +5,13 @@
 
 Both trees run the same cases in turns, a process each, and every ratio has its confidence interval. A change is
 reported when the whole interval is beyond the threshold and a second set of rounds, in fresh processes, says so too:
-where a process happens to lie in memory can shift all of its times by some per cent. Intervals allow for the number of
-cases: all together miss with a probability of 5 %. On a CPU a change also has to show in the instructions, where the
-machine counts them: equal counts (within 0.1 %) are the same work whatever the clock says, and a rise over the
-threshold is a slowdown unless the clock shows a speedup. The processor's counter counts every case; valgrind takes
-minutes, so it counts only cases whose time changed (--instructions: all).
+where a process happens to lie in memory can shift all of its times by some per cent. Intervals are of 95 %, or wider
+where there are so many cases that noise alone would pass both for one of them, more often than in one run of 20.
+
+On a CPU a change also has to show in the instructions, where the machine counts them: equal counts (within 0.1 %) are
+the same work whatever the clock says, and a rise over the threshold is a slowdown unless the clock shows a speedup. The
+processor's counter counts every case. Valgrind takes minutes, so it counts only those whose time changed
+(--instructions: all).
 
 The inputs, and what is timed, come from this tree's registry; the checkout is left as it is.
 """
@@ -17,6 +19,7 @@ The inputs, and what is timed, come from this tree's registry; the checkout is l
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,17 +29,18 @@ from typing import Any
 
 import torch
 from checkout import ROOT
-from comparisons import OPERATIONS
 from instructions import has_counter, has_valgrind
 from intervals import Interval, fewest_rounds, interval, side, verdict
 from pair import Case, Counts, Failure, Pair, Times
 from rows import Log, Row, stamp
 from shapes import LAYERS, Layer
 from suites import refusal
+from worker import registry
 from worktree import resolve, worktree
 
-# That one of all intervals misses the truth.
-ERROR = 0.05
+# That an interval misses the truth, and that any of all cases looks changed by chance.
+ERROR, FALSE_ALARM = 0.05, 0.05
+OPERATIONS = tuple(registry().OPERATIONS)
 DTYPES = ("float32", "float16", "bfloat16")
 SHAPES = {f"{x.model.lower().replace(' ', '').replace('.', '')}-{x.grid[0]}": x for x in LAYERS}
 SHAPES["tiny"] = Layer("tiny", 2, (4, 4), 8, tokens=9, steps=2)
@@ -47,7 +51,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("base", metavar="BASE", help="the commit, branch or tag to compare with")
     made.add_argument("--only", nargs="+", metavar="NAME", help="operations (default: all)")
     made.add_argument(
-        "--shapes", nargs="+", metavar="NAME", help=f"of {', '.join(SHAPES)} (default: sd2-16 sd2-32; CUDA: sdxl-32)"
+        "--shapes",
+        nargs="+",
+        metavar="NAME",
+        help=f"of {', '.join(SHAPES)} (default: sd2-16 sd2-32, on CUDA sd2-16 sdxl-32)",
     )
     made.add_argument("--dtype", choices=DTYPES, help="default: float32, on CUDA float16")
     made.add_argument("--impl", choices=("eager", "triton"), help="default: eager, on CUDA triton")
@@ -74,17 +81,17 @@ def run(arguments: argparse.Namespace) -> int:
     cases = chosen(arguments)
     if not arguments.threshold > 0:
         raise ValueError(f"--threshold is {arguments.threshold}; it must be above 0, such as 0.05")
-    error = ERROR / len(cases)
+    # Noise has to pass on the same side of two independent intervals.
+    error = min(ERROR, 2 * math.sqrt(FALSE_ALARM / len(cases)))
     if arguments.rounds < fewest_rounds(error):
         raise ValueError(
-            f"--rounds is {arguments.rounds}; {len(cases)} cases need {fewest_rounds(error)} or more, or choose fewer "
-            "operations or shapes"
+            f"--rounds is {arguments.rounds}; intervals for {len(cases)} cases need {fewest_rounds(error)} or more"
         )
     commit = resolve(ROOT, arguments.base)
-    how = counting(arguments.instructions, cases[0].device)
+    how, said = counting(arguments.instructions, cases[0].device)
     log = Log(arguments.results, {**stamp(cases[0].device), "threads": 1, "base": commit})
     tests = (lambda _: None) if arguments.no_tests else cache(partial(refusal, ROOT))
-    print(f"this tree against {arguments.base} ({commit[:12]}); {how or 'instructions are not counted'}")
+    print(f"this tree against {arguments.base} ({commit[:12]}); {said}")
     print(f"{'operation':32} {'shape':10} {'base ms':>9} {'ratio':>6}  {'interval':17} {'instructions':>12}  verdict")
     with (
         worktree(ROOT, commit) as tree,
@@ -95,8 +102,10 @@ def run(arguments: argparse.Namespace) -> int:
         for index, case in enumerate(cases):
             bar.set_description(case.operation)
             row = comparison.row(case, bar.update)
-            if row.get("verdict") == "faster" and (why := tests(case.operation)):
-                row |= {"verdict": "refused", "why": why}
+            if row.get("verdict") == "faster":
+                bar.set_description(f"tests of {case.operation}")
+                if why := tests(case.operation):
+                    row |= {"verdict": "refused", "why": why}
             log.write(row)
             bar.n = (index + 1) * arguments.rounds
             tqdm.write(line(row))
@@ -118,7 +127,7 @@ def chosen(arguments: argparse.Namespace) -> list[Case]:
         raise ValueError("--impl is triton, which is timed on a GPU only, and this is a CPU; use eager")
     dtype = arguments.dtype or ("float16" if device == "cuda" else "float32")
     shapes = arguments.shapes or (["sd2-16", "sdxl-32"] if device == "cuda" else ["sd2-16", "sd2-32"])
-    operations = arguments.only or list(OPERATIONS)
+    operations = arguments.only or OPERATIONS
     for option, names, known in (("--only", operations, OPERATIONS), ("--shapes", shapes, SHAPES)):
         for name in names:
             if name not in known:
@@ -130,28 +139,30 @@ def chosen(arguments: argparse.Namespace) -> list[Case]:
     ]
 
 
-def counting(wanted: bool | None, device: str) -> str:
-    """How instructions are counted, in words; empty where they are not.
+def counting(wanted: bool | None, device: str) -> tuple[str | None, str]:
+    """What counts instructions, "counter" or "valgrind", None for nothing; and that in words.
 
     Raises:
         ValueError: they are wanted, but nothing here counts them.
     """
     if wanted is False or device != "cpu":
-        return ""
+        return None, "instructions are not counted"
     if has_counter():
-        return "instructions by the processor's counter"
+        return "counter", "instructions by the processor's counter"
     if has_valgrind():
-        return f"instructions by valgrind, {'of all cases' if wanted else 'where the time changed'}"
+        return "valgrind", f"instructions by valgrind, {'of all cases' if wanted else 'where the time changed'}"
+    missing = "the processor's counter cannot be read here and valgrind is not installed"
     if wanted:
-        raise ValueError("--instructions: the processor's counter cannot be read here; install valgrind")
-    print("instructions are not counted: no counter of the processor can be read here, and there is no valgrind")
-    return ""
+        raise ValueError(f"--instructions: {missing}; install valgrind")
+    return None, f"instructions are not counted: {missing}"
 
 
 class Comparison:
     """Compares cases in a pair of processes that it starts anew where a change has to be confirmed."""
 
-    def __init__(self, base: Path, arguments: argparse.Namespace, error: float, how: str, valgrind: Counts) -> None:
+    def __init__(
+        self, base: Path, arguments: argparse.Namespace, error: float, how: str | None, valgrind: Counts
+    ) -> None:
         """`error`: that one case's interval misses the truth; `how`: as `counting` says."""
         self.base, self.arguments, self.error, self.how, self.valgrind = base, arguments, error, how, valgrind
         self.pair = Pair(base, ROOT)
@@ -182,7 +193,7 @@ class Comparison:
     def _measured(self, case: Case, tick: Callable[[], Any]) -> Row:
         calls, threshold = self.pair.calls(), self.arguments.threshold
         sets = [self.pair.times(calls, self.arguments.rounds, tick)]
-        counts = self.pair.counts() if "counter" in self.how else None
+        counts = self.pair.counts() if self.how == "counter" else None
         changed = side(self._interval(sets[0]), threshold) != 0
         if changed:
             self.pair.__exit__()
@@ -193,7 +204,7 @@ class Comparison:
             sets.append(self.pair.times(calls, self.arguments.rounds))
         found = [self._interval(times) for times in sets]
         agreed = changed and len({side(x, threshold) for x in found}) == 1
-        if "valgrind" in self.how and (self.arguments.instructions or agreed):
+        if self.how == "valgrind" and (self.arguments.instructions or agreed):
             counts = self.valgrind.count(case)
         ratio = counts["current"] / counts["base"] if counts else None
         return {
@@ -235,4 +246,6 @@ def summary(rows: Sequence[Row]) -> int:
     """Print how many cases went which way, and return the exit status."""
     tally = Counter(row.get("verdict", "failed") for row in rows)
     print(", ".join(f"{count} {name}" for name, count in sorted(tally.items())))
+    if tally["unclear"]:
+        print("unclear: the interval reaches past the threshold; --rounds or a quieter machine narrows it")
     return int(tally["slower"] > 0 or any(map(broken, rows)))
