@@ -206,12 +206,13 @@ class Counts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pair is not None:
-            self._pair.__exit__()
+        self._stop()
         self._folder.cleanup()
 
-    def _file(self, side: str) -> Path:
-        return Path(self._folder.name) / side
+    def _stop(self) -> None:
+        if self._pair is not None:
+            self._pair.__exit__()
+        self._pair, self._dumps = None, 0
 
     def count(self, case: Case) -> dict[str, int]:
         """The instructions of a call in either tree.
@@ -219,19 +220,25 @@ class Counts:
         Raises:
             Failure: one of them cannot run it under valgrind.
         """
+        try:
+            return self._count(case)
+        except (Failure, ValueError, OSError, subprocess.TimeoutExpired) as error:
+            # The numbers of the files that come next are those of a fresh pair.
+            self._stop()
+            raise Failure(f"under valgrind: {error}") from error
+
+    def _count(self, case: Case) -> dict[str, int]:
+        folder = Path(self._folder.name)
         if self._pair is None:
-            self._pair = Pair(*self._trees, lambda side: valgrind(self._file(side)))
+            self._pair = Pair(*self._trees, lambda side: valgrind(folder / side))
         failed = self._pair.build(case)
         if failed:
             raise Failure("; ".join(failed.values()))
         self._dumps += 1
         found = {}
         for side, process in self._pair.sides.items():
-            try:
-                instrument(process.process.pid, True)
-                process.ask("collect", calls=COUNTED_CALLS)
-                instrument(process.process.pid, False)
-                found[side] = counted(Path(f"{self._file(side)}.{self._dumps}")) // COUNTED_CALLS
-            except (OSError, subprocess.TimeoutExpired) as error:
-                raise Failure(f"valgrind: {error}") from error
+            instrument(process.process.pid, True)
+            process.ask("collect", calls=COUNTED_CALLS)
+            instrument(process.process.pid, False)
+            found[side] = counted(folder / f"{side}.{self._dumps}") // COUNTED_CALLS
         return found

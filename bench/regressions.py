@@ -203,9 +203,13 @@ class Comparison:
                 raise Failure("; ".join(failed.values()))
             sets.append(self.pair.times(calls, self.arguments.rounds))
         found = [self._interval(times) for times in sets]
+        uncounted = None
         agreed = changed and len({side(x, threshold) for x in found}) == 1
         if self.how == "valgrind" and (self.arguments.instructions or agreed):
-            counts = self.valgrind.count(case)
+            try:
+                counts = self.valgrind.count(case)
+            except Failure as failure:
+                uncounted = str(failure)
         ratio = counts["current"] / counts["base"] if counts else None
         return {
             "calls": calls,
@@ -214,6 +218,7 @@ class Comparison:
             "ratio": [x._asdict() for x in found],
             "wall_ratio": [statistics.median(times.walls) for times in sets],
             "instructions": counts,
+            "uncounted": uncounted,
             "verdict": verdict(found, ratio, threshold),
         }
 
@@ -234,7 +239,8 @@ def line(row: Row) -> str:
     if row["verdict"] == "refused":
         return f"{where} {said}"
     span = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
-    return f"{where} {row['base_ms'][-1]:9.3f} {ratio['middle']:6.3f}  {span:17} {counted:>12}  {said}"
+    note = f" ({row['uncounted']})" if row["uncounted"] else ""
+    return f"{where} {row['base_ms'][-1]:9.3f} {ratio['middle']:6.3f}  {span:17} {counted:>12}  {said}{note}"
 
 
 def broken(row: Row) -> bool:

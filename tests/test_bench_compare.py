@@ -306,6 +306,45 @@ def test_a_change_is_confirmed_in_fresh_processes(
     assert not left
 
 
+def test_counts_by_valgrind(compare: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each side's dumps are numbered from 1, and from 1 again after a process that failed."""
+    import pair
+    import regressions
+
+    asked: list[tuple[str, str]] = []
+
+    class Simulated:
+        def __init__(self, tree: Path, under: list[str]) -> None:
+            self.out, self.dumps, self.process = Path(under[-1].partition("=")[2]), 0, self
+            self.pid = self.out.name
+            assert under[:3] == ["valgrind", "--quiet", "--tool=callgrind"]
+
+        def ask(self, do: str, **how: Any) -> dict[str, Any]:
+            asked.append((self.out.name, do))
+            if how.get("operation") == "smooth_maps" and self.out.name == "current":
+                raise pair.Failure("broken")
+            if do == "collect":
+                self.dumps += 1
+                total = how["calls"] * (100 if self.out.name == "base" else 110)
+                Path(f"{self.out}.{self.dumps}").write_text(f"totals: {total * self.dumps}\n")
+            return {}
+
+        def close(self) -> None:
+            asked.append((self.out.name, "close"))
+
+    monkeypatch.setattr(pair, "Process", Simulated)
+    monkeypatch.setattr(pair, "instrument", lambda process, on: asked.append((process, "on" if on else "off")))
+    case = pair.Case("gaussian_bias", regressions.SHAPES["tiny"], "float32", "cpu", "eager")
+    with pair.Counts(tmp_path, tmp_path) as counts:
+        assert counts.count(case) == {"base": 100, "current": 110}
+        assert [do for side, do in asked if side == "base"] == ["build", "on", "collect", "off"]
+        assert counts.count(case) == {"base": 200, "current": 220}
+        with pytest.raises(pair.Failure, match="under valgrind: broken"):
+            counts.count(case._replace(operation="smooth_maps"))
+        assert counts.count(case) == {"base": 100, "current": 110}
+    assert asked.count(("base", "close")) == asked.count(("current", "close")) == 2
+
+
 def simulated(noise: random.Random, slowdown: float, spread: float, rounds: int = 24) -> list[float]:
     """Ratios of rounds of a machine that gets slower or faster all the time, wanders, and now and then stands still for
     somebody else; `spread`: of a sample's own noise."""
