@@ -43,7 +43,9 @@ class Case(NamedTuple):
 
 
 class Failure(Exception):
-    """A tree cannot do what was asked of it."""
+    """A tree cannot do what was asked of it. `side`: which one, "base" or "current", where that is known."""
+
+    side: str | None = None
 
 
 class Process:
@@ -152,16 +154,23 @@ class Pair:
     def build(self, case: Case) -> dict[str, str]:
         """Make `case` in both; which of them cannot, and why."""
         failed = {}
-        for side, process in self.sides.items():
+        for side in self.sides:
             try:
-                process.ask("build", **case._asdict())
+                self._ask(side, "build", **case._asdict())
             except Failure as failure:
                 failed[side] = str(failure)
         return failed
 
+    def _ask(self, side: str, do: str, **how: Any) -> Answer:
+        try:
+            return self.sides[side].ask(do, **how)
+        except Failure as failure:
+            failure.side = side
+            raise
+
     def calls(self) -> int:
         """How many calls fill a sample on the base."""
-        once = min(self.sides["base"].ask("time", calls=1)["seconds"] for _ in range(3))
+        once = min(self._ask("base", "time", calls=1)["seconds"] for _ in range(3))
         return min(max(math.ceil(SAMPLE_SECONDS / max(once, 1e-9)), 1), MOST_CALLS)
 
     def times(self, calls: int, rounds: int, tick: Callable[[], Any] = lambda: None) -> Times:
@@ -174,7 +183,7 @@ class Pair:
         for order in turns(rounds):
             seconds = {"base": [0.0, 0.0], "current": [0.0, 0.0]}
             for side in order:
-                answer = self.sides[side].ask("time", calls=calls)
+                answer = self._ask(side, "time", calls=calls)
                 seconds[side][0] += answer["seconds"]
                 seconds[side][1] += answer["wall"]
             (base, base_wall), (current, current_wall) = seconds["base"], seconds["current"]
@@ -187,7 +196,7 @@ class Pair:
 
     def counts(self) -> dict[str, int] | None:
         """The instructions of a call of what was built, by the processor's counter; None where it has none."""
-        found = {side: process.ask("count", calls=COUNTED_CALLS) for side, process in self.sides.items()}
+        found = {side: self._ask(side, "count", calls=COUNTED_CALLS) for side in self.sides}
         if any(answer["instructions"] is None for answer in found.values()):
             return None
         return {side: answer["instructions"] // COUNTED_CALLS for side, answer in found.items()}

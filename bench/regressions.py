@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where --impl triton runs, else cpu")
     made.add_argument("--rounds", type=int, default=24, metavar="N", help="of four samples each (default: 24)")
     made.add_argument("--threshold", type=float, default=0.05, help="the change that counts (default: 0.05)")
-    made.add_argument("--no-tests", action="store_true", help="report speedups without running the tests")
+    made.add_argument("--no-tests", action="store_true", help="report speedups as untested ones")
     made.add_argument(
         "--instructions", action=argparse.BooleanOptionalAction, help="count them for every case, or for none"
     )
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     commit = resolve(ROOT, arguments.base)
     how, said = counting(arguments.instructions, cases[0].device)
     log = Log(arguments.results, {**stamp(cases[0].device), "threads": 1, "base": commit})
-    tests = (lambda _: None) if arguments.no_tests else cache(partial(refusal, ROOT))
+    tests = cache(partial(refusal, ROOT))
     print(f"this tree against {arguments.base} ({commit[:12]}); {said}")
     print(f"{'operation':32} {'shape':10} {'base ms':>9} {'ratio':>6}  {'interval':17} {'instructions':>12}  verdict")
     with (
@@ -102,7 +102,9 @@ def run(arguments: argparse.Namespace) -> int:
         for index, case in enumerate(cases):
             bar.set_description(case.operation)
             row = comparison.row(case, bar.update)
-            if row.get("verdict") == "faster":
+            if row.get("verdict") == "faster" and arguments.no_tests:
+                row["verdict"] = "faster, untested"
+            elif row.get("verdict") == "faster":
                 bar.set_description(f"tests of {case.operation}")
                 if why := tests(case.operation):
                     row |= {"verdict": "refused", "why": why}
@@ -188,7 +190,7 @@ class Comparison:
                 return row | {"failed": failed}
             return row | self._measured(case, tick)
         except Failure as failure:
-            return row | {"failed": {"both": str(failure)}}
+            return row | {"failed": {failure.side or "both": str(failure)}}
 
     def _measured(self, case: Case, tick: Callable[[], Any]) -> Row:
         calls, threshold = self.pair.calls(), self.arguments.threshold
@@ -200,7 +202,7 @@ class Comparison:
             self.pair = Pair(self.base, ROOT)
             failed = self.pair.build(case)
             if failed:
-                raise Failure("; ".join(failed.values()))
+                return {"failed": failed}
             sets.append(self.pair.times(calls, self.arguments.rounds))
         found = [self._interval(times) for times in sets]
         uncounted = None
@@ -228,18 +230,18 @@ class Comparison:
 
 def line(row: Row) -> str:
     """A row as a line of the table: the last set of rounds counts."""
-    where = f"{row['op']:32} {row['model'].replace(' ', '')} {row['shape'].split()[2]}"
-    where = f"{where:43}"
+    shape = f"{row['model'].replace(' ', '')} {row['shape'].split()[2]}"
+    where = f"{row['op']:32} {shape:10}"
     if "failed" in row:
         sides = {"base": "BASE cannot run it", "current": "this tree cannot run it", "both": "failed"}
         return f"{where} " + "; ".join(f"{sides[name]}: {why}" for name, why in row["failed"].items())
+    if row["verdict"] == "refused":
+        return f"{where} speedup refused: {row['why']}"
     ratio, counts = row["ratio"][-1], row["instructions"]
     counted = f"{counts['current'] / counts['base']:.4f}" if counts else "-"
-    said = {"slower": "SLOWER", "refused": f"speedup refused: {row.get('why')}"}.get(row["verdict"], row["verdict"])
-    if row["verdict"] == "refused":
-        return f"{where} {said}"
-    span = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
+    said = "SLOWER" if row["verdict"] == "slower" else row["verdict"]
     note = f" ({row['uncounted']})" if row["uncounted"] else ""
+    span = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
     return f"{where} {row['base_ms'][-1]:9.3f} {ratio['middle']:6.3f}  {span:17} {counted:>12}  {said}{note}"
 
 

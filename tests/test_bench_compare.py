@@ -147,6 +147,8 @@ def test_a_speedup_needs_tests_that_pass(
     assert compare("slow", *small("gaussian_bias"), "--results", str(file)) == 0
     assert read(file)["gaussian_bias"]["verdict"] == "refused"
     assert "speedup refused: its tests fail: FAILED tests/test_ops_bias.py::test_bias" in capsys.readouterr().out
+    assert compare("slow", *small("gaussian_bias"), "--no-tests") == 0
+    assert capsys.readouterr().out.splitlines()[-2].endswith("faster, untested")
     import suites
 
     test.write_text("def test_bias():\n    assert 'ops.gaussian_bias'\n")
