@@ -24,7 +24,8 @@ from shapes import Layer
 
 SAMPLE_SECONDS = 20e-3
 MOST_CALLS = 1000
-COUNTED_CALLS = 2
+# Of short calls it takes several, as the interpreter's own work differs a little from call to call.
+COUNTED_CALLS = 10
 # Hashes decide how often dictionaries collide, which the counts of instructions would show.
 ENVIRONMENT = {"PYTHONHASHSEED": "0"} | dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1"
@@ -194,12 +195,14 @@ class Pair:
             tick()
         return found
 
-    def counts(self) -> dict[str, int] | None:
-        """The instructions of a call of what was built, by the processor's counter; None where it has none."""
-        found = {side: self._ask(side, "count", calls=COUNTED_CALLS) for side in self.sides}
+    def counts(self, calls: int) -> dict[str, int] | None:
+        """The instructions of a call of what was built by the processor's counter, None where it has none. `calls`: how
+        many fill a sample of time."""
+        calls = min(calls, COUNTED_CALLS)
+        found = {side: self._ask(side, "count", calls=calls) for side in self.sides}
         if any(answer["instructions"] is None for answer in found.values()):
             return None
-        return {side: answer["instructions"] // COUNTED_CALLS for side, answer in found.items()}
+        return {side: answer["instructions"] // calls for side, answer in found.items()}
 
 
 class Counts:
@@ -223,20 +226,20 @@ class Counts:
             self._pair.__exit__()
         self._pair, self._dumps = None, 0
 
-    def count(self, case: Case) -> dict[str, int]:
-        """The instructions of a call in either tree.
+    def count(self, case: Case, calls: int) -> dict[str, int]:
+        """The instructions of a call in either tree. `calls`: how many fill a sample of time.
 
         Raises:
             Failure: one of them cannot run it under valgrind.
         """
         try:
-            return self._count(case)
+            return self._count(case, min(calls, COUNTED_CALLS))
         except (Failure, ValueError, OSError, subprocess.TimeoutExpired) as error:
             # The numbers of the files that come next are those of a fresh pair.
             self._stop()
             raise Failure(f"under valgrind: {error}") from error
 
-    def _count(self, case: Case) -> dict[str, int]:
+    def _count(self, case: Case, calls: int) -> dict[str, int]:
         folder = Path(self._folder.name)
         if self._pair is None:
             self._pair = Pair(*self._trees, lambda side: valgrind(folder / side))
@@ -247,7 +250,7 @@ class Counts:
         found = {}
         for side, process in self._pair.sides.items():
             instrument(process.process.pid, True)
-            process.ask("collect", calls=COUNTED_CALLS)
+            process.ask("collect", calls=calls)
             instrument(process.process.pid, False)
-            found[side] = counted(folder / f"{side}.{self._dumps}") // COUNTED_CALLS
+            found[side] = counted(folder / f"{side}.{self._dumps}") // calls
         return found

@@ -8,7 +8,7 @@ reported when the whole interval is beyond the threshold and a second set of rou
 where a process happens to lie in memory can shift all of its times by some per cent. Intervals are of 95 %, or wider
 where there are so many cases that noise alone would pass both for one of them, more often than in one run of 20.
 
-On a CPU a change also has to show in the instructions, where the machine counts them: equal counts (within 0.1 %) are
+On a CPU a change also has to show in the instructions, where the machine counts them: equal counts (within 0.2 %) are
 the same work whatever the clock says, and a rise over the threshold is a slowdown unless the clock shows a speedup. The
 processor's counter counts every case. Valgrind takes minutes, so it counts only those whose time changed
 (--instructions: all).
@@ -195,7 +195,7 @@ class Comparison:
     def _measured(self, case: Case, tick: Callable[[], Any]) -> Row:
         calls, threshold = self.pair.calls(), self.arguments.threshold
         sets = [self.pair.times(calls, self.arguments.rounds, tick)]
-        counts = self.pair.counts() if self.how == "counter" else None
+        counts = self.pair.counts(calls) if self.how == "counter" else None
         changed = side(self._interval(sets[0]), threshold) != 0
         if changed:
             self.pair.__exit__()
@@ -209,7 +209,7 @@ class Comparison:
         agreed = changed and len({side(x, threshold) for x in found}) == 1
         if self.how == "valgrind" and (self.arguments.instructions or agreed):
             try:
-                counts = self.valgrind.count(case)
+                counts = self.valgrind.count(case, calls)
             except Failure as failure:
                 uncounted = str(failure)
         ratio = counts["current"] / counts["base"] if counts else None

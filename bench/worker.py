@@ -93,7 +93,7 @@ class Worker:
 
     def collect(self, calls: int) -> Answer:
         """The same for valgrind, which this process then runs under and which writes them to its next file."""
-        for _ in range(WARM_UP):
+        for _ in range(calls):
             self.run()
         gc.collect()
         torch._C._valgrind_toggle()

@@ -99,6 +99,35 @@ def small(*operations: str) -> list[str]:
     return ["--only", *operations, "--shapes", "tiny", "--rounds", "8", "--device", "cpu", "--no-instructions"]
 
 
+def simulated_pair(ratios: list[float], counts: dict[str, int] | None = None) -> type:
+    """In the place of `pair.Pair`: no processes, and the next of `ratios` between the trees in each set of rounds."""
+    import pair
+
+    class Simulated:
+        def __init__(self, *trees: Path) -> None:
+            self.closed = False
+
+        def build(self, case: pair.Case) -> dict[str, str]:
+            return {}
+
+        def calls(self) -> int:
+            return 1
+
+        def counts(self, calls: int) -> dict[str, int] | None:
+            return counts
+
+        def times(self, calls: int, rounds: int, tick: Callable[[], Any] = lambda: None) -> pair.Times:
+            assert not self.closed
+            ratio, noise = ratios.pop(0), random.Random(0)
+            found = [ratio * math.exp(noise.gauss(0, 0.01)) for _ in range(rounds)]
+            return pair.Times([1.0] * rounds, found, found, found)
+
+        def __exit__(self, *_: object) -> None:
+            self.closed = True
+
+    return Simulated
+
+
 def read(file: Path) -> dict[str, dict[str, Any]]:
     return {row["op"]: row for row in map(json.loads, file.read_text().splitlines())}
 
@@ -138,23 +167,36 @@ def test_an_identical_tree_passes(compare: Callable[..., int], capsys: pytest.Ca
 
 
 def test_a_speedup_needs_tests_that_pass(
-    compare: Callable[..., int], checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    compare: Callable[..., int],
+    checkout: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (checkout / "tests").mkdir()
-    test = checkout / "tests" / "test_ops_bias.py"
-    test.write_text("def test_bias():\n    assert not 'ops.gaussian_bias'\n")
-    file = tmp_path / "rows.jsonl"
-    assert compare("slow", *small("gaussian_bias"), "--results", str(file)) == 0
-    assert read(file)["gaussian_bias"]["verdict"] == "refused"
-    assert "speedup refused: its tests fail: FAILED tests/test_ops_bias.py::test_bias" in capsys.readouterr().out
-    assert compare("slow", *small("gaussian_bias"), "--no-tests") == 0
-    assert capsys.readouterr().out.splitlines()[-2].endswith("faster, untested")
+    import regressions
     import suites
 
-    test.write_text("def test_bias():\n    assert 'ops.gaussian_bias'\n")
-    assert suites.refusal(checkout, "gaussian_bias") is None
-    assert suites.refusal(checkout, "gaussian_bias_all") is None
-    assert suites.refusal(checkout, "attention") == "no file tests/test_ops_*.py names attention"
+    monkeypatch.setattr(regressions, "Pair", simulated_pair([0.8] * 6))
+    (checkout / "tests").mkdir()
+    test = checkout / "tests" / "test_ops_bias.py"
+    file = tmp_path / "rows.jsonl"
+    words = ["slow", *small("gaussian_bias"), "--results", str(file)]
+    for content, said, verdict in (
+        (
+            "assert not 'ops.gaussian_bias'",
+            "refused: its tests fail: FAILED tests/test_ops_bias.py::test_it",
+            "refused",
+        ),
+        ("assert 'ops.gaussian_bias'", "0.8", "faster"),
+    ):
+        test.write_text(f"def test_it():\n    {content}\n")
+        assert compare(*words) == 0
+        assert said in capsys.readouterr().out
+        assert read(file)["gaussian_bias"]["verdict"] == verdict
+    test.unlink()
+    assert suites.refusal(checkout, "gaussian_bias_all") == "no file tests/test_ops_*.py names gaussian_bias"
+    assert compare(*words, "--no-tests") == 0
+    assert read(file)["gaussian_bias"]["verdict"] == "faster, untested"
 
 
 def test_every_operation_has_tests(compare: Callable[..., int]) -> None:
@@ -274,30 +316,7 @@ def test_a_change_is_confirmed_in_fresh_processes(
     import regressions
 
     left = list(ratios)
-
-    class Simulated:
-        def __init__(self, *trees: Path) -> None:
-            self.closed = False
-
-        def build(self, case: pair.Case) -> dict[str, str]:
-            return {}
-
-        def calls(self) -> int:
-            return 1
-
-        def counts(self) -> dict[str, int] | None:
-            return counts
-
-        def times(self, calls: int, rounds: int, tick: Callable[[], Any] = lambda: None) -> pair.Times:
-            assert not self.closed
-            ratio, noise = left.pop(0), random.Random(0)
-            found = [ratio * math.exp(noise.gauss(0, 0.01)) for _ in range(rounds)]
-            return pair.Times([1.0] * rounds, found, found, found)
-
-        def __exit__(self, *_: object) -> None:
-            self.closed = True
-
-    monkeypatch.setattr(regressions, "Pair", Simulated)
+    monkeypatch.setattr(regressions, "Pair", simulated_pair(left, counts))
     arguments = regressions.parser().parse_args(["HEAD", "--device", "cpu", "--rounds", "12"])
     case = regressions.chosen(arguments)[0]
     with (
@@ -338,12 +357,12 @@ def test_counts_by_valgrind(compare: Callable[..., int], monkeypatch: pytest.Mon
     monkeypatch.setattr(pair, "instrument", lambda process, on: asked.append((process, "on" if on else "off")))
     case = pair.Case("gaussian_bias", regressions.SHAPES["tiny"], "float32", "cpu", "eager")
     with pair.Counts(tmp_path, tmp_path) as counts:
-        assert counts.count(case) == {"base": 100, "current": 110}
+        assert counts.count(case, 4) == {"base": 100, "current": 110}
         assert [do for side, do in asked if side == "base"] == ["build", "on", "collect", "off"]
-        assert counts.count(case) == {"base": 200, "current": 220}
+        assert counts.count(case, 4) == {"base": 200, "current": 220}
         with pytest.raises(pair.Failure, match="under valgrind: broken"):
-            counts.count(case._replace(operation="smooth_maps"))
-        assert counts.count(case) == {"base": 100, "current": 110}
+            counts.count(case._replace(operation="smooth_maps"), 4)
+        assert counts.count(case, 4) == {"base": 100, "current": 110}
     assert asked.count(("base", "close")) == asked.count(("current", "close")) == 2
 
 
