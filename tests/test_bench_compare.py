@@ -145,7 +145,7 @@ def test_a_slowed_operation_is_found(
     rows = read(file)
     assert list(rows) == list(operations)
     assert rows["gaussian_bias"]["verdict"] == "slower"
-    assert len(rows["gaussian_bias"]["ratio"]) == 2
+    assert len(rows["gaussian_bias"]["ratio"]) == 3
     assert all(found["low"] > 1.05 for found in rows["gaussian_bias"]["ratio"])
     assert rows["context_update"]["verdict"] != "slower"
     assert "region_attention" in rows["region_attention"]["failed"]["base"]
@@ -176,7 +176,7 @@ def test_a_speedup_needs_tests_that_pass(
     import regressions
     import suites
 
-    monkeypatch.setattr(regressions, "Pair", simulated_pair([0.8] * 6))
+    monkeypatch.setattr(regressions, "Pair", simulated_pair([0.8] * 9))
     (checkout / "tests").mkdir()
     test = checkout / "tests" / "test_ops_bias.py"
     file = tmp_path / "rows.jsonl"
@@ -295,13 +295,15 @@ def test_a_process_without_its_package_or_that_dies(
     "ratios, counts, verdict",
     [
         ([1.0], None, "same"),
-        ([1.2, 1.2], None, "slower"),
+        ([1.2, 1.2, 1.2], None, "slower"),
         ([1.2, 1.0], None, "same"),
-        ([0.8, 0.8], None, "faster"),
-        ([1.2, 1.2], {"base": 10_000, "current": 10_004}, "same"),
-        ([1.2, 1.2], {"base": 10_000, "current": 10_800}, "slower"),
+        ([1.2, 1.2, 1.0], None, "same"),
+        ([1.2, 0.8], None, "unclear"),
+        ([0.8, 0.8, 0.8], None, "faster"),
+        ([1.2, 1.2, 1.2], {"base": 10_000, "current": 10_004}, "same"),
+        ([1.2, 1.2, 1.2], {"base": 10_000, "current": 10_800}, "slower"),
         ([1.0], {"base": 10_000, "current": 11_000}, "slower"),
-        ([0.8, 0.8], {"base": 10_000, "current": 11_000}, "faster"),
+        ([0.8, 0.8, 0.8], {"base": 10_000, "current": 11_000}, "faster"),
     ],
 )
 def test_a_change_is_confirmed_in_fresh_processes(
