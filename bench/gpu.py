@@ -33,7 +33,7 @@ import torch
 from attnctl_fast.kernels import _launch
 from checkout import RESULTS, git_state
 from registry import OPERATIONS, Comparison, Run, comparison
-from shapes import LARGE, LAYERS, REGULATED, SMALL, Layer
+from shapes import LARGE, LAYERS, REGULATED, SMALL, TINY, Layer
 from timing import Clock, first_line
 
 from attnctl_fast._report import versions
@@ -43,7 +43,6 @@ Record = dict[str, Any]
 OURS = "triton"
 DTYPES = ("float16", "bfloat16")
 FORWARD = ("attention", "target_statistics", "merge_targets", "biased_attention", "regulated_attention")
-TINY = Layer("tiny", 2, (4, 4), 8, tokens=9, steps=2)
 
 
 class Task(NamedTuple):

@@ -1,0 +1,122 @@
+"""What `compare` runs in a process per tree: builds a case, times it and counts its instructions, as it is told.
+
+Orders come as lines of JSON on the standard input and are answered by one each. PYTHONPATH says which tree
+`attnctl_fast` comes from; this file, the cases and their inputs come from the current one.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from instructions import Counter, has_counter
+from timing import Clock, Run, first_line
+
+Answer = dict[str, Any]
+WARM_UP = 2
+
+
+class Worker:
+    """One tree's side of a comparison."""
+
+    def __init__(self, tree: Path) -> None:
+        self.tree = tree
+        self.run: Run = lambda: None
+        self.clock: Clock | None = None
+        self.counter = Counter() if has_counter() else None
+
+    def build(self, operation: str, layer: list[Any], dtype: str, device: str, impl: str) -> Answer:
+        """Make a case, check its result against the truth, and warm up."""
+        # A base may lack what these import, and then lacks the case; the process goes on.
+        from registry import comparison
+        from shapes import Layer
+
+        model, heads, grid, *rest = layer
+        where = torch.device(device)
+        this = comparison(
+            operation, Layer(model, heads, tuple(grid), *rest), getattr(torch, dtype), where, lambda function: function
+        )
+        if impl not in this.contenders:
+            raise ValueError(f"{operation} has no form {impl!r}")
+        self.run = this.contenders[impl].build()
+        error = this.errors(self.run())[1]
+        this.judge(error)
+        self._check_origin()
+        if where.type == "cuda" and self.clock is None:
+            self.clock = Clock(where)
+        for _ in range(WARM_UP):
+            self.run()
+        gc.collect()
+        return {"error": error}
+
+    def _check_origin(self) -> None:
+        """
+        Raises:
+            ImportError: a part of the package comes from elsewhere, such as an editable install of another tree.
+        """
+        for name, module in list(sys.modules.items()):
+            file = getattr(module, "__file__", None)
+            if name.partition(".")[0] == "attnctl_fast" and file and self.tree not in Path(file).resolve().parents:
+                raise ImportError(f"{name} comes from {file}, not from {self.tree}")
+
+    def time(self, calls: int) -> Answer:
+        """Seconds of so many calls: on a GPU by its events, on a CPU this process's own."""
+        wall, used = time.perf_counter(), time.process_time()
+        if self.clock is not None:
+            used = calls * self.clock.elapsed(self.run, calls)
+        else:
+            for _ in range(calls):
+                self.run()
+            used = time.process_time() - used
+        return {"seconds": used, "wall": time.perf_counter() - wall}
+
+    def count(self, calls: int) -> Answer:
+        """Instructions of so many calls, None where the processor does not count them."""
+        if self.counter is None:
+            return {"instructions": None}
+        self.counter.start()
+        for _ in range(calls):
+            self.run()
+        return {"instructions": self.counter.stop()}
+
+    def collect(self, calls: int) -> Answer:
+        """The same for valgrind, which this process then runs under and which writes them to its next file."""
+        for _ in range(calls):
+            self.run()
+        gc.collect()
+        torch._C._valgrind_toggle()
+        for _ in range(calls):
+            self.run()
+        torch._C._valgrind_toggle_and_dump_stats()
+        return {}
+
+
+def main() -> None:
+    # Whatever a library prints must not mix with the answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    gc.disable()
+    import attnctl_fast
+
+    tree = Path(sys.argv[1]).resolve()
+    worker = Worker(tree)
+    answers.write(json.dumps({"package": attnctl_fast.__file__, "counts": worker.counter is not None}) + "\n")
+    for line in sys.stdin:
+        order = json.loads(line)
+        try:
+            answer = getattr(worker, order.pop("do"))(**order)
+        except Exception as error:
+            answer = {"failed": first_line(error)}
+        answers.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()
