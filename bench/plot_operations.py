@@ -15,16 +15,13 @@ from plot_style import (
     Panel,
     Point,
     canvas,
-    device,
     failures,
     fill_panels,
     handle,
-    moment,
-    on_gpu,
     panel_body,
     plain_numbers,
 )
-from rows import Row
+from rows import Row, device, moment, on_gpu
 
 ROLES = ("published", "stock", "ours")
 NAMES = LABELS | {"stock": "stock PyTorch's best"}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from architectures import SIZES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, NullLocator
+from overhead_rows import FORMS, families, measured
 from plot_style import (
     COLOURS,
     GREY,
@@ -18,56 +18,17 @@ from plot_style import (
     Panel,
     Point,
     canvas,
-    device,
     failures,
     fill_panels,
     handle,
-    moment,
-    on_gpu,
     panel_body,
 )
-from rows import Row
+from rows import Row, moment, on_gpu
 
-FORMS = ("published", "diffusers", "stock", "ours")
-SETTING = ("arch", "size", "steps", "edited", "dtype", "batch", "compile", "threads")
 ARCHITECTURES = {"sd15": "SD 1.5", "sd2": "SD 2", "sdxl": "SDXL", "shapes": "the shapes model"}
 # Percent up to which the scale is linear, so that 1 and 400 both can be read.
 LINEAR = 10.0
 _TICKS = (-100, -50, -20, -10, -5, 0, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
-
-
-def newest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of every form of a method in every setting."""
-    found: dict[tuple[Any, ...], Row] = {}
-    for row in sorted(rows, key=moment):
-        found[(device(row), *(row[name] for name in (*SETTING, "method", "form")))] = row
-    return list(found.values())
-
-
-def _families(rows: Iterable[Row], apart: Sequence[str] = ()) -> list[list[Row]]:
-    """The newest rows by device and setting, whatever `apart` is in them."""
-    found: dict[tuple[Any, ...], list[Row]] = {}
-    for row in newest(rows):
-        found.setdefault((device(row), *(row[name] for name in SETTING if name not in apart)), []).append(row)
-    return list(found.values())
-
-
-def select_overhead(rows: Iterable[Row]) -> list[Row]:
-    """The setting with most forms of methods; among equals a GPU's, then the nearest to that of the papers, then the
-    newest."""
-
-    def rank(family: list[Row]) -> tuple[Any, ...]:
-        row = family[0]
-        off = abs(row["size"] - SIZES.get(row["arch"], row["size"]))
-        setting = -row["batch"], not row["compile"], -off, row["steps"]
-        return len(family), on_gpu(row), *setting, max(map(moment, family))
-
-    drawable = [family for family in _families(rows) if any(_measured(row) for row in family)]
-    return max(drawable, key=rank, default=[])
-
-
-def _measured(row: Row) -> bool:
-    return "failed" not in row and row["overhead_percent"] is not None and row["form"] in FORMS
 
 
 def draw_overhead(rows: Sequence[Row]) -> Figure:
@@ -80,7 +41,7 @@ def draw_overhead(rows: Sequence[Row]) -> Figure:
         if row.get("published_percent") is not None and row["form"] in FORMS
     }
     sources = list(dict.fromkeys(source for _, source in papers.values()))
-    present = [form for form in FORMS if any(_measured(row) for row in rows if row["form"] == form)]
+    present = [form for form in FORMS if any(measured(row) for row in rows if row["form"] == form)]
     handles: list[Any] = [Patch(color=COLOURS[form], label=LABELS[form]) for form in present]
     if papers:
         label = sources[0].partition(":")[0] if len(sources) == 1 else "in the paper"
@@ -90,7 +51,7 @@ def draw_overhead(rows: Sequence[Row]) -> Figure:
     for method in methods:
         start = at
         for form in (*present, "paper"):
-            if (form == "paper" and method in papers) or ((method, form) in found and _measured(found[method, form])):
+            if (form == "paper" and method in papers) or ((method, form) in found and measured(found[method, form])):
                 places[method, form] = at
                 at += 1
         middles.append((start + at - 1) / 2 if at > start else at)
@@ -113,7 +74,7 @@ def draw_overhead(rows: Sequence[Row]) -> Figure:
             _diamond(axes, y, value, "" if len(sources) == 1 else f" ({source})")
         else:
             _bar(axes, y, form, found[method, form]["overhead_percent"])
-    _scale(axes, [bound for row in rows if _measured(row) for bound in row["overhead_percent"].values()], papers)
+    _scale(axes, [bound for row in rows if measured(row) for bound in row["overhead_percent"].values()], papers)
     for y in ends[:-1]:
         axes.axhline(y, color="#CCCCCC", linewidth=0.8)
     axes.axvline(0, color=GREY, linewidth=0.8)
@@ -187,8 +148,8 @@ def select_growth(rows: Iterable[Row], by: str, figure: str) -> list[Row]:
                 found.setdefault((row["method"], row["form"]), set()).add(row[by])
         return sum(len(values) > 1 for values in found.values())
 
-    families = [family for family in _families(rows, [by]) if lines(family)]
-    best = max(families, key=lambda x: (on_gpu(x[0]), lines(x), max(map(moment, x))), default=[])
+    drawable = [family for family in families(rows, [by]) if lines(family)]
+    best = max(drawable, key=lambda x: (on_gpu(x[0]), lines(x), max(map(moment, x))), default=[])
     return sorted(best, key=lambda row: row[by])
 
 

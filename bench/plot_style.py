@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 from PIL import Image
-from rows import Row
+from rows import Row, device, on_gpu
 
 # Of Okabe and Ito, told apart without colour vision; the markers tell them apart in grey too.
 COLOURS = {
@@ -113,19 +113,6 @@ def _commit(row: Row) -> str:
     name = row["git"] or "unknown"
     dirty = row.get("dirty") or name.endswith("-dirty")
     return name.removesuffix("-dirty")[:12] + (" with changes" if dirty else "")
-
-
-def device(row: Row) -> str:
-    return row["gpu"] if "gpu" in row else row["device"]
-
-
-def on_gpu(row: Row) -> bool:
-    return device(row) in row["versions"].get("gpus", "").split(", ")
-
-
-def moment(row: Row) -> str:
-    """When a row's run began."""
-    return row["date"] if "date" in row else row["run"]
 
 
 def handle(form: str, label: str, *, line: bool = True) -> Line2D:

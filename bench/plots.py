@@ -19,6 +19,7 @@ import plot_operations
 import plot_overhead
 from checkout import RESULTS, ROOT
 from matplotlib.figure import Figure
+from overhead_rows import select_overhead
 from plot_style import STYLE, digest, png, remembered, styled
 from rows import Row, read
 
@@ -52,7 +53,7 @@ def _draw_batch(rows: Sequence[Row]) -> Figure:
 
 PICTURES = {
     "overhead": Picture(
-        lambda results: plot_overhead.select_overhead(results.overhead),
+        lambda results: select_overhead(results.overhead),
         plot_overhead.draw_overhead,
         "attnctl-fast bench overhead",
     ),

@@ -63,3 +63,17 @@ def last_run(path: Path) -> list[Row]:
     """The rows of the newest run in a file."""
     rows = list(read(path))
     return [row for row in rows if row["run"] == rows[-1]["run"]]
+
+
+def device(row: Row) -> str:
+    """Of a row of the suite or of `gpu.py`."""
+    return row["gpu"] if "gpu" in row else row["device"]
+
+
+def on_gpu(row: Row) -> bool:
+    return device(row) in row["versions"].get("gpus", "").split(", ")
+
+
+def moment(row: Row) -> str:
+    """When a row's run began."""
+    return row["date"] if "date" in row else row["run"]

@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from checkout import RESULTS, ROOT
+from overhead_rows import select_overhead
+from overhead_table import overhead_table
 from rows import read
 
 RESOURCES = ROOT / "bench" / "resources.json"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "measurements.md", ROOT / "kernels" / "README.md")
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", DOCS / "benchmarks.md", DOCS / "measurements.md", ROOT / "kernels" / "README.md")
 # The operations of a method, each family in a table of its own; the others are together in the table `ops`.
 FAMILIES = {
     "regulate": ("regulated_layer",),
@@ -307,10 +310,15 @@ def resources_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def _kept(name: str, kind: str) -> list[dict[str, Any]]:
+    return [row for row in read(RESULTS / name) if row["kind"] == kind]
+
+
 # The table NAME of a page, from its result file; a table whose file is missing is an error.
 TABLES: dict[str, Callable[[], str]] = {
     "rates": lambda: rates_table(last_line(RESULTS / "shapes_rates.jsonl")),
     "behaviour": lambda: behaviour_table(last_line(RESULTS / "shapes_behaviour.jsonl")),
+    "overhead": lambda: overhead_table(select_overhead(_kept("overhead.jsonl", "overhead"))),
     "guidance": lambda: guidance_table(last_line(RESULTS / "cpu_guidance.jsonl")),
     "methods": lambda: methods_table(last_line(RESULTS / "shapes_methods.jsonl")),
     "gpu": lambda: gpu_table(RESULTS),

@@ -1,0 +1,47 @@
+"""Which rows of `bench overhead` a table or a picture shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from architectures import SIZES
+from rows import Row, device, moment, on_gpu
+
+FORMS = ("published", "diffusers", "stock", "ours")
+SETTING = ("arch", "size", "steps", "edited", "dtype", "batch", "compile", "threads")
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """The last row of every form of a method in every setting."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in sorted(rows, key=moment):
+        found[(device(row), *(row[name] for name in (*SETTING, "method", "form")))] = row
+    return list(found.values())
+
+
+def families(rows: Iterable[Row], apart: Sequence[str] = ()) -> list[list[Row]]:
+    """The newest rows by device and setting, whatever `apart` is in them."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in newest(rows):
+        found.setdefault((device(row), *(row[name] for name in SETTING if name not in apart)), []).append(row)
+    return list(found.values())
+
+
+def select_overhead(rows: Iterable[Row]) -> list[Row]:
+    """The setting with most forms of methods; among equals a GPU's, then the nearest to that of the papers, then the
+    newest."""
+
+    def rank(family: list[Row]) -> tuple[Any, ...]:
+        row = family[0]
+        off = abs(row["size"] - SIZES.get(row["arch"], row["size"]))
+        setting = -row["batch"], not row["compile"], -off, row["steps"]
+        return len(family), on_gpu(row), *setting, max(map(moment, family))
+
+    drawable = [family for family in families(rows) if any(measured(row) for row in family)]
+    return max(drawable, key=rank, default=[])
+
+
+def measured(row: Row) -> bool:
+    """Whether it is a form whose overhead is known."""
+    return "failed" not in row and row["overhead_percent"] is not None and row["form"] in FORMS
