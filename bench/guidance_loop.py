@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sampling import PROMPT, Setting
+from sampling import PROMPT, Setting, wide_dtype
 from torch import Tensor
 
 from attnctl_fast import schedules
@@ -29,11 +29,6 @@ def step_sizes(setting: Setting, method: Any) -> list[float]:
     """How far down the gradient the latents move before each of the guided steps."""
     factors = schedules.factors(method.schedule, setting.steps)
     return [method.scale * factor for factor in factors[: step_count(method.steps, setting.steps)]]
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What losses, maps and moves are computed in: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def tokens_of(setting: Setting, words: Any) -> list[int]:
@@ -92,4 +87,4 @@ def _self_attention(encoder: Any, ids: Tensor) -> Tensor:
             maps = encoder(ids, output_attentions=True).attentions
     finally:
         encoder.set_attn_implementation(before)
-    return torch.cat([layer.to(wide(layer.dtype)) for layer in maps]).mean((0, 1))
+    return torch.cat([layer.to(wide_dtype(layer.dtype)) for layer in maps]).mean((0, 1))

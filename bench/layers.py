@@ -6,21 +6,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
+from sampling import wide_dtype
 from torch import Tensor
 
 from attnctl_fast._layers import Layer, attention_layers
 from attnctl_fast._projections import heads_to_channels
 
 
-def bare(unet: Any) -> Any:
-    """The UNet itself, where `torch.compile` has wrapped it."""
-    return getattr(unet, "_orig_mod", unet)
-
-
 def layers_of(pipe: Any, *, cross: bool | None = None) -> dict[str, Layer]:
     """The attention layers of a pipeline's UNet in order of execution; `cross`: only those, or only the others."""
-    found = attention_layers(bare(pipe.unet))
+    found = attention_layers(pipe.unet)
     return {name: layer for name, layer in found.items() if cross is None or layer.cross == cross}
 
 
@@ -45,4 +40,4 @@ def finished(attn: Any, out: Tensor, hidden_states: Tensor) -> Tensor:
 
 def wide(x: Tensor) -> Tensor:
     """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide_dtype(x.dtype))

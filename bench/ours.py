@@ -61,14 +61,14 @@ def draw(name: str, setting: Setting) -> Drawn:
 
 
 @contextmanager
-def regulation_losses() -> Iterator[list[float]]:
-    """The lowest loss of every descent of attention regulation within the block, mean over batch and heads."""
-    found: list[float] = []
+def regulation_losses() -> Iterator[list[torch.Tensor]]:
+    """The losses of every descent of attention regulation within the block, `[steps,B,H]`."""
+    found: list[torch.Tensor] = []
     regulate: Any = ops.regulate
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         result = regulate(*args, **kwargs)
-        found.append(float(result.losses.mean((1, 2)).amin()))
+        found.append(result.losses)
         return result
 
     ops.regulate = recorded

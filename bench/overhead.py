@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,8 @@ from timing import first_line
 from tqdm import tqdm
 
 from attnctl_fast._model import device_named
-from attnctl_fast._report import overhead, spread
+from attnctl_fast._options import require_extra
+from attnctl_fast._report import spread
 from attnctl_fast.shapes import LAYERS
 
 PLAIN = "plain"
@@ -52,105 +56,164 @@ FORMS = (*RIVALS, "ours")
 DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float32, torch.float16, torch.bfloat16)}
 # Where an option is not given: on a CPU what two cores do within ten minutes, on a GPU the setting of the papers.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"size": 128, "steps": 4, "dtype": "float32", "turns": 2},
+    "cpu": {"size": 64, "steps": 2, "dtype": "float32", "turns": 2},
     "cuda": {"size": 512, "steps": 50, "dtype": "float16", "turns": 2},
 }
 DEFAULT_ARCH = "sd2"
+# As released, these are not compiled: they put Python in front of every layer.
+NEVER_COMPILED = ("published", "diffusers")
+# One UNet is compiled for the processors, batch sizes and weights of every form; an arm that exceeds this fails.
+RECOMPILATIONS: dict[str, Any] = {
+    "recompile_limit": 256,
+    "accumulated_recompile_limit": 4096,
+    "fail_on_recompile_limit_hit": True,
+}
 
 
 @dataclass
 class Arm:
-    """One form of one method, and what was measured of it."""
+    """One form of one method, and what was measured of it. plain: seconds of plain sampling right before or after."""
 
     method: str
     form: str
     draw: Form
     seconds: list[float] = field(default_factory=list)
+    plain: list[float] = field(default_factory=list)
     megabytes: list[float] = field(default_factory=list)
     images: torch.Tensor | None = None
     losses: list[float] | None = None
     failed: str | None = None
 
 
-def arms(setting: Setting, methods: Sequence[str], forms: Sequence[str]) -> list[Arm]:
-    """Plain sampling, then every form that there is of every method."""
+def plain_arm() -> Arm:
+    return Arm(PLAIN, PLAIN, lambda setting: Drawn(call(setting)))
+
+
+def arms(setting: Setting, methods: Sequence[str], forms: Sequence[str]) -> list[list[Arm]]:
+    """By method, every form that there is.
+
+    Raises:
+        ValueError: there is none.
+    """
     left_out = () if diffusers_forms.supports(setting) else ("diffusers",)
-    found = [Arm(PLAIN, PLAIN, lambda setting: Drawn(call(setting)))]
+    found = []
     for method in methods:
-        for form in (form for form in forms if form not in left_out):
-            if form == "ours":
-                found.append(Arm(method, form, partial(ours.draw, method)))
-            elif method in RIVALS[form]:
-                found.append(Arm(method, form, RIVALS[form][method]))
+        draws = {form: RIVALS[form].get(method) if form in RIVALS else partial(ours.draw, method) for form in forms}
+        found.append([Arm(method, x, draw) for x, draw in draws.items() if draw is not None and x not in left_out])
+    if not any(found):
+        raise ValueError(f"there is no form {' or '.join(forms)} of {' or '.join(methods)} here; name others")
     return found
 
 
-def measure(setting: Setting, competing: Sequence[Arm], turns: int, progress: Callable[[str], None]) -> None:
-    """Draw by every arm in turn; before that, two steps that are not counted. What fails does not compete any more."""
-    device = setting.latents.device
-    short = replace(setting, steps=2, edited=1)
-    for turn in range(-1, turns):
-        for arm in list(competing)[:: 1 if turn % 2 else -1]:
-            progress(f"{arm.method}, {arm.form}")
-            if arm.failed is not None:
-                continue
-            try:
-                if turn < 0:
-                    _warm_up(arm, short)
-                    continue
-                with peak_megabytes(device) as peak:
-                    start = time.perf_counter()
-                    drawn = arm.draw(setting)
-                    arm.seconds.append((time.perf_counter() - start) / setting.batch)
-                    taken = peak()
-                arm.images = drawn.images
-                if taken is not None:
-                    arm.megabytes.append(taken)
-            except Exception as error:
-                arm.failed = first_line(error)
+def measure(
+    setting: Setting, plain: Arm, competing: Sequence[Sequence[Arm]], turns: int, progress: Callable[[str], None]
+) -> None:
+    """Draw by every form of every method in turn, plain sampling beside each method; before that, once without
+    counting. What fails does not compete any more."""
+    for arm in (plain, *chain(*competing)):
+        _warm_up(arm, setting)
+        progress(f"{arm.method}, {arm.form}")
+    for turn in range(turns):
+        forward = 1 if turn % 2 == 0 else -1
+        for group in competing[::forward]:
+            for arm in (plain, *group)[::forward]:
+                if arm.failed is None:
+                    _draw(arm, setting)
+                progress(f"{arm.method}, {arm.form}")
+            for arm in group:
+                if plain.failed is None and len(arm.plain) < len(arm.seconds):
+                    arm.plain.append(plain.seconds[-1])
+
+
+def _draw(arm: Arm, setting: Setting) -> None:
+    try:
+        with _as_released(arm, setting), peak_megabytes(setting.latents.device) as peak:
+            start = time.perf_counter()
+            drawn = arm.draw(setting)
+            seconds = (time.perf_counter() - start) / setting.batch
+            taken = peak()
+    except Exception as error:
+        arm.failed = first_line(error)
+        return
+    arm.seconds.append(seconds)
+    arm.images = drawn.images
+    if taken is not None:
+        arm.megabytes.append(taken)
 
 
 def _warm_up(arm: Arm, setting: Setting) -> None:
-    """Finds the losses as well, which ours keeps to itself: reading them would make the host wait."""
-    with ours.regulation_losses() as losses:
-        drawn = arm.draw(setting)
-    arm.losses = losses or drawn.losses
+    """On a GPU two edited steps, since the first one compiles less than the others need. Finds the losses as well,
+    which ours keeps to itself."""
+    steps, edited = (3, 2) if setting.latents.device.type == "cuda" else (1, 1)
+    short = replace(setting, steps=min(steps, setting.steps), edited=min(edited, setting.edited))
+    try:
+        with _as_released(arm, setting), ours.regulation_losses() as recorded:
+            drawn = arm.draw(short)
+        if recorded or drawn.losses is not None:
+            arm.losses = [float(losses.mean(2).amin(0).mean()) for losses in recorded or drawn.losses or ()]
+    except Exception as error:
+        arm.failed = first_line(error)
 
 
-def rows(competing: Sequence[Arm]) -> list[Row]:
+@contextmanager
+def _as_released(arm: Arm, setting: Setting) -> Iterator[None]:
+    """Within the block, a compiled UNet runs uncompiled for those forms that never are."""
+    unet = setting.pipe.unet
+    compiled = unet._compiled_call_impl
+    if arm.form in NEVER_COMPILED:
+        unet._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        unet._compiled_call_impl = compiled
+
+
+def rows(plain: Arm, competing: Sequence[Sequence[Arm]]) -> list[Row]:
     """What was measured, arm by arm; those of which nothing is known yet are left out."""
-    plain = next((arm for arm in competing if arm.method == PLAIN and arm.seconds), None)
-    own = {arm.method: arm for arm in competing if arm.form == "ours"}
+    least = statistics.median(plain.megabytes) if plain.megabytes else None
     found = []
-    for arm in competing:
-        row: Row = {"method": arm.method, "form": arm.form}
-        row["published_percent"] = ours.PUBLISHED.get(arm.method)
-        row["source"] = ours.SOURCE if arm.method in ours.PUBLISHED else None
-        if arm.failed is not None:
-            found.append(row | {"failed": arm.failed})
-        elif arm.seconds:
-            memory = statistics.median(arm.megabytes) if arm.megabytes else None
-            least = statistics.median(plain.megabytes) if plain and plain.megabytes else None
-            row |= {"seconds": arm.seconds, **spread(arm.seconds), "peak_mb": memory}
-            row["extra_mb"] = None if memory is None or least is None or arm is plain else memory - least
-            row["overhead_percent"] = (
-                None if plain is None or arm is plain else overhead(plain.seconds, arm.seconds[: len(plain.seconds)])
-            )
-            row["difference"] = difference(arm, own.get(arm.method))
-            found.append(row)
+    for group in ([plain], *competing):
+        own = next((arm for arm in group if arm.form == "ours"), None)
+        for arm in group:
+            row: Row = {"method": arm.method, "form": arm.form}
+            row["published_percent"] = ours.PUBLISHED.get(arm.method)
+            row["source"] = ours.SOURCE if arm.method in ours.PUBLISHED else None
+            if arm.failed is not None:
+                found.append(row | {"failed": arm.failed})
+            elif arm.seconds:
+                memory = statistics.median(arm.megabytes) if arm.megabytes else None
+                row |= {"seconds": arm.seconds, **_summary(arm.seconds), "peak_mb": memory}
+                row["extra_mb"] = None if memory is None or least is None or arm is plain else memory - least
+                costs = [100 * (after / before - 1) for before, after in zip(arm.plain, arm.seconds, strict=False)]
+                row["overhead_percent"] = _summary(costs) if costs else None
+                row["difference"] = difference(arm, own, plain)
+                found.append(row)
     return found
 
 
-def difference(arm: Arm, own: Arm | None) -> dict[str, float] | None:
-    """How far a form's result is from ours: the largest difference of a pixel (0..1), or where pictures of correct
-    forms may differ, that of the first losses in percent."""
+def _summary(values: Sequence[float]) -> dict[str, float]:
+    """The median and quartiles; of fewer than five, the lowest and the highest."""
+    if len(values) >= 5:
+        return spread(values)
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def difference(arm: Arm, own: Arm | None, plain: Arm) -> dict[str, float | None] | None:
+    """How far a form's result is from ours: the largest difference of a pixel (0..1), None where it is not finite, and
+    that of ours from plain sampling's; or where pictures of correct forms may differ, that of the losses of the first
+    steps in percent."""
     if own is None or arm is own or own.images is None or arm.images is None:
         return None
-    if arm.losses and own.losses:
-        count = min(len(arm.losses), len(own.losses))
-        pairs = zip(arm.losses[:count], own.losses[:count], strict=True)
-        return {"loss_percent": max(100 * abs(theirs / mine - 1) for theirs, mine in pairs)}
-    return {"image": float((arm.images - own.images).abs().max())}
+    if arm.losses is not None or own.losses is not None:
+        pairs = list(zip(arm.losses or (), own.losses or (), strict=False))
+        return {"loss_percent": max((100 * abs(x - y) / max(abs(y), 1e-12) for x, y in pairs), default=None)}
+    found: dict[str, float | None] = {"image": _off(arm.images, own.images)}
+    return found | {"effect": None if plain.images is None else _off(own.images, plain.images)}
+
+
+def _off(images: torch.Tensor, others: torch.Tensor) -> float | None:
+    largest = float((images - others).abs().max())
+    return largest if math.isfinite(largest) else None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -158,8 +221,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--arch", default=DEFAULT_ARCH, help=f"{', '.join(architectures.SIZES)}; default: {DEFAULT_ARCH}")
     made.add_argument("--methods", nargs="+", metavar="METHOD", help=f"default: all, {', '.join(ours.METHODS)}")
     made.add_argument("--forms", nargs="+", metavar="FORM", help=f"default: all, {', '.join(FORMS)}")
-    made.add_argument("--size", type=int, help="pixels along a side; default: 128 on a CPU, else 512; shapes 64")
-    made.add_argument("--steps", type=int, help="of the sampler; default: 4 on a CPU, else 50")
+    made.add_argument("--size", type=int, help="pixels along a side; default: 64 on a CPU, else 512")
+    made.add_argument("--steps", type=int, help="of the sampler; default: 2 on a CPU, else 50")
     made.add_argument("--edited", type=int, help="the first steps, in which methods are at work; default: half of them")
     made.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default: float32 on a CPU, else float16")
     made.add_argument("--batch", type=int, default=1, help="pictures at once; default: 1")
@@ -178,6 +241,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    require_extra()
     device = device_named(arguments.device)
     complete(arguments, device)
     if arguments.official_dir is not None:
@@ -189,34 +253,43 @@ def run(arguments: argparse.Namespace) -> int:
     log = Log(arguments.results, stamp(device) | settings)
     setting = prepare(arguments, device)
     competing = arms(setting, arguments.methods, arguments.forms)
-    try:
-        compete(setting, competing, arguments.turns, log)
-        official.measure(arguments.official_dir, log, arguments.turns, device=device)
-    finally:
-        show(log.rows, as_json=arguments.json)
+    with compilation(arguments.compile):
+        try:
+            compete(setting, competing, arguments.turns, log)
+            official.measure(arguments.official_dir, log, arguments.turns, device=device)
+        finally:
+            show(log.rows, as_json=arguments.json)
     return 0
 
 
-def compete(setting: Setting, competing: Sequence[Arm], turns: int, log: Log) -> None:
+def compilation(on: bool) -> Any:
+    return torch._dynamo.config.patch(RECOMPILATIONS) if on else nullcontext()
+
+
+def compete(setting: Setting, competing: Sequence[Sequence[Arm]], turns: int, log: Log) -> None:
     """`measure` with a progress bar; what was measured is written even if it is interrupted."""
-    with tqdm(total=len(competing) * (turns + 1), unit="image", dynamic_ncols=True) as bar:
+    plain, count = plain_arm(), sum(map(len, competing))
+    total = 1 + count + turns * (count + len(competing))
+    with tqdm(total=total, unit="image", dynamic_ncols=True) as bar:
 
         def progress(name: str) -> None:
             bar.set_postfix_str(name, refresh=False)
             bar.update()
 
         try:
-            measure(setting, competing, turns, progress)
+            measure(setting, plain, competing, turns, progress)
         finally:
-            for row in rows(competing):
+            for row in rows(plain, competing):
                 log.write(row)
 
 
 def show(written: Sequence[Row], *, as_json: bool) -> None:
     if as_json:
         print(*map(json.dumps, written), sep="\n")
-    elif any(row["kind"] == "overhead" for row in written):
-        print(overhead_table(written), official_table(written), sep="\n\n")
+        return
+    for kind, table in (("overhead", overhead_table), ("official", official_table)):
+        if any(row["kind"] == kind for row in written):
+            print(table(written), end="\n\n")
 
 
 def prepare(arguments: argparse.Namespace, device: torch.device) -> Setting:
@@ -238,9 +311,9 @@ def complete(arguments: argparse.Namespace, device: torch.device) -> None:
     Raises:
         ValueError: one that is not known or out of range.
     """
-    defaults = dict(DEFAULTS["cpu" if device.type == "cpu" else "cuda"])
+    defaults = DEFAULTS["cpu" if device.type == "cpu" else "cuda"]
     if arguments.arch == "shapes":
-        defaults["size"] = architectures.SIZES["shapes"]
+        defaults = defaults | {"size": architectures.SIZES["shapes"]}
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)

@@ -29,17 +29,19 @@ def families(rows: Iterable[Row], apart: Sequence[str] = ()) -> list[list[Row]]:
 
 
 def select_overhead(rows: Iterable[Row]) -> list[Row]:
-    """The setting with most forms of methods; among equals a GPU's, then the nearest to that of the papers, then the
+    """The run with most forms of methods; among equals a GPU's, then the nearest to the setting of the papers, then the
     newest."""
+    runs: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        runs.setdefault((row["run"], device(row), *(row[name] for name in SETTING)), []).append(row)
 
-    def rank(family: list[Row]) -> tuple[Any, ...]:
-        row = family[0]
+    def rank(run: list[Row]) -> tuple[Any, ...]:
+        row = run[0]
         off = abs(row["size"] - SIZES.get(row["arch"], row["size"]))
         setting = -row["batch"], not row["compile"], -off, row["steps"]
-        return len(family), on_gpu(row), *setting, max(map(moment, family))
+        return sum(map(measured, run)), on_gpu(row), *setting, moment(row)
 
-    drawable = [family for family in families(rows) if any(measured(row) for row in family)]
-    return max(drawable, key=rank, default=[])
+    return max((run for run in runs.values() if any(map(measured, run))), key=rank, default=[])
 
 
 def measured(row: Row) -> bool:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from attnctl_fast._numbers import step_count
+from attnctl_fast.methods import DenseDiffusion
+
 Row = dict[str, Any]
 
 
@@ -38,12 +41,16 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _off(difference: dict[str, float] | None) -> str:
+def _off(difference: dict[str, float | None] | None) -> str:
     if difference is None:
         return ""
-    if "image" in difference:
-        return f"{difference['image']:.1g}"
-    return f"chaotic: loss differs by {difference['loss_percent']:.1g} %"
+    if "loss_percent" in difference:
+        percent = difference["loss_percent"]
+        return "no loss found" if percent is None else f"chaotic: loss differs by {percent:.1g} %"
+    image, effect = difference["image"], difference["effect"]
+    if image is None:
+        return "not finite"
+    return f"{image:.1g}" if effect is None else f"{image:.1g} of {effect:.1g}"
 
 
 def _settings(rows: Sequence[Row]) -> str:
@@ -51,13 +58,18 @@ def _settings(rows: Sequence[Row]) -> str:
     sources = sorted({row["source"] for row in rows if row["source"]})
     weights = "trained weights" if first["arch"] == "shapes" else "random weights"
     commit = f"{first['git']}{' and uncommitted changes' if first['dirty'] else ''}" if first["git"] else "unknown"
+    dense = step_count(DenseDiffusion.edit_steps, first["steps"])
+    turns = max(
+        (len(row["seconds"]) for row in rows if row["form"] not in ("plain", "failed") and "seconds" in row), default=0
+    )
+    bounds = "quartiles" if turns >= 5 else "the lowest and highest"
     return (
-        f"{first['arch']}, {weights}, {first['size']}x{first['size']} pixels, batch {first['batch']}, "
-        f"{first['steps']} steps of DDIM, methods at work in the first {first['edited']} (DenseDiffusion in 30 %, the "
-        f"context methods in all), without refinement; {first['dtype']}"
-        f"{', compiled' if first['compile'] else ''}; encoding and decoding included. Medians and quartiles of "
-        f"{len(next((row['seconds'] for row in rows if 'seconds' in row), []))} turns, overhead turn by turn; memory: "
-        "the highest over plain sampling's; off ours: the largest difference of a pixel of 0..1. "
-        f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, commit {commit}."
+        f"{first['arch']}, {weights}, {first['size']}x{first['size']} pixels, batch {first['batch']}, DDIM of "
+        f"{first['steps']} steps, methods at work in the first {first['edited']} (DenseDiffusion in {dense}, the "
+        f"context methods and Composable Diffusion in all), without refinement; {first['dtype']}"
+        f"{', compiled but for published and diffusers' if first['compile'] else ''}; encoding and decoding included. "
+        f"Medians and {bounds} of {turns} turns, each overhead over the plain picture drawn beside it; memory: the "
+        "highest over plain sampling's; off ours: the largest difference of a pixel (0..1), of what the method itself "
+        f"changes. {first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, commit {commit}."
         + (f" In the paper: {'; '.join(sources)}." if sources else "")
     )

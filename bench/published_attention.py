@@ -66,8 +66,8 @@ class _DensePlan:
         self.setting, self.method = setting, ours.method("DenseDiffusion", setting)
         self.layers = layers_of(setting.pipe)
         regions, batch = Regions.of(self.method, setting), setting.batch
-        positive = encode(setting, PROMPT)
-        self.text = torch.cat([nothing(setting).context, regions.rewritten(setting, positive).context])
+        self.texts = nothing(setting), encode(setting, PROMPT)
+        self.text = torch.cat([self.texts[0].context, regions.rewritten(setting, self.texts[1]).context])
         self.step, self.time = 0, setting.latents.new_zeros(())
         self.own: dict[tuple[int, int], Tensor] = {}
         self.cross: dict[tuple[int, int], Tensor] = {}
@@ -97,21 +97,21 @@ def dense_diffusion(setting: Setting) -> Drawn:
         plan = _DensePlan(setting)
     processors = {name: _Dense(layer, plan) for name, layer in plan.layers.items()}
     with replaced(plan.layers, processors):
-        return Drawn(sample(setting, before=plan.before))
+        return Drawn(sample(setting, before=plan.before, texts=plan.texts))
 
 
 def composable_diffusion(setting: Setting) -> Drawn:
     """Composable Diffusion (arXiv 2206.01714): one evaluation of the UNet per prompt, and one without."""
     method = ours.method("ComposableDiffusion", setting)
     with torch.no_grad():
-        texts = [encode(setting, prompt) for prompt in method.prompts]
+        without, texts = nothing(setting), [encode(setting, prompt) for prompt in method.prompts]
     weights = setting.latents.new_tensor(method.weights).view(-1, 1, 1, 1, 1) * setting.guidance_scale
 
     def predict(latents: Tensor, step: int, timestep: Tensor, negative: Text, positive: Text) -> Tensor:
         found = torch.stack([evaluate(setting, latents, timestep, text) for text in [negative, *texts]])
         return found[0] + (weights * (found[1:] - found[:1])).sum(0)
 
-    return Drawn(sample(setting, predict=predict))
+    return Drawn(sample(setting, predict=predict, texts=(without, texts[0])))
 
 
 FORMS: dict[str, Form] = {

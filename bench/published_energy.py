@@ -13,7 +13,7 @@ from typing import Any
 import ours
 import torch
 from layers import layers_of, replaced
-from sampling import Drawn, Setting, Text, encode, nothing, sample
+from sampling import PROMPT, Drawn, Setting, Text, encode, nothing, sample
 from torch import Tensor
 
 from attnctl_fast import schedules
@@ -84,10 +84,10 @@ class _Contexts:
             out, total = out + weight * one, total + weight
         return out / total, moved
 
-    def draw(self, before: Any) -> Drawn:
+    def draw(self, before: Any, texts: tuple[Text, Text] | None = None) -> Drawn:
         layers = layers_of(self.setting.pipe)
         with replaced(layers, dict.fromkeys(layers, self)):
-            return Drawn(sample(self.setting, before=before))
+            return Drawn(sample(self.setting, before=before, texts=texts))
 
 
 def energy_context(setting: Setting) -> Drawn:
@@ -107,7 +107,8 @@ def composition(setting: Setting) -> Drawn:
     """Compositional averaging, after the output projections; see the top of this file."""
     method, contexts = ours.method("Composition", setting), _Contexts(setting)
     with torch.no_grad():
-        unconditional = nothing(setting).context
+        texts = nothing(setting), encode(setting, PROMPT)
+        unconditional = texts[0].context
         edits = [encode(setting, edit.prompt).context for edit in method.edits]
     runs = [edit.runs(setting.steps) for edit in method.edits]
 
@@ -121,4 +122,4 @@ def composition(setting: Setting) -> Drawn:
         ]
         return latents
 
-    return contexts.draw(before)
+    return contexts.draw(before, texts)

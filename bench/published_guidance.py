@@ -21,9 +21,9 @@ from typing import Any
 import ours
 import torch
 import torch.nn.functional as F
-from guidance_loop import kernel, read_layers, smoothed, step_sizes, text_similarity, tokens_of, trainable, wide
+from guidance_loop import kernel, read_layers, smoothed, step_sizes, text_similarity, tokens_of, trainable
 from peers import published_similarity_loss
-from sampling import Drawn, Form, Setting, Text, evaluate, sample
+from sampling import Drawn, Form, Setting, Text, evaluate, sample, wide_dtype
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
@@ -57,7 +57,7 @@ class _Lists:
         """Over heads and layers, of the last evaluation's only sample: `[height,width,N]`."""
         every = [maps.unflatten(1, grid) for part in self._kept.values() for maps in part]
         stacked = torch.cat(every)
-        return stacked.to(wide(stacked.dtype)).sum(0) / len(stacked)
+        return stacked.to(wide_dtype(stacked.dtype)).sum(0) / len(stacked)
 
 
 class _HeadMeans:
@@ -71,7 +71,7 @@ class _HeadMeans:
     def add(self, name: str, probabilities: Tensor, heads: int) -> None:
         if name.endswith("attn2"):
             first = probabilities[:heads]
-            self._maps[name] = first.to(wide(first.dtype)).mean(0)
+            self._maps[name] = first.to(wide_dtype(first.dtype)).mean(0)
 
     def mean(self, grid: tuple[int, int]) -> Tensor:
         every = [maps.unsqueeze(0) for name, maps in self._maps.items() if name in self._read]
@@ -119,7 +119,7 @@ def _draw(
         if step >= len(sizes) and not every_step:
             return latents
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            leaf = latents.clone().detach().to(wide(latents.dtype)).requires_grad_()
+            leaf = latents.clone().detach().to(wide_dtype(latents.dtype)).requires_grad_()
             moved = []
             for index, one in enumerate(leaf):
                 one = one.unsqueeze(0)

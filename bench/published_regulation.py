@@ -96,7 +96,7 @@ class _Regulation:
             weights = theta.requires_grad_()[:, :, None, None]
             before = self.averages.pop(0).to(logits.device) if self.step else (gaussians * weights).sum(1).detach()
             bias = torch.zeros_like(logits)
-            best, lowest, totals = [bias.detach()] * batch, [float("inf")] * batch, []
+            best, lowest = [bias.detach()] * batch, [float("inf")] * batch
             for _ in range(method.steps):
                 bias[..., ids] = (gaussians * weights).sum(1)
                 losses = self._losses((logits + bias).softmax(-1)[..., ids], weights)
@@ -104,10 +104,9 @@ class _Regulation:
                     if loss < lowest[index]:
                         lowest[index] = float(loss)
                         best[index] = bias.detach().unflatten(0, (batch, heads))[index].clone()
-                totals.append(losses.detach().mean())
                 (gradient,) = torch.autograd.grad(losses.mean(), weights)
                 weights = weights - len(logits) * method.step_size * gradient
-        self.losses.append(torch.stack(totals).amin())
+        self.losses.append(torch.tensor(lowest).view(1, -1, 1))
         kept = torch.cat(best)
         self.averages.append(kept[..., ids].cpu())
         kept[..., ids] = before * method.ema + kept[..., ids] * (1 - method.ema)
@@ -133,4 +132,4 @@ def attention_regulation(setting: Setting) -> Drawn:
         images = sample(setting, before=regulation.before)
     finally:
         regulation.unhook()
-    return Drawn(images, [float(loss) for loss in regulation.losses])
+    return Drawn(images, regulation.losses)

@@ -76,11 +76,11 @@ class Text(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """images `[B,3,height,width]` in 0..1, float32 on the CPU. losses: the lowest ones that a method reached, where the
-    pictures of correct forms may differ."""
+    """images `[B,3,height,width]` in 0..1, float32 on the CPU. losses: of every descent of attention regulation, whose
+    pictures may differ between correct forms, `[steps,B,H]`, or only the lowest `[1,B,1]`."""
 
     images: Tensor
-    losses: list[float] | None = None
+    losses: list[Tensor] | None = None
 
 
 Form = Callable[[Setting], Drawn]
@@ -100,17 +100,22 @@ def encode(setting: Setting, prompt: str) -> Text:
 
 def nothing(setting: Setting) -> Text:
     """The context of the guidance batch's unconditional half: of an empty prompt, or zeros as SDXL has it."""
-    if getattr(setting.pipe, "text_encoder_2", None) is None:
+    second = getattr(setting.pipe, "text_encoder_2", None)
+    if second is None:
         return encode(setting, "")
-    text = encode(setting, PROMPT)
-    assert text.added is not None
-    pooled = torch.zeros_like(text.added["text_embeds"])
-    return Text(torch.zeros_like(text.context), _added(setting, pooled))
+    tokens = setting.pipe.tokenizer.model_max_length
+    like = setting.latents.new_zeros(setting.batch, tokens, setting.pipe.unet.config.cross_attention_dim)
+    return Text(like, _added(setting, like.new_zeros(setting.batch, second.config.projection_dim)))
 
 
 def _added(setting: Setting, pooled: Tensor) -> dict[str, Tensor]:
     times = torch.tensor([[*setting.pixels, 0, 0, *setting.pixels]], dtype=pooled.dtype, device=pooled.device)
     return {"text_embeds": pooled, "time_ids": times.expand(setting.batch, -1)}
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What losses, maps and moves are computed in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def evaluate(setting: Setting, latents: Tensor, timestep: Tensor, text: Text) -> Tensor:
@@ -128,17 +133,22 @@ def guided(setting: Setting, latents: Tensor, step: int, timestep: Tensor, negat
 
 
 def sample(
-    setting: Setting, *, before: Before | None = None, predict: Predict | None = None, prompt: str = PROMPT
+    setting: Setting,
+    *,
+    before: Before | None = None,
+    predict: Predict | None = None,
+    texts: tuple[Text, Text] | None = None,
 ) -> Tensor:
     """Draw images `[B,3,height,width]` in 0..1, float32 on the CPU: encode, denoise, decode.
 
     Args:
         before: what becomes of the latents before each step: of (latents, step, timestep, the prompt's text).
         predict: what stands in for classifier-free guidance: of (latents, step, timestep, negative text, text).
+        texts: negative and positive, where they are encoded already.
     """
     pipe = setting.pipe
     with torch.no_grad():
-        positive, negative = encode(setting, prompt), nothing(setting)
+        negative, positive = texts or (nothing(setting), encode(setting, PROMPT))
         pipe.scheduler.set_timesteps(setting.steps, device=setting.latents.device)
         latents = setting.latents * pipe.scheduler.init_noise_sigma
         for step, timestep in enumerate(pipe.scheduler.timesteps):

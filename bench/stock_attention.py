@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from layers import finished, layers_of, replaced, wide
 from regions import Regions
-from sampling import PROMPT, Drawn, Form, Setting, Text, encode, evaluate, guided, sample
+from sampling import PROMPT, Drawn, Form, Setting, Text, encode, evaluate, nothing, sample
 from stock_regulation import attention_regulation
 from torch import Tensor
 
@@ -222,16 +222,16 @@ def dense_diffusion(setting: Setting) -> Drawn:
     layers = layers_of(setting.pipe)
     edited = step_count(dense.method.edit_steps, setting.steps)
     with torch.no_grad():
-        text = dense.regions.rewritten(setting, encode(setting, PROMPT))
+        texts = nothing(setting), dense.regions.rewritten(setting, encode(setting, PROMPT))
 
-    def predict(latents: Tensor, step: int, timestep: Tensor, negative: Text, positive: Text) -> Tensor:
+    def before(latents: Tensor, step: int, timestep: Tensor, text: Text) -> Tensor:
         dense.active = step < edited
         dense.time = timestep / dense.setting.pipe.scheduler.config.num_train_timesteps
-        return guided(setting, latents, step, timestep, negative, text)
+        return latents
 
     processors = {name: _Pulled(layer.module.processor, layer, dense) for name, layer in layers.items()}
     with replaced(layers, processors):
-        return Drawn(sample(setting, predict=predict))
+        return Drawn(sample(setting, before=before, texts=texts))
 
 
 def composable_diffusion(setting: Setting) -> Drawn:
@@ -239,17 +239,18 @@ def composable_diffusion(setting: Setting) -> Drawn:
     method = ours.method("ComposableDiffusion", setting)
     weights = setting.guidance_scale * wide(setting.latents).new_tensor(method.weights).view(-1, 1, 1, 1, 1)
     with torch.no_grad():
-        first, *others = [encode(setting, prompt) for prompt in method.prompts]
-        for other in others:
-            first = first.and_then(other)
+        texts = nothing(setting), encode(setting, method.prompts[0])
+        prompts = texts[1]
+        for prompt in method.prompts[1:]:
+            prompts = prompts.and_then(encode(setting, prompt))
 
     def predict(latents: Tensor, step: int, timestep: Tensor, negative: Text, positive: Text) -> Tensor:
-        found = evaluate(setting, latents.repeat(1 + len(weights), 1, 1, 1), timestep, negative.and_then(first))
+        found = evaluate(setting, latents.repeat(1 + len(weights), 1, 1, 1), timestep, negative.and_then(prompts))
         without, *rest = wide(found).split(setting.batch)
         total = without + (weights * (torch.stack(rest) - without)).sum(0)
         return total.to(found.dtype)
 
-    return Drawn(sample(setting, predict=predict))
+    return Drawn(sample(setting, predict=predict, texts=texts))
 
 
 FORMS: dict[str, Form] = {

@@ -15,9 +15,9 @@ from typing import Any
 import ours
 import torch
 import torch.nn.functional as F
-from guidance_loop import kernel, read_layers, smoothed, step_sizes, text_similarity, tokens_of, trainable, wide
+from guidance_loop import kernel, read_layers, smoothed, step_sizes, text_similarity, tokens_of, trainable
 from peers import plain_similarity_loss
-from sampling import Drawn, Form, Setting, Text, evaluate, sample
+from sampling import Drawn, Form, Setting, Text, evaluate, sample, wide_dtype
 from torch import Tensor
 
 from attnctl_fast._layers import Layer
@@ -42,7 +42,7 @@ class _Processor:
         q, k = _heads(attn, attn.to_q(hidden_states)), _heads(attn, attn.to_k(encoder_hidden_states))
         if attn.upcast_attention:
             q, k = q.float(), k.float()
-        probabilities = (attn.scale * q @ k.mT).softmax(-1, dtype=wide(q.dtype))
+        probabilities = (attn.scale * q @ k.mT).softmax(-1, dtype=wide_dtype(q.dtype))
         self._maps.append(probabilities.mean(1))
         if self._last:
             raise _Done
@@ -80,7 +80,7 @@ def _draw(name: str, make_loss: Callable[[Setting, Any, tuple[int, int]], Loss],
         if step >= len(sizes):
             return latents
         with torch.enable_grad():
-            leaf = latents.detach().to(wide(latents.dtype), copy=True).requires_grad_()
+            leaf = latents.detach().to(wide_dtype(latents.dtype), copy=True).requires_grad_()
             with _reading(layers) as maps:
                 evaluate(setting, leaf.to(latents.dtype), timestep, text)
             mean = torch.stack(maps).mean(0).mT
@@ -93,7 +93,7 @@ def _draw(name: str, make_loss: Callable[[Setting, Any, tuple[int, int]], Loss],
 
 def _smoother(setting: Setting, method: Any, grid: tuple[int, int]) -> Callable[[Tensor], Tensor]:
     """All maps `[B,n,M]` by one convolution."""
-    weights = kernel(method, grid, setting.latents.new_empty(0, dtype=wide(setting.latents.dtype)))
+    weights = kernel(method, grid, setting.latents.new_empty(0, dtype=wide_dtype(setting.latents.dtype)))
 
     def smooth(maps: Tensor) -> Tensor:
         return smoothed(maps.reshape(-1, *grid), weights).view(maps.shape)
@@ -116,7 +116,7 @@ def _max_attention(setting: Setting, method: Any, grid: tuple[int, int]) -> Loss
 
 def _similarity(setting: Setting, method: Any, grid: tuple[int, int]) -> Loss:
     text, end = text_similarity(setting, method.gamma, padded=False), setting.end()
-    text = text.to(wide(setting.latents.dtype)).expand(setting.batch, -1, -1)
+    text = text.to(wide_dtype(setting.latents.dtype)).expand(setting.batch, -1, -1)
     return lambda maps: plain_similarity_loss(maps[:, 1:end], text, grid)
 
 
@@ -140,7 +140,7 @@ def _binding(setting: Setting, method: Any, grid: tuple[int, int]) -> Loss:
             weights[modifier, others] -= 1 / (2 * len(others))
             weights[noun, others] -= 1 / (2 * len(others))
     weights = (weights + weights.mT) / 2
-    laplacian = (weights.sum(1).diag() - weights).to(setting.latents.device, wide(setting.latents.dtype))
+    laplacian = (weights.sum(1).diag() - weights).to(setting.latents.device, wide_dtype(setting.latents.dtype))
 
     def loss(maps: Tensor) -> Tensor:
         words = maps[:, 1:end]
@@ -160,7 +160,10 @@ def _contrast(setting: Setting, method: Any, grid: tuple[int, int]) -> Loss:
     numbers = torch.tensor([number for number, group in enumerate(groups) for _ in group], device=device)
     smooth = _smoother(setting, method, grid)
     kept: list[Tensor] = []
-    pairs = [_pairs(numbers, wide(setting.latents.dtype)), _pairs(numbers.repeat(2), wide(setting.latents.dtype))]
+    pairs = [
+        _pairs(numbers, wide_dtype(setting.latents.dtype)),
+        _pairs(numbers.repeat(2), wide_dtype(setting.latents.dtype)),
+    ]
 
     def loss(maps: Tensor) -> Tensor:
         unit = F.normalize(smooth(maps.index_select(1, tokens)), dim=2)

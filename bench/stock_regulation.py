@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ours
@@ -16,7 +17,7 @@ import peers
 import torch
 import torch.nn.functional as F
 from layers import finished, layers_of, replaced, wide
-from sampling import NOUNS, Drawn, Setting, Text, sample
+from sampling import NOUNS, Drawn, Setting, Text, sample, wide_dtype
 from torch import Tensor
 
 from attnctl_fast._layers import Layer, last_down_first_up
@@ -32,7 +33,7 @@ _Loop = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 def _loop(
     method: Any, grid: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> tuple[tuple[Tensor, Tensor], _Loop]:
-    """The basis and the descent, kept from one drawing to the next so that it is compiled once."""
+    """The basis and the descent, kept from one drawing to the next so that it is compiled once, whatever the steps."""
     axis_y, axis_x, sigma_y, sigma_x = basis_axes(grid, method.sigma, method.convention)
     like = torch.empty((), dtype=dtype, device=device)
     basis = axis_basis(grid[0], axis_y, sigma_y, like), axis_basis(grid[1], axis_x, sigma_x, like)
@@ -53,7 +54,7 @@ def _loop(
 
 
 class _Regulation:
-    """One drawing; `losses`: the lowest one of every descent, on the device."""
+    """One drawing; `losses`: of every descent, `[steps,B,H]`, on the device."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.method = setting, ours.method("AttentionRegulation", setting)
@@ -76,13 +77,13 @@ class _Regulated:
     def __init__(self, inner: Any, layer: Layer, regulation: _Regulation) -> None:
         self.inner, self.regulation = inner, regulation
         setting, method = regulation.setting, regulation.method
-        dtype = torch.promote_types(setting.latents.dtype, torch.float32)
-        self.basis, self.loop = _loop(method, layer.grid(setting.grid), dtype, setting.latents.device)
+        dtype, device = wide_dtype(setting.latents.dtype), setting.latents.device
+        self.basis, self.loop = _loop(replace(method, edit_steps=1), layer.grid(setting.grid), dtype, device)
         centres = self.basis[0].shape[1], self.basis[1].shape[1]
         heads, targets = layer.module.heads, len(regulation.target_ids)
         drawn = [initial_theta(method.seed, layer.name, i, heads, targets, centres) for i in range(method.edit_steps)]
         # A copy for every sample: broadcast ones would be compiled for anew.
-        thetas = torch.stack(drawn).to(setting.latents.device, dtype)
+        thetas = torch.stack(drawn).to(device, dtype)
         self.thetas = thetas[:, None].repeat(1, setting.batch, 1, 1, 1, 1)
         self.previous: Tensor | None = None
 
@@ -112,7 +113,7 @@ class _Regulated:
         rest = logits.index_fill(3, targets, -torch.inf).logsumexp(3)
         theta = self.thetas[regulation.step]
         history, best = self.loop(maps, rest, theta)
-        regulation.losses.append(history.mean((1, 2)).amin())
+        regulation.losses.append(history)
         before = peers.span(theta, self.basis) if self.previous is None else self.previous
         self.previous = best
         bias = torch.lerp(best, before, method.ema).mul_(method.strength * method.decay**regulation.step)
@@ -130,4 +131,4 @@ def attention_regulation(setting: Setting) -> Drawn:
     }
     with replaced(regulation.layers, processors):
         images = sample(setting, before=regulation.before)
-    return Drawn(images, [float(loss) for loss in regulation.losses])
+    return Drawn(images, regulation.losses)

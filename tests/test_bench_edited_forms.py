@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,12 @@ def setting(bench: Any, pipe: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def drawn(bench: Any, setting: Any) -> Callable[[str], tuple[Tensor, list[float]]]:
-    """Our pictures by a method, and the lowest losses of its descents."""
+def drawn(bench: Any, setting: Any) -> Callable[[str], tuple[Tensor, list[Tensor]]]:
+    """Our pictures by a method, and the losses of its descents."""
     ours = bench("ours")
 
     @functools.cache
-    def draw(name: str) -> tuple[Tensor, list[float]]:
+    def draw(name: str) -> tuple[Tensor, list[Tensor]]:
         with ours.regulation_losses() as losses:
             return ours.draw(name, setting).images, losses
 
@@ -69,10 +69,15 @@ def state(pipe: Any) -> tuple[Any, ...]:
     return dict(pipe.unet.attn_processors), hooks, flags, torch.is_grad_enabled(), torch.is_anomaly_enabled()
 
 
+def lowest(descents: Iterable[Tensor]) -> list[float]:
+    """Of the losses `[steps,B,H]` of every descent, that of each sample, mean over them."""
+    return [float(losses.mean(2).amin(0).mean()) for losses in descents]
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", METHODS)
 def test_forms_give_our_picture(
-    bench: Any, setting: Any, drawn: Callable[[str], tuple[Tensor, list[float]]], form: str, name: str
+    bench: Any, setting: Any, drawn: Callable[[str], tuple[Tensor, list[Tensor]]], form: str, name: str
 ) -> None:
     images, losses = drawn(name)
     before = state(setting.pipe)
@@ -80,7 +85,7 @@ def test_forms_give_our_picture(
     assert state(setting.pipe) == before
     assert other.images.shape == images.shape == (2, 3, 64, 64)
     assert torch.allclose(other.images, images, rtol=0, atol=1e-5)
-    assert other.losses == pytest.approx(losses, rel=1e-5) if losses else other.losses is None
+    assert lowest(other.losses or ()) == pytest.approx(lowest(losses), rel=1e-5)
 
 
 OTHER_OPTIONS: dict[str, Any] = {
@@ -127,7 +132,7 @@ def box(top: int, bottom: int) -> Tensor:
 def test_forms_share_our_hyperparameters(
     bench: Any,
     setting: Any,
-    drawn: Callable[[str], tuple[Tensor, list[float]]],
+    drawn: Callable[[str], tuple[Tensor, list[Tensor]]],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:

@@ -59,7 +59,8 @@ def test_every_form_is_a_row(bench: None, tmp_path: Path, capsys: pytest.Capture
         assert row["median"] == row["seconds"][0] > 0 and row["overhead_percent"].keys() == {"median", "low", "high"}
         assert row["published_percent"] == {"AttendAndExcite": 414.6, "AttentionRegulation": 48.8}[row["method"]]
     for form in ("published", "stock"):
-        assert rows["AttendAndExcite", form]["difference"]["image"] < 1e-3
+        difference = rows["AttendAndExcite", form]["difference"]
+        assert difference["image"] < 1e-3 < difference["effect"]
         assert rows["AttentionRegulation", form]["difference"]["loss_percent"] < 0.1
     table = capsys.readouterr().out
     assert "| `AttendAndExcite` | published |" in table and "| +414.6 % |" in table
@@ -113,9 +114,10 @@ def test_an_interrupt_keeps_what_was_measured(
     path = tmp_path / "overhead.jsonl"
     chosen = ("--methods", "EnergyContext", "--forms", "stock", "ours", "--turns", 3)
     assert bench_run(*SHAPES, *chosen, "--results", path) == 130
-    # One turn that is not counted, one that is, and the one that is interrupted after its first picture.
+    # Once without counting, a turn that counts, and one the other way round, interrupted after its first picture.
     rows = {row["form"]: row for row in read(path)}
-    assert {form: len(row["seconds"]) for form, row in rows.items()} == {"plain": 2, "stock": 1, "ours": 1}
+    assert {form: len(row["seconds"]) for form, row in rows.items()} == {"plain": 1, "stock": 1, "ours": 2}
+    assert all(row["overhead_percent"] for form, row in rows.items() if form != "plain")
     shown = capsys.readouterr()
     assert "| `EnergyContext` | stock |" in shown.out and "interrupted; what was measured is kept" in shown.err
 
@@ -149,10 +151,20 @@ def test_mistakes_are_one_line(
 
 
 def test_without_diffusers_the_extra_is_named(
-    bench: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bench: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    monkeypatch.delitem(sys.modules, "overhead", raising=False)
+    import overhead
+
+    from attnctl_fast import _options
+
+    monkeypatch.setattr(_options.util, "find_spec", lambda name: None if name == "diffusers" else object())
+    assert bench_run("--results", tmp_path / "overhead.jsonl") == 2
+    assert capsys.readouterr().err == (
+        'attnctl-fast bench overhead: diffusers not installed; run: pip install "attnctl-fast[diffusers]"\n'
+    )
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(sys.modules, overhead.tqdm.__module__.partition(".")[0], None)
+    monkeypatch.delitem(sys.modules, "overhead")
     assert bench_run() == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "pip install -e '.[diffusers,bench]'" in err
@@ -211,6 +223,38 @@ def test_every_form_on_every_architecture(small: None, tmp_path: Path, arch: str
     for form in ("published", "stock", "ours"):
         assert {row["method"] for row in rows if row["form"] == form} == set(ours.METHODS)
     assert ("AttendAndExcite", "diffusers") in {(row["method"], row["form"]) for row in rows} or arch == "sdxl"
+
+
+def test_compiled_forms_draw_the_same(small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By Dynamo alone, which notices what an arm changes; the other compilers take minutes."""
+    compiled: list[Any] = []
+
+    def compile(module: torch.nn.Module) -> None:
+        def backend(graph: Any, _: Any) -> Any:
+            compiled.append(module)
+            return graph.forward
+
+        module._compiled_call_impl = torch.compile(module._call_impl, backend=backend)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    path = tmp_path / "overhead.jsonl"
+    methods = ("AttentionRegulation", "DenseDiffusion")
+    assert (
+        bench_run("--arch", "sd2", "--size", 128, *SHAPES[2:], "--methods", *methods, "--compile", "--results", path)
+        == 0
+    )
+    rows = {(row["method"], row["form"]): row for row in read(path)}
+    assert len(compiled) > 1 and all(row["compile"] for row in rows.values())
+    for form in ("published", "stock"):
+        assert rows["AttentionRegulation", form]["difference"]["loss_percent"] < 0.1
+        assert rows["DenseDiffusion", form]["difference"]["image"] < 1e-3
+
+
+def test_no_form_at_all_is_a_mistake(bench: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        bench_run(*SHAPES, "--methods", "TSAM", "--forms", "diffusers", "--results", tmp_path / "overhead.jsonl") == 2
+    )
+    assert "there is no form diffusers of TSAM here" in capsys.readouterr().err
 
 
 def test_peak_memory_is_what_was_taken_at_most(bench: None) -> None:

@@ -131,12 +131,13 @@ def test_overhead_bars_are_those_of_the_rows(bench: ModuleType) -> None:
     assert "Failed and left out: TSAM, published (MemoryError)." in said
 
 
-def test_overhead_is_of_one_setting_and_its_newest_rows(bench: ModuleType) -> None:
-    newer = overhead("TSAM", "ours", 5.0, run="2026-02-01T00:00:00", dirty=True)
-    alone = overhead("TSAM", "ours", 7.0, run="2026-03-01T00:00:00", size=256)
-    made = figure(bench, "overhead", [newer, *OVERHEAD, alone], [])
+def test_overhead_is_of_one_run(bench: ModuleType) -> None:
+    newer = [{**row, "run": "2026-02-01T00:00:00", "dirty": True} for row in OVERHEAD]
+    newer[3]["overhead_percent"] = {"median": 5.0, "low": 4.0, "high": 6.0}
+    partial = overhead("TSAM", "ours", 7.0, run="2026-03-01T00:00:00")
+    made = figure(bench, "overhead", [*newer, *OVERHEAD, partial], [])
     assert [text.get_text() for text in made.axes[0].texts][-1] == "+5.0 %"
-    assert "commit 0123456789ab, 0123456789ab with changes" in texts(made)
+    assert "commit 0123456789ab with changes" in texts(made)
 
 
 def test_time_and_memory_grow_as_in_the_rows(bench: ModuleType) -> None:
