@@ -145,7 +145,9 @@ def _on_gpu(arguments: argparse.Namespace) -> int:
             "--shapes all: a GPU has a plan of its own; leave --shapes out, or give part of a model's name"
         )
     if arguments.compile:
-        raise ValueError("--compile: a GPU's plan has the rivals that torch.compile makes; leave it out")
+        raise ValueError(
+            "--compile: without --quick, a GPU's plan has the rivals that torch.compile makes; leave it out"
+        )
     given = ["--only", arguments.only]
     given += ["--quick"] if arguments.quick or shapes == "small" else []
     given += ["--results", str(arguments.results)] if arguments.results else []
