@@ -7,15 +7,16 @@ import io
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import pytest_benchmark  # noqa: F401  its lack is then an ImportError, not a test without a fixture
 import torch
+from timing import Run
 
-Run = Callable[[], Any]
 THREADS = (1, 2)
 # Calls of a function in a turn.
 LEAST, MOST = 3, 1000
@@ -85,6 +86,16 @@ def test_turn(benchmark: Any, turns: Turns, name: str, threads: int) -> None:
     turns.take(benchmark, name, threads)
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """pytest without what the user's environment adds to it: options, plugins, and being a worker of pytest-xdist,
+    where pytest-benchmark measures nothing."""
+    with mock.patch.dict(os.environ, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}):
+        for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_XDIST_WORKER"):
+            os.environ.pop(name, None)
+        yield
+
+
 def compare(runs: Mapping[str, Run], effort: Effort) -> dict[str, Times | Exception]:
     """The times of every function, or what it raised.
 
@@ -94,10 +105,11 @@ def compare(runs: Mapping[str, Run], effort: Effort) -> dict[str, Times | Except
     """
     turns, said = Turns(runs, effort), io.StringIO()
     # The project's and the user's settings of pytest are not for these.
-    options = ["-q", "-s", "-c", os.devnull, f"--rootdir={Path(__file__).parent}"]
-    options += ["-p", "no:cacheprovider", "-p", "no:faulthandler"]
+    folder = Path(__file__).parent
+    options = ["-q", "-s", "-c", os.devnull, f"--rootdir={folder}", f"--confcutdir={folder}"]
+    options += ["-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
     if runs:
-        with contextlib.redirect_stdout(said):
+        with _alone(), contextlib.redirect_stdout(said):
             code = pytest.main([__file__, *options], plugins=[turns])
         if code == pytest.ExitCode.INTERRUPTED:
             raise KeyboardInterrupt

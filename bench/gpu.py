@@ -32,9 +32,9 @@ import peers
 import torch
 from attnctl_fast.kernels import _launch
 from checkout import RESULTS, git_state
-from registry import OPERATIONS, Comparison, Run, comparison
+from registry import OPERATIONS, Comparison, comparison
 from shapes import LARGE, LAYERS, REGULATED, SMALL, TINY, Layer
-from timing import Clock, first_line
+from timing import Clock, Run, first_line
 
 from attnctl_fast._report import versions
 

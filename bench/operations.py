@@ -1,15 +1,17 @@
 """Every operation against its rivals: the registry's comparisons, timed on a CPU by pytest-benchmark and on a GPU by
 bench/gpu.py, which has its own plan of shapes and dtypes.
 
-Every result is checked against the operation in float64 before it is timed. The forms take turns in one process, at one
-and at two threads; a form's time is the better of its two. On a CPU each case's rows are in the results file as soon as
-it is measured.
+What a form returns (forward and backward: the gradients) is checked against the textbook's operation in float64 before
+it is timed: of attention regulation the lowest loss, which the bias must have, and the output, which must be that
+bias's. Only what is there for scale, a plain layer, is not. The forms take turns in one process, at one and at two
+threads; a form's time is the better of its two. On a CPU each case's rows are in the results file as soon as it is
+measured.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +19,11 @@ from typing import NamedTuple
 import peers
 import torch
 from checkout import RESULTS
-from cpu import Effort, Run, compare
+from cpu import Effort, Times, compare
 from registry import OPERATIONS, comparison, ours
 from rows import Log, Row, stamp
 from shapes import LARGE, LAYERS, REGULATED, SMALL, Layer
-from timing import first_line
+from timing import Run, first_line
 from tqdm.auto import tqdm
 
 from attnctl_fast import _impl
@@ -72,9 +74,11 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--only", default="", metavar="NAME", help="operations whose name contains NAME")
     made.add_argument("--dtype", choices=DTYPES, help="default: float32; on a GPU float16 and bfloat16")
-    made.add_argument("--shapes", metavar="CHOICE", help="small, default, all, or layers whose model contains CHOICE")
+    made.add_argument(
+        "--shapes", metavar="CHOICE", help="small, default, all (on a CPU), or layers whose model contains CHOICE"
+    )
     made.add_argument("--quick", action="store_true", help="about a minute: small shapes, one short turn")
-    made.add_argument("--compile", action="store_true", help="on a CPU too, with the rivals that torch.compile makes")
+    made.add_argument("--compile", action="store_true", help="on a CPU, with the rivals that torch.compile makes")
     made.add_argument(
         "--results", type=Path, metavar="FILE", help="default: in bench/results, ops_cpu.jsonl or <gpu>.jsonl"
     )
@@ -136,6 +140,14 @@ def _on_gpu(arguments: argparse.Namespace) -> int:
     if arguments.dtype not in (None, *gpu.DTYPES):
         raise ValueError(f"--dtype {arguments.dtype}: on a GPU there are {' and '.join(gpu.DTYPES)}")
     shapes = arguments.shapes or ""
+    if shapes == "all":
+        raise ValueError(
+            "--shapes all: a GPU has a plan of its own; leave --shapes out, or give part of a model's name"
+        )
+    if arguments.compile:
+        raise ValueError(
+            "--compile: without --quick, a GPU's plan has the rivals that torch.compile makes; leave it out"
+        )
     given = ["--only", arguments.only]
     given += ["--quick"] if arguments.quick or shapes == "small" else []
     given += ["--results", str(arguments.results)] if arguments.results else []
@@ -175,7 +187,12 @@ def measure(case: Case, dtype: torch.dtype, effort: Effort, compiled: bool = Fal
             runs[name] = form
         except Exception as error:
             row["failed"] = first_line(error)
-    for name, times in compare(runs, effort).items():
+    times_of: Mapping[str, Times | Exception]
+    try:
+        times_of = compare(runs, effort)
+    except RuntimeError as error:
+        times_of = dict.fromkeys(runs, error)
+    for name, times in times_of.items():
         found[name] |= {"failed": first_line(times)} if isinstance(times, Exception) else times._asdict()
     return list(found.values())
 

@@ -10,8 +10,9 @@ import registry_context
 import registry_maps
 import registry_regulation
 import torch
-from registry_base import Build, Comparison, Contender, Run, ours
+from registry_base import Build, Comparison, Contender, ours
 from shapes import Layer, inputs
+from timing import Run
 
 __all__ = ["OPERATIONS", "Comparison", "Contender", "Run", "comparison", "ours"]
 

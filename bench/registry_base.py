@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import peers
 import torch
 from shapes import Inputs, Layer
+from timing import Run
 from torch import Tensor
 
 from attnctl_fast import _impl, ops
 
-Run = Callable[[], Any]
 # Of the norm. Rounding the attention's weights to half precision makes about a third of an epsilon.
 TOLERANCES = {x: 2 * torch.finfo(x).eps for x in (torch.float16, torch.bfloat16)} | {torch.float32: 1e-5}
 
@@ -30,7 +30,8 @@ class Contender(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One operation at one shape. `seen` takes from a result what must equal `truth`, which is of float64.
+    """One operation at one shape. `seen` takes from a result what must equal `truth`, which is of float64. `check`
+    raises ValueError where what `truth` cannot say of a result is wrong.
 
     `moved`: the bytes of inputs and outputs, each once. `flops`: what the algebra needs, whichever form does it: 2 for
     every multiplication and addition of its matrix products and convolutions, forward and, where gradients are asked
@@ -47,9 +48,16 @@ class Comparison:
     moved: int
     flops: int
     seen: Callable[[Any], tuple[Tensor, ...]]
+    check: Callable[[Any], None] | None = None
 
     def errors(self, result: Any) -> tuple[float, float]:
-        """The largest error and the largest relative error of a norm against `truth`; NaN where there is one."""
+        """The largest error and the largest relative error of a norm against `truth`; NaN where there is one.
+
+        Raises:
+            ValueError: `check` says that the result is wrong.
+        """
+        if self.check is not None:
+            self.check(result)
         pairs = list(zip(self.seen(result), self.truth, strict=True))
         largest = torch.stack([(x.double() - y).abs().amax() for x, y in pairs]).amax()
         relative = torch.stack([(x.double() - y).norm() / y.norm() for x, y in pairs]).amax()

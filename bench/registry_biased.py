@@ -13,7 +13,6 @@ from registry_base import (
     Build,
     Comparison,
     Contender,
-    Run,
     first,
     implementations,
     impls,
@@ -26,6 +25,7 @@ from registry_base import (
     wide,
 )
 from shapes import Inputs, Layer
+from timing import Run
 from torch import Tensor
 
 from attnctl_fast import ops

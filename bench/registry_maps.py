@@ -12,7 +12,6 @@ from registry_base import (
     TOLERANCES,
     Comparison,
     Contender,
-    Run,
     first,
     implementations,
     impls,
@@ -24,6 +23,7 @@ from registry_base import (
     wide,
 )
 from shapes import Inputs, Layer
+from timing import Run
 from torch import Tensor
 
 from attnctl_fast import ops

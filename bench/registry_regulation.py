@@ -12,7 +12,6 @@ from registry_base import (
     TOLERANCES,
     Comparison,
     Contender,
-    Run,
     first,
     implementations,
     impls,
@@ -25,19 +24,17 @@ from registry_base import (
     upstream,
     wide,
 )
+from regulation_results import LOSS_TOLERANCE, Results, lowest
 from shapes import Inputs, Layer
+from timing import Run
 from torch import Tensor
 
 from attnctl_fast import ops
 from attnctl_fast.ops.gaussian_bias import full_basis
 
-# Trajectories part where ranks swap; the lowest losses that they reach do not.
-LOSS_TOLERANCE = 0.02
 
-
-def _lowest(result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """From (losses [steps,B,H], ...), the lowest mean over batch and heads."""
-    return (result[0].mean((1, 2)).amin(),)
+def _present(stats: ops.TargetStatistics) -> tuple[Tensor, ...]:
+    return tuple(t for t in stats if t is not None)
 
 
 def _retyped(stats: ops.TargetStatistics, dtype: torch.dtype) -> ops.TargetStatistics:
@@ -59,9 +56,9 @@ def target_statistics(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peer
     how: dict[str, Any] = {"pinned_ids": x.pinned_ids}
     run = partial(ops.target_statistics, *x[:3], x.target_ids, **how)
     stats = ops.target_statistics(*wide(x)[:3], x.target_ids, **how, impl="reference")
-    contenders, truth = implementations(run, x.q.device), first(stats)
+    contenders, truth = implementations(run, x.q.device), _present(stats)
     moved, flops = size(*x[:3]) + size(*stats) // 2, products(layer, 2)
-    return Comparison("target_statistics", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, flops, first)
+    return Comparison("target_statistics", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, flops, _present)
 
 
 def merge_targets(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.Compile) -> Comparison:
@@ -136,14 +133,9 @@ def regulate(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.Compile
         "torch.compile": Contender(partial(loop, compile), compiles=True),
     }
     moved, flops = size(stats.logits, stats.rest_lse, x.theta, stats.logits, x.theta), _solving(layer)
-    truth = _exact_loss(x, layer)
-    return Comparison("regulate", layer, dtype, contenders, truth, LOSS_TOLERANCE, moved, flops, _lowest)
-
-
-def _exact_loss(x: Inputs, layer: Layer) -> tuple[Tensor, ...]:
-    stats = ops.target_statistics(*wide(x)[:3], x.target_ids, impl="eager")
-    losses = ops.regulate(stats, layer.grid, theta=x.theta.double(), steps=layer.steps, impl="eager").losses
-    return _lowest((losses,))
+    results = Results(x, layer)
+    truth, check = results.truth(), results.check_bias
+    return Comparison("regulate", layer, dtype, contenders, truth, LOSS_TOLERANCE, moved, flops, lowest, check)
 
 
 def regulated_layer(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.Compile) -> Comparison:
@@ -151,10 +143,10 @@ def regulated_layer(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.
     basis = full_basis(layer.grid, None, "official", x.theta)
     how: dict[str, Any] = {"pinned_ids": x.pinned_ids}
 
-    def layered(impl: str, solve: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def layered(impl: str, solve: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         stats = ops.target_statistics(*x[:3], x.target_ids, **how, impl=impl)
         losses, bias = solve(stats)
-        return losses, ops.merge_targets(stats, x.v, x.target_ids, bias, **how, impl=impl)
+        return losses, bias, ops.merge_targets(stats, x.v, x.target_ids, bias, **how, impl=impl)
 
     def solver(impl: str) -> Run:
         def solve(stats: ops.TargetStatistics) -> tuple[Tensor, Tensor]:
@@ -168,13 +160,13 @@ def regulated_layer(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.
         return partial(layered, "eager", lambda stats: loop(stats.logits, stats.rest_lse, x.theta))
 
     def old(loop: Callable[..., tuple[Tensor, Tensor]]) -> Run:
-        def run() -> tuple[Tensor, Tensor]:
+        def run() -> tuple[Tensor, Tensor, Tensor]:
             losses, bias = loop(x.q, x.k, x.target_ids, x.theta, basis, layer.steps)
             logits = peers.full_logits(x.q, x.k)
             probabilities = logits.index_add(3, x.target_ids, bias.mT).softmax(-1)
             kept = logits.softmax(-1).index_select(3, x.pinned_ids)
             probabilities = probabilities.index_copy(3, x.pinned_ids, kept)
-            return losses, probabilities.to(x.v.dtype) @ x.v
+            return losses, bias, probabilities.to(x.v.dtype) @ x.v
 
         return run
 
@@ -190,8 +182,9 @@ def regulated_layer(x: Inputs, layer: Layer, dtype: torch.dtype, compile: peers.
         ),
     }
     moved, flops = size(*x[:3], x.theta, x.q), products(layer, 2) + _solving(layer) + _merging(x, layer)
-    truth = _exact_loss(x, layer)
-    return Comparison("regulated_layer", layer, dtype, contenders, truth, LOSS_TOLERANCE, moved, flops, _lowest)
+    results = Results(x, layer)
+    truth, check = results.truth(), results.check_layer
+    return Comparison("regulated_layer", layer, dtype, contenders, truth, LOSS_TOLERANCE, moved, flops, lowest, check)
 
 
 OPERATIONS = {

@@ -28,9 +28,9 @@ from attnctl_fast.kernels import _launch
 from checkout import git_state
 from compiled import Job, in_parallel
 from gpu import OURS
-from registry import Comparison, Run, comparison
+from registry import Comparison, comparison
 from shapes import LAYERS, TINY, Layer
-from timing import Clock, first_line
+from timing import Clock, Run, first_line
 
 from attnctl_fast._report import versions
 

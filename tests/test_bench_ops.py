@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,63 @@ def test_what_is_wrong_is_not_timed(bench: Any, monkeypatch: pytest.MonkeyPatch,
     assert "median" in found["two products"]
 
 
+LAYER_OFF = "the output is off that of the bias"
+BIAS_OFF = "losses at the bias are off the lowest"
+
+
+@pytest.mark.parametrize(
+    ("operation", "place", "wrong", "said"),
+    [
+        ("regulate", 0, lambda losses: 0.97 * losses, BIAS_OFF),
+        ("regulate", 1, torch.zeros_like, BIAS_OFF),
+        ("regulate", 1, lambda bias: bias.flip(1), BIAS_OFF),
+        ("regulate", 1, lambda bias: bias * torch.nan, BIAS_OFF),
+        ("regulated_layer", 1, torch.zeros_like, BIAS_OFF),
+        ("regulated_layer", 2, torch.zeros_like, LAYER_OFF),
+        ("regulated_layer", 2, lambda out: 1.001 * out, LAYER_OFF),
+        *(("target_statistics", place, lambda x: 1.001 * x, "off by 0.001 of the norm") for place in (0, 1, 2, 4)),
+    ],
+)
+def test_every_part_of_a_result_is_checked(
+    bench: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    operation: str,
+    place: int,
+    wrong: Callable[[torch.Tensor], torch.Tensor],
+    said: str,
+) -> None:
+    """A form that is right but for one part is not timed; those whose results it spoils are."""
+    layer = bench.Layer("tiny", 2, (4, 4), 8, tokens=16, batch=2, steps=5)
+    real = bench.comparison(operation, layer, torch.float32, CPU, lambda function: function).contenders
+    names = [name for name, contender in real.items() if contender.checked and not contender.compiles]
+
+    def spoilt(name: str) -> Any:
+        run = real[name].build()
+
+        def spoiling() -> Any:
+            result = list(run())
+            result[place] = wrong(result[place])
+            return result
+
+        return lambda: spoiling
+
+    competing(bench, monkeypatch, operation, **{f"spoilt {name}": spoilt(name) for name in names})
+    with torch.no_grad():
+        found = {row["impl"]: row for row in bench.measure(bench.Case(operation, layer), torch.float32, bench.QUICK)}
+    for name in names:
+        assert "median" in found[name], found[name]
+        assert said in found[f"spoilt {name}"]["failed"]
+
+
+def test_a_loss_that_its_bias_has_but_is_not_the_lowest_is_wrong(bench: Any) -> None:
+    layer = bench.Layer("small", 2, (16, 16), 8, tokens=16)
+    this = bench.comparison("regulate", layer, torch.float32, CPU, lambda function: function)
+    shorter = bench.comparison("regulate", layer._replace(steps=1), torch.float32, CPU, lambda function: function)
+    relative = this.errors(shorter.contenders["eager"].build()())[1]
+    with pytest.raises(ValueError, match="of the norm, allowed 0.02"):
+        this.judge(relative)
+
+
 def test_an_operation_that_cannot_be_compared_is_a_row(
     bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -190,6 +249,29 @@ def test_an_operation_that_cannot_be_compared_is_a_row(
     first, *others = rows(path)
     assert (first["op"], first["impl"], first["failed"]) == ("gaussian_bias", None, "MemoryError: too large")
     assert {row["op"] for row in others} == {"gaussian_bias_all"}
+
+
+def test_the_users_settings_of_pytest_are_not_for_the_measurement(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = {"PYTEST_ADDOPTS": "-k x --benchmark-disable", "PYTEST_PLUGINS": "nowhere", "PYTEST_XDIST_WORKER": "gw0"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", raising=False)
+    path = tmp_path / "ops.jsonl"
+    assert command("--only", "smooth_maps", "--results", path) == 0
+    found = rows(path)
+    assert len(found) == 3 and all(row["samples"] >= 3 for row in found)
+    assert settings.items() <= os.environ.items() and "PYTEST_DISABLE_PLUGIN_AUTOLOAD" not in os.environ
+
+
+def test_turns_that_pytest_does_not_run_are_failures(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytest, "main", lambda *_, **__: pytest.ExitCode.USAGE_ERROR)
+    case = next(case for case in bench.SHAPES["tiny"]() if case.operation == "gaussian_bias")
+    found = {row["impl"]: row for row in bench.measure(case, torch.float32, bench.QUICK)}
+    assert set(found) == {"eager", "two products"}
+    for row in found.values():
+        assert row["failed"].startswith("RuntimeError: pytest ended with") and "median" not in row
 
 
 @pytest.mark.parametrize("call", [1, 2])
@@ -250,6 +332,11 @@ def test_a_gpu_is_left_to_its_own_measurements(bench: Any, monkeypatch: pytest.M
     assert given == [["--only", "regul", "--quick", "--dtype", "float16", "--model", "SDXL"]]
     with pytest.raises(ValueError, match="float16 and bfloat16"):
         bench.run(bench.parser().parse_args(["--dtype", "float32"]))
+    with pytest.raises(ValueError, match="--shapes all: a GPU has a plan of its own"):
+        bench.run(bench.parser().parse_args(["--shapes", "all"]))
+    with pytest.raises(ValueError, match="--compile: without --quick, a GPU's plan"):
+        bench.run(bench.parser().parse_args(["--compile"]))
+    assert len(given) == 1
 
 
 def test_the_default_has_the_layers_of_the_tables(bench: Any) -> None:
