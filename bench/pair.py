@@ -94,8 +94,7 @@ class Process:
         return self._greeting
 
     def ask(self, do: str, **how: Any) -> Answer:
-        """
-        A process that has died is started anew to build a case; for anything else it has nothing to run.
+        """Its answer. If it has died, it is started anew to build a case; for all else it would have nothing to run.
 
         Raises:
             Failure: what went wrong there, in one line.

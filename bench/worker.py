@@ -76,7 +76,7 @@ class Worker:
         """Seconds of so many calls: by the events of a GPU, or this process's own on a CPU; on the wall; and on a CPU
         those that the process waited for something other than a core."""
         run = self._built()
-        wall, used, queued = time.perf_counter(), time.process_time(), queueing()
+        queued, wall, used = queueing(), time.perf_counter(), time.process_time()
         if self.clock is not None:
             used = calls * self.clock.elapsed(run, calls)
             return {"seconds": used, "wall": time.perf_counter() - wall, "waited": 0.0}
