@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 # Counts of instructions that differ by less come from the same work: with the same code they differ by up to 0.12 %, as
@@ -72,22 +72,37 @@ def side(found: Interval, threshold: float) -> int:
     return (found.low > 1 + threshold) - (found.high < 1 / (1 + threshold))
 
 
-def verdict(times: Sequence[Interval], counts: float | None, threshold: float) -> str:
-    """ "slower", "faster", "same", or "unclear" where the noise allows more than one of them.
+def agreed(found: Sequence[Interval], threshold: float) -> int:
+    """The `side` that all are on, 0 where they differ."""
+    sides = {side(x, threshold) for x in found}
+    return sides.pop() if len(sides) == 1 else 0
+
+
+def waiting(base: Mapping[str, float], current: Mapping[str, float]) -> float:
+    """How much longer `current` takes than `base` as far as waiting explains it: the ratio of their times without what
+    `current` works more. Both: "seconds" of work and those "waited"."""
+    work = min(base["seconds"], current["seconds"])
+    return (work + current["waited"]) / (base["seconds"] + base["waited"])
+
+
+def verdict(times: Sequence[Interval], waits: Sequence[Interval], counts: float | None, threshold: float) -> str:
+    """ "slower", "faster", "same", or "unclear" where the noise allows more than one of them. "slower by waiting", and
+    "slower, same instructions", are slower too.
 
     Args:
         times: the interval of every independent set of rounds; all have to agree on a change.
-        counts: the ratio of the instructions, None where they were not counted. Equal ones are the same work, whatever
-            the clock says. More of them is slower unless the clock shows the opposite.
+        waits: those of `waiting`.
+        counts: the ratio of the instructions, None where they were not counted. Equal ones are the same work, which a
+            process's place in memory can slow a little: then the clock has to show twice the threshold. More of them is
+            slower unless the clock shows the opposite.
         threshold: the relative change that counts, such as 0.05.
     """
+    if agreed(waits, threshold) == 1:
+        return "slower by waiting"
     if counts is not None and abs(counts - 1) <= SAME_COUNT:
-        return "same"
-    sides = {side(x, threshold) for x in times}
-    if sides == {1}:
-        return "slower"
-    if sides == {-1}:
-        return "faster"
+        return "slower, same instructions" if agreed(times, 2 * threshold) == 1 else "same"
+    if changed := agreed(times, threshold):
+        return "slower" if changed == 1 else "faster"
     if counts is not None and counts > 1 + threshold:
         return "slower"
     within = any(x.low >= 1 / (1 + threshold) and x.high <= 1 + threshold for x in times)

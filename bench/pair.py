@@ -2,7 +2,8 @@
 
 Each tree has one long-lived process with one thread. On a CPU a sample is the processor time that the process used:
 what other processes take from the core does not count, which the wall clock cannot tell apart. (What they do to the
-caches and the clock rate remains, and comes in turns to both.) On a GPU it is the time between device events.
+caches and the clock rate remains, and comes in turns to both.) What a process waits for other than a core, such as a
+lock or a sleep, is kept apart from that. On a GPU a sample is the time between device events.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkout import ROOT
 from instructions import counted, instrument, valgrind
-from intervals import turns
+from intervals import turns, waiting
 from shapes import Layer
 
 SAMPLE_SECONDS = 20e-3
@@ -92,11 +94,14 @@ class Process:
         return self._greeting
 
     def ask(self, do: str, **how: Any) -> Answer:
-        """
+        """Its answer. If it has died, it is started anew to build a case; for all else it would have nothing to run.
+
         Raises:
             Failure: what went wrong there, in one line.
         """
         if self.process.poll() is not None:
+            if do != "build":
+                raise self._ended()
             self.close()
             self._start()
         self.greeting()
@@ -116,27 +121,34 @@ class Process:
         line = self.process.stdout.readline()
         if line:
             return json.loads(line)
+        raise self._ended()
+
+    def _ended(self) -> Failure:
         self.process.wait()
         self._errors.seek(0)
         said = self._errors.read().strip().splitlines()
-        raise Failure(f"it ended with status {self.process.returncode}: {said[-1][:200] if said else 'silently'}")
+        return Failure(f"it ended with status {self.process.returncode}: {said[-1][:200] if said else 'silently'}")
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None
-            stream.close()
+            # An order that it did not live to read.
+            with suppress(BrokenPipeError):
+                stream.close()
         self._errors.close()
 
 
 class Times(NamedTuple):
-    """Of every round: seconds of two samples per tree, and their ratios, by the steady clock and on the wall."""
+    """Of every round: seconds of a call in either tree, and the ratios of the trees' times by the steady clock, on the
+    wall, and as far as `waiting` tells."""
 
     base: list[float]
     current: list[float]
     ratios: list[float]
     walls: list[float]
+    waits: list[float]
 
 
 class Pair:
@@ -171,7 +183,8 @@ class Pair:
 
     def calls(self) -> int:
         """How many calls fill a sample on the base."""
-        once = min(self._ask("base", "time", calls=1)["seconds"] for _ in range(3))
+        samples = [self._ask("base", "time", calls=1) for _ in range(3)]
+        once = min(sample["seconds"] + sample["waited"] for sample in samples)
         return min(max(math.ceil(SAMPLE_SECONDS / max(once, 1e-9)), 1), MOST_CALLS)
 
     def times(self, calls: int, rounds: int, tick: Callable[[], Any] = lambda: None) -> Times:
@@ -180,18 +193,19 @@ class Pair:
         Raises:
             Failure: one of the trees cannot go on.
         """
-        found = Times([], [], [], [])
+        found = Times([], [], [], [], [])
         for order in turns(rounds):
-            seconds = {"base": [0.0, 0.0], "current": [0.0, 0.0]}
+            sums = {side: dict.fromkeys(("seconds", "wall", "waited"), 0.0) for side in self.sides}
             for side in order:
                 answer = self._ask(side, "time", calls=calls)
-                seconds[side][0] += answer["seconds"]
-                seconds[side][1] += answer["wall"]
-            (base, base_wall), (current, current_wall) = seconds["base"], seconds["current"]
-            found.base.append(base / (2 * calls))
-            found.current.append(current / (2 * calls))
-            found.ratios.append(current / base)
-            found.walls.append(current_wall / base_wall)
+                for name in sums[side]:
+                    sums[side][name] += answer[name]
+            base, current = sums["base"], sums["current"]
+            found.base.append(base["seconds"] / (2 * calls))
+            found.current.append(current["seconds"] / (2 * calls))
+            found.ratios.append(current["seconds"] / base["seconds"])
+            found.walls.append(current["wall"] / base["wall"])
+            found.waits.append(waiting(base, current))
             tick()
         return found
 

@@ -6,12 +6,19 @@
 Both trees run the same cases in turns, a process each, and every ratio has its confidence interval. A change is
 reported when the whole interval is beyond the threshold and two more sets of rounds, each in fresh processes, say so
 too: where a process happens to lie in memory can shift all of its times by some per cent. Intervals are of 95 %, or
-wider where there are so many cases that noise alone would pass twice for one of them, more often than in one run of 20.
+wider where there are so many cases that noise alone would pass three times for one of them, more often than in one run
+of 20.
+
+On a CPU the time is the processor's, and "slower by waiting" is what waits for a lock, a disk or a sleep for that much
+longer on the wall. Waiting for a core that others have does not count.
 
 On a CPU a change also has to show in the instructions, where the machine counts them: equal counts (within 0.2 %) are
-the same work whatever the clock says, and a rise over the threshold is a slowdown unless the clock shows a speedup. The
+the same work, and a rise over the threshold is a slowdown unless the clock shows a speedup. "slower, same instructions"
+is the same work with all intervals beyond twice the threshold, as page faults and misses of the caches cause it. The
 processor's counter counts every case. Valgrind takes minutes, so it counts only those whose time changed
 (--instructions: all).
+
+The exit status is 1 for a slowdown and for a case that only BASE can run, 2 where no case could be compared.
 
 The inputs, and what is timed, come from this tree's registry; the checkout is left as it is.
 """
@@ -19,7 +26,6 @@ The inputs, and what is timed, come from this tree's registry; the checkout is l
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,15 +36,15 @@ from typing import Any
 import torch
 from checkout import ROOT
 from instructions import has_counter, has_valgrind
-from intervals import Interval, fewest_rounds, interval, side, verdict
-from pair import Case, Counts, Failure, Pair, Times
+from intervals import Interval, agreed, fewest_rounds, interval, verdict
+from pair import Case, Counts, Failure, Pair
 from registry import OPERATIONS
 from rows import Log, Row, stamp
 from shapes import LAYERS, TINY
 from suites import refusal
-from worktree import resolve, worktree
+from worktree import resolve, termination_raised, worktree
 
-# That an interval misses the truth, and that any of all cases looks changed by chance.
+# That an interval misses the truth, and that any of all cases looks slower by chance.
 ERROR, FALSE_ALARM = 0.05, 0.05
 # Sets of rounds in fresh processes that have to agree with the first. Of identical trees, one process was 7 % faster
 # than the other at one operation of 24, for as long as they lived.
@@ -46,6 +52,7 @@ CONFIRMATIONS = 2
 DTYPES = ("float32", "float16", "bfloat16")
 SHAPES = {f"{x.model.lower().replace(' ', '').replace('.', '')}-{x.grid[0]}": x for x in LAYERS}
 SHAPES["tiny"] = TINY
+FAILED = {"base": "BASE cannot run it", "current": "this tree cannot run it", "both": "failed"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,7 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Compare and print; 1 for a slowdown, or for a case that only the base can run.
 
     Raises:
-        ValueError: no checkout, an unknown base, operation, shape or device, or too few rounds.
+        ValueError: no checkout, an unknown base, operation, shape or device, too few rounds, or nothing that could be
+            compared.
         OSError: the worktree or the file of results cannot be made.
     """
     from tqdm import tqdm
@@ -83,8 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     cases = chosen(arguments)
     if not arguments.threshold > 0:
         raise ValueError(f"--threshold is {arguments.threshold}; it must be above 0, such as 0.05")
-    # Noise has to pass on the same side of two independent intervals.
-    error = min(ERROR, 2 * math.sqrt(FALSE_ALARM / len(cases)))
+    error = widened(len(cases))
     if arguments.rounds < fewest_rounds(error):
         raise ValueError(
             f"--rounds is {arguments.rounds}; intervals for {len(cases)} cases need {fewest_rounds(error)} or more"
@@ -96,6 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"this tree against {arguments.base} ({commit[:12]}); {said}")
     print(f"{'operation':32} {'shape':10} {'base ms':>9} {'ratio':>6}  {'interval':17} {'instructions':>12}  verdict")
     with (
+        termination_raised(),
         worktree(ROOT, commit) as tree,
         Counts(tree, ROOT) as valgrind,
         Comparison(tree, arguments, error, how, valgrind) as comparison,
@@ -114,6 +122,12 @@ def run(arguments: argparse.Namespace) -> int:
             bar.n = (index + 1) * arguments.rounds
             tqdm.write(line(row))
     return summary(log.rows)
+
+
+def widened(cases: int) -> float:
+    """The probability that an interval may miss the truth. To look slower by chance, a case has to miss it on that side
+    in all sets of rounds."""
+    return min(ERROR, 2 * (FALSE_ALARM / cases) ** (1 / (1 + CONFIRMATIONS)))
 
 
 def chosen(arguments: argparse.Namespace) -> list[Case]:
@@ -198,19 +212,18 @@ class Comparison:
         calls, threshold = self.pair.calls(), self.arguments.threshold
         sets = [self.pair.times(calls, self.arguments.rounds, tick)]
         counts = self.pair.counts(calls) if self.how == "counter" else None
-        first = side(self._interval(sets[0]), threshold)
-        agreed = first != 0
-        while agreed and len(sets) <= CONFIRMATIONS:
+        found, waits = ([self._interval(x)] for x in (sets[0].ratios, sets[0].waits))
+        while len(sets) <= CONFIRMATIONS and (agreed(found, threshold) or agreed(waits, threshold) == 1):
             self.pair.__exit__()
             self.pair = Pair(self.base, ROOT)
             failed = self.pair.build(case)
             if failed:
                 return {"failed": failed}
             sets.append(self.pair.times(calls, self.arguments.rounds))
-            agreed = side(self._interval(sets[-1]), threshold) == first
-        found = [self._interval(times) for times in sets]
+            found.append(self._interval(sets[-1].ratios))
+            waits.append(self._interval(sets[-1].waits))
         uncounted = None
-        if self.how == "valgrind" and (self.arguments.instructions or agreed):
+        if self.how == "valgrind" and (self.arguments.instructions or agreed(found, threshold)):
             try:
                 counts = self.valgrind.count(case, calls)
             except Failure as failure:
@@ -222,13 +235,14 @@ class Comparison:
             "current_ms": [1e3 * statistics.median(times.current) for times in sets],
             "ratio": [x._asdict() for x in found],
             "wall_ratio": [statistics.median(times.walls) for times in sets],
+            "wait_ratio": [x._asdict() for x in waits],
             "instructions": counts,
             "uncounted": uncounted,
-            "verdict": verdict(found, ratio, threshold),
+            "verdict": verdict(found, waits, ratio, threshold),
         }
 
-    def _interval(self, times: Times) -> Interval:
-        return interval(times.ratios, self.error)
+    def _interval(self, ratios: Sequence[float]) -> Interval:
+        return interval(ratios, self.error)
 
 
 def line(row: Row) -> str:
@@ -236,13 +250,12 @@ def line(row: Row) -> str:
     shape = f"{row['model'].replace(' ', '')} {row['shape'].split()[2]}"
     where = f"{row['op']:32} {shape:10}"
     if "failed" in row:
-        sides = {"base": "BASE cannot run it", "current": "this tree cannot run it", "both": "failed"}
-        return f"{where} " + "; ".join(f"{sides[name]}: {why}" for name, why in row["failed"].items())
+        return f"{where} " + "; ".join(f"{FAILED[name]}: {why}" for name, why in row["failed"].items())
     if row["verdict"] == "refused":
         return f"{where} speedup refused: {row['why']}"
-    ratio, counts = row["ratio"][-1], row["instructions"]
+    ratio, counts = row["wait_ratio" if row["verdict"] == "slower by waiting" else "ratio"][-1], row["instructions"]
     counted = f"{counts['current'] / counts['base']:.4f}" if counts else "-"
-    said = "SLOWER" if row["verdict"] == "slower" else row["verdict"]
+    said = row["verdict"].replace("slower", "SLOWER")
     note = f" ({row['uncounted']})" if row["uncounted"] else ""
     span = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
     return f"{where} {row['base_ms'][-1]:9.3f} {ratio['middle']:6.3f}  {span:17} {counted:>12}  {said}{note}"
@@ -254,9 +267,18 @@ def broken(row: Row) -> bool:
 
 
 def summary(rows: Sequence[Row]) -> int:
-    """Print how many cases went which way, and return the exit status."""
+    """Print how many cases went which way, and return the exit status.
+
+    Raises:
+        ValueError: none of them could be compared, and not for this tree alone.
+    """
     tally = Counter(row.get("verdict", "failed") for row in rows)
     print(", ".join(f"{count} {name}" for name, count in sorted(tally.items())))
     if tally["unclear"]:
         print("unclear: the interval reaches past the threshold; --rounds or a quieter machine narrows it")
-    return int(tally["slower"] > 0 or any(map(broken, rows)))
+    if any(map(broken, rows)):
+        return 1
+    if tally["failed"] == len(rows):
+        ((name, why), *_) = rows[0]["failed"].items()
+        raise ValueError(f"nothing could be compared: {FAILED[name]}: {why}; choose another BASE or other operations")
+    return int(any(name.startswith("slower") for name in tally))

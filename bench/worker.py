@@ -27,12 +27,13 @@ class Worker:
 
     def __init__(self, tree: Path) -> None:
         self.tree = tree
-        self.run: Run = lambda: None
+        self.run: Run | None = None
         self.clock: Clock | None = None
         self.counter = Counter() if has_counter() else None
 
     def build(self, operation: str, layer: list[Any], dtype: str, device: str, impl: str) -> Answer:
         """Make a case, check its result against the truth, and warm up."""
+        self.run = None
         # A base may lack what these import, and then lacks the case; the process goes on.
         from registry import comparison
         from shapes import Layer
@@ -44,16 +45,22 @@ class Worker:
         )
         if impl not in this.contenders:
             raise ValueError(f"{operation} has no form {impl!r}")
-        self.run = this.contenders[impl].build()
-        error = this.errors(self.run())[1]
+        run = this.contenders[impl].build()
+        error = this.errors(run())[1]
         this.judge(error)
         self._check_origin()
         if where.type == "cuda" and self.clock is None:
             self.clock = Clock(where)
         for _ in range(WARM_UP):
-            self.run()
+            run()
         gc.collect()
+        self.run = run
         return {"error": error}
+
+    def _built(self) -> Run:
+        if self.run is None:
+            raise RuntimeError("this process has built nothing to run")
+        return self.run
 
     def _check_origin(self) -> None:
         """
@@ -66,35 +73,48 @@ class Worker:
                 raise ImportError(f"{name} comes from {file}, not from {self.tree}")
 
     def time(self, calls: int) -> Answer:
-        """Seconds of so many calls: on a GPU by its events, on a CPU this process's own."""
-        wall, used = time.perf_counter(), time.process_time()
+        """Seconds of so many calls: by the events of a GPU, or this process's own on a CPU; on the wall; and on a CPU
+        those that the process waited for something other than a core."""
+        run = self._built()
+        queued, wall, used = queueing(), time.perf_counter(), time.process_time()
         if self.clock is not None:
-            used = calls * self.clock.elapsed(self.run, calls)
-        else:
-            for _ in range(calls):
-                self.run()
-            used = time.process_time() - used
-        return {"seconds": used, "wall": time.perf_counter() - wall}
+            used = calls * self.clock.elapsed(run, calls)
+            return {"seconds": used, "wall": time.perf_counter() - wall, "waited": 0.0}
+        for _ in range(calls):
+            run()
+        used, wall, queued = time.process_time() - used, time.perf_counter() - wall, queueing() - queued
+        return {"seconds": used, "wall": wall, "waited": max(wall - used - queued, 0.0)}
 
     def count(self, calls: int) -> Answer:
         """Instructions of so many calls, None where the processor does not count them."""
         if self.counter is None:
             return {"instructions": None}
+        run = self._built()
         self.counter.start()
         for _ in range(calls):
-            self.run()
+            run()
         return {"instructions": self.counter.stop()}
 
     def collect(self, calls: int) -> Answer:
         """The same for valgrind, which this process then runs under and which writes them to its next file."""
+        run = self._built()
         for _ in range(calls):
-            self.run()
+            run()
         gc.collect()
         torch._C._valgrind_toggle()
         for _ in range(calls):
-            self.run()
+            run()
         torch._C._valgrind_toggle_and_dump_stats()
         return {}
+
+
+def queueing() -> float:
+    """Seconds that this thread was ready but other processes had the core (Linux: sched-stats.rst), 0 where the system
+    does not say."""
+    try:
+        return 1e-9 * int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def main() -> None:

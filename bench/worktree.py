@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -48,6 +49,25 @@ def worktree(root: Path, commit: str) -> Iterator[Path]:
             if _git(root, "worktree", "remove", "--force", str(tree)).returncode:
                 shutil.rmtree(tree, ignore_errors=True)
                 _git(root, "worktree", "prune")
+
+
+@contextmanager
+def termination_raised() -> Iterator[None]:
+    """A SIGTERM leaves by an exception, so that what was made is removed.
+
+    Raises:
+        SystemExit: with the status that shells give to a process so ended.
+    """
+
+    def leave(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _git(root: Path, *words: str) -> subprocess.CompletedProcess[str]:

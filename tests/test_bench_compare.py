@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +27,17 @@ def {0}(*given, **how):
     for _ in range(3):
         _once(*given, **how)
     return _once(*given, **how)
+"""
+WAITING = """
+
+_at_once = {0}
+
+
+def {0}(*given, **how):
+    import time
+
+    time.sleep(0.0002)
+    return _at_once(*given, **how)
 """
 BROKEN = """
 
@@ -99,8 +112,11 @@ def small(*operations: str) -> list[str]:
     return ["--only", *operations, "--shapes", "tiny", "--rounds", "8", "--device", "cpu", "--no-instructions"]
 
 
-def simulated_pair(ratios: list[float], counts: dict[str, int] | None = None) -> type:
-    """In the place of `pair.Pair`: no processes, and the next of `ratios` between the trees in each set of rounds."""
+def simulated_pair(
+    ratios: list[float], counts: dict[str, int] | None = None, waits: dict[int, float] | None = None
+) -> type:
+    """In the place of `pair.Pair`: no processes, and the next of `ratios` between the trees in each set of rounds.
+    `waits`: what waiting makes of it, by the ratios that are left then (otherwise 1)."""
     import pair
 
     class Simulated:
@@ -120,7 +136,8 @@ def simulated_pair(ratios: list[float], counts: dict[str, int] | None = None) ->
             assert not self.closed
             ratio, noise = ratios.pop(0), random.Random(0)
             found = [ratio * math.exp(noise.gauss(0, 0.01)) for _ in range(rounds)]
-            return pair.Times([1.0] * rounds, found, found, found)
+            waited = [(waits or {}).get(len(ratios), 1.0) * math.exp(noise.gauss(0, 0.01)) for _ in range(rounds)]
+            return pair.Times([1.0] * rounds, found, found, found, waited)
 
         def __exit__(self, *_: object) -> None:
             self.closed = True
@@ -137,9 +154,10 @@ def test_a_slowed_operation_is_found(
 ) -> None:
     append(checkout, "gaussian_bias", SLOWED)
     append(checkout, "smooth_maps", BROKEN)
+    append(checkout, "map_similarity", WAITING)
     changes = git(checkout, "diff")
     file = tmp_path / "rows.jsonl"
-    operations = ("gaussian_bias", "context_update", "region_attention", "smooth_maps")
+    operations = ("gaussian_bias", "context_update", "region_attention", "smooth_maps", "map_similarity")
     assert compare("lacking", *small(*operations), "--results", str(file)) == 1
     assert git(checkout, "diff") == changes
     rows = read(file)
@@ -148,6 +166,8 @@ def test_a_slowed_operation_is_found(
     assert len(rows["gaussian_bias"]["ratio"]) == 3
     assert all(found["low"] > 1.05 for found in rows["gaussian_bias"]["ratio"])
     assert rows["context_update"]["verdict"] != "slower"
+    assert rows["map_similarity"]["verdict"] == "slower by waiting"
+    assert all(found["low"] > 1.05 for found in rows["map_similarity"]["wait_ratio"])
     assert "region_attention" in rows["region_attention"]["failed"]["base"]
     assert rows["smooth_maps"]["failed"] == {"current": "RuntimeError: broken on purpose"}
     assert (
@@ -156,6 +176,7 @@ def test_a_slowed_operation_is_found(
     )
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
     assert lines["gaussian_bias"].endswith("SLOWER")
+    assert lines["map_similarity"].endswith("SLOWER by waiting")
     assert "BASE cannot run it" in lines["region_attention"]
     assert "this tree cannot run it: RuntimeError: broken on purpose" in lines["smooth_maps"]
 
@@ -227,14 +248,69 @@ def test_an_interrupt_keeps_what_was_measured(
     assert all(process.poll() is not None for process in started)
 
 
+def test_a_termination_leaves_nothing_behind(compare: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`checkout` looks for the worktree."""
+    import regressions
+
+    made: list[Path] = []
+    Simulated = simulated_pair([])
+
+    class Terminated(Simulated):  # type: ignore[misc, valid-type]
+        def __init__(self, *trees: Path) -> None:
+            super().__init__(*trees)
+            made.append(trees[0])
+
+        def calls(self) -> int:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return 1
+
+    monkeypatch.setattr(regressions, "Pair", Terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        compare("HEAD", *small("gaussian_bias"))
+    assert left.value.code == 128 + signal.SIGTERM
+    assert made and not made[0].exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    "failed, status",
+    [
+        ({"base": "no such shape"}, 2),
+        ({"base": "no memory", "current": "no memory"}, 2),
+        ({"current": "no such shape"}, 1),
+    ],
+)
+def test_a_comparison_of_nothing_does_not_pass(
+    compare: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failed: dict[str, str],
+    status: int,
+) -> None:
+    import regressions
+
+    Simulated = simulated_pair([])
+    Simulated.build = lambda self, case: failed  # type: ignore[attr-defined]
+    monkeypatch.setattr(regressions, "Pair", Simulated)
+    assert compare("HEAD", *small("gaussian_bias", "attention")) == status
+    said = capsys.readouterr()
+    assert "2 failed" in said.out
+    if status == 2:
+        assert f"nothing could be compared: BASE cannot run it: {failed['base']}" in said.err
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
         (["nowhere"], "BASE is 'nowhere', which is no commit here"),
         (["--", "--all"], "BASE is '--all', which is no commit here"),
-        (["HEAD", "--only", "atention"], "'atention'; known are attention, regulate"),
+        (["HEAD", "--only", "atention"], "'atention'; known are attention, "),
         (["HEAD", "--shapes", "sd9"], "'sd9'; known are sd15-64"),
-        (["HEAD", "--device", "cpu", "--rounds", "5"], "--rounds is 5; intervals for 48 cases need 6 or more"),
+        (
+            ["HEAD", *small("attention", "regulate"), "--rounds", "5"],
+            "--rounds is 5; intervals for 2 cases need 6 or more",
+        ),
         (["HEAD", "--threshold", "0"], "--threshold is 0.0"),
         (["HEAD", "--impl", "triton", "--device", "cpu"], "--impl is triton"),
     ],
@@ -264,24 +340,51 @@ def test_worktrees(compare: Callable[..., int], checkout: Path, tmp_path: Path) 
 
 
 def test_a_process_without_its_package_or_that_dies(
-    compare: Callable[..., int], checkout: Path, tmp_path: Path
+    compare: Callable[..., int], checkout: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import pair
     import regressions
 
-    alone = pair.Process(tmp_path)
-    try:
-        with pytest.raises(ValueError, match="does not start|has no package attnctl_fast of its own"):
-            alone.ask("time", calls=1)
-    finally:
-        alone.close()
-    process = pair.Process(checkout)
+    # In a tree without the package, or with only its first file, the rest comes from where PYTHONPATH says.
+    monkeypatch.setenv("PYTHONPATH", str(checkout))
+    package = checkout / "attnctl_fast"
     case = pair.Case("gaussian_bias", regressions.SHAPES["tiny"], "float32", "cpu", "eager")
+    for first_file, error, said in (
+        (None, ValueError, rf"has no package attnctl_fast of its own: {package}/__init__.py was imported"),
+        (
+            "raise ImportError('on purpose')",
+            ValueError,
+            "does not start: it ended with status 1: ImportError: on purpose",
+        ),
+        (
+            f"__path__.append({str(package)!r})\nfrom attnctl_fast import _impl\n",
+            pair.Failure,
+            rf"ImportError: attnctl_fast\.\w+ comes from {package}/[\w/]+\.py, not from {tmp_path}/2",
+        ),
+    ):
+        tree = tmp_path / str(len(list(tmp_path.iterdir())))
+        (tree / "attnctl_fast").mkdir(parents=True)
+        if first_file is None:
+            (tree / "attnctl_fast").rmdir()
+        else:
+            (tree / "attnctl_fast" / "__init__.py").write_text(first_file)
+        process = pair.Process(tree)
+        try:
+            with pytest.raises(error, match=said):
+                process.ask("build", **case._asdict())
+        finally:
+            process.close()
+    process = pair.Process(checkout)
     try:
+        with pytest.raises(pair.Failure, match="has built nothing to run"):
+            process.ask("time", calls=1)
         process.ask("build", **case._asdict())
         assert process.greeting()["package"] == str(checkout / "attnctl_fast" / "__init__.py")
         process.process.kill()
         process.process.wait()
+        for order in ("time", "count", "collect"):
+            with pytest.raises(pair.Failure, match="it ended with status -9"):
+                process.ask(order, calls=1)
         with pytest.raises(pair.Failure, match="has no form 'fused'"):
             process.ask("build", **case._replace(impl="fused")._asdict())
         answer = process.ask("build", **case._asdict())
@@ -292,18 +395,27 @@ def test_a_process_without_its_package_or_that_dies(
 
 
 @pytest.mark.parametrize(
-    "ratios, counts, verdict",
+    "ratios, counts, waits, verdict",
     [
-        ([1.0], None, "same"),
-        ([1.2, 1.2, 1.2], None, "slower"),
-        ([1.2, 1.0], None, "same"),
-        ([1.2, 1.2, 1.0], None, "same"),
-        ([1.2, 0.8], None, "unclear"),
-        ([0.8, 0.8, 0.8], None, "faster"),
-        ([1.2, 1.2, 1.2], {"base": 10_000, "current": 10_004}, "same"),
-        ([1.2, 1.2, 1.2], {"base": 10_000, "current": 10_800}, "slower"),
-        ([1.0], {"base": 10_000, "current": 11_000}, "slower"),
-        ([0.8, 0.8, 0.8], {"base": 10_000, "current": 11_000}, "faster"),
+        ([1.0], None, {}, "same"),
+        ([1.2, 1.2, 1.2], None, {}, "slower"),
+        ([1.2, 1.0], None, {}, "same"),
+        ([1.2, 1.2, 1.0], None, {}, "same"),
+        ([1.2, 0.8], None, {}, "unclear"),
+        ([0.8, 0.8, 0.8], None, {}, "faster"),
+        ([1.07, 1.07, 1.07], {"base": 10_000, "current": 10_004}, {}, "same"),
+        ([1.2, 1.2, 1.2], {"base": 10_000, "current": 10_800}, {}, "slower"),
+        ([1.0], {"base": 10_000, "current": 11_000}, {}, "slower"),
+        ([0.8, 0.8, 0.8], {"base": 10_000, "current": 11_000}, {}, "faster"),
+        ([1.2, 1.2, 1.05], {"base": 10_000, "current": 10_004}, {}, "same"),
+        ([1.15, 1.15, 1.09], {"base": 10_000, "current": 10_004}, {}, "same"),
+        ([1.15, 1.15, 1.15], {"base": 10_000, "current": 10_004}, {}, "slower, same instructions"),
+        ([0.8, 0.8, 0.8], {"base": 10_000, "current": 10_004}, {}, "same"),
+        ([1.0, 1.0, 1.0], None, {2: 1.2, 1: 1.2, 0: 1.2}, "slower by waiting"),
+        ([1.0, 1.0, 1.0], {"base": 10_000, "current": 10_004}, {2: 1.2, 1: 1.2, 0: 1.2}, "slower by waiting"),
+        ([0.8, 0.8, 0.8], None, {2: 1.2, 1: 1.2, 0: 1.2}, "slower by waiting"),
+        ([1.0, 1.0], None, {1: 1.2}, "same"),
+        ([1.0], None, {0: 0.8}, "same"),
     ],
 )
 def test_a_change_is_confirmed_in_fresh_processes(
@@ -312,13 +424,14 @@ def test_a_change_is_confirmed_in_fresh_processes(
     tmp_path: Path,
     ratios: list[float],
     counts: dict[str, int] | None,
+    waits: dict[int, float],
     verdict: str,
 ) -> None:
     import pair
     import regressions
 
     left = list(ratios)
-    monkeypatch.setattr(regressions, "Pair", simulated_pair(left, counts))
+    monkeypatch.setattr(regressions, "Pair", simulated_pair(left, counts, waits))
     arguments = regressions.parser().parse_args(["HEAD", "--device", "cpu", "--rounds", "12"])
     case = regressions.chosen(arguments)[0]
     with (
@@ -388,11 +501,12 @@ def simulated(noise: random.Random, slowdown: float, spread: float, rounds: int 
 @pytest.mark.parametrize("spread", [0.02, 0.1])
 def test_noise_is_no_slowdown(compare: Callable[..., int], spread: float) -> None:
     from intervals import interval, verdict
+    from regressions import CONFIRMATIONS
 
     noise, covered = random.Random(0), 0
     for _ in range(200):
-        sets = [interval(simulated(noise, 1.0, spread), 0.05) for _ in range(2)]
-        assert verdict(sets, None, 0.05) in ("same", "unclear")
+        sets = [interval(simulated(noise, 1.0, spread), 0.05) for _ in range(1 + CONFIRMATIONS)]
+        assert verdict(sets, [], None, 0.05) in ("same", "unclear")
         covered += sets[0].low <= 1 <= sets[0].high
     assert 180 <= covered <= 198
 
@@ -400,16 +514,19 @@ def test_noise_is_no_slowdown(compare: Callable[..., int], spread: float) -> Non
 @pytest.mark.parametrize("slowdown, expected", [(1.1, "slower"), (1 / 1.1, "faster")])
 def test_a_slowdown_is_no_noise(compare: Callable[..., int], slowdown: float, expected: str) -> None:
     from intervals import interval, verdict
+    from regressions import CONFIRMATIONS
 
     noise, found = random.Random(0), []
     for _ in range(200):
-        found.append(verdict([interval(simulated(noise, slowdown, 0.02), 0.05) for _ in range(2)], None, 0.05))
+        sets = [interval(simulated(noise, slowdown, 0.02), 0.05) for _ in range(1 + CONFIRMATIONS)]
+        found.append(verdict(sets, [], None, 0.05))
     assert found.count(expected) >= 195
     assert set(found) <= {expected, "unclear"}
 
 
 def test_intervals(compare: Callable[..., int]) -> None:
-    from intervals import Interval, fewest_rounds, interval, turns, verdict
+    from intervals import Interval, fewest_rounds, interval, turns, verdict, waiting
+    from regressions import widened
 
     assert list(turns(2)) == [("base", "current", "current", "base"), ("current", "base", "base", "current")]
     # Of every table of the signed-rank test: at 5 %, 8 samples have the critical value 3; the 4th of 36 means counts.
@@ -421,8 +538,15 @@ def test_intervals(compare: Callable[..., int]) -> None:
     assert fewest_rounds(0.05) == 6
     with pytest.raises(ValueError, match="--rounds 6"):
         interval([1.0] * 5, 0.05)
-    assert verdict([Interval(0.97, 1, 1.04)], None, 0.05) == "same"
-    assert verdict([Interval(0.97, 1, 1.06)], None, 0.05) == "unclear"
+    assert verdict([Interval(0.97, 1, 1.04)], [], None, 0.05) == "same"
+    assert verdict([Interval(0.97, 1, 1.06)], [], None, 0.05) == "unclear"
+    assert widened(1) == widened(3200) == 0.05
+    # Three sets miss on the one side with (error / 2)**3.
+    assert 50_000 * (widened(50_000) / 2) ** 3 == pytest.approx(0.05)
+    base = {"seconds": 1.0, "waited": 0.25}
+    assert waiting(base, {"seconds": 2.0, "waited": 0.25}) == 1
+    assert waiting(base, {"seconds": 1.0, "waited": 1.5}) == 2
+    assert waiting(base, {"seconds": 0.5, "waited": 0.75}) == 1
 
 
 def test_instructions(compare: Callable[..., int], tmp_path: Path) -> None:
