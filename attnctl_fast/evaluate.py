@@ -19,8 +19,8 @@ what is missing, on any number of processes; other settings are refused, and so 
 in the folder. A picture that cannot be drawn or judged is a row with its error and is tried again by the next run. The
 folder must be one that all processes see.
 
-The exit status is 0, 1 if pictures or scores failed, 2 for a mistake, 130 when interrupted; launchers of several processes turn
-all but 0 into 1.
+The exit status is 0, 1 if pictures or scores failed, 2 for a mistake, 130 when interrupted; launchers of several
+processes turn all but 0 into 1.
 """
 
 from __future__ import annotations
@@ -300,8 +300,8 @@ def _finish(
     if unscored:
         name, error = next(iter(unscored[0]["score_errors"].items()))
         print(
-            f"{len(unscored)} of {len(rows)} pictures are not judged, {unscored[0]['file']} by {name} with {error}; the "
-            "same command tries them again",
+            f"{len(unscored)} of {len(rows)} pictures are not judged, {unscored[0]['file']} by {name} with {error}; "
+            "the same command tries them again",
             file=sys.stderr,
         )
     return len(failed) + len(unscored)
