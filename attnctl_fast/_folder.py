@@ -47,6 +47,7 @@ class Folder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            self.close()
             raise ValueError(
                 f"another sweep is at work in {self.path}; wait for it, or choose another --out"
             ) from error

@@ -83,10 +83,15 @@ class Clip:
         from transformers import CLIPModel
 
         try:
-            weights, found = CLIPModel.from_pretrained(self._model, output_loading_info=True)
-            # Transformers leaves those as they were initialised.
+            weights, found = CLIPModel.from_pretrained(
+                self._model, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            # Transformers leaves both as they were initialised.
             if found["missing_keys"]:
-                raise ValueError(f"its weights lack {sorted(found['missing_keys'])[0]}")
+                raise ValueError(f"its weights lack {min(found['missing_keys'])}")
+            if found["mismatched_keys"]:
+                name = min(found["mismatched_keys"])[0]
+                raise ValueError(f"its {name} has another shape than its configuration says")
         except Exception as error:
             raise _absent("--clip", self._model, "a CLIP model of transformers", error) from error
         return weights.eval()

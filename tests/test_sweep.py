@@ -312,14 +312,26 @@ def _other_shape(path):
     save_file(weights, path, {"format": "pt"})
 
 
-@pytest.mark.parametrize("spoil", [_without, _cut, _one_less, _other_shape])
-def test_clip_weights_that_cannot_be_used_are_found_before_anything_is_drawn(sweep, tmp_path, clip, capsys, spoil):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_without, "Error no file named"),
+        (_cut, ""),
+        (_one_less, "its weights lack text_projection.weight"),
+        (_other_shape, "its text_projection.weight has another shape than its configuration says"),
+    ],
+)
+def test_clip_weights_that_cannot_be_used_are_found_before_anything_is_drawn(
+    sweep, tmp_path, clip, capsys, spoil, message
+):
     shutil.copytree(clip, tmp_path / "clip")
     spoil(tmp_path / "clip" / "model.safetensors")
     capsys.readouterr()
     assert sweep("--method", "plain", "--clip", tmp_path / "clip") == 2
+    # Transformers tells of its own progress before.
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"attnctl_fast.evaluate: --clip '{tmp_path / 'clip'}' is not a CLIP model"), line
+    path = tmp_path / "clip"
+    assert line.startswith(f"attnctl_fast.evaluate: --clip '{path}' is not a CLIP model of transformers: {message}")
     assert not (tmp_path / "out").exists()
 
 
