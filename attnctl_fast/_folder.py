@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
+
+if sys.platform != "win32":
+    import fcntl
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Row: TypeAlias = dict[str, Any]
+_LOCK = "sweep.lock"
 
 
 class Folder:
@@ -20,12 +25,46 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: IO[bytes] | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a sweep in it."""
+        return (self.path / "sweep.json").is_file()
+
+    def lock(self) -> None:
+        """Keep other sweeps out of the folder, which is made where it is missing, until `close` or the process's end.
+
+        Windows and file systems without `flock` do without.
+
+        Raises:
+            ValueError: another sweep is at work in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if sys.platform == "win32" or self._lock is not None:
+            return
+        self._lock = (self.path / _LOCK).open("ab")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise ValueError(
+                f"another sweep is at work in {self.path}; wait for it, or choose another --out"
+            ) from error
+        except OSError:
+            # The file system has no locks.
+            return
+
+    def close(self) -> None:
+        """Let other sweeps in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def check(self, settings: Row) -> None:
         """Raise ValueError if the folder holds anything but a sweep of these settings."""
-        path = self.path / "sweep.json"
-        if path.is_file():
-            there = json.loads(path.read_text(encoding="utf-8"))
+        if self.begun:
+            there = json.loads((self.path / "sweep.json").read_text(encoding="utf-8"))
             here = json.loads(json.dumps(settings))
             if there != here:
                 raise ValueError(
@@ -34,13 +73,16 @@ class Folder:
                 )
         elif self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--out {self.path} is a file; name a folder")
-        elif self.path.exists() and any(entry.suffix != ".tmp" for entry in self.path.iterdir()):
+        elif self.path.exists() and any(
+            entry.suffix != ".tmp" and entry.name != _LOCK for entry in self.path.iterdir()
+        ):
             raise ValueError(f"{self.path} holds other files and no sweep; choose another --out")
 
     def claim(self, settings: Row) -> None:
-        """Write the settings, for later runs to compare theirs with, before anything else."""
+        """Write the settings, for later runs to compare theirs with, before anything else; errors as in `check`."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.path / "sweep.json").exists():
+        self.check(settings)
+        if not self.begun:
             self.write("sweep.json", json.dumps(settings, indent=1) + "\n")
         (self.path / "pictures").mkdir(exist_ok=True)
 
@@ -66,8 +108,9 @@ class Folder:
         return [file for file in files if file not in done]
 
     def unscored(self, files: Iterable[str], name: str) -> list[str]:
-        """Those of the pictures that are drawn and not judged by this scorer."""
-        done = {row["file"] for row in self.rows() if row["kind"] == "scores" and row["by"] == name}
+        """Those of the pictures that are drawn and not judged by this scorer, or with an error."""
+        judged = [row for row in self.rows() if row["kind"] == "scores" and row["by"] == name]
+        done = {row["file"] for row in judged if "error" not in row}
         drawn = {file for file, row in self.drawn().items() if "error" not in row}
         return [file for file in files if file in drawn - done]
 

@@ -41,6 +41,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "low": low, "high": high}
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, without what may follow below."""
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """A table as lines of text, the first one its head, with a rule below."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

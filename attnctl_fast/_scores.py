@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 
+from ._report import first_line
 from .shapes.detection import detect, score
 from .shapes.drawing import SIZE
 from .shapes.scene import scene_for_prompt
@@ -25,6 +26,13 @@ class Scorer(Protocol):
     @property
     def name(self) -> str: ...
 
+    def load(self) -> None:
+        """Load its weights, on the CPU, so that an accelerator is free until the first picture is judged.
+
+        Raises:
+            OSError: they cannot be used.
+        """
+
     def __call__(self, image: Image, prompt: str) -> Scores:
         """Its figures for one picture, always under the same names; none where it cannot judge this one."""
 
@@ -34,6 +42,9 @@ class Detector:
     prompts that are no scene and for pictures of another size than 64x64."""
 
     name = "detector"
+
+    def load(self) -> None:
+        pass
 
     def __call__(self, image: Image, prompt: str) -> Scores:
         scene = scene_for_prompt(prompt)
@@ -51,7 +62,7 @@ class Clip:
         device: where it computes.
 
     Raises:
-        OSError: there is no such model.
+        OSError: there is no such processor.
     """
 
     def __init__(self, model: str, device: torch.device) -> None:
@@ -61,22 +72,38 @@ class Clip:
         self._model, self._device = model, device
         try:
             self._processor = CLIPProcessor.from_pretrained(model)
-        except (OSError, ValueError, TypeError) as error:
+        except Exception as error:
             raise _absent("--clip", model, "a CLIP model of transformers with its processor", error) from error
+
+    def load(self) -> None:
+        self._weights  # noqa: B018
 
     @cached_property
     def _weights(self) -> Any:
         from transformers import CLIPModel
 
         try:
-            return CLIPModel.from_pretrained(self._model).to(self._device).eval()
-        except (OSError, ValueError) as error:
+            weights, found = CLIPModel.from_pretrained(
+                self._model, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            # Transformers leaves both as they were initialised.
+            if found["missing_keys"]:
+                raise ValueError(f"its weights lack {min(found['missing_keys'])}")
+            if found["mismatched_keys"]:
+                name = min(found["mismatched_keys"])[0]
+                raise ValueError(f"its {name} has another shape than its configuration says")
+        except Exception as error:
             raise _absent("--clip", self._model, "a CLIP model of transformers", error) from error
+        return weights.eval()
+
+    @cached_property
+    def _placed(self) -> Any:
+        return self._weights.to(self._device)
 
     @torch.inference_mode()
     def __call__(self, image: Image, prompt: str) -> Scores:
         given = self._processor(text=[prompt], images=[image], return_tensors="pt", truncation=True)
-        out = self._weights(**given.to(self._device))
+        out = self._placed(**given.to(self._device))
         return {"clip": _clip_score(out.image_embeds, out.text_embeds)}
 
 
@@ -106,18 +133,28 @@ class OpenClip:
         if not whole and not there and (self._model, pretrained) not in open_clip.list_pretrained():
             raise ValueError(f"--open-clip {model!r} is not one of open_clip.list_pretrained(), as MODEL:PRETRAINED")
 
+    def load(self) -> None:
+        self._weights  # noqa: B018
+
     @cached_property
     def _weights(self) -> tuple[Any, Any, Any]:
         import open_clip
 
-        model, _, transform = open_clip.create_model_and_transforms(
-            self._model, pretrained=self._pretrained, device=self._device
-        )
-        return model.eval(), transform, open_clip.get_tokenizer(self._model)
+        try:
+            model, _, transform = open_clip.create_model_and_transforms(self._model, pretrained=self._pretrained)
+            return model.eval(), transform, open_clip.get_tokenizer(self._model)
+        except Exception as error:
+            model = f"{self._model}:{self._pretrained}" if self._pretrained else self._model
+            raise _absent("--open-clip", model, "a model that open_clip can load", error) from error
+
+    @cached_property
+    def _placed(self) -> Any:
+        return self._weights[0].to(self._device)
 
     @torch.inference_mode()
     def __call__(self, image: Image, prompt: str) -> Scores:
-        model, transform, tokenizer = self._weights
+        _, transform, tokenizer = self._weights
+        model = self._placed
         pixels, tokens = transform(image)[None].to(self._device), tokenizer([prompt]).to(self._device)
         return {"clip": _clip_score(model.encode_image(pixels), model.encode_text(tokens))}
 
@@ -127,4 +164,4 @@ def _clip_score(image: torch.Tensor, text: torch.Tensor) -> float:
 
 
 def _absent(option: str, model: str, what: str, error: Exception) -> OSError:
-    return OSError(f"{option} {model!r} is not {what}: {str(error).strip().splitlines()[0]}")
+    return OSError(f"{option} {model!r} is not {what}: {first_line(error)}")

@@ -15,12 +15,17 @@ _TITLES = {"strict": "strict", "exact": "exact", "colours": "all colours", "clip
 
 
 def merged(folder: Folder, pictures: Iterable[Picture], scorers: Iterable[str]) -> list[Row]:
-    """The row of every picture in the order of the sweep, with what these scorers say of it."""
+    """The row of every picture in the order of the sweep, with what these scorers say of it; `score_errors` has what
+    kept one of them from judging it."""
     drawn, names = folder.drawn(), set(scorers)
     scores: dict[str, Row] = {}
-    for row in folder.rows():
-        if row["kind"] == "scores" and row["by"] in names:
-            scores.setdefault(row["file"], {}).update(row["scores"])
+    judged = {(row["file"], row["by"]): row for row in folder.rows() if row["kind"] == "scores" and row["by"] in names}
+    for (file, name), row in judged.items():
+        about = scores.setdefault(file, {})
+        if "error" in row:
+            about.setdefault("score_errors", {})[name] = row["error"]
+        else:
+            about.update(row["scores"])
     rows = [(drawn.get(picture.file) or {**picture.row(), "error": "not drawn"}) for picture in pictures]
     return [
         {name: value for name, value in row.items() if name != "kind"}

@@ -12,6 +12,7 @@ from ._choice import MethodSettings, chosen_method, settings_for
 from ._folder import Folder, Log, Row
 from ._model import call_arguments, draw
 from ._prompts import Entry
+from ._report import first_line
 from ._tokens import Prompts
 from .pipeline import control
 
@@ -112,18 +113,25 @@ def draw_pictures(pipe: Any, pictures: Iterable[Picture], folder: Folder, log: L
                 (image,) = draw(pipe, picture.settings)
             seconds = time.perf_counter() - start
         except Exception as error:
-            reason = (str(error).strip() or "no message").splitlines()[0]
-            log.write("picture", {**picture.row(), "error": f"{type(error).__name__}: {reason}"})
+            log.write("picture", {**picture.row(), "error": _reason(error)})
             continue
         folder.save(picture.file, image)
         log.write("picture", {**picture.row(), "seconds": seconds})
 
 
 def score_pictures(scorer: Scorer, pictures: Iterable[Picture], folder: Folder, log: Log) -> None:
-    """Judge drawn pictures one by one."""
+    """Judge drawn pictures one by one. One that cannot be judged is a row with its error."""
     from PIL import Image
 
     for picture in pictures:
-        with Image.open(folder.path / picture.file) as image:
-            scores = scorer(image.convert("RGB"), picture.settings.prompt)
-        log.write("scores", {"file": picture.file, "by": scorer.name, "scores": scores})
+        row: Row = {"file": picture.file, "by": scorer.name}
+        try:
+            with Image.open(folder.path / picture.file) as image:
+                row["scores"] = scorer(image.convert("RGB"), picture.settings.prompt)
+        except Exception as error:
+            row["error"] = _reason(error)
+        log.write("scores", row)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

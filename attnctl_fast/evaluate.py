@@ -15,11 +15,12 @@ pipeline alone, which the others are compared with on the same prompts and seeds
 
 The folder `--out` then holds `pictures`, what every process wrote as it went (`results-RANK.jsonl`), and at the end
 `results.jsonl`, one row per picture, and `summary.json`. After a kill or an interruption the same command goes on with
-what is missing, on any number of processes; other settings are refused. A picture that fails is a row with its error
-and is tried again by the next run. The folder must be one that all processes see.
+what is missing, on any number of processes; other settings are refused, and so is a second sweep while one is at work
+in the folder. A picture that cannot be drawn or judged is a row with its error and is tried again by the next run. The
+folder must be one that all processes see.
 
-The exit status is 0, 1 if pictures failed, 2 for a mistake, 130 when interrupted; launchers of several processes turn
-all but 0 into 1.
+The exit status is 0, 1 if pictures or scores failed, 2 for a mistake, 130 when interrupted; launchers of several
+processes turn all but 0 into 1.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,17 +125,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    """Draw, judge and sum up, and return the number of pictures that failed."""
+    """Draw, judge and sum up, and return the number of pictures that could not be drawn or judged."""
     require_extra("accelerate")
-    from ._folder import Folder, Log
-    from ._model import load
+    from ._folder import Folder
+
+    with closing(Folder(arguments.out)) as folder:
+        return _sweep_in(folder, arguments)
+
+
+def _sweep_in(folder: Folder, arguments: argparse.Namespace) -> int:
+    from ._folder import Log
+    from ._model import device_named, load
     from ._processes import Processes
     from ._sweep import check, draw_pictures, plan, score_pictures
 
     processes = Processes(cpu=arguments.device == "cpu")
-    methods, folder = arguments.method, Folder(arguments.out)
+    methods = arguments.method
     base = processes.together(lambda: _base(arguments, processes))
-    scorers = processes.together(lambda: _scorers(arguments, processes.device))
+    device = processes.together(lambda: device_named(base.device))
+    scorers = processes.together(lambda: _scorers(arguments, device))
     count = arguments.seeds or (_SCENES if arguments.prompts is None else 1)
     seeds = range(arguments.seed_start, arguments.seed_start + count)
     entries = processes.together(lambda: _entries(arguments, base, seeds))
@@ -141,9 +151,13 @@ def _sweep(arguments: argparse.Namespace) -> int:
     settings = _settings(base, methods, entries, [seeds[0], count])
     by_file = {picture.file: picture for picture in pictures}
 
-    def look() -> tuple[str, list[str]]:
+    def look() -> tuple[str, list[str], list[bool]]:
         folder.check(settings)
-        return datetime.now(timezone.utc).isoformat(timespec="microseconds"), folder.missing(by_file)
+        if folder.begun:
+            folder.lock()
+        missing = folder.missing(by_file)
+        judging = [bool(missing or folder.unscored(by_file, scorer.name)) for scorer in scorers]
+        return datetime.now(timezone.utc).isoformat(timespec="microseconds"), missing, judging
 
     def ready() -> Any:
         pipe = load(base)
@@ -151,11 +165,18 @@ def _sweep(arguments: argparse.Namespace) -> int:
         check(pipe, processes.share(pictures))
         return pipe
 
-    run, missing = processes.by_first(look)
-    log = Log(folder.path / f"results-{processes.rank}.jsonl", run, processes.rank, _about(processes))
+    def begin() -> list[str]:
+        folder.lock()
+        folder.claim(settings)
+        return folder.missing(by_file)
+
+    run, missing, judging = processes.by_first(look)
+    log = Log(folder.path / f"results-{processes.rank}.jsonl", run, processes.rank, _about(processes, device))
+    for scorer in compress(scorers, judging):
+        processes.together(scorer.load)
     if missing:
         pipe = processes.together(ready)
-        processes.by_first(lambda: folder.claim(settings))
+        missing = processes.by_first(begin)
         mine = [by_file[file] for file in processes.share(missing)]
         processes.together(lambda: draw_pictures(pipe, _bar(mine, "drawing", processes), folder, log))
         del pipe
@@ -178,15 +199,15 @@ def _bar(pictures: list[Picture], name: str, processes: Processes) -> Iterable[P
     return tqdm(pictures, desc=text, unit="picture", disable=hidden, dynamic_ncols=True)
 
 
-def _about(processes: Processes) -> dict[str, Any]:
+def _about(processes: Processes, device: torch.device) -> dict[str, Any]:
     """What a run of this process needs to be repeated."""
     from torch.cuda import get_device_name
 
     from ._report import versions
 
     report = versions()
-    device = get_device_name(processes.device) if processes.device.type == "cuda" else report["processor"]
-    return {"processes": processes.count, "device": device, "versions": report}
+    name = get_device_name(device) if device.type == "cuda" else report["processor"]
+    return {"processes": processes.count, "device": name, "versions": report}
 
 
 def _base(arguments: argparse.Namespace, processes: Processes) -> MethodSettings:
@@ -255,7 +276,8 @@ def _settings(base: MethodSettings, methods: list[str], entries: list[Entry], se
 def _finish(
     folder: Folder, pictures: list[Picture], settings: dict[str, Any], methods: list[str], scorers: list[str]
 ) -> int:
-    """Write `results.jsonl` and `summary.json`, print the table, and return the number of pictures that failed."""
+    """Write `results.jsonl` and `summary.json`, print the table, and return the number of pictures that could not be
+    drawn or judged."""
     from ._summary import merged, summary, table
 
     rows = merged(folder, pictures, scorers)
@@ -274,7 +296,15 @@ def _finish(
             "command tries them again",
             file=sys.stderr,
         )
-    return len(failed)
+    unscored = [row for row in rows if "score_errors" in row]
+    if unscored:
+        name, error = next(iter(unscored[0]["score_errors"].items()))
+        print(
+            f"{len(unscored)} of {len(rows)} pictures are not judged, {unscored[0]['file']} by {name} with {error}; "
+            "the same command tries them again",
+            file=sys.stderr,
+        )
+    return len(failed) + len(unscored)
 
 
 if __name__ == "__main__":

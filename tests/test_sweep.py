@@ -3,19 +3,21 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
-import psutil
 import pytest
 import tiny
 import torch
 from accelerate import PartialState
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from attnctl_fast import _processes, _prompts, _scores, _sweep, evaluate
 from attnctl_fast._folder import Folder, Log
@@ -28,6 +30,8 @@ from attnctl_fast.shapes.scene import scene_for_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ["--model", "shapes", "--device", "cpu"]
+LAUNCHER = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+LAUNCHER += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
 
 
 @pytest.fixture(autouse=True)
@@ -59,35 +63,31 @@ def pictures(folder):
     return {path.name: path for path in (folder / "pictures").glob("*.png")}
 
 
-def launched(out, *options):
-    """Two processes of `accelerate launch` on this machine's CPU, as a process of its own."""
-    flags = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
-    flags += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "attnctl_fast.evaluate"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, *SHAPES, "--out", out, *options]
+def started(out, *options, launcher=()):
+    """A sweep on this machine's CPU as a process of its own."""
+    command = [sys.executable, "-m", *launcher, "attnctl_fast.evaluate", *SHAPES, "--out", out, *options]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([str(word) for word in command], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def worker(launcher, rank):
-    """The process of this rank among a launcher's children."""
-    children = psutil.Process(launcher.pid).children(recursive=True)
-    return next(child for child in children if child.environ().get("RANK") == str(rank))
-
-
-def test_two_processes_of_which_one_is_killed_draw_what_one_draws(sweep, tmp_path):
+def test_two_processes_go_on_after_a_killed_one_and_draw_what_one_draws(sweep, tmp_path, capsys):
     options = ["--steps", 2, "--seeds", 4, "--method", "plain", "regulation"]
     out = tmp_path / "two"
-    first = launched(out, *options)
+    first = started(out, *options)
     while not pictures(out):
         assert first.poll() is None, first.communicate()[1].decode()
         time.sleep(0.02)
-    worker(first, 1).send_signal(signal.SIGKILL)
+    first.send_signal(signal.SIGSTOP)
+    stopped = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert sweep(*options, out="two") == 2
+    assert capsys.readouterr().err.startswith(f"attnctl_fast.evaluate: another sweep is at work in {out}; ")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == stopped
+    first.kill()
     first.communicate()
-    assert first.returncode != 0
     before = {name: path.stat().st_mtime_ns for name, path in pictures(out).items()}
     assert 0 < len(before) < 8 and not (out / "results.jsonl").exists()
 
-    again = launched(out, *options)
+    again = started(out, *options, launcher=LAUNCHER)
     output, errors = again.communicate()
     assert again.returncode == 0, errors.decode()
     assert output.decode().count("s per picture") == 1
@@ -285,10 +285,134 @@ def test_clip_scores_also_pictures_that_were_drawn_before(sweep, tmp_path, clip,
 def test_clip_scores_below_zero_are_zero_and_long_prompts_are_cut(clip):
     scorer = Clip(str(clip), torch.device("cpu"))
     image = Image.new("RGB", (48, 64), "red")
+    scorer.load()
     value = scorer(image, "a red ball " * 30)["clip"]
     assert value > 0
     scorer._weights.text_projection.weight.data.neg_()
     assert scorer(image, "a red ball " * 30)["clip"] == 0
+
+
+def _without(path):
+    path.unlink()
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def _one_less(path):
+    weights = load_file(path)
+    del weights["text_projection.weight"]
+    save_file(weights, path, {"format": "pt"})
+
+
+def _other_shape(path):
+    weights = load_file(path)
+    weights["text_projection.weight"] = weights["text_projection.weight"][:3].clone()
+    save_file(weights, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_without, "Error no file named"),
+        (_cut, ""),
+        (_one_less, "its weights lack text_projection.weight"),
+        (_other_shape, "its text_projection.weight has another shape than its configuration says"),
+    ],
+)
+def test_clip_weights_that_cannot_be_used_are_found_before_anything_is_drawn(
+    sweep, tmp_path, clip, capsys, spoil, message
+):
+    shutil.copytree(clip, tmp_path / "clip")
+    spoil(tmp_path / "clip" / "model.safetensors")
+    capsys.readouterr()
+    assert sweep("--method", "plain", "--clip", tmp_path / "clip") == 2
+    # Transformers tells of its own progress before.
+    line = capsys.readouterr().err.splitlines()[-1]
+    path = tmp_path / "clip"
+    assert line.startswith(f"attnctl_fast.evaluate: --clip '{path}' is not a CLIP model of transformers: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_open_clip_checkpoint_that_does_not_fit_is_found_before_anything_is_drawn(
+    sweep, tmp_path, capsys, monkeypatch
+):
+    def mismatch(*names, **options):
+        raise RuntimeError("Error(s) in loading state_dict for CLIP:\n\tMissing key(s)")
+
+    library = SimpleNamespace(
+        list_models=lambda: ["ViT-B-32"],
+        list_pretrained=lambda: [("ViT-B-32", "openai")],
+        create_model_and_transforms=mismatch,
+    )
+    monkeypatch.setitem(sys.modules, "open_clip", library)
+    monkeypatch.setattr(_scores.util, "find_spec", lambda name: library if name == "open_clip" else find_spec(name))
+    assert sweep("--method", "plain", "--open-clip", "ViT-B-32:openai") == 2
+    assert capsys.readouterr().err == (
+        "attnctl_fast.evaluate: --open-clip 'ViT-B-32:openai' is not a model that open_clip can load: "
+        "Error(s) in loading state_dict for CLIP:\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_that_cannot_be_judged_is_a_row_and_tried_again(sweep, tmp_path, monkeypatch, capsys):
+    judge = _scores.Detector.__call__
+    bad = scene_for_seed(0).prompt
+
+    def failing(self, image, prompt):
+        if prompt == bad:
+            raise RuntimeError("out of memory\nmore of it")
+        return judge(self, image, prompt)
+
+    monkeypatch.setattr(_scores.Detector, "__call__", failing)
+    assert sweep("--method", "plain") == 1
+    assert "1 of 2 pictures are not judged, pictures/00000-0-plain.png by detector with Ru" in capsys.readouterr().err
+    first, second = rows(tmp_path / "out")
+    assert first["score_errors"] == {"detector": "RuntimeError: out of memory"} and "strict" not in first
+    assert "strict" in second and "score_errors" not in second
+
+    monkeypatch.setattr(_scores.Detector, "__call__", judge)
+    assert sweep("--method", "plain") == 0
+    assert ["strict" in row and "score_errors" not in row for row in rows(tmp_path / "out")] == [True, True]
+    report = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert report["methods"]["plain"]["strict"]["count"] == 2
+
+
+def test_pictures_are_judged_where_they_are_drawn(sweep, tmp_path, capsys, monkeypatch):
+    devices = []
+
+    def clip(model, device):
+        devices.append(device)
+        raise OSError("enough")
+
+    monkeypatch.setattr(_scores, "Clip", clip)
+    assert sweep("--method", "plain", "--device", "cpu:0", "--clip", "x") == 2
+    assert devices == [torch.device("cpu:0")]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the GPU of {device}")
+    assert evaluate._about(Processes(cpu=True), torch.device("cuda:1"))["device"] == "the GPU of cuda:1"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("items", [0, 1, 2, 8])
+def test_every_item_is_one_processes_own(items, count):
+    processes, shares = Processes(cpu=True), []
+    processes.count = count
+    for processes.rank in range(count):
+        shares.append(processes.share(range(items)))
+    assert sum(shares, []) == list(range(items))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_folder_is_one_sweeps_at_a_time(sweep, tmp_path, capsys):
+    folder = Folder(tmp_path / "out")
+    folder.lock()
+    folder.lock()
+    assert sweep("--method", "plain") == 2
+    assert "another sweep is at work in" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sweep.lock"]
+    folder.close()
+    assert sweep("--method", "plain") == 0
 
 
 def test_pairs_are_counted_by_prompt_and_seed():
