@@ -142,9 +142,10 @@ def _draw(arm: Arm, setting: Setting) -> None:
 
 
 def _warm_up(arm: Arm, setting: Setting) -> None:
-    """On a GPU two edited steps, since the first one compiles less than the others need. Finds the losses as well,
-    which ours keeps to itself."""
-    steps, edited = (3, 2) if setting.latents.device.type == "cuda" else (1, 1)
+    """Where something compiles, by two edited steps and two plain ones, since one of each compiles less than others
+    need. Finds the losses as well, which ours keeps to itself."""
+    compiles = setting.latents.device.type == "cuda" or setting.pipe.unet._compiled_call_impl is not None
+    steps, edited = (4, 2) if compiles else (1, 1)
     short = replace(setting, steps=min(steps, setting.steps), edited=min(edited, setting.edited))
     try:
         with _as_released(arm, setting), ours.regulation_losses() as recorded:

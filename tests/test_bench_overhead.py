@@ -226,8 +226,18 @@ def test_every_form_on_every_architecture(small: None, tmp_path: Path, arch: str
 
 
 def test_compiled_forms_draw_the_same(small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By Dynamo alone, which notices what an arm changes; the other compilers take minutes."""
+    """By Dynamo alone, which notices what an arm changes; the other compilers take minutes. What is timed compiles
+    nothing."""
+    import overhead
+
     compiled: list[Any] = []
+    late: list[str] = []
+    draw = overhead._draw
+
+    def counted(arm: Any, setting: Any) -> None:
+        before = len(compiled)
+        draw(arm, setting)
+        late.extend([f"{arm.method} {arm.form}"] * (len(compiled) - before))
 
     def compile(module: torch.nn.Module) -> None:
         def backend(graph: Any, _: Any) -> Any:
@@ -237,6 +247,7 @@ def test_compiled_forms_draw_the_same(small: None, monkeypatch: pytest.MonkeyPat
         module._compiled_call_impl = torch.compile(module._call_impl, backend=backend)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    monkeypatch.setattr(overhead, "_draw", counted)
     path = tmp_path / "overhead.jsonl"
     methods = ("AttentionRegulation", "DenseDiffusion")
     assert (
@@ -244,10 +255,9 @@ def test_compiled_forms_draw_the_same(small: None, monkeypatch: pytest.MonkeyPat
         == 0
     )
     rows = {(row["method"], row["form"]): row for row in read(path)}
-    assert len(compiled) > 1 and all(row["compile"] for row in rows.values())
+    assert len(compiled) > 1 and not late and all(row["compile"] for row in rows.values())
     for form in ("published", "stock"):
         assert rows["AttentionRegulation", form]["difference"]["loss_percent"] < 0.1
-        assert rows["DenseDiffusion", form]["difference"]["image"] < 1e-3
 
 
 def test_no_form_at_all_is_a_mistake(bench: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
