@@ -108,11 +108,13 @@ def arms(setting: Setting, methods: Sequence[str], forms: Sequence[str]) -> list
 def measure(
     setting: Setting, plain: Arm, competing: Sequence[Sequence[Arm]], turns: int, progress: Callable[[str], None]
 ) -> None:
-    """Draw by every form of every method in turn, plain sampling beside each method; before that, once without
-    counting. What fails does not compete any more."""
-    for arm in (plain, *chain(*competing)):
-        _warm_up(arm, setting)
-        progress(f"{arm.method}, {arm.form}")
+    """Draw by every form of every method in turn, plain sampling beside each method; before that, without counting,
+    once, or twice where the UNet is compiled: what one arm changes, others compile for anew. What fails does not
+    compete any more."""
+    for _ in range(warm_ups(setting)):
+        for arm in (plain, *chain(*competing)):
+            _warm_up(arm, setting)
+            progress(f"{arm.method}, {arm.form}")
     for turn in range(turns):
         forward = 1 if turn % 2 == 0 else -1
         for group in competing[::forward]:
@@ -123,6 +125,10 @@ def measure(
             for arm in group:
                 if plain.failed is None and len(arm.plain) < len(arm.seconds):
                     arm.plain.append(plain.seconds[-1])
+
+
+def warm_ups(setting: Setting) -> int:
+    return 1 if setting.pipe.unet._compiled_call_impl is None else 2
 
 
 def _draw(arm: Arm, setting: Setting) -> None:
@@ -270,7 +276,7 @@ def compilation(on: bool) -> Any:
 def compete(setting: Setting, competing: Sequence[Sequence[Arm]], turns: int, log: Log) -> None:
     """`measure` with a progress bar; what was measured is written even if it is interrupted."""
     plain, count = plain_arm(), sum(map(len, competing))
-    total = 1 + count + turns * (count + len(competing))
+    total = warm_ups(setting) * (1 + count) + turns * (count + len(competing))
     with tqdm(total=total, unit="image", dynamic_ncols=True) as bar:
 
         def progress(name: str) -> None:
