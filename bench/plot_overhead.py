@@ -57,7 +57,9 @@ def draw_overhead(rows: Sequence[Row]) -> Figure:
         middles.append((start + at - 1) / 2 if at > start else at)
         at += 1.0 if at > start else 2.0
         ends.append(at - 1)
-    notes = [f"Medians and quartiles, turn by turn over plain sampling; the scale is linear up to {LINEAR:g} %."]
+    notes = [
+        f"Medians and quartiles (of fewer than five turns the lowest and highest), each over the plain picture drawn beside it; the scale is linear up to {LINEAR:g} %."
+    ]
     if papers:
         notes.append(
             f"Diamonds: {'; '.join(sources)}. Another machine and a trained model: a reference, no rival of the bars."
@@ -183,7 +185,7 @@ def draw_batch(rows: Sequence[Row]) -> Figure:
         return Point(row["batch"], row["median"], row["low"], row["high"])
 
     panels = _panels(rows, "batch", point)
-    notes = ["Medians and quartiles; a batch's time is divided by its images."]
+    notes = ["Medians, with quartiles or the lowest and highest; a batch's time is divided by its images."]
     figure = _grown(rows, panels, "Time per image against the batch", "batch", notes)
     fill_panels(figure, panels, "images at once", "seconds per image", share=True)
     return figure
