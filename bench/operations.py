@@ -23,7 +23,7 @@ from cpu import Effort, Times, compare
 from registry import OPERATIONS, comparison, ours
 from rows import Log, Row, stamp
 from shapes import LARGE, LAYERS, REGULATED, SMALL, Layer
-from timing import Run, first_line
+from timing import Clock, Run, first_line
 from tqdm.auto import tqdm
 
 from attnctl_fast import _impl
@@ -103,7 +103,9 @@ def run(arguments: argparse.Namespace) -> int:
     if _impl.INTERPRETED:
         raise ValueError("TRITON_INTERPRET is set, and interpreted kernels are not worth timing; unset it")
     dtype: torch.dtype = getattr(torch, arguments.dtype or "float32")
-    log = Log(arguments.results or RESULTS / "ops_cpu.jsonl", {**stamp(), "quick": arguments.quick})
+    bandwidth = Clock(torch.device(device)).copy_bandwidth() / 1e9
+    common = {**stamp(), "quick": arguments.quick, "copy_gb_per_s": bandwidth}
+    log = Log(arguments.results or RESULTS / "ops_cpu.jsonl", common)
     with torch.no_grad(), tqdm(chosen, unit="case", disable=None) as bar:
         for case in bar:
             bar.set_postfix_str(case.operation)

@@ -58,7 +58,8 @@ def draw_overhead(rows: Sequence[Row]) -> Figure:
         at += 1.0 if at > start else 2.0
         ends.append(at - 1)
     notes = [
-        f"Medians and quartiles (of fewer than five turns the lowest and highest), each over the plain picture drawn beside it; the scale is linear up to {LINEAR:g} %."
+        "Medians and quartiles (of fewer than five turns the lowest and highest), over the plain picture drawn beside "
+        f"each; the scale is linear up to {LINEAR:g} %."
     ]
     if papers:
         notes.append(
