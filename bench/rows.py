@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,10 @@ class Log:
         self.rows: list[Row] = []
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("a", encoding="utf-8").close()
+            with path.open("a+b") as file:
+                # A kill may have cut off the last row.
+                if file.tell() and file.seek(-1, os.SEEK_END) is not None and file.read() != b"\n":
+                    file.write(b"\n")
 
     def write(self, row: Row) -> None:
         self.rows.append({**self.common, **row})
@@ -54,15 +59,10 @@ class Log:
 
 
 def read(path: Path) -> Iterator[Row]:
-    """The rows of a file, the oldest first."""
+    """The rows of a file, the oldest first, without those that a kill cut off."""
     for line in path.read_text(encoding="utf-8").splitlines():
-        yield json.loads(line)
-
-
-def last_run(path: Path) -> list[Row]:
-    """The rows of the newest run in a file."""
-    rows = list(read(path))
-    return [row for row in rows if row["run"] == rows[-1]["run"]]
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)
 
 
 def device(row: Row) -> str:

@@ -272,7 +272,18 @@ def test_nothing_to_draw_is_a_mistake(run: Run, tmp_path: Path, capsys: pytest.C
     assert "holds nothing that can be drawn; run: attnctl-fast bench overhead" in capsys.readouterr().err
     (tmp_path / "results" / "overhead.jsonl").write_text('{"kind": "over')
     assert run() == 2
-    assert "overhead.jsonl has a line that is no JSON" in capsys.readouterr().err
+    assert "holds nothing that can be drawn" in capsys.readouterr().err
+
+
+def test_a_row_that_a_kill_cut_off_costs_no_other(bench: ModuleType, tmp_path: Path) -> None:
+    import rows
+
+    path = tmp_path / "some.jsonl"
+    rows.Log(path, {"run": "1"}).write({"op": "a"})
+    with path.open("a") as file:
+        file.write('{"run": "1", "op"')
+    rows.Log(path, {"run": "2"}).write({"op": "b"})
+    assert [row["op"] for row in rows.read(path)] == ["a", "b"]
 
 
 def test_pictures_of_the_repository_are_of_its_result_files(bench: ModuleType) -> None:
