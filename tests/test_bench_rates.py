@@ -70,7 +70,7 @@ def test_fill_replaces_what_stands_between_the_marks(bench, monkeypatch):
     text = "a\n<!-- table:one -->\nold\n<!-- /table -->\nb\n<!-- table:two -->\n<!-- /table -->\nc\n"
     filled = "a\n<!-- table:one -->\n1\n<!-- /table -->\nb\n<!-- table:two -->\n2\n2\n<!-- /table -->\nc\n"
     assert tables.fill(text) == filled == tables.fill(filled)
-    with pytest.raises(KeyError, match="three"):
+    with pytest.raises(ValueError, match="no table 'three'; the tables are one, two"):
         tables.fill("<!-- table:three -->\n<!-- /table -->")
 
 
