@@ -277,3 +277,15 @@ def test_peak_memory_is_what_was_taken_at_most(bench: None) -> None:
     if taken is None:
         pytest.skip("nobody counts memory here")
     assert 60 < taken < 90
+
+
+def test_without_a_checkout_the_command_says_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from attnctl_fast import cli
+
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "attnctl_fast" / "cli.py"))
+    assert cli.main(["bench", "overhead"]) == 2
+    assert capsys.readouterr().err == (
+        "attnctl-fast bench: the benchmarks are in the repository; run it from a checkout\n"
+    )
