@@ -56,7 +56,7 @@ FORMS = (*RIVALS, "ours")
 DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float32, torch.float16, torch.bfloat16)}
 # Where an option is not given: on a CPU what two cores do within ten minutes, on a GPU the setting of the papers.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"size": 64, "steps": 2, "dtype": "float32", "turns": 2},
+    "cpu": {"size": 128, "steps": 2, "dtype": "float32", "turns": 1},
     "cuda": {"size": 512, "steps": 50, "dtype": "float16", "turns": 2},
 }
 DEFAULT_ARCH = "sd2"
@@ -228,13 +228,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--arch", default=DEFAULT_ARCH, help=f"{', '.join(architectures.SIZES)}; default: {DEFAULT_ARCH}")
     made.add_argument("--methods", nargs="+", metavar="METHOD", help=f"default: all, {', '.join(ours.METHODS)}")
     made.add_argument("--forms", nargs="+", metavar="FORM", help=f"default: all, {', '.join(FORMS)}")
-    made.add_argument("--size", type=int, help="pixels along a side; default: 64 on a CPU, else 512")
+    made.add_argument("--size", type=int, help="pixels along a side; default: 128 on a CPU, else 512")
     made.add_argument("--steps", type=int, help="of the sampler; default: 2 on a CPU, else 50")
     made.add_argument("--edited", type=int, help="the first steps, in which methods are at work; default: half of them")
     made.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default: float32 on a CPU, else float16")
     made.add_argument("--batch", type=int, default=1, help="pictures at once; default: 1")
     made.add_argument("--compile", action="store_true", help="compile the UNet in place before all forms")
-    made.add_argument("--turns", type=int, help="how often every form draws; default: 2")
+    made.add_argument("--turns", type=int, help="how often every form draws; default: 1 on a CPU, else 2")
     made.add_argument("--device", default="auto", help="torch device; default: a GPU if there is one")
     made.add_argument(
         "--official-dir",
