@@ -108,8 +108,9 @@ def pipeline(name: str, device: torch.device | str = "cpu", dtype: torch.dtype =
 
 
 def _random(name: str) -> Any:
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 
+    from attnctl_fast.shapes.model import build_scheduler
     from attnctl_fast.shapes.text import build_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -120,14 +121,7 @@ def _random(name: str) -> Any:
         "unet": unet(name),
         "tokenizer": tokenizer,
         "text_encoder": _text_encoder(configs[0], tokenizer, projection=False),
-        "scheduler": DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
+        "scheduler": build_scheduler(),
     }
     if len(configs) == 2:
         second = _text_encoder(configs[1], tokenizer, projection=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL_TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL_UNET = {"sample_size": 16, "norm_num_groups": 4, "layers_per_block": 1}
 SMALL_VAE = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "layers_per_block": 1}
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "bench")):
-            del sys.modules[name]
 
 
 def bench_run(*arguments: Any) -> int:
@@ -289,3 +278,33 @@ def test_without_a_checkout_the_command_says_where_it_is(
     assert capsys.readouterr().err == (
         "attnctl-fast bench: the benchmarks are in the repository; run it from a checkout\n"
     )
+
+
+def test_an_overhead_is_over_the_plain_picture_beside_it(bench: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import overhead
+
+    arms = [[overhead.Arm("A", "stock", None), overhead.Arm("A", "ours", None)], [overhead.Arm("B", "ours", None)]]
+    # In the order in which they are drawn: the second turn goes the other way round.
+    seconds = iter([10.0, 11.0, 12.0, 20.0, 30.0, 26.0, 40.0, 15.0, 14.0, 10.0])
+    order: list[tuple[str, str]] = []
+
+    def draw(arm: Any, _: Any) -> None:
+        order.append((arm.method, arm.form))
+        arm.seconds.append(next(seconds))
+        arm.megabytes.append(100.0 + 7 * (arm.form == "ours"))
+        arm.images = torch.full((1,), {"plain": 0.1, "stock": 0.3, "ours": 0.4}[arm.form])
+
+    monkeypatch.setattr(overhead, "_draw", draw)
+    monkeypatch.setattr(overhead, "_warm_up", lambda arm, setting: None)
+    monkeypatch.setattr(overhead, "warm_ups", lambda setting: 1)
+    plain = overhead.plain_arm()
+    overhead.measure(None, plain, arms, 2, lambda name: None)
+    assert order[:3] == [("plain", "plain"), ("A", "stock"), ("A", "ours")]
+    assert order[5:] == [("B", "ours"), ("plain", "plain"), ("A", "ours"), ("A", "stock"), ("plain", "plain")]
+    rows = {(row["method"], row["form"]): row for row in overhead.rows(plain, arms)}
+    assert rows["plain", "plain"]["overhead_percent"] is None and rows["plain", "plain"]["median"] == 15.0
+    assert rows["A", "stock"]["overhead_percent"] == pytest.approx({"median": 25.0, "low": 10.0, "high": 40.0})
+    assert rows["A", "ours"]["overhead_percent"] == pytest.approx({"median": 35.0, "low": 20.0, "high": 50.0})
+    assert rows["B", "ours"]["overhead_percent"] == pytest.approx({"median": 7.5, "low": -35.0, "high": 50.0})
+    assert rows["A", "ours"]["extra_mb"] == 7.0 and rows["A", "stock"]["extra_mb"] == 0.0
+    assert rows["A", "stock"]["difference"] == pytest.approx({"image": 0.1, "effect": 0.3}, rel=1e-5)
