@@ -11,11 +11,11 @@ from ._tokens import Prompts
 
 
 def text_attention(pipe: Any, prompts: Prompts) -> Tensor:
-    """Self-attention of the prompts within the pipeline's CLIP text encoders, `[prompts,N,N]` float32.
+    """Return the prompts' self-attention within the pipeline's CLIP text encoders, `[prompts,N,N]`.
 
-    Mean over layers and heads, then over the encoders where there are two (SDXL). N is the longest prompt with its
-    start and end of text; what follows a prompt's own end means nothing. The encoders run once more, as they are: any
-    attention implementation, dtype, device or offloading.
+    Mean over layers and heads, then over the encoders where there are two (SDXL); the encoders' dtype, but at least
+    float32. N is the longest prompt with its start and end of text; what follows a prompt's own end means nothing. The
+    encoders run once more, as they are: any attention implementation, dtype, device or offloading.
 
     Raises:
         ValueError: no text, no text encoder, an encoder that is not CLIP's, or texts that differ between the encoders.
@@ -40,7 +40,7 @@ def text_attention(pipe: Any, prompts: Prompts) -> Tensor:
 
 
 def _attention(encoder: Any, ids: Tensor, device: torch.device | None, remedy: str) -> Tensor:
-    """Mean causal attention of an encoder over its layers and heads, `[B,N,N]` float32."""
+    """Return an encoder's causal attention, mean over its layers and heads, `[B,N,N]`."""
     encoder = getattr(encoder, "_orig_mod", encoder)
     layers = [module for module in encoder.modules() if hasattr(module, "q_proj") and hasattr(module, "num_heads")]
     if not layers:
@@ -68,11 +68,12 @@ def _attention(encoder: Any, ids: Tensor, device: torch.device | None, remedy: s
 
 
 def _probabilities(layer: Any, hidden: Tensor) -> Tensor:
-    """Causal attention of a layer, mean over its heads, `[B,N,N]` float32."""
+    """Return a layer's causal attention, mean over its heads, `[B,N,N]`."""
     q, k = (
-        projection(hidden).unflatten(-1, (layer.num_heads, -1)).transpose(1, 2).float()
+        projection(hidden).unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
         for projection in (layer.q_proj, layer.k_proj)
     )
+    q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     tokens = hidden.shape[1]
     later = torch.ones(tokens, tokens, dtype=torch.bool, device=hidden.device).triu(1)
     with torch.autocast(hidden.device.type, enabled=False):

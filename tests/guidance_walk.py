@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -56,8 +57,13 @@ def sample(
     late_check: bool = True,
     max_refinements: int = 20,
     guidance_scale: float = 7.5,
+    rounding: AbstractContextManager[Any] | None = None,
 ) -> tuple[Tensor, list[float]]:
-    """The final latents of one prompt, guided at the first `len(sizes)` steps, and the loss at each evaluation."""
+    """The final latents of one prompt, guided at the first `len(sizes)` steps, and the loss at each evaluation.
+
+    The UNet is evaluated and differentiated within `rounding`.
+    """
+    rounding = rounding or nullcontext()
     scheduler, unet, losses = pipe.scheduler, pipe.unet, []
     positive, negative = pipe.encode_prompt(prompt, "cpu", 1, True)
     scheduler.set_timesteps(steps)
@@ -65,7 +71,7 @@ def sample(
 
     def gradient(x: Tensor, t: Any) -> tuple[Tensor, float]:
         x = x.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), rounding:
             model_input = scheduler.scale_model_input(x, t)
             maps = maps_of(unet, layers, lambda: unet(model_input, t, encoder_hidden_states=positive))
             value = loss(maps)
@@ -88,7 +94,8 @@ def sample(
                 latents = latents - size * move
         with torch.no_grad():
             model_input = scheduler.scale_model_input(torch.cat([latents] * 2), t)
-            both = unet(model_input, t, encoder_hidden_states=torch.cat([negative, positive])).sample
+            with rounding:
+                both = unet(model_input, t, encoder_hidden_states=torch.cat([negative, positive])).sample
             without, with_text = both.chunk(2)
             latents = scheduler.step(without + guidance_scale * (with_text - without), t, latents).prev_sample
     return latents.detach(), losses

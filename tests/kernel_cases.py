@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from numerics import (
     DEVICE,
+    Plain,
     assert_rows_close,
     attention_inputs,
     carried_by_lse,
@@ -406,16 +407,23 @@ def assert_all_right(name: str, case: Case, ours: Tensors, tensors: Tensors, gra
         assert torch.equal(actual.isneginf(), infinite), what
         if key == "rest_square":  # where every column is a target it is zero, whatever the rest is
             infinite = tensors["rest_lse"].isneginf()
-        kept, expected, *plains = (x.masked_fill(infinite, 0.0) for x in (actual, truth[key], *(r[key] for r in runs)))
+        kept, expected = (x.masked_fill(infinite, 0.0) for x in (actual, truth[key]))
         if name in LOSSES:
             assert not kept.isnan().any(), what
             assert_near(kept, expected, what)
-        else:
-            if key == "theta":  # a row is one target's centres
-                kept, expected, *plains = (x.flatten(-2) for x in (kept, expected, *plains))
-            rounded = ("out", "rest_out", "q", "k", "v", *(["maps"] if grads else []))
-            judged = case.dtype if key in rounded else torch.float32
-            assert_rows_close(kept, plains, expected, judged, what, carried.get(key, 0.0))
+            continue
+
+        def rows(x: Tensor, infinite: Tensor = infinite, key: str = key) -> Tensor:
+            x = x.masked_fill(infinite, 0.0)
+            return x.flatten(-2) if key == "theta" else x  # a row is one target's centres
+
+        def once(key: str = key) -> Tensor:
+            return evaluate(tensors, grads)[key]
+
+        rounded = ("out", "rest_out", "q", "k", "v", *(["maps"] if grads else []))
+        judged = case.dtype if key in rounded else torch.float32
+        plains = Plain(truth[key], [run[key] for run in runs], once).each(rows)
+        assert_rows_close(rows(actual), plains, judged, what, carried.get(key, 0.0))
 
 
 def run_triton(name: str, case: Case, tensors: Tensors | None = None, impl: str = IMPL) -> Tensors:

@@ -13,14 +13,14 @@ from numerics import (
     DEVICE,
     FAST,
     IMPLS,
+    Plain,
     assert_right,
     assert_rows_close,
     attention_inputs,
     carried_by_lse,
     carried_to_gradients,
     full_softmax_output,
-    orders,
-    plain_runs,
+    plain_gradients,
     rand,
     randn,
     widest,
@@ -38,20 +38,7 @@ FULL = [
 ALL_SHAPES = [*SHAPES, *(pytest.param(*shape, marks=pytest.mark.full) for shape in FULL)]
 
 
-def _wide(*tensors):
-    return [x.double() for x in tensors]
-
-
 _plain_attention = F.scaled_dot_product_attention
-
-
-def _plain_gradients(leaves, attend):
-    """Per input, its gradient in every one of `orders`."""
-    runs = []
-    for order in orders(leaves[0].shape[-1]):
-        q, k, *others = leaves
-        runs.append(torch.autograd.grad(attend(q[..., order], k[..., order], *others), leaves))
-    return list(zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -60,9 +47,8 @@ def _plain_gradients(leaves, attend):
 def test_attention(impl, dtype, m, n, d):
     q, k, v = attention_inputs(2, 3, m, n, d, dtype, strided=True)
     out, lse = ops.attention(q, k, v, return_lse=True, impl=impl)
-    truth = F.scaled_dot_product_attention(*_wide(q, k, v))
     assert out.dtype == dtype and lse.dtype == torch.float32
-    assert_rows_close(out, plain_runs(_plain_attention, q, k, v), truth, dtype, "out")
+    assert_right(out, _plain_attention, q, k, v)
     logits = q.double() @ k.double().mT * d**-0.5
     torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=1e-4, rtol=1e-5)
 
@@ -73,9 +59,7 @@ def test_attention(impl, dtype, m, n, d):
 @pytest.mark.parametrize(("m", "n", "d"), FULL)
 def test_attention_full_grid(impl, dtype, m, n, d):
     q, k, v = attention_inputs(1, 2, m, n, d, dtype, strided=True)
-    truth = F.scaled_dot_product_attention(*_wide(q, k, v))
-    out = ops.attention(q, k, v, impl=impl)
-    assert_rows_close(out, plain_runs(_plain_attention, q, k, v), truth, dtype, "out")
+    assert_right(ops.attention(q, k, v, impl=impl), _plain_attention, q, k, v)
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -91,15 +75,14 @@ def test_attention_gradients(impl, dtype, sharp):
     def total(out, lse):
         return (out * weight.to(out.dtype)).sum() + (lse * lse_weight.to(lse.dtype)).sum()
 
-    def plain(q, k, v):
+    def plain(order, q, k, v):
+        q, k = q[..., order], k[..., order]
         return total(_plain_attention(q, k, v), (q @ k.mT * 40**-0.5).logsumexp(-1))
 
     ours = torch.autograd.grad(total(*ops.attention(*leaves, return_lse=True, impl=impl)), leaves)
     carried = carried_to_gradients(*leaves[:3], weight, 40**-0.5)
-    wide = [x.detach().double().requires_grad_() for x in leaves]
-    truth = torch.autograd.grad(plain(*wide), wide)
-    for name, a, b, c in zip("qkv", ours, _plain_gradients(leaves, plain), truth, strict=True):
-        assert_rows_close(a, b, c, dtype, f"d{name}", carried.get(name, 0.0))
+    for name, a, b in zip("qkv", ours, plain_gradients(plain, leaves), strict=True):
+        assert_rows_close(a, b, dtype, f"d{name}", carried[name])
 
 
 def test_only_wanted_gradients_are_made(monkeypatch):
@@ -224,9 +207,8 @@ def test_statistics_and_merge(impl, dtype, m, n, d):
     def plain(*inputs):
         return full_softmax_output(*inputs, ids, pinned, d**-0.5)
 
-    truth, carried = plain(*_wide(q, k, v, bias)), carried_by_lse(logits.logsumexp(-1), v)
     assert out.dtype == dtype
-    assert_rows_close(out, plain_runs(plain, q, k, v, bias), truth, dtype, "merged", carried)
+    assert_right(out, plain, q, k, v, bias, what="merged", carried=carried_by_lse(logits.logsumexp(-1), v))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -242,10 +224,7 @@ def test_merge_is_stable_at_any_bias(impl, raised):
     def plain(*inputs):
         return full_softmax_output(*inputs, ids, [0], 40**-0.5)
 
-    truth = plain(*_wide(q, k, v, bias))
-    assert_rows_close(
-        out, plain_runs(plain, q, k, v, bias), truth, torch.float32, "merged", carried_by_lse(stats.rest_lse, v)
-    )
+    assert_right(out, plain, q, k, v, bias, what="merged", carried=carried_by_lse(stats.rest_lse, v))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -315,16 +294,14 @@ def test_biased_attention_gradients(impl, dtype):
     def total(out):
         return (out * weight.to(out.dtype)).sum()
 
-    def plain(*inputs):
-        return total(full_softmax_output(*inputs, ids, pinned, scale))
+    def plain(order, q, k, v, bias):
+        return total(full_softmax_output(q[..., order], k[..., order], v, bias, ids, pinned, scale))
 
     q, k, v, bias = leaves
     ours = torch.autograd.grad(total(ops.biased_attention(q, k, v, bias, ids, pinned_ids=pinned, impl=impl)), leaves)
     carried = carried_to_gradients(*leaves[:3], weight, 40**-0.5)
-    wide = [x.detach().double().requires_grad_() for x in leaves]
-    truth = torch.autograd.grad(plain(*wide), wide)
-    for name, a, b, c in zip(("q", "k", "v", "bias"), ours, _plain_gradients(leaves, plain), truth, strict=True):
-        assert_rows_close(a, b, c, dtype, f"d{name}", carried.get(name, 0.0))
+    for name, a, b in zip(("q", "k", "v", "bias"), ours, plain_gradients(plain, leaves), strict=True):
+        assert_rows_close(a, b, dtype, f"d{name}", carried.get(name, 0.0))
 
 
 @pytest.mark.parametrize("centres", ["official", "paper"])
@@ -354,7 +331,8 @@ def test_gaussian_bias_equals_the_sum_over_centres(centres, grid):
         truth = summed(theta.double(), pairs)
         ours = ops.gaussian_bias(theta, grid, centres=centres, impl=impl)
         if impl == "triton":
-            assert_rows_close(ours, [summed(theta, p) for p in (pairs, pairs[::-1])], truth, torch.float32, "bias")
+            runs = [summed(theta, p) for p in (pairs, pairs[::-1])]
+            assert_rows_close(ours, Plain(truth, runs, lambda x=theta: summed(x, pairs)), torch.float32, "bias")
         else:
             torch.testing.assert_close(ours, truth)
 

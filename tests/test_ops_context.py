@@ -12,11 +12,14 @@ from numerics import (
     FAST,
     IMPLS,
     TRITON,
+    Plain,
+    assert_right,
     assert_rows_close,
     attention_inputs,
     carried_to_gradients,
     orders,
-    plain_runs,
+    plain_gradients,
+    plain_results,
     rand,
     randn,
     widest,
@@ -34,8 +37,9 @@ def plain_out(q, k, v):
     return (q.shape[-1] ** -0.5 * (q @ k.mT)).softmax(-1) @ v
 
 
-def plain_update(q, k, weighted):
-    """The columns' softmax; `weighted` are the queries as values, whose width is not reordered."""
+def plain_update(q, k, queries, weight):
+    """The columns' softmax; `queries` are the same as values, whose width is not reordered."""
+    weighted = queries if weight is None else queries * weight[:, None, :, None].to(queries.dtype)
     return (q.shape[-1] ** -0.5 * (k @ q.mT)).softmax(-1) @ weighted
 
 
@@ -55,11 +59,8 @@ def check_forward(impl, dtype, m, n, d, masked):
         q, k, v, query_weight=None if weight is None else fenced(weight), impl=impl
     )
     assert out.dtype == dtype and update.dtype == torch.float32
-    weighted = q if weight is None else q * weight[:, None, :, None].to(dtype)
-    exact = q.double() if weight is None else q.double() * weight[:, None, :, None].double()
-    assert_rows_close(out, plain_runs(plain_out, q, k, v), plain_out(*(x.double() for x in (q, k, v))), dtype, "out")
-    truth = plain_update(q.double(), k.double(), exact)
-    assert_rows_close(update, plain_runs(plain_update, q, k, weighted), truth, dtype, "update")
+    assert_right(out, plain_out, q, k, v)
+    assert_rows_close(update, plain_results(plain_update, q, k, q, weight), dtype, "update")
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -115,11 +116,8 @@ def test_eager_with_logits_of_any_size(name, monkeypatch):
     if DEVICE.type == "cpu":
         assert (module._shared_map(q, k, v, weight, scale) is not None) == shared
     out, update = ops.attention_with_context_gradient(q, k, v, query_weight=weight, impl="eager")
-    weighted = q * weight[:, None, :, None]
-    wide = [x.double() for x in (q, k, v, weighted)]
-    assert_rows_close(out, plain_runs(plain_out, q, k, v), plain_out(*wide[:3]), torch.float32, "out")
-    truth = plain_update(wide[0], wide[1], wide[3])
-    assert_rows_close(update, plain_runs(plain_update, q, k, weighted), truth, torch.float32, "update")
+    assert_right(out, plain_out, q, k, v)
+    assert_right(update, plain_update, q, k, q, weight, what="update")
 
 
 @pytest.mark.full
@@ -140,36 +138,22 @@ def test_gradients_through_both_results(impl, dtype):
     def total(out, update):
         return (out * of_out.to(out.dtype)).sum() + (update * of_update.to(update.dtype)).sum()
 
-    def plain(q, k, v, weight):
-        weighted = q * weight[:, None, :, None].to(q.dtype)
-        logits = d**-0.5 * (q @ k.mT)
-        return total(logits.softmax(-1) @ v, logits.mT.softmax(-1) @ weighted)
+    def plain(order, q, k, v, weight):
+        moved = q[..., order], k[..., order]
+        return total(plain_out(*moved, v), plain_update(*moved, q, weight))
 
     q, k, v, weight = leaves
     ours = torch.autograd.grad(
         total(*ops.attention_with_context_gradient(q, k, v, query_weight=weight, impl=impl)), leaves
     )
-    wide = [x.detach().double().requires_grad_() for x in leaves]
-    truth = torch.autograd.grad(plain(*wide), wide)
-    runs = []
-    for order in orders(d):
-        # q is a value as well, so it is put back in order there.
-        back = order.argsort()
-        runs.append(torch.autograd.grad(_reordered(q, k, v, weight, order, back, total), leaves))
     rows = carried_to_gradients(q, k, v, of_out, d**-0.5)
     columns = carried_to_gradients(k, q, q, of_update, d**-0.5)
     carried = [rows["q"] + columns["k"] + columns["v"], rows["k"] + columns["q"], rows["v"], 0.0]
-    for name, a, *b, c, extra in zip(("q", "k", "v", "weight"), ours, *runs, truth, carried, strict=True):
+    for name, a, b, extra in zip(("q", "k", "v", "weight"), ours, plain_gradients(plain, leaves), carried, strict=True):
         if name == "weight":
-            a, b, c = a.unsqueeze(-1), [x.unsqueeze(-1) for x in b], c.unsqueeze(-1)
+            a, b = a.unsqueeze(-1), b.each(lambda x: x.unsqueeze(-1))
             extra = (columns["v"] * q.detach().double().abs().sum(-1)).sum(1)
-        assert_rows_close(a, b, c, dtype, f"d{name}", extra)
-
-
-def _reordered(q, k, v, weight, order, back, total):
-    logits = q.shape[-1] ** -0.5 * (q[..., order] @ k[..., order].mT)
-    weighted = q[..., order][..., back] * weight[:, None, :, None].to(q.dtype)
-    return total(logits.softmax(-1) @ v, logits.mT.softmax(-1) @ weighted)
+        assert_rows_close(a, b, dtype, f"d{name}", extra)
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -213,10 +197,7 @@ def test_composed_attention(impl, dtype, m, lengths, d):
     shares = [x / sum(weights) for x in weights]
     out = ops.composed_attention(q, ks, vs, weights, impl=impl)
     assert out.dtype == dtype
-    runs = plain_runs(plain_composed, q, torch.cat(ks, 2), *vs, shares, lengths)
-    wide = [x.double() for x in vs]
-    truth = plain_composed(q.double(), torch.cat(ks, 2).double(), *wide, shares, lengths)
-    assert_rows_close(out, runs, truth, dtype, "out")
+    assert_right(out, plain_composed, q, torch.cat(ks, 2), *vs, shares, lengths)
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -419,9 +400,12 @@ def test_update_before_the_projection(impl, dtype, h, n, d, alpha, convention):
     how = {"token_weight": tokens, "alpha": alpha, "convention": convention, "impl": impl}
     found = ops.context_update(update, k, identity, gamma_attn=gammas[0], gamma_norm=gammas[1], **how)
     assert found.dtype == dtype
-    plain = [plain_step(update, k, *gammas, tokens, alpha, convention, order).to(dtype) for order in orders(h * d)]
+
+    def step(order=slice(None)):
+        return plain_step(update, k, *gammas, tokens, alpha, convention, order).to(dtype)
+
     truth = plain_step(update.double(), k, *gammas.double(), tokens, alpha, convention)
-    assert_rows_close(found, plain, truth, dtype, "step")
+    assert_rows_close(found, Plain(truth, [step(order) for order in orders(h * d)], step), dtype, "step")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -13,13 +13,13 @@ from numerics import (
     FAST,
     IMPLS,
     TRITON,
+    assert_right,
     assert_rows_close,
     attention_inputs,
     carried_through_maps,
     carried_to_maps,
     chosen_maps,
-    orders,
-    plain_runs,
+    plain_gradients,
     randn,
     widest,
 )
@@ -53,7 +53,9 @@ def plain(q, k, v, ids=None, reduce="mean", scale=None):
 
 
 def plain_maps(q, k, ids, reduce):
-    """With the queries scaled, as in scaled_dot_product_attention: one rounding more than with the logits scaled."""
+    """In float32, as only q and k are rounded; with the queries scaled, as in scaled_dot_product_attention: one
+    rounding more than with the logits scaled."""
+    q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     return plain(q * q.shape[-1] ** -0.5, k, k, ids, reduce, 1.0)[1]
 
 
@@ -61,14 +63,11 @@ def check_forward(impl, dtype, m, n, d, heads, ids, reduce, sharp=1.0):
     q, k, v = attention_inputs(2, heads, m, n, d, dtype, sharp, strided=True)
     out, maps = ops.attention_with_maps(q, k, v, ids, reduce=reduce, impl=impl)
     assert out.dtype == dtype and maps.dtype == torch.float32 and maps.is_contiguous()
-    true_out, true_maps = plain(q.double(), k.double(), v.double(), ids, reduce)
-    assert_rows_close(out, plain_runs(lambda *x: plain(*x)[0], q, k, v), true_out, dtype, "out")
-    # In float32: only q and k are rounded.
-    runs = plain_runs(plain_maps, q.float(), k.float(), ids, reduce)
+    assert_right(out, lambda *x: plain(*x)[0], q, k, v)
     carried = 0.0
     if impl == "triton" and (dtype == torch.float32 or n > 128):
         carried = carried_to_maps(q, k, per_sample(ids), reduce, d**-0.5)
-    assert_rows_close(maps, runs, true_maps, torch.float32, "maps", carried)
+    assert_right(maps, plain_maps, q, k, ids, reduce, what="maps", carried=carried)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -106,17 +105,12 @@ def check_gradients(impl, dtype, shape, ids, reduce, used, sharp=1.0, needed="qk
     ]
     ours = torch.autograd.grad(through((out, maps), weights), wanted, materialize_grads=True)
 
-    def gradients(t, order):
-        q, k, v = t["q"][..., order], t["k"][..., order], t["v"]
-        found = plain(q, k, v, ids, reduce)
-        return torch.autograd.grad(through(found, weights), [t[name] for name in needed], materialize_grads=True)
+    def total(order, q, k, v):
+        return through(plain(q[..., order], k[..., order], v, ids, reduce), weights)
 
-    wide = {name: x.detach().double().requires_grad_(name in needed) for name, x in leaves.items()}
-    truth = gradients(wide, slice(None))
-    runs = list(zip(*(gradients(leaves, order) for order in orders(d)), strict=True))
     carried = carried_through_maps(*(x.detach() for x in leaves.values()), *weights, per_sample(ids), d**-0.5)
-    for name, a, b, c in zip(needed, ours, runs, truth, strict=True):
-        assert_rows_close(a, b, c, dtype, f"d{name}", carried[name])
+    for name, a, b in zip(needed, ours, plain_gradients(total, list(leaves.values())), strict=True):
+        assert_rows_close(a, b, dtype, f"d{name}", carried[name])
 
 
 USED = {"both": (True, True), "maps": (False, True), "out": (True, False)}
