@@ -80,6 +80,8 @@ class RandomRounding(TorchDispatchMode):
             terms = wide[0].numel() // max(total.numel(), 1)
             share = 1 / terms if function in MEANS else 1.0
             squares = function(wide[0].square(), *wide[1:], **kwargs) / share
+        if terms < 2:
+            return torch.zeros_like(total)
         square, chain = (total / share).square(), min(terms, CHAIN)
         # The sum of the squared sums of the chains, as it is on average when terms meet at random.
         chains = square * chain / terms + (1 - chain / terms) * (squares - square / terms)
@@ -102,8 +104,6 @@ class RandomRounding(TorchDispatchMode):
 def _adding(terms: float, square: Tensor, squares: Tensor) -> Tensor:
     """The sum of the squares of all partial sums of n terms in random order, on average, from the square of their sum
     and the sum of their squares: the variance of the sum's error, in units of one rounding's."""
-    if terms == 1:
-        return torch.zeros_like(square)
     return terms / 3 * square + terms / 6 * (squares - square / terms).clamp(min=0)
 
 

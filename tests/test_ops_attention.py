@@ -374,6 +374,7 @@ def test_nan_and_inf_propagate(impl):
     q, k, v = attention_inputs(1, 2, 16, 9, 8, torch.float32)
     q[0, 0, 3, 1] = torch.nan
     q[0, 1, 5, 2] = torch.inf
+    k[..., 2].abs_()  # every logit of that row is infinity
     out = ops.biased_attention(q, k, v, torch.ones(1, 2, 1, 16, device=DEVICE), [4], pinned_ids=[0], impl=impl)
     broken = out.isnan().any(-1)[0]
     assert broken[0, 3] and broken[1, 5] and broken.sum() == 2

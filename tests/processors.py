@@ -1,0 +1,114 @@
+"""Runs the numerical tests as other processors would: by their instructions, with one thread and two, on other inputs.
+
+    python tests/processors.py             every processor, and fifty seeds of the row rule: about an hour on two cores
+    python tests/processors.py --sample    a minute or two: what CI runs
+
+PyTorch, oneDNN and MKL are told which instructions to use, so what this processor lacks is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+TESTS = Path(__file__).resolve().parent
+# Instructions as PyTorch, oneDNN and MKL call them, the least first.
+INSTRUCTIONS = {
+    "default": {"ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
+}
+THREADS = (1, 2)
+SEEDS = 50
+# The row rule, and what of pipelines is compared number by number.
+ROWS = ("test_numerics.py", *(f"test_ops_{x}.py" for x in ("attention", "context", "maps", "region", "similarity")))
+NUMERICAL = (
+    *ROWS,
+    *("test_ops_regulation.py", "test_kernels.py", "test_kernels_properties.py"),
+    *("test_pipeline_guidance.py", "test_pipeline_guidance_methods.py", "test_pipeline_contexts.py"),
+    *("test_pipeline_dense.py", "test_pipeline_kinds.py", "test_attend_and_excite.py", "test_methods_tsam.py"),
+)
+# Where five tests failed on the first processor that was not the one they were written on.
+SAMPLE = (
+    "test_ops_context.py::test_attention_with_context_gradient",
+    "test_ops_attention.py::test_attention_gradients",
+    "test_ops_similarity.py::test_eager_is_as_exact_as_plain_pytorch",
+    "test_pipeline_guidance_methods.py::test_a_batch_equals_each_alone",
+    "test_pipeline_guidance.py::test_half_precision",
+)
+PLAIN = ("-k", "not triton")
+
+
+class Run(NamedTuple):
+    """One pytest: instructions, threads, seed of the inputs, arguments."""
+
+    instructions: str
+    threads: int
+    seed: int
+    arguments: Sequence[str]
+
+    def __str__(self) -> str:
+        return f"{self.instructions:8} {self.threads} thread{'s' * (self.threads > 1):1} seed {self.seed:2}"
+
+
+def available() -> list[str]:
+    """Return the instructions of `INSTRUCTIONS` that this processor has, the most first."""
+    names = list(INSTRUCTIONS)
+    own = torch.backends.cpu.get_cpu_capability().lower()
+    return names[names.index(own) :: -1] if own in names else names[:1]
+
+
+def runs(sample: bool) -> Iterator[Run]:
+    processors = list(itertools.product(available(), THREADS))
+    if sample:
+        # One thread and the most instructions are what `make test` has run already.
+        for seed, threads in enumerate(THREADS, 1):
+            yield Run(available()[-seed], threads, seed, (*SAMPLE, *PLAIN))
+        return
+    for instructions, threads in processors:
+        yield Run(instructions, threads, 0, NUMERICAL)
+    for seed, (instructions, threads) in zip(range(1, SEEDS + 1), itertools.cycle(processors), strict=False):
+        yield Run(instructions, threads, seed, (*ROWS, *PLAIN))
+
+
+def execute(run: Run) -> tuple[Run, float, int, str]:
+    """Return the run, its seconds, pytest's status and output."""
+    environment = os.environ | {
+        "ATEN_CPU_CAPABILITY": run.instructions,
+        **INSTRUCTIONS[run.instructions],
+        "ATTNCTL_TEST_SEED": str(run.seed),
+        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(run.threads)),
+    }
+    start = time.monotonic()
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--color=no", *run.arguments]
+    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
+    return run, time.monotonic() - start, done.returncode, done.stdout + done.stderr
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", action="store_true")
+    todo = list(runs(parser.parse_args().sample))
+    failed = 0
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // max(THREADS) + 1)) as pool:
+        for run, seconds, status, output in pool.map(execute, todo):
+            print(f"{run}: {output.strip().splitlines()[-1]} ({seconds:.0f} s)", flush=True)
+            if status:
+                failed += 1
+                print(output, flush=True)
+    print(f"{len(todo) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
