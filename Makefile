@@ -1,5 +1,7 @@
 # make demo    install, then draw two-object prompts without and with attention regulation into out/demo
 # make test    install with the test extras, then lint, types and tests: what CI runs
+# make test-processors   the numerical tests as other processors would run them, and on other inputs (an hour or two;
+#              PROCESSORS_ARGS=--sample: what CI runs)
 # make bench   install with the test extras, then measure what attention control costs here (docs/benchmarks.md): the
 #              overhead table, the operations and pictures of both, into out/bench
 # make clean   remove what these made
@@ -11,6 +13,7 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
+PROCESSORS_ARGS ?=
 # Of pytest-xdist; empty for one process.
 WORKERS ?= --numprocesses logical --maxprocesses 8 --dist worksteal
 
@@ -27,7 +30,7 @@ export PYTHONUNBUFFERED ?= 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test test-processors lint types bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -39,6 +42,9 @@ demo: $(VENV)/.installed-demo
 test: export OMP_NUM_THREADS = 1
 test: lint types
 	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
+
+test-processors: $(VENV)/.installed-test
+	$(BIN)/python tests/processors.py $(PROCESSORS_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

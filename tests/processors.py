@@ -72,8 +72,8 @@ def runs(sample: bool) -> Iterator[Run]:
     processors = list(itertools.product(available(), THREADS))
     if sample:
         # One thread and the most instructions are what `make test` has run already.
-        for seed, threads in enumerate(THREADS, 1):
-            yield Run(available()[-seed], threads, seed, (*SAMPLE, *PLAIN))
+        for seed, (instructions, threads) in enumerate(zip(reversed(available()), THREADS, strict=False), 1):
+            yield Run(instructions, threads, seed, (*SAMPLE, *PLAIN))
         return
     for instructions, threads in processors:
         yield Run(instructions, threads, 0, NUMERICAL)
