@@ -31,10 +31,10 @@ INSTRUCTIONS = {
 THREADS = (1, 2)
 SEEDS = 50
 # The row rule, and what of pipelines is compared number by number.
-ROWS = ("test_numerics.py", *(f"test_ops_{x}.py" for x in ("attention", "context", "maps", "region", "similarity")))
+ROWS = tuple(f"test_ops_{x}.py" for x in ("attention", "context", "maps", "region", "similarity"))
 NUMERICAL = (
     *ROWS,
-    *("test_ops_regulation.py", "test_kernels.py", "test_kernels_properties.py"),
+    *("test_numerics.py", "test_ops_regulation.py", "test_kernels.py", "test_kernels_properties.py"),
     *("test_pipeline_guidance.py", "test_pipeline_guidance_methods.py", "test_pipeline_contexts.py"),
     *("test_pipeline_dense.py", "test_pipeline_kinds.py", "test_attend_and_excite.py", "test_methods_tsam.py"),
 )
