@@ -63,23 +63,31 @@ def registered(grad: bool, strided: bool = True):
     maps, text, lengths = map_inputs(bias)
     region = (q, k, v, *regions(q, k), bias[:, 0, 0], 0.3)
     return {
-        "attention": [(q, k, v, none, 0.3), (q, k, v, ids, 0.3)],
+        "attention": [
+            (*(x.detach() for x in (q, k, v)), *columns, 0.3)
+            for columns in ((None, None), (ids, None), (ids, bias.detach()), (pairs, bias.detach()))
+        ],
         "attention_reference": [(q, k, v, ids, 0.3)],
         "attention_backward": [
-            (torch.ones_like(q), g, *(t.detach() for t in (q, k, v, rest_out, rest_lse)), ids, 0.3, needed)
-            for g, needed in ((None, [True, True, True]), (ones, [True, False, True]))
+            (torch.ones_like(q), g, *given, ids, x, *after, 0.3, needed)
+            for g, x, needed in (
+                (None, None, [True, True, True, False]),
+                (ones, None, [True, False, True, False]),
+                (ones, bias.detach(), [True, True, True, True]),
+                (None, bias.detach(), [False, False, False, True]),
+            )
         ],
         "attention_with_context_gradient": [
             (*(x.detach() for x in (q, k, v)), weight, 0.3) for weight in (None, rand(2, 24))
         ],
         "attention_with_context_gradient_reference": [(q, k, v, None, 0.3), (q, k, v, rand(2, 24), 0.3)],
         "attention_with_maps": [
-            (*(x.detach() for x in (q, k, v)), tokens, per_head, 0.3)
-            for tokens, per_head in ((ids, False), (pins, True), (None, False))
+            (*given, tokens, per_head, keep, 0.3)
+            for tokens, per_head, keep in ((ids, False, True), (pins, True, False), (None, False, False))
         ],
         "attention_with_maps_backward": [
-            (torch.ones_like(q), None, *(x.detach() for x in (q, k, v)), None, False, 0.3, [True, True, True]),
-            (None, ones, *(x.detach() for x in (q, k, v)), ids, False, 0.3, [True, False, False]),
+            (torch.ones_like(q), None, *given, None, q.new_empty(0), False, 0.3, [True, True, True]),
+            (None, ones, *given, ids, kept, False, 0.3, [True, False, False]),
         ],
         "attention_with_maps_reference": [
             (q, k, v, tokens, per_head, 0.3) for tokens, per_head in ((ids, False), (None, True))

@@ -10,6 +10,8 @@ import torch
 from torch.autograd import Function
 
 NAMESPACE = "attnctl_fast"
+# A map [B,H,M,N] of so many numbers (64 MiB in float32) the eager forms may hold on a CPU, where that is faster.
+LARGEST_MAP = 1 << 24
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -88,6 +90,11 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
         return tuple(x if x is None else next(passed) for x in found)
 
     return run
+
+
+def may_hold_map(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether the eager forms may hold the map of these queries and keys."""
+    return q.device.type == "cpu" and q.shape[:3].numel() * k.shape[2] <= LARGEST_MAP
 
 
 def differentiated(*tensors: torch.Tensor | None) -> bool:

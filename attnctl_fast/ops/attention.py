@@ -1,17 +1,19 @@
-"""Scaled dot-product attention with its logsumexp, over all columns or all but some."""
+"""Scaled dot-product attention with its logsumexp: over all columns, all but some, or with a bias on some."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
 from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_limits, check_qkv, check_scale
-from ._library import NAMESPACE, composite, without_autocast
+from ._library import composite, differentiated, once_differentiable, opaque, without_autocast
 from ._triton import attention as _triton
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -23,15 +25,28 @@ attention_reference = composite(
 )
 
 
-def _mask(q: Tensor, k: Tensor, excluded_ids: Tensor) -> Tensor | None:
-    """-inf on the excluded columns, 0 elsewhere: [B,1,M,N] without memory along M; None when nothing is excluded."""
-    if excluded_ids.shape[-1] == 0:
+def gather_columns(x: Tensor, ids: Tensor) -> Tensor:
+    """The rows of x [B,H,N,d] that `ids` name: [B,H,T,d]; a padded id takes row 0, which its user must mask."""
+    if ids.ndim == 1:
+        return x.index_select(2, ids)
+    rows = ids.clamp(min=0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return x.gather(2, rows)
+
+
+def _mask(q: Tensor, k: Tensor, ids: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """What is added to the logits: `bias` [B,H,T,M] on the columns `ids`, [B,H,M,N]; without a bias -inf,
+    [B,1,M,N] without memory along M. None when there are no columns."""
+    if ids is None or ids.shape[-1] == 0:
         return None
     batch, tokens = k.shape[0], k.shape[2]
-    ids = excluded_ids.expand(batch, -1)
-    spill = torch.where(ids < 0, tokens, ids)
-    mask = q.new_zeros(batch, tokens + 1).scatter_(1, spill, -torch.inf)[:, :tokens]
-    return mask[:, None, None, :].expand(-1, 1, q.shape[2], -1)
+    if bias is not None and ids.ndim == 1:
+        return q.new_zeros(*q.shape[:3], tokens).index_copy_(3, ids, bias.mT)
+    spill = torch.where(ids < 0, tokens, ids).expand(batch, -1)
+    if bias is None:
+        mask = q.new_zeros(batch, tokens + 1).scatter_(1, spill, -torch.inf)[:, :tokens]
+        return mask[:, None, None, :].expand(-1, 1, q.shape[2], -1)
+    mask = q.new_zeros(*q.shape[:3], tokens + 1)
+    return mask.scatter_(3, spill[:, None, None, :].expand(*q.shape[:3], -1), bias.mT)[..., :tokens]
 
 
 def _dense_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -71,10 +86,49 @@ def _dense_backward(
     return grad_q, grad_k, probabilities.mT @ grad_out if needed[2] else grad_v
 
 
-def _kept(gradients: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(  # type: ignore[return-value]
-        x.contiguous() if wanted else x.new_empty(0) for x, wanted in zip(gradients, needed, strict=True)
-    )
+def _fused_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> Sequence[Tensor]:
+    """The CPU's own, of all three."""
+    grad_out, q, k, v, out = _unit_stride(grad_out, q, k, v, out)
+    if grad_lse is None:
+        return _cpu_backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
+    # dl = P (dP - rowsum(dO O) + dlse): a value column of ones whose output gradient is dlse, and whose saved output is
+    # 0 so that the row sum does not see it, adds exactly the last term.
+    grad = torch.cat([grad_out, grad_lse.unsqueeze(-1)], -1)
+    wider_q, wider_k, wider_out = (F.pad(x, (0, 1)) for x in (q, k, out))
+    wider_v = F.pad(v, (0, 1), value=1.0)
+    gradients = _cpu_backward(grad, wider_q, wider_k, wider_v, wider_out, lse, 0.0, False, attn_mask=mask, scale=scale)
+    return [x[..., :-1] for x in gradients]
+
+
+def _bias_gradient(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ids: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> Tensor:
+    """P (dP - rowsum(dO O) + dlse) of the columns that have a bias, [B,H,T,M]."""
+    logits = (scale * gather_columns(k, ids)) @ q.mT + bias
+    row = (grad_out * out).sum(-1)
+    row = row if grad_lse is None else row - grad_lse
+    slope = gather_columns(v, ids) @ grad_out.mT - row.unsqueeze(2)
+    found = slope * torch.exp(logits - lse.unsqueeze(2))
+    return found if ids.ndim == 1 else found.masked_fill((ids < 0)[:, None, :, None], 0.0)
 
 
 def _unit_stride(*tensors: Tensor) -> list[Tensor]:
@@ -82,112 +136,126 @@ def _unit_stride(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def _like(x: Tensor, result: Tensor) -> Tensor:
-    """`result` in the layout of empty_like(x), which is the one that the fake promises."""
-    wanted = torch.empty_like(x)
-    return result if result.stride() == wanted.stride() else wanted.copy_(result)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
-def attention_op(q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    mask = _mask(q, k, excluded_ids)
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """On a CPU the heads of a token lie side by side."""
+    batch, heads, tokens, width = q.shape
     if q.device.type != "cpu":
-        out, lse = _dense_forward(q, k, v, mask, scale)
-        return _like(q, out), lse
+        return q.new_empty(q.shape), q.new_empty(q.shape[:3])
+    return q.new_empty(batch, tokens, heads, width).transpose(1, 2), q.new_empty(batch, tokens, heads).transpose(1, 2)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    mask = _mask(q, k, ids, bias)
+    if q.device.type != "cpu":
+        return _dense_forward(q, k, v, mask, scale)
     out, lse = _cpu_forward(*_unit_stride(q, k, v), attn_mask=mask, scale=scale)
-    lse = lse.contiguous()
-    if mask is not None:
+    if mask is not None and bias is None:
         empty = mask[:, :, 0].isneginf().all(-1, keepdim=True)
         lse = lse.masked_fill(empty, -torch.inf)
-    if (lse == 0).any():
-        # What the kernel says of rows that are all NaN, as if they were masked.
+    if not lse.all():
+        # Zero is what the kernel says of rows that are all NaN, as if they were masked.
         broken = q.isnan().any(-1) | k.isnan().any((-1, -2)).unsqueeze(-1)
         out, lse = out.masked_fill(broken.unsqueeze(-1), torch.nan), lse.masked_fill(broken, torch.nan)
-    return _like(q, out), lse
+    return out, lse
 
 
-@attention_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3])
-
-
-@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
-def attention_backward_op(
+def _backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    ids: Tensor | None,
+    bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    excluded_ids: Tensor,
     scale: float,
     needed: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; an empty tensor for one that is not needed and would cost extra."""
-    mask = _mask(q, k, excluded_ids)
+) -> list[Tensor]:
+    """Gradients of q, k, v and the bias; an empty tensor for one that is not needed."""
     lse = lse.masked_fill(lse.isneginf(), 0.0)
-    if q.device.type != "cpu":
-        return _dense_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale, needed)
-    grad_out, q, k, v, out = _unit_stride(grad_out, q, k, v, out)
-    if grad_lse is None:
-        gradients = _cpu_backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
-        return _kept(gradients, needed)
-    # dl = P (dP - rowsum(dO O) + dlse): a value column of ones whose output gradient is dlse, and whose saved output is
-    # 0 so that the row sum does not see it, adds exactly the last term.
-    grad = torch.cat([grad_out, grad_lse.unsqueeze(-1)], -1)
-    wider_q, wider_k, wider_out = (F.pad(x, (0, 1)) for x in (q, k, out))
-    wider_v = F.pad(v, (0, 1), value=1.0)
-    gradients = _cpu_backward(grad, wider_q, wider_k, wider_v, wider_out, lse, 0.0, False, attn_mask=mask, scale=scale)
-    return _kept([x[..., :-1] for x in gradients], needed)
+    gradients: Sequence[Tensor] = ()
+    if any(needed[:3]):
+        mask = _mask(q, k, ids, bias)
+        given = (grad_out, grad_lse, q, k, v, out, lse, mask, scale)
+        gradients = _fused_backward(*given) if q.device.type == "cpu" else _dense_backward(*given, needed)
+    found = [x.contiguous() if wanted else x.new_empty(0) for x, wanted in zip(gradients, needed, strict=False)]
+    found += [q.new_empty(0)] * (3 - len(found))
+    if not needed[3]:
+        return [*found, q.new_empty(0)]
+    assert ids is not None and bias is not None
+    return [*found, _bias_gradient(grad_out, grad_lse, q, k, v, ids, bias, out, lse, scale)]
 
 
-@attention_backward_op.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    excluded_ids: Tensor,
-    scale: float,
-    needed: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _kept([x.new_empty(x.shape) for x in (q, k, v)], needed)
+attention_op = opaque(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? ids, Tensor? bias, float scale) -> (Tensor, Tensor)",
+    without_autocast(_forward),
+    _fake,
+)
+attention_backward_op = opaque(
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? ids, Tensor? bias, "
+    "Tensor out, Tensor lse, float scale, bool[] needed) -> Tensor[]",
+    without_autocast(_backward),
+    lambda grad_out, grad_lse, q, k, v, ids, bias, out, lse, scale, needed: [
+        x.new_empty(x.shape) if x is not None and wanted else q.new_empty(0)
+        for x, wanted in zip((q, k, v, bias), needed, strict=True)
+    ],
+)
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, excluded_ids, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, excluded_ids)
-    ctx.set_materialize_grads(False)
+class _Attention(Function):
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, bias: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return attention_op(q, k, v, ids, bias, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_out is None and grad_lse is None:
+            return (None,) * 6
+        *tensors, out, lse = ctx.saved_tensors
+        q, k, v, _, bias, _ = ctx.needs_input_grad
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        found = attention_backward_op(grad_out, grad_lse, *tensors, out, lse, ctx.scale, [q, k, v, bias])
+        dq, dk, dv, dbias = (x if given else None for x, given in zip(found, (q, k, v, bias), strict=True))
+        return dq, dk, dv, None, dbias, None
 
 
-def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, excluded_ids = ctx.saved_tensors
-    if grad_out is None and grad_lse is None:
-        return None, None, None, None, None
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    needed = list(ctx.needs_input_grad[:3])
-    gradients = attention_backward_op(grad_out, grad_lse, q, k, v, out, lse, excluded_ids, ctx.scale, needed)
-    return *(x if wanted else None for x, wanted in zip(gradients, needed, strict=True)), None, None
-
-
-attention_op.register_autograd(_backward, setup_context=_save)
-
-
-def attention_without(
-    q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: float, impl: str
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) over the columns that are not in `excluded_ids`; out 0 and lse -inf where no column is left.
+    """(out, lse) by the eager form; `ids` are left out where there is no bias [B,H,T,M], and have it where there is.
 
     Half-precision inputs are computed in float32, and both results are: rounding `out` before it is merged, or its
     gradient, costs more than the last digit.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    run = attention_reference if impl == "reference" else attention_op
-    return run(q.to(wide), k.to(wide), v.to(wide), excluded_ids, scale)
+    run = _Attention.apply if differentiated(q, k, v, bias) else attention_op
+    return run(q.to(wide), k.to(wide), v.to(wide), ids, bias, scale)
+
+
+def attention_without(
+    q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor | None, scale: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) over the columns that are not in `excluded_ids`, as `attend`; out 0 and lse -inf where no column is
+    left."""
+    if impl == "eager":
+        return attend(q, k, v, excluded_ids, None, scale)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    ids = torch.empty(0, dtype=torch.int64, device=q.device) if excluded_ids is None else excluded_ids
+    return attention_reference(q.to(wide), k.to(wide), v.to(wide), ids, scale)
 
 
 def attention(
@@ -217,7 +285,6 @@ def attention(
         check_kernel_limits(q)
         out, lse = _triton.attention(q, k, v, scale)
     else:
-        nothing = torch.empty(0, dtype=torch.int64, device=q.device)
-        out, lse = attention_without(q, k, v, nothing, scale, impl)
+        out, lse = attention_without(q, k, v, None, scale, impl)
         out = out.to(q.dtype)
     return (out, lse) if return_lse else out

@@ -12,7 +12,7 @@ from .._impl import resolve
 from .._validate import check_kernel_limits, check_qkv, check_scale
 from ._library import composite, differentiated, opaque, without_autocast
 from ._triton import attention_with_context_gradient as _triton
-from .attention import attention_without
+from .attention import attend
 
 # Numbers of the map that are held at a time: about what the caches of two cores hold in float32.
 TILE = 1 << 19
@@ -35,10 +35,9 @@ def weighted(q: Tensor, query_weight: Tensor | None) -> Tensor:
 def _two_attentions(
     q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    nothing = torch.empty(0, dtype=torch.int64, device=q.device)
-    out, _ = attention_without(q, k, v, nothing, scale, "eager")
+    out, _ = attend(q, k, v, None, None, scale)
     # softmax_m(l^T) (w Q) is attention as well, of the keys to the queries.
-    update, _ = attention_without(k, q, weighted(q, query_weight), nothing, scale, "eager")
+    update, _ = attend(k, q, weighted(q, query_weight), None, None, scale)
     return out, update
 
 

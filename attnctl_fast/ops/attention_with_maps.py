@@ -12,7 +12,7 @@ from torch.autograd import Function
 from .. import reference
 from .._impl import resolve
 from .._validate import TokenIds, check_kernel_limits, check_qkv, check_scale, check_tokens
-from ._library import composite, differentiated, once_differentiable, opaque, without_autocast
+from ._library import composite, differentiated, may_hold_map, once_differentiable, opaque, without_autocast
 from ._triton import attention_with_maps as _triton
 
 # Numbers of the map that are held at a time: about what the caches of two cores hold in float32.
@@ -38,7 +38,8 @@ def _tiles(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice]]:
 def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """[H,m,N] of one sample's queries [H,m,d] and keys [H,N,d]."""
     logits = q.new_empty(*q.shape[:2], k.shape[1])
-    return torch.baddbmm(logits, q, k.mT, beta=0, alpha=scale, out=logits).softmax(-1)
+    torch.baddbmm(logits, q, k.mT, beta=0, alpha=scale, out=logits)
+    return torch._softmax(logits, -1, False, out=logits)
 
 
 def _rows(token_ids: Tensor | None, b: int) -> Tensor | None:
@@ -48,27 +49,29 @@ def _rows(token_ids: Tensor | None, b: int) -> Tensor | None:
 
 @without_autocast
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, per_head: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    out, maps = _empty(q, k, token_ids, per_head)
+    q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, per_head: bool, keep: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, maps, kept = _empty(q, k, token_ids, per_head, keep)
     for b, rows in _tiles(q, k):
         p = _probabilities(q[b, :, rows], k[b], scale)
-        out[b, :, rows] = p @ v[b]
+        if keep:
+            kept[b, :, rows] = p
+        torch.bmm(p, v[b], out=out[b, :, rows])
         ids = _rows(token_ids, b)
-        wanted = p if per_head else p.mean(0)
-        if ids is not None:
-            wanted = wanted.index_select(-1, ids.clamp(min=0))
-        maps[b, ..., rows] = wanted.mT
+        wanted = p if ids is None else p.index_select(-1, ids.clamp(min=0))
+        maps[b, ..., rows] = (wanted if per_head else wanted.mean(0)).mT
     if token_ids is not None and token_ids.ndim == 2:
         padded = (token_ids < 0).unsqueeze(-1)
         maps.masked_fill_(padded.unsqueeze(1) if per_head else padded, 0.0)
-    return out, maps
+    return out, maps, kept
 
 
-def _empty(q: Tensor, k: Tensor, token_ids: Tensor | None, per_head: bool) -> tuple[Tensor, Tensor]:
+def _empty(q: Tensor, k: Tensor, token_ids: Tensor | None, per_head: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the maps, and the probabilities [B,H,M,N], or nothing where they are not kept."""
     count = k.shape[2] if token_ids is None else token_ids.shape[-1]
     heads = q.shape[1:2] if per_head else ()
-    return torch.empty_like(q), q.new_empty(q.shape[0], *heads, count, q.shape[2])
+    maps = q.new_empty(q.shape[0], *heads, count, q.shape[2])
+    return q.new_empty(q.shape), maps, q.new_empty(*q.shape[:3], k.shape[2]) if keep else q.new_empty(0)
 
 
 def _all_columns(grad_maps: Tensor, ids: Tensor | None, tokens: int) -> Tensor:
@@ -87,18 +90,20 @@ def _backward(
     k: Tensor,
     v: Tensor,
     token_ids: Tensor | None,
+    kept: Tensor,
     per_head: bool,
     scale: float,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of q, k and v, an empty tensor for one that is not needed, from probabilities that are made again."""
+    """Gradients of q, k and v, an empty tensor for one that is not needed, from probabilities that were kept or are
+    made again."""
     dq = torch.empty_like(q, memory_format=torch.contiguous_format) if needed[0] else q.new_empty(0)
     dk, dv = (x.new_zeros(x.shape) if wanted else x.new_empty(0) for x, wanted in zip((k, v), needed[1:], strict=True))
     if grad_maps is not None and not per_head:
         grad_maps = grad_maps / q.shape[1]
     for b, rows in _tiles(q, k):
         queries = q[b, :, rows]
-        p = _probabilities(queries, k[b], scale)
+        p = kept[b, :, rows] if kept.numel() else _probabilities(queries, k[b], scale)
         grad = None
         if grad_maps is not None:
             grad = _all_columns(grad_maps[b, ..., rows], _rows(token_ids, b), k.shape[2]).expand_as(p)
@@ -119,16 +124,16 @@ def _backward(
 
 
 _forward_op = opaque(
-    "attention_with_maps(Tensor q, Tensor k, Tensor v, Tensor? token_ids, bool per_head, float scale) "
-    "-> (Tensor, Tensor)",
+    "attention_with_maps(Tensor q, Tensor k, Tensor v, Tensor? token_ids, bool per_head, bool keep, float scale) "
+    "-> (Tensor, Tensor, Tensor)",
     _forward,
-    lambda q, k, v, token_ids, per_head, scale: _empty(q, k, token_ids, per_head),
+    lambda q, k, v, token_ids, per_head, keep, scale: _empty(q, k, token_ids, per_head, keep),
 )
 _backward_op = opaque(
     "attention_with_maps_backward(Tensor? grad_out, Tensor? grad_maps, Tensor q, Tensor k, Tensor v, "
-    "Tensor? token_ids, bool per_head, float scale, bool[] needed) -> Tensor[]",
+    "Tensor? token_ids, Tensor kept, bool per_head, float scale, bool[] needed) -> Tensor[]",
     _backward,
-    lambda grad_out, grad_maps, q, k, v, token_ids, per_head, scale, needed: [
+    lambda grad_out, grad_maps, q, k, v, token_ids, kept, per_head, scale, needed: [
         x.new_empty(x.shape) if wanted else x.new_empty(0) for x, wanted in zip((q, k, v), needed, strict=True)
     ],
 )
@@ -138,18 +143,19 @@ class _Function(Function):
     @staticmethod
     def forward(
         q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, per_head: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        return _forward_op(q, k, v, token_ids, per_head, scale)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward_op(q, k, v, token_ids, per_head, may_hold_map(q, k), scale)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         q, k, v, token_ids, ctx.per_head, ctx.scale = inputs
-        ctx.save_for_backward(q, k, v, token_ids)
+        ctx.save_for_backward(q, k, v, token_ids, output[2])
+        ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_out is None and grad_maps is None:
             return (None,) * 6
         needed = list(ctx.needs_input_grad[:3])
@@ -163,8 +169,11 @@ def _eager(
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
-    run = _Function.apply if differentiated(q, k, v) else _forward_op
-    return run(q, k, v, token_ids, per_head, scale)
+    if differentiated(q, k, v):
+        out, maps, _ = _Function.apply(q, k, v, token_ids, per_head, scale)
+    else:
+        out, maps, _ = _forward_op(q, k, v, token_ids, per_head, False, scale)
+    return out, maps
 
 
 def attention_with_maps(
@@ -180,7 +189,7 @@ def attention_with_maps(
     """softmax(scale q k^T) v, and the columns of the softmax that belong to chosen tokens: one map per token.
 
     Differentiable in q, k and v, through the output and through the maps (MATH.md section 4). The softmax itself, of
-    `B*H*M*N` numbers, is held neither here nor for the backward pass. NaN and inf propagate.
+    `B*H*M*N` numbers, is held nowhere, except for the backward pass on a CPU and up to 64 MiB. NaN and inf propagate.
 
     Args:
         q: queries `[B,H,M,d]`, float16, bfloat16, float32 or float64, any strides.

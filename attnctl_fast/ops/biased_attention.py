@@ -8,10 +8,11 @@ from torch import Tensor
 from .. import reference
 from .._impl import resolve
 from .._validate import TokenIds, check_kernel_limits, check_qkv, check_scale, check_targets
-from ._library import composite
+from ._library import composite, may_hold_map
 from ._triton import biased_attention as _triton
+from .attention import attend
 from .merge_targets import check_bias, merge_targets_op
-from .target_statistics import attention_without, target_logits_op
+from .target_statistics import target_logits_op
 
 _SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor target_ids, Tensor pinned_ids, float scale) -> Tensor"
 biased_attention_reference = composite("biased_attention_reference" + _SCHEMA, reference.biased_attention)
@@ -20,7 +21,9 @@ biased_attention_reference = composite("biased_attention_reference" + _SCHEMA, r
 def _biased_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, target_ids: Tensor, pinned_ids: Tensor, scale: float
 ) -> Tensor:
-    rest_out, rest_lse = attention_without(q, k, v, target_ids, scale, "eager")
+    if not pinned_ids.shape[-1] and may_hold_map(q, k):
+        return attend(q, k, v, target_ids, bias, scale)[0].to(q.dtype)
+    rest_out, rest_lse = attend(q, k, v, target_ids, None, scale)
     logits, pinned_logits = target_logits_op(q, k, target_ids, scale), target_logits_op(q, k, pinned_ids, scale)
     return merge_targets_op(rest_out, rest_lse, logits, pinned_logits, v, bias, target_ids, pinned_ids)
 

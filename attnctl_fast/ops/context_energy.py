@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from .._impl import resolve
+from .._validate import check_qkv, check_scale
+from ._library import may_hold_map, without_autocast
 from .attention import attention
 from .context_update import flat_keys
 
@@ -18,20 +22,27 @@ class ContextEnergy(NamedTuple):
     context: Tensor
 
 
+@without_autocast
+def _logsumexp(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Over the image tokens, [B,H,N], with the logits in memory."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return ((scale * k.to(wide)) @ q.to(wide).mT).logsumexp(-1)
+
+
 def context_energy(
     q: Tensor, k: Tensor, *, scale: float | None = None, alpha: float = 0.0, impl: str | None = None
 ) -> ContextEnergy:
     """The energies E(Q; K) and E(K) of a cross-attention layer (arXiv 2306.09869; MATH.md section 2).
 
     A step of `context_update` with small gammas lowers their weighted sum, which is what they are for: to watch it over
-    layers and steps. Differentiable; no full map is made.
+    layers and steps. Differentiable.
 
     Args:
         q: queries `[B,H,M,d]`.
         k: keys `[B,H,N,d]`, of the dtype and device of q.
         scale: factor of the logits l, 1/sqrt(d) by default.
         alpha: weight of the squared norm.
-        impl: as for `attention`, which does the work.
+        impl: as for `attention`, which does the work but for small maps on a CPU.
 
     Returns:
         `ContextEnergy(attention, context)` in float32 (float64 for float64 inputs).
@@ -39,7 +50,11 @@ def context_energy(
     Raises:
         ValueError: as `attention`.
     """
-    # The logsumexp over image tokens, [B,H,N], whatever the values; detached, for torch.compile takes no tensor twice.
-    _, lse = attention(k, q, q.detach(), scale=scale, return_lse=True, impl=impl)
+    check_qkv(k, q, q)
+    if resolve(impl, q.device) == "eager" and may_hold_map(q, k):
+        lse = _logsumexp(q, k, check_scale(scale, q.shape[3]))
+    else:
+        # Whatever the values; detached, for torch.compile takes no tensor twice.
+        _, lse = attention(k, q, q.detach(), scale=scale, return_lse=True, impl=impl)
     square = flat_keys(k).square().sum(-1)
     return ContextEnergy(alpha / 2 * square.sum(-1) - lse.sum((1, 2)), (square / 2).logsumexp(-1))

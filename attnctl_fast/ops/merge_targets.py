@@ -10,7 +10,8 @@ from .._impl import resolve
 from .._validate import TokenIds, check_dtype, check_kernel_dtype, check_kernel_limits, check_targets
 from ._library import composite
 from ._triton import merge_targets as _triton
-from .target_statistics import TargetStatistics, gather_columns, joint_lse
+from .attention import gather_columns
+from .target_statistics import TargetStatistics, joint_lse
 
 _SCHEMA = (
     "(Tensor rest_out, Tensor rest_lse, Tensor logits, Tensor pinned_logits, Tensor v, Tensor bias, "

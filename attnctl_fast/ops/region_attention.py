@@ -27,7 +27,7 @@ def _eager(
     blocks = []
     for first in range(0, image_tokens, rows):
         block = slice(first, first + rows)
-        logits = scale * (q[:, :, block] @ keys)  # [B,H,rows,N]
+        logits = (scale * q[:, :, block]) @ keys  # [B,H,rows,N]
         low, high = logits.amin(-1, keepdim=True), logits.amax(-1, keepdim=True)
         share = weight[:, None, block, None]
         shared = ((row_regions[:, None, block, None] & columns) != 0).to(logits)

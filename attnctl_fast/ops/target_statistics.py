@@ -12,7 +12,7 @@ from .._impl import resolve
 from .._validate import TokenIds, check_kernel_limits, check_qkv, check_scale, check_targets
 from ._library import composite
 from ._triton import target_statistics as _triton
-from .attention import attention_without
+from .attention import attention_without, gather_columns
 
 
 class TargetStatistics(NamedTuple):
@@ -40,14 +40,6 @@ target_logits_reference = composite(
 rest_square_reference = composite(
     "rest_square_reference(Tensor q, Tensor k, Tensor target_ids, float scale) -> Tensor", reference.rest_square
 )
-
-
-def gather_columns(x: Tensor, ids: Tensor) -> Tensor:
-    """The rows of x [B,H,N,d] that `ids` name: [B,H,T,d]; a padded id takes row 0, which its user must mask."""
-    if ids.ndim == 1:
-        return x.index_select(2, ids)
-    rows = ids.clamp(min=0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-    return x.gather(2, rows)
 
 
 def joint_lse(rest_lse: Tensor, logits: Tensor) -> Tensor:
