@@ -87,15 +87,20 @@ def test_attention_gradients(impl, dtype, sharp):
 
 def test_only_wanted_gradients_are_made(monkeypatch):
     module = importlib.import_module("attnctl_fast.ops.attention")
+    monkeypatch.setattr(importlib.import_module("attnctl_fast.ops._library"), "LARGEST_MAP", 0)
     asked = []
     backward = module.attention_backward_op
     monkeypatch.setattr(module, "attention_backward_op", lambda *args: asked.append(args[-1]) or backward(*args))
     q, k, v = attention_inputs(1, 2, 16, 9, 8, torch.float32)
     ops.attention(q.requires_grad_(), k, v, impl="eager").sum().backward()
-    assert asked == [[True, False, False]]
+    assert asked == [[True, False, False, False]]
     bias = torch.zeros(1, 2, 1, 16, device=DEVICE, requires_grad=True)
+    # The bias alone needs no backward pass of the attention, whichever form it takes.
     ops.biased_attention(q.detach(), k, v, bias, [3], impl="eager").sum().backward()
-    assert len(asked) == 1, "the bias alone needs no backward pass of the attention"
+    assert len(asked) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "_cpu_backward", None)
+    ops.biased_attention(q.detach(), k, v, bias, [3], impl="eager").sum().backward()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -304,6 +309,44 @@ def test_biased_attention_gradients(impl, dtype):
         assert_rows_close(a, b, dtype, f"d{name}", carried.get(name, 0.0))
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a map is held on a CPU only")
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ids", [[], [5, 9], [[5, 9], [3, -1]]], ids=str)
+def test_gradients_with_the_map_in_memory_and_without(ids, dtype, held, monkeypatch):
+    if not held:
+        monkeypatch.setattr(importlib.import_module("attnctl_fast.ops._library"), "LARGEST_MAP", 0)
+    leaves = list(attention_inputs(2, 2, 64, 77, 40, dtype, 3.0))
+    columns = torch.zeros(2, 2, 64, 77)
+    rows = ids if ids and isinstance(ids[0], list) else [ids] * 2
+    if ids:
+        leaves.append(3 * randn(2, 2, 2, 64, dtype=torch.float32, seed=5))
+        for sample, row in enumerate(rows):
+            columns[sample, :, :, row] += leaves[3][sample, :, : len(row)].mT * torch.tensor([x >= 0 for x in row])
+        leaves[3] = leaves[3].masked_fill(torch.tensor(rows)[:, None, :, None] < 0, torch.nan)
+    leaves = [x.requires_grad_() for x in leaves]
+    weight = randn(2, 2, 64, 40, dtype=dtype, seed=7)
+
+    def plain(order, q, k, v, bias=None):
+        logits = 40**-0.5 * (q[..., order] @ k[..., order].mT)
+        if bias is not None:
+            added = torch.zeros_like(logits)
+            for sample, row in enumerate(rows):
+                real = [x for x in row if x >= 0]
+                added[sample, :, :, real] = bias[sample, :, : len(real)].mT.to(logits.dtype)
+            logits = logits + added
+        return ((logits.softmax(-1) @ v) * weight.to(v.dtype)).sum()
+
+    q, k, v, *bias = leaves
+    run = functools.partial(ops.biased_attention, bias=bias[0], target_ids=ids) if bias else ops.attention
+    ours = torch.autograd.grad((run(q, k, v, impl="eager") * weight).sum(), leaves)
+    carried = {} if held else carried_to_gradients(q, k, v, weight, 40**-0.5, columns.double())
+    for name, a, b in zip(("q", "k", "v", "bias"), ours, plain_gradients(plain, leaves), strict=False):
+        assert_rows_close(a, b, dtype, f"d{name}", carried.get(name, 0.0))
+    if bias:
+        assert (ours[3][torch.tensor(rows)[:, None, :].expand(-1, 2, -1) < 0] == 0).all()
+
+
 @pytest.mark.parametrize("centres", ["official", "paper"])
 @pytest.mark.parametrize("grid", [(16, 16), (8, 8), (16, 24), (40, 20)])
 def test_gaussian_bias_equals_the_sum_over_centres(centres, grid):
@@ -388,14 +431,15 @@ def test_the_form_for_accelerators_equals_the_cpus(excluded):
     module = importlib.import_module("attnctl_fast.ops.attention")
     q, k, v = (x.cpu() for x in attention_inputs(2, 2, 16, 9, 8, torch.float64))
     ids = torch.tensor(excluded, dtype=torch.int64)
-    mask = module._mask(q, k, ids)
-    out, lse = module.attention_op(q, k, v, ids, 0.3)
+    mask = module._mask(q, k, ids, None)
+    out, lse = module.attention_op(q, k, v, ids, None, 0.3)
     for ours, expected in zip(module._dense_forward(q, k, v, mask, 0.3), (out, lse), strict=True):
         torch.testing.assert_close(ours, expected)
     finite = lse.masked_fill(lse.isneginf(), 0.0)
     for grad_lse in (None, randn(2, 2, 16, 1, dtype=torch.float64, seed=5)[..., 0].cpu()):
         grad_out = randn(2, 2, 16, 8, dtype=torch.float64, seed=4).cpu()
-        fused = module.attention_backward_op(grad_out, grad_lse, q, k, v, out, lse, ids, 0.3, [True] * 3)
+        every = [True, True, True, False]
+        fused = module.attention_backward_op(grad_out, grad_lse, q, k, v, ids, None, out, lse, 0.3, every)[:3]
         for needed in ([True, True, True], [True, False, False], [False, True, True], [False, False, True]):
             with _Products() as products:
                 dense = module._dense_backward(grad_out, grad_lse, q, k, v, out, finite, mask, 0.3, needed)
@@ -430,7 +474,9 @@ class _LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("impl", FAST)
-def test_no_full_map_is_made(impl):
+def test_no_full_map_is_made(impl, monkeypatch):
+    """Above a bound on a CPU."""
+    monkeypatch.setattr(importlib.import_module("attnctl_fast.ops._library"), "LARGEST_MAP", 2 * 1024 * 300 - 1)
     if impl == "eager" and DEVICE.type != "cpu":
         pytest.skip("off the CPU, eager materialises the logits")
     q, k, v = attention_inputs(1, 2, 1024, 300, 8, torch.float32)
@@ -438,6 +484,8 @@ def test_no_full_map_is_made(impl):
     bias = torch.zeros(1, 2, 2, 1024, device=DEVICE, requires_grad=True)
     with _LargestTensor() as ours:
         ops.biased_attention(q.requires_grad_(), k, v, bias, [3, 6], pinned_ids=[0], impl=impl).sum().backward()
+        ops.biased_attention(q, k, v, bias, [3, 6], impl=impl).sum().backward()
+        ops.attention_with_maps(q, k, v, [3, 6], impl=impl)[1].sum().backward()
         stats = ops.target_statistics(q.detach(), k, v, [3, 6], with_square=True, impl=impl)
         ops.regulate(stats, (32, 32), objective="paper", steps=2, impl=impl)
         out, update = ops.attention_with_context_gradient(q, k, v, impl=impl)

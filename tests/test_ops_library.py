@@ -53,10 +53,12 @@ def registered(grad: bool, strided: bool = True):
     q, k, v, bias, theta = inputs(grad=grad, strided=strided)
     with torch.no_grad():
         stats = ops.target_statistics(q, k, v, ids, pinned_ids=pins, with_square=True, impl="eager")
+        after = ops.attention(q, k, v, return_lse=True, impl="eager")
     rest_out, rest_lse, logits, square, pinned = (x.requires_grad_(grad) for x in stats)
+    given = [x.detach() for x in (q, k, v)]
+    kept = (given[0] @ given[1].mT).softmax(-1)
     merge = (rest_out, rest_lse, logits, pinned, v, bias, ids, pins)
-    y = rand(4, 1)
-    x = rand(6, 2)
+    basis = (list(GRID), [2.0], [2.0, 4.0], [1.0, 1.0])
     ones = torch.ones(2, 2, 24, device=DEVICE)
     paper = ("paper", *LOSS[1:])
     solver = (logits.detach(), rest_lse.detach())
@@ -64,8 +66,8 @@ def registered(grad: bool, strided: bool = True):
     region = (q, k, v, *regions(q, k), bias[:, 0, 0], 0.3)
     return {
         "attention": [
-            (*(x.detach() for x in (q, k, v)), *columns, 0.3)
-            for columns in ((None, None), (ids, None), (ids, bias.detach()), (pairs, bias.detach()))
+            (*given, *columns, 0.3)
+            for columns in ((None, None), (ids, None), (ids, bias.detach()), (pins, bias.detach()))
         ],
         "attention_reference": [(q, k, v, ids, 0.3)],
         "attention_backward": [
@@ -99,7 +101,8 @@ def registered(grad: bool, strided: bool = True):
         "merge_targets_reference": [merge],
         "biased_attention": [(q, k, v, bias, ids, pins, 0.3)],
         "biased_attention_reference": [(q, k, v, bias, ids, pins, 0.3)],
-        "gaussian_bias": [(theta, y, x)],
+        "gaussian_bias": [(theta.detach(), *basis)],
+        "gaussian_bias_backward": [(bias.detach(), *basis)],
         "gaussian_bias_reference": [(theta, rand(1, 2, 4, 6))],
         "region_attention": [region],
         "region_attention_reference": [region],

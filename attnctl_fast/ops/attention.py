@@ -13,7 +13,7 @@ from torch.autograd import Function
 from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_limits, check_qkv, check_scale
-from ._library import composite, differentiated, once_differentiable, opaque, without_autocast
+from ._library import composite, differentiated, may_hold_map, once_differentiable, opaque, without_autocast
 from ._triton import attention as _triton
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -40,13 +40,13 @@ def _mask(q: Tensor, k: Tensor, ids: Tensor | None, bias: Tensor | None) -> Tens
         return None
     batch, tokens = k.shape[0], k.shape[2]
     if bias is not None and ids.ndim == 1:
-        return q.new_zeros(*q.shape[:3], tokens).index_copy_(3, ids, bias.mT)
+        return q.new_zeros(*q.shape[:3], tokens).index_copy(3, ids, bias.mT)
     spill = torch.where(ids < 0, tokens, ids).expand(batch, -1)
     if bias is None:
         mask = q.new_zeros(batch, tokens + 1).scatter_(1, spill, -torch.inf)[:, :tokens]
         return mask[:, None, None, :].expand(-1, 1, q.shape[2], -1)
     mask = q.new_zeros(*q.shape[:3], tokens + 1)
-    return mask.scatter_(3, spill[:, None, None, :].expand(*q.shape[:3], -1), bias.mT)[..., :tokens]
+    return mask.scatter(3, spill[:, None, None, :].expand(*q.shape[:3], -1), bias.mT)[..., :tokens]
 
 
 def _dense_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -136,14 +136,21 @@ def _unit_stride(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
+def _like(x: Tensor, result: Tensor) -> Tensor:
+    """`result` in the layout of empty_like(x), which is the one that the fake promises."""
+    if result.stride() == x.stride() and result.shape == x.shape:
+        return result
+    wanted = torch.empty_like(x)
+    return result if result.stride() == wanted.stride() else wanted.copy_(result)
+
+
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """On a CPU the heads of a token lie side by side."""
-    batch, heads, tokens, width = q.shape
+    batch, heads, tokens, _ = q.shape
     if q.device.type != "cpu":
-        return q.new_empty(q.shape), q.new_empty(q.shape[:3])
-    return q.new_empty(batch, tokens, heads, width).transpose(1, 2), q.new_empty(batch, tokens, heads).transpose(1, 2)
+        return torch.empty_like(q), q.new_empty(batch, heads, tokens)
+    return torch.empty_like(q), q.new_empty(batch, tokens, heads).transpose(1, 2)
 
 
 def _forward(
@@ -151,16 +158,18 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     mask = _mask(q, k, ids, bias)
     if q.device.type != "cpu":
-        return _dense_forward(q, k, v, mask, scale)
+        out, lse = _dense_forward(q, k, v, mask, scale)
+        return _like(q, out), lse
     out, lse = _cpu_forward(*_unit_stride(q, k, v), attn_mask=mask, scale=scale)
     if mask is not None and bias is None:
         empty = mask[:, :, 0].isneginf().all(-1, keepdim=True)
-        lse = lse.masked_fill(empty, -torch.inf)
+        lse.masked_fill_(empty, -torch.inf)
     if not lse.all():
         # Zero is what the kernel says of rows that are all NaN, as if they were masked.
         broken = q.isnan().any(-1) | k.isnan().any((-1, -2)).unsqueeze(-1)
-        out, lse = out.masked_fill(broken.unsqueeze(-1), torch.nan), lse.masked_fill(broken, torch.nan)
-    return out, lse
+        out.masked_fill_(broken.unsqueeze(-1), torch.nan)
+        lse.masked_fill_(broken, torch.nan)
+    return _like(q, out), lse
 
 
 def _backward(
@@ -178,17 +187,16 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of q, k, v and the bias; an empty tensor for one that is not needed."""
     lse = lse.masked_fill(lse.isneginf(), 0.0)
-    gradients: Sequence[Tensor] = ()
+    found = [q.new_empty(0) for _ in needed]
     if any(needed[:3]):
         mask = _mask(q, k, ids, bias)
         given = (grad_out, grad_lse, q, k, v, out, lse, mask, scale)
         gradients = _fused_backward(*given) if q.device.type == "cpu" else _dense_backward(*given, needed)
-    found = [x.contiguous() if wanted else x.new_empty(0) for x, wanted in zip(gradients, needed, strict=False)]
-    found += [q.new_empty(0)] * (3 - len(found))
-    if not needed[3]:
-        return [*found, q.new_empty(0)]
-    assert ids is not None and bias is not None
-    return [*found, _bias_gradient(grad_out, grad_lse, q, k, v, ids, bias, out, lse, scale)]
+        found[:3] = [x.contiguous() if wanted else x.new_empty(0) for x, wanted in zip(gradients, needed, strict=False)]
+    if needed[3]:
+        assert ids is not None and bias is not None
+        found[3] = _bias_gradient(grad_out, grad_lse, q, k, v, ids, bias, out, lse, scale)
+    return found
 
 
 attention_op = opaque(
@@ -233,6 +241,14 @@ class _Attention(Function):
         return dq, dk, dv, None, dbias, None
 
 
+@without_autocast
+def _held(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+    """`attend` in differentiable operations, with the map in memory until the backward pass."""
+    mask = None if bias is None else _mask(q, k, ids, bias)
+    logits = (scale * q) @ k.mT
+    return (logits if mask is None else logits + mask).softmax(-1) @ v
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -242,8 +258,20 @@ def attend(
     gradient, costs more than the last digit.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    run = _Attention.apply if differentiated(q, k, v, bias) else attention_op
-    return run(q.to(wide), k.to(wide), v.to(wide), ids, bias, scale)
+    if not differentiated(q, k, v, bias):
+        return attention_op(q.to(wide), k.to(wide), v.to(wide), ids, bias, scale)
+    # Views, for torch.compile takes no tensor twice.
+    q, k, v = (x.to(wide).view_as(x) for x in (q, k, v))
+    return _Attention.apply(q, k, v, ids, bias, scale)
+
+
+def attend_only(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+    """The output of `attend` in q's dtype, with or without a bias: on a CPU, where a map may be held, its gradients are
+    faster from that."""
+    if differentiated(q, k, v) and may_hold_map(q, k):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return _held(q.to(wide), k.to(wide), v.to(wide), ids, bias, scale).to(q.dtype)
+    return attend(q, k, v, ids, bias, scale)[0].to(q.dtype)
 
 
 def attention_without(
@@ -284,6 +312,8 @@ def attention(
     if impl == "triton":
         check_kernel_limits(q)
         out, lse = _triton.attention(q, k, v, scale)
+    elif impl == "eager" and not return_lse:
+        return attend_only(q, k, v, None, None, scale)
     else:
         out, lse = attention_without(q, k, v, None, scale, impl)
         out = out.to(q.dtype)

@@ -35,11 +35,10 @@ def _tiles(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice]]:
             yield b, slice(start, min(start + step, image_tokens))
 
 
-def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """[H,m,N] of one sample's queries [H,m,d] and keys [H,N,d]."""
-    logits = q.new_empty(*q.shape[:2], k.shape[1])
-    torch.baddbmm(logits, q, k.mT, beta=0, alpha=scale, out=logits)
-    return torch._softmax(logits, -1, False, out=logits)
+def _probabilities(q: Tensor, k: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """[H,m,N] of one sample's queries [H,m,d] and keys [H,N,d], in `out` where it is given."""
+    logits = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale)  # nothing is added to the product
+    return torch._softmax(logits, -1, False, out=logits if out is None else out)
 
 
 def _rows(token_ids: Tensor | None, b: int) -> Tensor | None:
@@ -53,9 +52,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, maps, kept = _empty(q, k, token_ids, per_head, keep)
     for b, rows in _tiles(q, k):
-        p = _probabilities(q[b, :, rows], k[b], scale)
-        if keep:
-            kept[b, :, rows] = p
+        p = _probabilities(q[b, :, rows], k[b], scale, kept[b, :, rows] if keep else None)
         torch.bmm(p, v[b], out=out[b, :, rows])
         ids = _rows(token_ids, b)
         wanted = p if ids is None else p.index_select(-1, ids.clamp(min=0))
@@ -104,9 +101,22 @@ def _backward(
     for b, rows in _tiles(q, k):
         queries = q[b, :, rows]
         p = kept[b, :, rows] if kept.numel() else _probabilities(queries, k[b], scale)
+        ids = _rows(token_ids, b)
+        if grad_out is None and grad_maps is not None and ids is not None:
+            # dl = P (g - sum P g) is a multiple of P but for few columns: it need not be made.
+            columns = ids.clamp(min=0)
+            share = (p.index_select(-1, columns) * grad_maps[b, ..., rows].mT).masked_fill_(ids < 0, 0.0)  # [H,m,n]
+            total = -share.sum(-1, keepdim=True)
+            if needed[0]:
+                whole = torch.baddbmm(total * (p @ k[b]), share, k[b].index_select(1, columns))
+                torch.mul(whole, scale, out=dq[b, :, rows])
+            if needed[1]:
+                dk[b].baddbmm_(p.mT, total * queries, alpha=scale)
+                dk[b].index_add_(1, columns, share.mT @ queries, alpha=scale)
+            continue
         grad = None
         if grad_maps is not None:
-            grad = _all_columns(grad_maps[b, ..., rows], _rows(token_ids, b), k.shape[2]).expand_as(p)
+            grad = _all_columns(grad_maps[b, ..., rows], ids, k.shape[2]).expand_as(p)
         if grad_out is not None:
             given = grad_out[b, :, rows]
             if needed[2]:

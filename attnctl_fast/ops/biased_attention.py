@@ -10,7 +10,7 @@ from .._impl import resolve
 from .._validate import TokenIds, check_kernel_limits, check_qkv, check_scale, check_targets
 from ._library import composite, may_hold_map
 from ._triton import biased_attention as _triton
-from .attention import attend
+from .attention import attend, attend_only
 from .merge_targets import check_bias, merge_targets_op
 from .target_statistics import target_logits_op
 
@@ -22,7 +22,7 @@ def _biased_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, target_ids: Tensor, pinned_ids: Tensor, scale: float
 ) -> Tensor:
     if not pinned_ids.shape[-1] and may_hold_map(q, k):
-        return attend(q, k, v, target_ids, bias, scale)[0].to(q.dtype)
+        return attend_only(q, k, v, target_ids, bias, scale)
     rest_out, rest_lse = attend(q, k, v, target_ids, None, scale)
     logits, pinned_logits = target_logits_op(q, k, target_ids, scale), target_logits_op(q, k, pinned_ids, scale)
     return merge_targets_op(rest_out, rest_lse, logits, pinned_logits, v, bias, target_ids, pinned_ids)

@@ -12,7 +12,7 @@ from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_limits, check_qkv, check_scale
 from ._triton import composed_attention as _triton
-from .attention import attend
+from .attention import attend_only
 
 # Of the sum of the weights' sizes: below it, normalising would amplify rounding instead of composing.
 LEAST_TOTAL = 1e-3
@@ -85,7 +85,7 @@ def composed_attention(
     wide = q.to(torch.promote_types(q.dtype, torch.float32))
     out = None
     for k, v, share in zip(ks, vs, shares, strict=True):
-        one, _ = attend(wide, k.to(wide.dtype), v.to(wide.dtype), None, None, scale)
+        one = attend_only(wide, k.to(wide.dtype), v.to(wide.dtype), None, None, scale)
         out = share * one if out is None else torch.add(out, one, alpha=share)
     assert out is not None
     return out.to(q.dtype)

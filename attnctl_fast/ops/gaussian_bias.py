@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from .. import reference
 from .._impl import resolve
 from .._validate import check_grid, check_kernel_dtype
-from ._library import composite
+from ._library import composite, differentiated, once_differentiable, opaque, without_autocast
 from ._triton import gaussian_bias as _triton
 
 CENTRES = ("official", "paper")
@@ -80,11 +84,13 @@ def kernel_axes(grid: tuple[int, int], sigma: Sigma | None, centres: str) -> lis
 
 
 def axis_basis(side: int, centres: list[float], sigma: float, like: Tensor) -> Tensor:
-    """G[y, i] = exp(-(y - c_i)^2 / 2 sigma^2): [side, r]."""
+    """G[y, i] = exp(-(y - c_i)^2 / 2 sigma^2): [side, r]; zero below 1e-30, since a CPU multiplies subnormal numbers up
+    to ten times more slowly."""
     cells = torch.arange(side, dtype=like.dtype, device=like.device)
-    return torch.exp(
+    weights = torch.exp(
         -((cells[:, None] - torch.tensor(centres, dtype=like.dtype, device=like.device)) ** 2) / (2 * sigma**2)
     )
+    return torch.where(weights < 1e-30, 0.0, weights)
 
 
 def full_basis(grid: tuple[int, int], sigma: Sigma | None, centres: str, like: Tensor) -> Tensor:
@@ -99,11 +105,63 @@ gaussian_bias_reference = composite(
 )
 
 
-def _gaussian_bias(theta: Tensor, basis_y: Tensor, basis_x: Tensor) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def kept_axis_basis(
+    side: int, centres: tuple[float, ...], sigma: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """`axis_basis`, made once; for use inside of opaque operations, which neither trace nor write to it."""
+    return axis_basis(side, list(centres), sigma, torch.empty(0, dtype=dtype, device=device))
+
+
+def _bases(x: Tensor, grid: Sequence[int], axes: Sequence[Sequence[float]], sigmas: Sequence[float]) -> list[Tensor]:
+    return [
+        kept_axis_basis(side, tuple(axis), sigma, x.dtype, x.device)
+        for side, axis, sigma in zip(grid, axes, sigmas, strict=True)
+    ]
+
+
+@without_autocast
+def _forward(
+    theta: Tensor, grid: Sequence[int], axis_y: Sequence[float], axis_x: Sequence[float], sigmas: Sequence[float]
+) -> Tensor:
+    basis_y, basis_x = _bases(theta, grid, (axis_y, axis_x), sigmas)
     return (basis_y @ (theta @ basis_x.mT)).flatten(-2)
 
 
-gaussian_bias_op = composite("gaussian_bias(Tensor theta, Tensor basis_y, Tensor basis_x) -> Tensor", _gaussian_bias)
+@without_autocast
+def _backward(
+    grad: Tensor, grid: Sequence[int], axis_y: Sequence[float], axis_x: Sequence[float], sigmas: Sequence[float]
+) -> Tensor:
+    basis_y, basis_x = _bases(grad, grid, (axis_y, axis_x), sigmas)
+    return basis_y.mT @ (grad.unflatten(-1, tuple(grid)) @ basis_x)
+
+
+_ARGUMENTS = "int[] grid, float[] axis_y, float[] axis_x, float[] sigmas) -> Tensor"
+gaussian_bias_op = opaque(
+    f"gaussian_bias(Tensor theta, {_ARGUMENTS}",
+    _forward,
+    lambda theta, grid, *_: theta.new_empty(*theta.shape[:3], grid[0] * grid[1]),
+)
+gaussian_bias_backward_op = opaque(
+    f"gaussian_bias_backward(Tensor grad, {_ARGUMENTS}",
+    _backward,
+    lambda grad, grid, axis_y, axis_x, sigmas: grad.new_empty(*grad.shape[:3], len(axis_y), len(axis_x)),
+)
+
+
+class _GaussianBias(Function):
+    @staticmethod
+    def forward(theta: Tensor, *basis: Any) -> Tensor:
+        return gaussian_bias_op(theta, *basis)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *ctx.basis = inputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return gaussian_bias_backward_op(grad, *ctx.basis), None, None, None, None
 
 
 def check_theta(theta: Tensor, shape: tuple[int, ...], axes: tuple[int, ...], name: str = "theta") -> None:
@@ -153,6 +211,6 @@ def gaussian_bias(
     if impl == "reference":
         span = gaussian_bias_reference(wide, full_basis((height, width), sigma, centres, wide))
     else:
-        basis_y = axis_basis(height, axis_y, sigma_y, wide)
-        span = gaussian_bias_op(wide, basis_y, axis_basis(width, axis_x, sigma_x, wide))
+        run = _GaussianBias.apply if differentiated(wide) else gaussian_bias_op
+        span = run(wide, [height, width], axis_y, axis_x, [sigma_y, sigma_x])
     return span.to(theta.dtype)

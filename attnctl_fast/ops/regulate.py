@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,7 +27,7 @@ from ._objective import (
     tensor,
 )
 from ._triton.regulate import regulate as regulate_triton_op
-from .gaussian_bias import Sigma, axis_basis, basis_axes, check_theta, full_basis, kernel_axes
+from .gaussian_bias import Sigma, basis_axes, check_theta, full_basis, kept_axis_basis, kernel_axes
 from .target_statistics import TargetStatistics, check_statistics
 
 SELECTIONS = ("sample", "batch")
@@ -44,14 +43,6 @@ class Regulation(NamedTuple):
     bias: Tensor
     theta: Tensor
     losses: Tensor
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_basis(
-    side: int, centres: tuple[float, ...], sigma: float, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """`axis_basis`, made once; for use inside of opaque operations, which neither trace nor write to it."""
-    return axis_basis(side, list(centres), sigma, torch.empty(0, dtype=dtype, device=device))
 
 
 def _span(theta: Array, basis_y: Array, basis_x: Array, bias_scale: float) -> Array:
@@ -161,8 +152,8 @@ def regulate_op(
     aim = Objective(objective, quantile, level, mass, mass_weight, penalty)
     axis_y, axis_x, _, _ = basis_axes((grid[0], grid[1]), (sigma[0], sigma[1]), centres)
     bases = (
-        _kept_basis(grid[0], tuple(axis_y), sigma[0], logits.dtype, logits.device),
-        _kept_basis(grid[1], tuple(axis_x), sigma[1], logits.dtype, logits.device),
+        kept_axis_basis(grid[0], tuple(axis_y), sigma[0], logits.dtype, logits.device),
+        kept_axis_basis(grid[1], tuple(axis_x), sigma[1], logits.dtype, logits.device),
     )
     flat = [x if x is None else x.flatten(0, 1) for x in (logits, rest_lse, rest_square, theta, previous)]
     with np.errstate(all="ignore"):
