@@ -257,10 +257,11 @@ def _time(dry: bool, task: Task, bandwidth: float, write: Write) -> None:
 
 def _tune(dry: bool, kernel: str, write: Write) -> None:
     known: list[tune.Found] = []
-    for layer, dtype in [(TINY, torch.float32)] if dry else tune.PLACES:
+    dtype, most = (torch.float32, 2) if dry else (torch.float16, tune.CANDIDATES)
+    for layer in (TINY,) if dry else tune.FIRST[kernel]:
         row = {"kind": "tuned", "kernel": kernel, "model": layer.model, "shape": layer.sizes}
         try:
-            found = tune.tune_at(_clock(dry), kernel, layer, dtype, known, 2 if dry else tune.CANDIDATES)
+            found = tune.tune_at(_clock(dry), kernel, layer, dtype, known, most)
         except Exception as error:
             write({**row, "failed": first_line(error)})
             _synchronise(dry)

@@ -57,11 +57,11 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
         found += [(f"{x.operation} {x.layer.sizes}", partial(contest.launch, x, clock)) for x in part]
     for check in (*correctness.first_checks(), *correctness.further_checks()):
         found.append((f"check {check.name} {check.case}", partial(correctness.launch, check)))
-    for kernel in tune.FIRST:
-        for layer, dtype in tune.PLACES:
-
-            def launch(kernel: str = kernel, layer: Layer = layer, dtype: torch.dtype = dtype) -> None:
-                tune.Tuner(clock, kernel, layer, dtype).launch(tune.CANDIDATES)
-
-            found.append((f"tuning {kernel} {layer.sizes}", launch))
+    for kernel, layers in tune.FIRST.items():
+        for layer in layers:
+            found.append((f"tuning {kernel} {layer.sizes}", partial(_launch_candidates, kernel, layer, clock)))
     return found
+
+
+def _launch_candidates(kernel: str, layer: Layer, clock: Clock) -> None:
+    tune.Tuner(clock, kernel, layer, torch.float16).launch(tune.CANDIDATES)

@@ -88,12 +88,13 @@ JUDGED_BY = {
 }
 
 
-# What bench/gpu.py --one-shot tunes, in this order: the solver, then what is furthest from its floor by estimate.
-FIRST = (
-    *("regulate_fwd", "attention_fwd", "attention_maps_fwd", "context_gradient_fwd"),
-    *("attention_bwd_rows", "attention_bwd_columns", "attention_bwd_special"),
-)
-PLACES = [(layer, torch.float16) for layer in (SMALL, LARGE, LARGEST)]
+# What bench/gpu.py --one-shot tunes, and where, in this order: the solver, whose candidates for larger grids take
+# minutes to compile, then what is furthest from its floor by estimate.
+FIRST: dict[str, tuple[Layer, ...]] = {
+    "regulate_fwd": (SMALL, LARGE),
+    **dict.fromkeys(("attention_fwd", "attention_maps_fwd", "context_gradient_fwd"), (SMALL, LARGE, LARGEST)),
+    **dict.fromkeys((f"attention_bwd_{x}" for x in ("rows", "columns", "special")), (SMALL, LARGE, LARGEST)),
+}
 # Configurations that are timed at each place, and the gains that are put together, where not all are.
 CANDIDATES, TOGETHER = 8, 3
 
