@@ -76,7 +76,7 @@ class Program:
         first, rest = (self.chosen(part) for part in tasks(self.dry))
         self.stage("times", 75, self.timing(first))
         self.stage("tuning", 170, [self.tuning(x) for x in tune.FIRST if any(map(self.asked, tune.JUDGED_BY[x]))])
-        if any(found.ratio < 1 for results in self.found.values() for found in results):
+        if self._tuned():
             self.stage("times, tuned", 60, self.timing(first))
         self.stage("compiled rivals", 80, self.timing(self.chosen(rivals(self.dry)), 40))
         self.stage("memory", 40, [] if self.dry else [Item({"kind": "memory"}, _sanitize, 40)])
@@ -123,6 +123,8 @@ class Program:
             return
         if kind == "device" and "failed" not in row:
             self._identify(row)
+        if kind == "time":
+            row["tuned"] = self._tuned()
         self.log.write(row)
         print(_line(row), flush=True)
         if kind == "tuned" and "failed" not in row:
@@ -139,6 +141,10 @@ class Program:
         if self.results is None and not self.dry:
             self.results = RESULTS / f"{_launch.device_slug(common['gpu'])}.jsonl"
         self.log = Log(self.results, common)
+
+    def _tuned(self) -> bool:
+        """Whether a configuration was found that is not the default one."""
+        return any(found.ratio < 1 for results in self.found.values() for found in results)
 
     def _tables(self) -> list[Path]:
         """Where the tuned table goes: where the kernels look for it, and beside results that lie elsewhere."""
