@@ -13,6 +13,7 @@ import lzma
 import os
 import pickle
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,12 +22,15 @@ from typing import Any, NamedTuple
 import checkout  # noqa: F401
 from attnctl_fast.kernels._launch import Table
 from compiled import Cases, Job, Parts, in_parallel, key, recorded
+from timing import first_line
 from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.cache import get_cache_key, get_cache_manager
 
 SUFFIX = ".kernel"
+# Seconds from which on a compilation is worth a line.
+SLOW = 20.0
 
 
 class Installed(NamedTuple):
@@ -37,19 +41,29 @@ class Installed(NamedTuple):
     launchers: int
 
 
-def jobs(cases: Cases, gpu: GPUTarget, table: Table | None, errors: list[str]) -> list[Job]:
+class Named(NamedTuple):
+    """What launched a kernel first, and the kernel."""
+
+    name: str
+    job: Job
+
+
+def jobs(cases: Cases, gpu: GPUTarget, table: Table | None, errors: list[str]) -> list[Named]:
     """Return what `cases` launch on a GPU, each kernel once; `table` and `errors` as for `compiled.recorded`."""
-    found: dict[str, Job] = {}
-    for _, launch in recorded(cases, table, errors):
+    found: dict[str, Named] = {}
+    for name, launch in recorded(cases, table, errors):
         job = Job(launch, gpu)
-        found.setdefault(job.key, job)
+        found.setdefault(job.key, Named(f"{name} {launch.config}", job))
     return list(found.values())
 
 
-def compile_jobs(jobs: Iterable[Job], processes: int) -> list[str]:
-    """Compile into Triton's cache, in parallel, what is not there. Returns the errors."""
-    missing = [job.compile_only for job in jobs if not _is_cached(job.parts)]
-    return [error for _, error in in_parallel(missing, processes) if error]
+def compile_jobs(jobs: Iterable[Named], processes: int) -> list[str]:
+    """Compile into Triton's cache, in parallel, what is not there, and its launchers. Returns the errors."""
+    missing = [named for named in jobs if not _is_cached(named.job.parts)]
+    done = in_parallel([named.job.compile_only for named in missing], processes)
+    errors = [f"{missing[i].name}: {error}" for i, error in done if error]
+    build_launchers([named.job.compile() for named in missing if _is_cached(named.job.parts)], processes)
+    return errors
 
 
 def path(folder: Path, job: Job) -> Path:
@@ -60,10 +74,14 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"*{SUFFIX}"))
 
 
-def pack(job: Job, folder: Path) -> None:
-    """Compile a kernel and put what a launch needs of it into `folder`, compressed."""
-    compiled = job.compile()
-    kernel, source, options, gpu = job.parts
+def pack(named: Named, folder: Path) -> str | None:
+    """Compile a kernel and put what a launch needs of it into `folder`, compressed. Returns the error, if any."""
+    start = time.monotonic()
+    try:
+        compiled = named.job.compile()
+    except Exception as error:
+        return f"{named.name}: {first_line(error)}"
+    kernel, source, options, gpu = named.job.parts
     (metadata,) = (Path(x) for name, x in compiled.metadata_group.items() if name.endswith(".json"))
     content = {
         "kernel": (kernel.__module__, kernel.__name__),
@@ -75,7 +93,10 @@ def pack(job: Job, folder: Path) -> None:
     }
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
         file.write(lzma.compress(pickle.dumps(content)))
-    os.replace(file.name, path(folder, job))
+    os.replace(file.name, path(folder, named.job))
+    if time.monotonic() - start > SLOW:
+        print(f"{named.name} took {time.monotonic() - start:.0f} s", flush=True)
+    return None
 
 
 def install(folder: Path, processes: int) -> Installed:

@@ -40,8 +40,10 @@ class Task(NamedTuple):
 
 
 def comparison_of(task: Task, clock: Clock) -> Comparison:
-    torch.compiler.reset()
-    compile = partial(torch.compile, dynamic=False) if clock.on_gpu else peers.uncompiled
+    compile: peers.Compile = peers.uncompiled
+    if task.compiled and clock.on_gpu:
+        torch.compiler.reset()
+        compile = partial(torch.compile, dynamic=False)
     return comparison(task.operation, task.layer, task.dtype, clock.device, compile)
 
 

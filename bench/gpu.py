@@ -224,7 +224,6 @@ def _device(dry: bool) -> torch.device:
 
 @functools.cache
 def _clock(dry: bool) -> Clock:
-    torch.set_grad_enabled(False)
     return Clock(_device(dry))
 
 
@@ -256,11 +255,13 @@ def _check(dry: bool, part: str, index: int, write: Write) -> None:
     write({**check.row, "seconds": time.perf_counter() - start})
 
 
+@torch.no_grad()
 def _time(dry: bool, task: Task, bandwidth: float, write: Write) -> None:
     for row in contest.measure(task, _clock(dry), bandwidth):
         write(row)
 
 
+@torch.no_grad()
 def _tune(dry: bool, kernel: str, write: Write) -> None:
     known: list[tune.Found] = []
     dtype, most = (torch.float32, 2) if dry else (torch.float16, tune.CANDIDATES)
@@ -283,6 +284,7 @@ def _install(folder: Path, write: Write) -> None:
     write({"kind": "cache", **found._asdict(), "seconds": time.perf_counter() - start})
 
 
+@torch.no_grad()
 def _prove(write: Write) -> None:
     """The first launches of the run: whether Triton finds their kernels in its cache."""
     start = time.perf_counter()
@@ -298,8 +300,7 @@ def _compile(target: tuple[str, int | str, int], table: str, write: Write) -> No
     rules = _launch.read_table(table) if (_launch.CONFIGS / f"{table}.json").is_file() else None
     jobs, errors = precompile.jobs(GPUTarget(*target), rules)
     errors += archive.compile_jobs(jobs, processes)
-    launchers = archive.build_launchers([job.compile() for job in jobs], processes)
-    row = {"kind": "cache", "kernels": len(jobs), "launchers": launchers, "errors": errors[:10]}
+    row = {"kind": "cache", "kernels": len(jobs), "errors": errors[:10]}
     write({**row, "seconds": time.perf_counter() - start})
 
 

@@ -36,9 +36,9 @@ assert not errors
 def hits():
     found = []
     knobs.compilation.listener = lambda **event: found.append(event["cache_hit"])
-    for job in jobs:
+    for named in jobs:
         try:
-            kernel = job.compile()
+            kernel = named.job.compile()
             assert kernel.kernel[:4] == b"\\x7fELF" and kernel.metadata.name == kernel.src.name
         except AssertionError:
             found.append(False)
