@@ -1,6 +1,7 @@
 """Compiles, without a GPU, what bench/gpu.py --one-shot launches, into a folder that can travel to one.
 
     python bench/precompile.py [--cache DIR] [--target sm_90] [--processes N]
+    python bench/precompile.py --install [--cache DIR]    on the GPU's machine: hand them to Triton, for other commands
 
 What the folder has already stays; what is of other sources or of another Triton goes. Use the Triton that the GPU's
 machine has; its Python may be another.
@@ -43,11 +44,15 @@ def main() -> int:
     parser.add_argument("--target", choices=TARGETS, default="sm_90")
     parser.add_argument("--table", help="the kernels/configs/TABLE.json that the GPU has, without .json")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--install", action="store_true", help="put what the folder holds into Triton's cache here")
     arguments = parser.parse_args()
     if _launch.INTERPRETED:
         parser.error("TRITON_INTERPRET is set, and interpreted kernels are not compiled; unset it")
     start = time.monotonic()
     folder: Path = arguments.cache
+    if arguments.install:
+        print(*archive.install(folder, arguments.processes)._asdict().items())
+        return 0
     folder.mkdir(parents=True, exist_ok=True)
     table = _launch.read_table(arguments.table) if arguments.table else None
     found, errors = jobs(TARGETS[arguments.target].gpu, table)

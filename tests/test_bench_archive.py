@@ -24,6 +24,7 @@ plan.cases = cases
 folder, gpu = Path(sys.argv[2]), compiled.TARGETS["sm_90"].gpu
 """
 PACK = "sys.argv[1:] = ['--cache', str(folder), '--processes', '1']; sys.exit(precompile.main())"
+INSTALL = "sys.argv[1:] = ['--cache', str(folder), '--install']; sys.exit(precompile.main())"
 # Triton looks its kernels up where it cannot compile any.
 FIND = """
 from triton import knobs
@@ -79,6 +80,7 @@ def test_kernels_that_travelled_are_found_where_nothing_can_be_compiled(tmp_path
     before, (installed, stale, _), after, errors = json.loads(run(tmp_path, "there", FIND))
     assert before == [False, False] and (installed, stale) == (2, 1)
     assert after == [True, True] and errors == []
+    assert "('installed', 2) ('stale', 1)" in run(tmp_path, "elsewhere", INSTALL)
 
 
 def _without_launchers(folder):
