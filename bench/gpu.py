@@ -16,6 +16,7 @@ stands at the end.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import os
 import re
@@ -75,7 +76,8 @@ class Program:
         self.stage("checks", 60, self.checking("first"))
         first, rest = (self.chosen(part) for part in tasks(self.dry))
         self.stage("times", 75, self.timing(first))
-        self.stage("tuning", 170, [self.tuning(x) for x in tune.FIRST if any(map(self.asked, tune.JUDGED_BY[x]))])
+        kernels = [x for x in tune.FIRST if any(map(self.asked, tune.JUDGED_BY[x]))]
+        self.stage("tuning", 170, [self.tuning(kernel) for kernel in kernels[: 2 if self.dry else None]])
         if self._tuned():
             self.stage("times, tuned", 60, self.timing(first))
         self.stage("compiled rivals", 80, self.timing(self.chosen(rivals(self.dry)), 40))
@@ -165,7 +167,7 @@ class Program:
         if not self.dry:
             properties = torch.cuda.get_device_properties(device)
             row |= {"memory_gb": properties.total_memory / 1e9, "multiprocessors": properties.multi_processor_count}
-            row |= {"cuda": torch.version.cuda, "target": list(_target())}
+            row |= {"cuda": torch.version.cuda, "target": dataclasses.astuple(_target())}
         write(row)
 
     def kernels(self) -> None:
@@ -290,7 +292,7 @@ def _prove(write: Write) -> None:
     start = time.perf_counter()
     contest.launch(Task("regulated_layer", SMALL, torch.float16), _clock(False))
     torch.cuda.synchronize()
-    write({"kind": "cache", "first_call_s": time.perf_counter() - start, "compiled": list(stages.COMPILED)})
+    write({"kind": "cache", "compiled": list(stages.COMPILED), "seconds": time.perf_counter() - start})
 
 
 def _compile(target: tuple[str, int | str, int], table: str, write: Write) -> None:
@@ -314,6 +316,7 @@ def _sanitize(write: Write) -> None:
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     row: Row = {}
+    said = ""
     for said in process.stdout or ():
         if said.startswith(correctness.CASE):
             if row:
@@ -322,7 +325,7 @@ def _sanitize(write: Write) -> None:
         elif said.startswith("=========") and re.search("Invalid|Misaligned|exception", said):
             row.setdefault("failed", said.strip("= \n"))
     if process.wait() and "failed" not in row:
-        row["failed"] = f"ended with status {process.returncode}"
+        row["failed"] = f"ended with status {process.returncode}: {said.strip()}"
     write({"kind": "memory", **row})
 
 

@@ -123,7 +123,8 @@ def measure(
     once, or twice where the UNet is compiled: what one arm changes, others compile for anew. What fails does not
     compete any more. keep: is given each method's forms when they have drawn, also if they are interrupted. until: of
     `time.monotonic()`; a method that would take longer, as it took before, is left out."""
-    start = time.monotonic()
+    start, forms = time.monotonic(), 1 + sum(map(len, competing))
+    tqdm.write(f"{forms} forms: first once without counting, {_short(setting).steps} steps each", file=sys.stderr)
     for _ in range(warm_ups(setting)):
         for arm in (plain, *chain(*competing)):
             _warm_up(arm, setting)
