@@ -210,6 +210,8 @@ class Tuner:
         for index in gains[1 : None if most is None else TOGETHER]:
             change = {name: value for name, value in tried[index].items() if value != self.default[name]}
             together = within_registers({**best, **change})
+            if self.clock.on_gpu:
+                self._compile([together])
             now, then = self._times([together, best])
             best = together if now < then else best
         if best == self.default:
