@@ -159,7 +159,7 @@ def build_launchers(kernels: list[CompiledKernel], processes: int) -> int:
 
 
 def _launcher(kernel: CompiledKernel) -> tuple[str, ...]:
-    """What tells launchers apart: the types of the arguments, whatever their pointers point to."""
+    """Return what tells launchers apart: the types of the arguments, whatever their pointers point to."""
 
     def flat(types: Any) -> Iterator[str]:
         for each in types:

@@ -50,14 +50,14 @@ def _cases() -> Any:
 
 
 def _case(m: int, n: int = 77, d: int = 64, dtype: torch.dtype = HALF) -> Any:
-    """Half precision as projections give it, float32 with odd strides and NaN all around."""
+    """Make inputs: half precision as projections give it, float32 with odd strides and NaN all around."""
     edits = {"ids": ((0,),), "pinned": ((),)} if n == 1 else {}
     return _cases().Case(m, n, d, dtype=dtype, strided=dtype != SINGLE, sigma=0.25 if m == 1 else None, **edits)
 
 
 @functools.cache
 def first_checks(tiny: bool = False) -> list[Check]:
-    """Gradients of every operation at every grid, the smallest first; then its output in the other dtypes."""
+    """List the gradients of every operation at every grid, the smallest first; then its output in the other dtypes."""
     kernel_cases = _cases()
     if tiny:
         small = kernel_cases.Case(16, 9, 8, ids=((3, 5),), pinned=((0,),))
@@ -68,7 +68,7 @@ def first_checks(tiny: bool = False) -> list[Check]:
 
 @functools.cache
 def further_checks(tiny: bool = False) -> list[Check]:
-    """Gradients of attention at every other length of the text, width and dtype."""
+    """List the gradients of attention at every other length of the text, width and dtype."""
     if tiny:
         return []
     places = [_case(63, n=n) for n in TOKENS if n != 77]
@@ -110,7 +110,7 @@ def run(check: Check) -> None:
 
 @contextmanager
 def _poisoned() -> Iterator[None]:
-    """Uninitialised memory is NaN."""
+    """Fill uninitialised memory with NaN."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     deterministic: Any = torch.utils.deterministic
     filled = deterministic.fill_uninitialized_memory
@@ -124,7 +124,7 @@ def _poisoned() -> Iterator[None]:
 
 
 def sanitized() -> list[Check]:
-    """Some of the first checks, of as many operations, at a grid that fills no tile."""
+    """List some of the first checks, of as many operations, at a grid that fills no tile."""
     found = [check for check in first_checks() if check.case.m == 63 and check.backward]
     return found[:SANITIZED]
 

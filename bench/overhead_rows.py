@@ -13,7 +13,7 @@ SETTING = ("arch", "size", "steps", "edited", "dtype", "batch", "compile", "thre
 
 
 def last(rows: Iterable[Row]) -> list[Row]:
-    """The last row of every form of a method in a run, which holds all its turns; other rows as they are."""
+    """Return the last row of every form of a method in a run, which holds all its turns; other rows as they are."""
     found: dict[Any, Row] = {}
     for row in rows:
         own = row["kind"] == "overhead"

@@ -21,7 +21,7 @@ BATCHED = ("regulated_layer", "attention", "regulated_attention", "attention_wit
 
 
 def tasks(dry: bool = False) -> tuple[list[Task], list[Task]]:
-    """The comparisons in two parts, in float16, the most important first: the aims and every operation at two layers;
+    """List the comparisons in two parts, in float16, the most important first: the aims and every operation at two layers;
     every operation at the other layers, SD 2's first, and some for four images. Classifier-free guidance doubles the
     batch of plain attention; everything else runs on the conditional half."""
     if dry:
@@ -42,7 +42,7 @@ def tasks(dry: bool = False) -> tuple[list[Task], list[Task]]:
 
 
 def rivals(dry: bool = False) -> list[Task]:
-    """Every operation at one layer against what torch.compile makes, those that the aims name first."""
+    """List every operation at one layer, against what torch.compile makes, those that the aims name first."""
     layer, dtype = (TINY, torch.float32) if dry else (SMALL, torch.float16)
     return [
         Task(name, layer, dtype, compiled=True) for name in dict.fromkeys(("regulated_layer", "regulate", *OPERATIONS))
@@ -50,7 +50,7 @@ def rivals(dry: bool = False) -> list[Task]:
 
 
 def cases() -> list[tuple[str, Callable[[], Any]]]:
-    """All that bench/gpu.py --one-shot launches, by name, to be recorded on a CPU."""
+    """List all that bench/gpu.py --one-shot launches, by name, to be recorded on a CPU."""
     clock = Clock(torch.device("cpu"))
     found: list[tuple[str, Callable[[], Any]]] = []
     for part in tasks():

@@ -227,7 +227,7 @@ def gpu_table(folder: Path) -> str:
 
 
 def _last_gpu_run(path: Path) -> list[dict[str, Any]]:
-    """The rows of the last run in a file of bench/gpu.py that timed anything; none of another file."""
+    """Return the rows of the last run in a file of bench/gpu.py that timed anything; none of another file."""
     rows = [row for row in read(path) if "gpu" in row]
     last = max((row["date"] for row in rows if row["kind"] == "time"), default=None)
     return [row for row in rows if row["date"] == last]

@@ -184,7 +184,7 @@ class Tuner:
         compile_jobs(jobs([("", self._using(config)) for config in configs], gpu, None, errors), os.cpu_count() or 1)
 
     def candidates(self) -> list[Config]:
-        """The default, then the default with one setting changed: the nearest value of every setting first."""
+        """List the default, then the default with one setting changed: the nearest value of every setting first."""
         changed = []
         for name, was in self.default.items():
             if name == "maxnreg" and torch.version.hip:
@@ -279,7 +279,7 @@ def write_table(path: Path, found: Mapping[str, Sequence[Found]], about: Mapping
 
 
 def about(device: torch.device) -> dict[str, Any]:
-    """The GPU and the run, as a table names them. target: as bench/resources.py names it, None without a GPU."""
+    """Describe the GPU and the run, as a table names them. target: as bench/resources.py names it, None without a GPU."""
     on_gpu = device.type == "cuda"
     return {
         "gpu": torch.cuda.get_device_name(device) if on_gpu else "none (dry run)",

@@ -65,7 +65,7 @@ def test_one_shot_checks_measures_and_tunes_everything(bench, tmp_path):
         assert {"date", "gpu", "git", "versions", "copy_gb_per_s"} <= row.keys()
         by_kind.setdefault(row["kind"], []).append(row)
     assert len(by_kind["device"]) == 1
-    assert {row["op"] for row in by_kind["check"]} == set(bench.correctness._cases().ATTENTION)
+    assert {row["op"] for row in by_kind["check"]} == set(bench.children.correctness._cases().ATTENTION)
     assert not [row for row in by_kind["check"] if "failed" in row]
     by_operation = {}
     for row in by_kind["time"]:
@@ -144,7 +144,7 @@ def test_a_run_that_is_killed_keeps_its_rows(tmp_path, number, status):
 
 
 def test_a_kernel_that_is_wrong_fails_its_check_and_no_other(bench, monkeypatch, tmp_path):
-    cases = bench.correctness._cases()
+    cases = bench.children.correctness._cases()
     right = cases.run_triton
 
     def run_triton(name, case, t):
@@ -181,7 +181,7 @@ def test_the_aims_come_first_and_everything_comes_once(bench):
 
 
 def test_checks_cover_every_size_and_start_with_gradients(bench):
-    module = bench.correctness
+    module = bench.children.correctness
     names = set(module._cases().OPERATIONS)
     first, further = module.first_checks(), module.further_checks()
     backward = [check for check in first if check.backward]
@@ -210,9 +210,9 @@ def test_what_did_not_travel_is_compiled_by_all_cores(bench, monkeypatch, tmp_pa
         for item in items:
             function = getattr(item.run, "func", item.run)
             made.append(function)
-            if function is bench._install:
+            if function is bench.children.install:
                 write({"kind": "cache", "installed": installed, "stale": stale, "launchers": 3})
-        return bench.stages.Outcome([], 1.0, compiled if bench._prove in made else 0)
+        return bench.stages.Outcome([], 1.0, compiled if bench.children.prove in made else 0)
 
     monkeypatch.setattr(bench.stages, "run", run)
     given = {"dry_run": False, "only": "", "cache": folder, "results": None, "commit": None, "seconds": 99.0}
@@ -220,8 +220,8 @@ def test_what_did_not_travel_is_compiled_by_all_cores(bench, monkeypatch, tmp_pa
     program.about = {"gpu": "NVIDIA H200"}
     program.log.rows.append({"kind": "device", "target": ("cuda", 90, 32)})
     program.kernels()
-    expected = [*([bench._install] if installed else []), bench._prove]
-    assert made == [*expected, *([bench._compile] if needed else [])]
+    expected = [*([bench.children.install] if installed else []), bench.children.prove]
+    assert made == [*expected, *([bench.children.compile_all] if needed else [])]
 
 
 def test_memory_errors_are_rows_of_their_cases(bench, monkeypatch, tmp_path):
@@ -232,7 +232,7 @@ def test_memory_errors_are_rows_of_their_cases(bench, monkeypatch, tmp_path):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     rows = []
-    bench._sanitize(rows.append)
+    bench.children.sanitize(rows.append)
     assert rows == [
         {"kind": "memory", "op": "attention"},
         {"kind": "memory", "op": "region_attention", "failed": "Invalid __global__ read of size 4 bytes"},
@@ -255,10 +255,12 @@ def test_a_contender_that_is_wrong_or_fails_is_not_timed(bench, monkeypatch):
         "broken": Contender(lambda: broken),
         "other": Contender(lambda: lambda: x + 1, checked=False),
     }
-    made = Comparison("op", bench.TINY, torch.float32, contenders, (x.double(),), 1e-3, 16, 8, lambda r: (r,))
+    made = Comparison("op", bench.children.TINY, torch.float32, contenders, (x.double(),), 1e-3, 16, 8, lambda r: (r,))
     monkeypatch.setattr(bench.contest, "comparison", lambda *_: made)
-    clock = bench.Clock(torch.device("cpu"))
-    records = {r["impl"]: r for r in bench.contest.measure(bench.Task("op", bench.TINY, torch.float32), clock, 1e9)}
+    clock = bench.children.Clock(torch.device("cpu"))
+    records = {
+        r["impl"]: r for r in bench.contest.measure(bench.Task("op", bench.children.TINY, torch.float32), clock, 1e9)
+    }
     assert [name for name, r in records.items() if "p50" in r] == ["triton", "other"]
     assert "allowed 0.001" in records["off"]["failed"] and "nan" in records["nan"]["failed"]
     assert records["broken"]["failed"] == "RuntimeError: no such backend"
@@ -271,12 +273,14 @@ def test_a_contender_that_breaks_the_context_ends_the_comparison(bench, monkeypa
     def broken():
         raise RuntimeError("an illegal memory access")
 
-    made = Comparison("op", bench.TINY, torch.float32, {"triton": Contender(lambda: broken)}, (), 0, 0, 0, tuple)
+    made = Comparison(
+        "op", bench.children.TINY, torch.float32, {"triton": Contender(lambda: broken)}, (), 0, 0, 0, tuple
+    )
     monkeypatch.setattr(bench.contest, "comparison", lambda *_: made)
-    clock = bench.Clock(torch.device("cpu"))
+    clock = bench.children.Clock(torch.device("cpu"))
     monkeypatch.setattr(clock, "synchronise", broken)
     with pytest.raises(RuntimeError, match="triton broke the GPU's context: RuntimeError: an illegal memory access"):
-        bench.contest.measure(bench.Task("op", bench.TINY, torch.float32), clock, 1e9)
+        bench.contest.measure(bench.Task("op", bench.children.TINY, torch.float32), clock, 1e9)
 
 
 def record(op, layer, impl, p50, graph=None):
@@ -348,7 +352,7 @@ def test_tuner_takes_what_is_faster_by_the_margin(bench, monkeypatch):
 
     speed = {4: 100.0, 8: 90.0, 2: 80.0}
     tuner = object.__new__(tune.Tuner)
-    tuner.clock, tuner.kernel, tuner.sizes = bench.Clock(torch.device("cpu")), "k", {"m": 64}
+    tuner.clock, tuner.kernel, tuner.sizes = bench.children.Clock(torch.device("cpu")), "k", {"m": 64}
     tuner.default = {"num_warps": 4, "num_stages": 1}
 
     def times(configs):
