@@ -21,9 +21,9 @@ BATCHED = ("regulated_layer", "attention", "regulated_attention", "attention_wit
 
 
 def tasks(dry: bool = False) -> tuple[list[Task], list[Task]]:
-    """List the comparisons in two parts, in float16, the most important first: the aims and every operation at two layers;
-    every operation at the other layers, SD 2's first, and some for four images. Classifier-free guidance doubles the
-    batch of plain attention; everything else runs on the conditional half."""
+    """List the comparisons in two parts, in float16, the most important first: the aims and every operation at two
+    layers; every operation at the other layers, SD 2's first, and some for four images. Classifier-free guidance
+    doubles the batch of plain attention; everything else runs on the conditional half."""
     if dry:
         return [Task(name, TINY, torch.float32) for name in OPERATIONS], []
 

@@ -279,7 +279,7 @@ def write_table(path: Path, found: Mapping[str, Sequence[Found]], about: Mapping
 
 
 def about(device: torch.device) -> dict[str, Any]:
-    """Describe the GPU and the run, as a table names them. target: as bench/resources.py names it, None without a GPU."""
+    """Describe the GPU and the run for a table. target: as bench/resources.py names it, None without a GPU."""
     on_gpu = device.type == "cuda"
     return {
         "gpu": torch.cuda.get_device_name(device) if on_gpu else "none (dry run)",
