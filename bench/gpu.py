@@ -202,9 +202,12 @@ def _line(row: Row) -> str:
     """Write a row as one line of text."""
     if row["kind"] == "time" and "impl" in row:
         return contest.line(row)
-    if "failed" in row:
-        return f"{row['kind']}: {_name(row)} failed: {row['failed']}"
-    return " ".join(f"{name} {value}" for name, value in row.items() if name != "case")
+    said = f"{_name(row)} failed: {row['failed']}" if "failed" in row else _figures(row)
+    return f"{row['kind']}: {said}"
+
+
+def _figures(row: Row) -> str:
+    return ", ".join(f"{name} {value}" for name, value in row.items() if name not in ("kind", "case", "sizes"))
 
 
 def _interrupt(*_: Any) -> None:

@@ -138,7 +138,7 @@ def test_a_run_that_is_killed_keeps_its_rows(tmp_path, number, status):
     assert process.returncode == status
     rows = read(path)
     assert {"attention", "attention_all"} <= {row["op"] for row in rows if row["kind"] == "time"}
-    assert len(rows) >= sum("kind" in line or "us (" in line for line in printed)
+    assert len(rows) >= len(printed)
     if number == signal.SIGTERM:
         assert f"results: {path}" in rest
 
