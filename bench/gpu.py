@@ -36,6 +36,7 @@ from plan import rivals, tasks
 from registry import OPERATIONS
 from rows import Log
 from stages import Item, Row
+from timing import first_line
 
 
 class Program:
@@ -116,10 +117,18 @@ class Program:
         self.log.write(row)
         print(_line(row), flush=True)
         if kind == "tuned" and "failed" not in row:
-            found = tune.Found(row["sizes"], row["config"], row["ratio"])
-            self.found.setdefault(row["kernel"], []).append(found)
+            self._keep(row["kernel"], tune.Found(row["sizes"], row["config"], row["ratio"]))
+
+    def _keep(self, kernel: str, found: tune.Found) -> None:
+        """Write the tables with another configuration, or a row that says why it cannot stand in one."""
+        known = self.found.get(kernel, [])
+        self.found[kernel] = [*known, found]
+        try:
             for path in self._tables():
                 tune.write_table(path, self.found, self.about)
+        except ValueError as error:
+            self.found[kernel] = known
+            self.write({"kind": "tuned", "kernel": kernel, "failed": first_line(error)})
 
     def _identify(self, row: Row) -> None:
         """Name the GPU in every row from now on, and in the name of the file."""

@@ -331,6 +331,20 @@ def test_tuner_knows_every_kernel_and_setting(bench):
     assert {name for names in tune.JUDGED_BY.values() for name in names} <= set(bench.OPERATIONS)
 
 
+def test_a_configuration_that_no_rule_can_give_is_a_row(bench, tmp_path):
+    given = {"dry_run": True, "only": "", "cache": tmp_path, "results": tmp_path / "r.jsonl", "commit": None}
+    program = bench.Program(argparse.Namespace(**given, seconds=9.0))
+    program.about = {"gpu": "NVIDIA H200"}
+    row = {"kind": "tuned", "kernel": "regulate_fwd", "sizes": {"cells": 256, "targets": 2}, "ratio": 0.5}
+    for warps in (2, 16):
+        program.write({**row, "config": {"num_warps": warps}})
+    assert [x for x in program.log.rows if "failed" in x][0]["failed"].startswith(
+        "ValueError: the sizes cannot be told"
+    )
+    rules = json.loads((tmp_path / "nvidia-h200.json").read_text())["rules"]["regulate_fwd"]
+    assert rules[0]["use"] == {"num_warps": 2}
+
+
 def test_rules_give_every_size_its_configuration(bench):
     import tune
 
