@@ -178,9 +178,10 @@ def _draw(arm: Arm, setting: Setting) -> None:
 def _warm_up(arm: Arm, setting: Setting) -> None:
     """Where something compiles, by two edited steps and two plain ones, since one of each compiles less than others
     need. Finds the losses as well, which ours keeps to itself."""
+    short = _short(setting)
     try:
         with _as_released(arm, setting), ours.regulation_losses() as recorded:
-            drawn = arm.draw(_short(setting))
+            drawn = arm.draw(short)
         if recorded or drawn.losses is not None:
             arm.losses = [float(losses.mean(2).amin(0).mean()) for losses in recorded or drawn.losses or ()]
     except Exception as error:
