@@ -60,7 +60,8 @@ def main() -> int:
     paths = {archive.path(folder, named.job): named for named in found}
     for stale in set(archive.files(folder)) - set(paths):
         stale.unlink()
-    missing = [named for path, named in paths.items() if not path.is_file()]
+    before = archive.files(folder)
+    missing = [named for path, named in paths.items() if path not in before]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         packing = [partial(archive.pack, named, folder) for named in missing]
@@ -71,7 +72,7 @@ def main() -> int:
     kept = archive.files(folder)
     size = sum(path.stat().st_size for path in kept)
     print(*errors, sep="\n", end="\n" if errors else "")
-    print(f"{len(kept)} kernels in {folder}, {size / 1e6:.1f} MB; {len(missing)} compiled now")
+    print(f"{len(kept)} kernels in {folder}, {size / 1e6:.1f} MB; {len(kept) - len(before)} compiled now")
     # Not every candidate for the tuner compiles.
     return int(any(": tuning " not in error for error in errors))
 
