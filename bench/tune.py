@@ -93,7 +93,7 @@ JUDGED_BY = {
 FIRST: dict[str, tuple[Layer, ...]] = {
     "regulate_fwd": (SMALL, LARGE),
     **dict.fromkeys(("attention_fwd", "attention_maps_fwd", "context_gradient_fwd"), (SMALL, LARGE, LARGEST)),
-    **dict.fromkeys((f"attention_bwd_{x}" for x in ("rows", "columns", "special")), (SMALL, LARGE, LARGEST)),
+    **dict.fromkeys((name for name in JUDGED_BY if name.startswith("attention_bwd_")), (SMALL, LARGE, LARGEST)),
 }
 # Configurations that are timed at each place, and the gains that are put together, where not all are.
 CANDIDATES, TOGETHER = 8, 3
