@@ -65,6 +65,21 @@ class Resources:
     code: int
 
 
+class Parts(NamedTuple):
+    """What a kernel is compiled of. source: signature, constants, attributes."""
+
+    kernel: JITFunction
+    source: tuple[Any, Any, Any]
+    options: dict[str, Any]
+    gpu: GPUTarget
+
+
+def key(kernel: JITFunction, source: tuple[Any, Any, Any], options: dict[str, Any], gpu: GPUTarget) -> str:
+    """Name a compiled kernel by all that it depends on; unlike Triton's own key, the same on every machine."""
+    parts = (*_sources(kernel), *source, options, gpu, triton.__version__, _MEASURE)
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:20]
+
+
 class Job:
     """One kernel, specialised for one target."""
 
@@ -77,10 +92,13 @@ class Job:
         self.gpu = gpu
         self._kernel, self._options = kernel, parsed.__dict__
         self._source = signature, constants, attributes
+        self.key = key(*self.parts)
+
+    @property
+    def parts(self) -> Parts:
         # Where Triton's own libraries lie is an option too; their version is Triton's.
-        chosen = {name: value for name, value in sorted(self._options.items()) if name != "extern_libs"}
-        parts = (*_sources(kernel), signature, constants, attributes, chosen, gpu, triton.__version__, _MEASURE)
-        self.key = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:20]
+        options = {name: value for name, value in sorted(self._options.items()) if name != "extern_libs"}
+        return Parts(self._kernel, self._source, options, self.gpu)
 
     def cached(self) -> Resources | None:
         path = cache_folder() / f"{self.key}.json"

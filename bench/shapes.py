@@ -79,6 +79,8 @@ LAYERS = [
 REGULATED = [layer for layer in LAYERS if layer.image_tokens <= 4096]
 # Of the aims (B*H, M) = (20, 256) and (20, 1024).
 SMALL, LARGE = LAYERS[6], LAYERS[13]
+# The most image tokens that SD 2 has at 512 px.
+LARGEST = LAYERS[4]
 # To see that all of it runs.
 TINY = Layer("tiny", 2, (4, 4), 8, tokens=9, steps=2)
 
