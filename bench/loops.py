@@ -27,13 +27,11 @@ def nvidia(text: str) -> list[Instruction]:
     out = []
     for _, predicate, name, operands in found:
         kind = name.partition(".")[0]
-        target = None
-        ends = not predicate and kind in ("BRA", "EXIT", "RET")
-        if name.startswith("BRA.DIV"):
-            ends = False  # taken only by a warp whose threads have parted
-        elif kind == "BRA":
-            *conditions, place = operands.split(",")
-            target, ends = places[int(place, 16)], ends and not conditions
+        *conditions, place = operands.split(",")
+        jumps = kind in ("BRA", "CALL")  # a far branch is a call that never returns
+        parted = name.startswith("BRA.DIV")  # of a warp whose threads have parted: not taken
+        target = places[int(place, 16)] if jumps and not parted else None
+        ends = kind in ("BRA", "EXIT", "RET") and not (predicate or conditions or parted)
         out.append(Instruction(kind, target, not ends))
     return out
 

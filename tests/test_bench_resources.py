@@ -111,6 +111,7 @@ def test_the_largest_loop_holds_those_in_it_and_no_path_of_parted_threads(resour
     assert [x.name for x in nvidia(SASS)].count("HMMA") == 1 and len(nvidia(SASS)) == 11
     assert largest(nvidia(SASS)) == 5
     assert largest(nvidia(SASS.replace("@P0 BRA 0x20", "@P0 BRA 0x70"))) == 2
+    assert largest(nvidia(SASS.replace("@P0 BRA 0x20", "@P0 CALL.REL.NOINC 0x20"))) == 5
     assert largest(nvidia("")) == 0
     assert len(amd(ASSEMBLY)) == 7 and largest(amd(ASSEMBLY)) == 5
     assert largest(amd(ASSEMBLY.replace("scc0 .LBB0_1", "scc0 .LBB0_3"))) == 2
