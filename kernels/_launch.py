@@ -23,6 +23,8 @@ import triton.language as tl
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+# The most programs along the second and third axis of a GPU's grid, and along its first.
+_MOST, _MOST_FIRST = 2**16 - 1, 2**31 - 1
 
 Table = dict[str, list[dict[str, dict[str, int]]]]
 
@@ -111,7 +113,16 @@ def recording() -> Iterator[list[Launch]]:
 def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, config: dict[str, int], *arguments: Any, **constants: Any
 ) -> None:
-    """Run `kernel` over `grid` on `device`, whichever is current; `arguments` are the run-time ones, in order."""
+    """Run `kernel` over `grid` on `device`, whichever is current; `arguments` are the run-time ones, in order.
+
+    Raises:
+        ValueError: a grid larger than a GPU's, on every device.
+    """
+    if grid[0] > _MOST_FIRST or any(size > _MOST for size in grid[1:]):
+        raise ValueError(
+            f"{kernel.__name__} would need a grid of {grid} programs, but a GPU takes at most {_MOST_FIRST} along the "
+            f"first axis and {_MOST} along the others, which hold batch and heads; split the batch"
+        )
     if _record is not None:
         _record.append(Launch(kernel, grid, arguments, constants, config))
         return
