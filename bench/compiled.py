@@ -71,7 +71,7 @@ class Job:
     """One kernel, specialised for one target."""
 
     def __init__(self, launch: Any, gpu: GPUTarget) -> None:
-        config = _launch.without_registers(launch.config) if gpu.backend == "hip" else launch.config
+        config = _launch.compiled_with(launch.config, gpu.backend == "hip")
         kernel, options = launch.kernel, {**launch.constants, **config}
         backend, bind = _binder(kernel, gpu)
         bound, specialisation, _ = bind(*launch.arguments, **options)

@@ -131,7 +131,8 @@ class Tuner:
                 f"{kernel} is looked up with {len(sizes)} sets of sizes by {JUDGED_BY[kernel]}; name others"
             )
         self.sizes = sizes[0]
-        self.default = _launch.choose(_launch.read_table("default"), kernel, self.sizes)
+        use = _launch.choose(_launch.read_table("default"), kernel, self.sizes)
+        self.default = _launch.compiled_with(use, torch.version.hip is not None)
 
     def _run(self) -> None:
         for _, run in self._comparisons:
@@ -183,7 +184,7 @@ class Tuner:
             within_registers({**self.default, name: value})
             for name, was in self.default.items()
             for value in VALUES[name]
-            if value != was and not (name == "maxnreg" and torch.version.hip)
+            if value != was
         ]
 
     def search(self, most: int | None = None) -> Found:

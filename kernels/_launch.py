@@ -4,7 +4,8 @@ A configuration is what may differ from GPU to GPU without changing a result: bl
 looked up, never searched for, in `configs/<gpu>.json`, else in `configs/default.json`. There, every operation has a
 list of rules, `{"when": {"d": 64, "itemsize": 2}, "use": {"BLOCK_M": 128, "num_warps": 4, "num_stages": 2}}`: the
 first whose `when` bounds every size that it names from above applies. `maxnreg` is the number of registers that a
-thread may take: without it, NVIDIA's assembler spills a few bytes where that lets one block more run at a time.
+thread may take: without it, NVIDIA's assembler spills a few bytes where that lets one block more run at a time. Warps
+have 32 threads on NVIDIA and 64 on AMD: `amd_warps` is what AMD takes for `num_warps` where that must not double them.
 """
 
 from __future__ import annotations
@@ -126,15 +127,18 @@ def launch(
     if _record is not None:
         _record.append(Launch(kernel, grid, arguments, constants, config))
         return
-    if torch.version.hip is not None:
-        config = without_registers(config)
+    config = compiled_with(config, torch.version.hip is not None)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **constants, **config)
 
 
-def without_registers(config: dict[str, int]) -> dict[str, int]:
-    """`config` as AMD's compiler takes it, which knows no `maxnreg`."""
-    return {name: value for name, value in config.items() if name != "maxnreg"}
+def compiled_with(config: dict[str, int], amd: bool) -> dict[str, int]:
+    """`config` as a compiler takes it; AMD's knows no `maxnreg`."""
+    chosen = {name: value for name, value in config.items() if name != "amd_warps"}
+    if amd:
+        chosen.pop("maxnreg", None)
+        chosen["num_warps"] = config.get("amd_warps", config["num_warps"])
+    return chosen
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:

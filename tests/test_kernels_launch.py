@@ -210,8 +210,8 @@ def test_recording_runs_nothing():
 
 
 def settings(rule):
-    """The names that a rule sets; only some need to say how many registers a thread may take."""
-    return frozenset(rule["use"]) - {"maxnreg"}
+    """The names that every rule of an operation sets; only some say what a thread or AMD may take."""
+    return frozenset(rule["use"]) - {"maxnreg", "amd_warps"}
 
 
 @pytest.mark.parametrize("operation", TABLE)
@@ -232,6 +232,15 @@ def test_every_table_names_operations_of_the_default_one():
         assert set(rules) <= set(TABLE), path
         for operation, found in rules.items():
             assert {settings(rule) for rule in found} == {settings(rule) for rule in TABLE[operation]}, path
+
+
+def test_each_compiler_is_given_what_it_knows():
+    use = {"BLOCK": 16, "num_warps": 8, "maxnreg": 255}
+    assert _launch.compiled_with(use, amd=False) == use
+    assert _launch.compiled_with(use, amd=True) == {"BLOCK": 16, "num_warps": 8}
+    use["amd_warps"] = 4
+    assert _launch.compiled_with(use, amd=False) == {"BLOCK": 16, "num_warps": 8, "maxnreg": 255}
+    assert _launch.compiled_with(use, amd=True) == {"BLOCK": 16, "num_warps": 4}
 
 
 def test_the_first_rule_whose_bounds_hold_applies():
