@@ -44,8 +44,8 @@ def _count(bits, cut, step, CUTS: tl.constexpr):
 
 @triton.jit
 def _ends(first, second):
-    """The largest of every column of two tiles [CELLS, T], and the first row that holds it: (first, its row, second, its
-    row), all [T]. Value and row are one number, so that it is one reduction."""
+    """The largest of every column of two tiles [CELLS, T], and the first row that holds it: (first, its row, second,
+    its row), all [T]. Value and row are one number, so that it is one reduction."""
     backwards = ~tl.arange(0, first.shape[0]) & _LARGEST
     largest = tl.max((tl.join(first, second).to(tl.int64) << 32) + backwards[:, None, None], 0)  # [T, 2]
     values, rows = tl.split((largest >> 32).to(tl.int32)), tl.split(~largest.to(tl.int32) & _LARGEST)

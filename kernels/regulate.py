@@ -82,11 +82,9 @@ def _span(theta, basis_y, basis_x_t, GROUP: tl.constexpr):
     RY: tl.constexpr = theta.shape[0] // GROUP
     WIDTH: tl.constexpr = basis_x_t.shape[1]
     rows = tl.dot(theta, basis_x_t, input_precision="ieee")  # [RY * GROUP, WIDTH]
-    rows = tl.reshape(rows, [RY, GROUP, WIDTH])
+    rows = tl.permute(tl.reshape(rows, [RY, GROUP, WIDTH]), [0, 2, 1])
     if RY == 8:
-        rows = tl.permute(tl.join(rows, tl.zeros_like(rows)), [0, 3, 2, 1])  # [RY, 2, WIDTH, GROUP]
-    else:
-        rows = tl.permute(rows, [0, 2, 1])
+        rows = tl.permute(tl.join(rows, tl.zeros_like(rows)), [0, 3, 1, 2])  # [RY, 2, WIDTH, GROUP]
     rows = tl.reshape(rows, [basis_y.shape[1], WIDTH * GROUP])
     span = tl.dot(basis_y, rows, input_precision="ieee")  # [HEIGHT, WIDTH * GROUP]
     return tl.reshape(span, [HEIGHT * WIDTH, GROUP])
