@@ -18,6 +18,8 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -138,8 +140,14 @@ def in_parallel(functions: Sequence[Callable[[], Any]], processes: int) -> Itera
     if not functions:
         return
     # Forked workers inherit the functions: a kernel and its constants cannot be sent.
-    with multiprocessing.get_context("fork").Pool(min(processes, len(functions))) as pool:
-        yield from pool.imap_unordered(_call, range(len(functions)))
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(min(processes, len(functions)), mp_context=context) as pool:
+        waiting = {pool.submit(_call, index): index for index in range(len(functions))}
+        for done in as_completed(waiting):
+            try:
+                yield done.result()
+            except BrokenProcessPool:
+                yield waiting[done], "a compiler's process died; by one process, it is at the first of these"
 
 
 _functions: list[Callable[[], Any]] = []

@@ -137,6 +137,12 @@ def test_what_cannot_be_launched_or_compiled_is_named(tmp_path):
     assert done.returncode == 1 and "ValueError: broken" in done.stderr
 
 
+def test_a_compiler_that_dies_is_an_error(resources):
+    """As LLVM does by abort(); a pool that waits for it would wait for ever."""
+    done = dict(resources.in_parallel([lambda: 1, os.abort, lambda: 2], 1))
+    assert done[0] == 1 and "process died" in done[1] and set(done) == {0, 1, 2}
+
+
 def test_growth_and_limits(resources):
     def figures(**changed):
         numbers = {"registers": 100, "spilled": 0, "shared": 65536, "matrix": 8, "loop": 900, "code": 8192} | changed
