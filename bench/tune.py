@@ -184,7 +184,7 @@ class Tuner:
             within_registers({**self.default, name: value})
             for name, was in self.default.items()
             for value in VALUES[name]
-            if value != was
+            if value != was and not (name == "maxnreg" and torch.version.hip)
         ]
 
     def search(self, most: int | None = None) -> Found:
