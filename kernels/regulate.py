@@ -43,7 +43,8 @@ def _axis(cell, centre, side, count, start, step, rest):
 
 @triton.jit
 def _depth(RY: tl.constexpr):
-    """The centres along y as a product sums over them, whose least depth is 16: of 8, every second is none, 2^30."""
+    """The centres along y as the columns of G_y in a product, which must be 16 or more: between 8 centres stand columns
+    without one, 2^30, where G_y is zero."""
     centre = tl.arange(0, 2 * RY if RY == 8 else RY)
     if RY == 8:
         centre = tl.where(centre % 2 == 0, centre // 2, 1 << 30)
