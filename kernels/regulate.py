@@ -594,7 +594,9 @@ def regulate(
     batch, heads, targets, tokens = logits.shape
     ry, rx = theta.shape[3:]
     block = {"HEIGHT": max(triton.next_power_of_2(grid[0]), 16), "WIDTH": max(triton.next_power_of_2(grid[1]), 16)}
-    block |= {"RY": max(triton.next_power_of_2(ry), 8), "RX": max(triton.next_power_of_2(rx), 16)}
+    # Where every thread has sixteen cells, the rows between the eight would spill.
+    rows = 8 if block["HEIGHT"] * block["WIDTH"] <= 1024 else 16
+    block |= {"RY": max(triton.next_power_of_2(ry), rows), "RX": max(triton.next_power_of_2(rx), 16)}
     use = dict(config("regulate_fwd", logits.device, cells=block["HEIGHT"] * block["WIDTH"], targets=targets))
     group = use["GROUP"] = min(use["GROUP"], triton.next_power_of_2(targets))
     whole = use["WHOLE"] = bool(use["WHOLE"]) and group >= targets
