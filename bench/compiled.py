@@ -18,12 +18,15 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import checkout  # noqa: F401
+import loops
 import triton
 import triton.language as tl
 from attnctl_fast.kernels import _launch
@@ -56,12 +59,13 @@ TARGETS = {
 @dataclass(frozen=True)
 class Resources:
     """Of one compiled kernel: registers per thread, bytes of stack per thread, bytes of shared memory, tensor-core
-    instructions in the machine code, bytes of code."""
+    instructions in the machine code, instructions in its largest loop, bytes of code."""
 
     registers: int
     spilled: int
     shared: int
     matrix: int
+    loop: int
     code: int
 
 
@@ -84,7 +88,7 @@ class Job:
     """One kernel, specialised for one target."""
 
     def __init__(self, launch: Any, gpu: GPUTarget) -> None:
-        config = _launch.without_registers(launch.config) if gpu.backend == "hip" else launch.config
+        config = _launch.compiled_with(launch.config, gpu.backend == "hip")
         kernel, options = launch.kernel, {**launch.constants, **config}
         backend, bind = _binder(kernel, gpu)
         bound, specialisation, _ = bind(*launch.arguments, **options)
@@ -154,8 +158,14 @@ def in_parallel(functions: Sequence[Callable[[], Any]], processes: int) -> Itera
     if not functions:
         return
     # Forked workers inherit the functions: a kernel and its constants cannot be sent.
-    with multiprocessing.get_context("fork").Pool(min(processes, len(functions))) as pool:
-        yield from pool.imap_unordered(_call, range(len(functions)))
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(min(processes, len(functions)), mp_context=context) as pool:
+        waiting = {pool.submit(_call, index): index for index in range(len(functions))}
+        for done in as_completed(waiting):
+            try:
+                yield done.result()
+            except BrokenProcessPool:
+                yield waiting[done], "a compiler's process died; by one process, it is at the first of these"
 
 
 _functions: list[Callable[[], Any]] = []
@@ -206,18 +216,20 @@ def _nvidia(binary: Any) -> Resources:
         usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
         text = _run(knobs.nvidia.cuobjdump.path, "--dump-sass", file.name)
     counts = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", text, re.M)
+    instructions = loops.nvidia(text)
     return Resources(
         registers=counts["REG"],
         spilled=counts["STACK"] + counts["LOCAL"],
         shared=max(counts["SHARED"], binary.metadata.shared),
-        matrix=sum(name.endswith("MMA") for name in instructions),
+        matrix=sum(x.name.endswith("MMA") for x in instructions),
+        loop=loops.largest(instructions),
         code=_code_size(binary.asm["cubin"]),
     )
 
 
 def _amd(binary: Any) -> Resources:
     text = binary.asm["amdgcn"]
+    instructions = loops.amd(text)
 
     def count(name: str) -> int:
         return int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1])
@@ -228,7 +240,8 @@ def _amd(binary: Any) -> Resources:
         registers=count("vgpr_count"),
         spilled=count("private_segment_fixed_size"),
         shared=max(count("group_segment_fixed_size"), binary.metadata.shared),
-        matrix=len(re.findall(r"^\s+v_s?mfmac?_", text, re.M)),
+        matrix=sum(x.name.startswith(("v_mfma_", "v_smfmac_")) for x in instructions),
+        loop=loops.largest(instructions),
         code=_code_size(binary.asm["hsaco"]),
     )
 
@@ -246,4 +259,4 @@ def _run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-_MEASURE = [inspect.getsource(x) for x in (Resources, _nvidia, _amd, _code_size)]
+_MEASURE = [inspect.getsource(x) for x in (Resources, _nvidia, _amd, _code_size, loops)]

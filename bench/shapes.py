@@ -132,9 +132,9 @@ _COMPILED = [
 ]
 _SOLVED = [
     *((Layer("", 8, (side, side), 64), ("official", "official, loss")) for side in (8, 16, 32, 64)),
-    *((Layer("", 8, (side, side), 64, targets=8), ("official", "official, loss")) for side in (16, 64)),
+    *((Layer("", 8, (side, side), 64, targets=8), ("official", "official, loss")) for side in (16, 32, 64)),
     (Layer("", 8, (16, 16), 64), ("paper", "paper, loss", "paper, all gradients", "basis")),
-    (Layer("", 8, (64, 64), 64), ("paper",)),
+    *((Layer("", 8, (side, side), 64), ("paper",)) for side in (32, 64)),
 ]
 
 

@@ -145,7 +145,8 @@ class Tuner:
                 f"{kernel} is looked up with {len(sizes)} sets of sizes by {JUDGED_BY[kernel]}; name others"
             )
         self.sizes = sizes[0]
-        self.default = _launch.choose(_launch.read_table("default"), kernel, self.sizes)
+        use = _launch.choose(_launch.read_table("default"), kernel, self.sizes)
+        self.default = _launch.compiled_with(use, torch.version.hip is not None)
 
     def _run(self) -> None:
         for _, run in self._comparisons:
