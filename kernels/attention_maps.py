@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import config, dot_dtype, launch, pieces, unit_stride
-from ._tiles import aligned, load_pieces, row_dots, row_products, slots_of, store_piece
+from ._tiles import aligned, exp, load_pieces, row_dots, row_products, slots_of, store_piece
 from .attention import align_of, attention
 
 
@@ -93,7 +93,7 @@ def _attention_maps_fwd_kernel(
         k1, k2 = load_pieces(of_k, columns, taken, stride_kn, D, D1, D2, DOT)  # [N1, D1], [N1, D2]
         p = tl.where(taken[:, None], scale * row_dots(k1, k2, q1, q2, D2), float("-inf"))  # [N1, BLOCK_M]
         top = tl.max(p, 0)
-        p = tl.exp(p - top[None, :])
+        p = exp(p - top[None, :])
         total = tl.sum(p, 0)
         tl.store(lse_ptr + head * M + rows, top + tl.log(total), mask=inside)
         weights = p.to(DOT)
@@ -170,7 +170,7 @@ def _maps_fwd_kernel(
             q1, q2 = load_pieces(of_q, rows, inside, stride_qm, D, D1, D2, DOT)  # [BLOCK_M, D1], [BLOCK_M, D2]
         logits = row_products(q1, q2, of_q, rows, inside, stride_qm, of_k, ids, named, stride_kn, D, D1, D2, DOT)
         lse = tl.load(lse_ptr + head * M + rows, mask=inside, other=0.0)
-        p = tl.where(named[None, :], tl.exp(scale * logits - lse[:, None]), 0.0)
+        p = tl.where(named[None, :], exp(scale * logits - lse[:, None]), 0.0)
         if PER_HEAD:
             _store_maps(maps_ptr + head * count * M, tl.trans(p), slots, rows, inside, M)
         else:

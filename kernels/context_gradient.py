@@ -17,6 +17,7 @@ from ._launch import config, dot_dtype, launch, pieces, unit_stride
 from ._tiles import (
     add_weighted,
     aligned,
+    exp,
     finite_or_zero,
     load_piece,
     load_pieces,
@@ -99,7 +100,7 @@ def _context_gradient_fwd_kernel(
         k1, k2 = load_pieces(k_ptr, columns, taken, stride_kn, D, D1, D2, DOT)
         logits = tl.where(taken[:, None], scale * row_dots(k1, k2, q1, q2, D2), float("-inf"))  # [N1, BLOCK_M]
         maximum = finite_or_zero(tl.max(logits, 0))
-        p = tl.exp(logits - maximum[None, :])
+        p = exp(logits - maximum[None, :])
         norm = tl.sum(p, 0)
         p = p.to(DOT)
         v1, v2 = load_pieces(v_ptr, columns, taken, stride_vn, D, D1, D2, DOT)
@@ -113,8 +114,8 @@ def _context_gradient_fwd_kernel(
         logits = tl.where(inside[None, :], logits, float("-inf"))
         highest = tl.maximum(top, tl.max(logits, 1))
         safe = finite_or_zero(highest)
-        shrink = tl.exp(top - safe)
-        weights = tl.exp(logits - safe[:, None])
+        shrink = exp(top - safe)
+        weights = exp(logits - safe[:, None])
         total = total * shrink + tl.sum(weights, 1)
         if weight_ptr is not None:
             # Here rather than on the queries: one rounding fewer, and fewer registers.
@@ -159,7 +160,7 @@ def _context_gradient_merge_kernel(
         of_part = tl.load(tops_ptr + first + columns, mask=taken, other=float("-inf"))
         highest = tl.maximum(top, of_part)
         safe = finite_or_zero(highest)
-        shrink, grow = tl.exp(top - safe), tl.exp(of_part - safe)
+        shrink, grow = exp(top - safe), exp(of_part - safe)
         total = total * shrink + grow * tl.load(totals_ptr + first + columns, mask=taken, other=0.0)
         x = load_piece(parts_ptr + first * D, columns, taken, D, D, 0, D1, tl.float32)
         acc = acc * shrink[:, None] + x * grow[:, None]
