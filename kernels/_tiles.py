@@ -49,9 +49,9 @@ def store_pieces(ptr, first, second, rows, inside, stride, D: tl.constexpr, D1: 
 
 
 @triton.jit
-def row_dots(a1, a2, b1, b2, D2: tl.constexpr):
-    """a b^T, summed over both pieces of the head: [ROWS_A, ROWS_B]."""
-    out = tl.dot(a1, tl.trans(b1), input_precision="ieee")
+def row_dots(a1, a2, b1, b2, D2: tl.constexpr, added=None):
+    """a b^T, summed over both pieces of the head, and what is `added`: [ROWS_A, ROWS_B]."""
+    out = tl.dot(a1, tl.trans(b1), added, input_precision="ieee")
     if D2 > 0:
         out = tl.dot(a2, tl.trans(b2), out, input_precision="ieee")
     return out

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._attention_gradients import _attention_bwd_columns_kernel, _attention_bwd_rows_kernel
 from ._launch import config, dot_dtype, launch, pieces, unit_stride
+from ._short_gradients import _attention_bwd_short_kernel
 from .attention import BIASED, NO_BASIS, PLAIN, REGULATED, STATISTICS, Basis, align_of
 
 
@@ -92,6 +93,9 @@ class _Pass(NamedTuple):
 def _backward(x: _Pass, needed: Sequence[bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dq, dk, dv and the gradient of the bias, as `needed` says of each."""
     dq = torch.empty_like(x.q, memory_format=torch.contiguous_format) if needed[0] else None
+    use = x.config("attention_bwd_short", x.k.shape[2])
+    if x.form.value == PLAIN.value and x.k.shape[2] <= use.pop("ON_CHIP_N") and x.q.dtype != torch.float32:
+        return dq, *_short(x, use, dq, needed[1], needed[2]), None
     grad_bias = None
     delta = pinned_delta = None
     if needed[1]:
@@ -100,6 +104,56 @@ def _backward(x: _Pass, needed: Sequence[bool]) -> tuple[Tensor | None, Tensor |
         grad_bias = _rows(x, dq, delta, pinned_delta, needed[3])
     dk, dv = _columns(x, delta, pinned_delta, needed[1], needed[2])
     return dq, dk, dv, grad_bias
+
+
+def _short(
+    x: _Pass, use: dict[str, int], dq: Tensor | None, with_k: bool, with_v: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fill dq, if it is there, and return dk and dv, as far as wanted, in one pass over the queries."""
+    if with_v and x.grad_out is None:
+        return _short(x, use, dq, with_k, False)[0], x.v.new_zeros(x.v.shape)
+    batch, heads, image_tokens, _ = x.q.shape
+    blocks = triton.cdiv(image_tokens, use["BLOCK_M"])
+    tiles = triton.cdiv(blocks, min(blocks, triton.cdiv(use.pop("PROGRAMS"), batch * heads)))
+    parts = triton.cdiv(blocks, tiles)
+    dtype = x.q.dtype if parts == 1 else torch.float32
+    # Together, so that one sum over the parts serves both.
+    sums = x.q.new_empty(with_k + with_v, parts, *x.k.shape, dtype=dtype)
+    dk, dv = (sums[0] if with_k else None), (sums[-1] if with_v else None)
+    *strides, _, _, of_slots, of_sample, of_head, _, _, _, _, _ = x.layout()
+    constants = x.constants()
+    launch(
+        _attention_bwd_short_kernel,
+        (parts, batch * heads),
+        x.q.device,
+        use,
+        x.grad_out,
+        x.grad_lse,
+        x.grad_maps,
+        x.slots,
+        x.q,
+        x.k,
+        x.v,
+        x.lse,
+        dq,
+        dk,
+        dv,
+        *strides,
+        of_slots,
+        of_sample,
+        of_head,
+        heads,
+        image_tokens,
+        x.k.shape[2],
+        tiles,
+        x.scale,
+        x.map_weight,
+        # At least as many as a group of four warps shares on sm_90 and later.
+        N1=max(triton.next_power_of_2(x.k.shape[2]), 64),
+        **{name: constants[name] for name in ("D", "D1", "D2", "ALIGN", "DOT")},
+    )
+    found = sums[:, 0] if parts == 1 else sums.sum(1).to(x.k.dtype)
+    return (found[0] if with_k else None), (found[-1] if with_v else None)
 
 
 def _rows(

@@ -91,7 +91,7 @@ def _attention_maps_fwd_kernel(
         of_v = v_ptr + aligned(b * stride_vb + h * stride_vh, ALIGN)
         q1, q2 = load_pieces(of_q, rows, inside, stride_qm, D, D1, D2, DOT)  # [BLOCK_M, D1], [BLOCK_M, D2]
         k1, k2 = load_pieces(of_k, columns, taken, stride_kn, D, D1, D2, DOT)  # [N1, D1], [N1, D2]
-        logits = tl.where(taken[:, None], scale * LOG2_E * row_dots(k1, k2, q1, q2, D2), float("-inf"))
+        logits = tl.where(taken[:, None], row_dots(k1, k2, q1, q2, D2) * (scale * LOG2_E), float("-inf"))
         top = tl.max(logits, 0)
         p = tl.exp2(logits - top[None, :])  # [N1, BLOCK_M]
         total = tl.log2(tl.sum(p, 0))

@@ -27,6 +27,9 @@ from ._tiles import (
 )
 from .attention import align_of, attention
 
+# How many parts are read at a time, where they are merged.
+MERGED = 16
+
 _STRIDES = [f"stride_{x}{y}" for x, last in (("q", "m"), ("k", "n"), ("v", "n")) for y in "bh" + last]
 
 
@@ -101,7 +104,7 @@ def _context_gradient_fwd_kernel(
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = rows < M
         q1, q2 = load_pieces(q_ptr, rows, inside, stride_qm, D, D1, D2, DOT)  # [BLOCK_M, D1], [BLOCK_M, D2]
-        logits = tl.where(taken[:, None], scale * LOG2_E * row_dots(k1, k2, q1, q2, D2), float("-inf"))
+        logits = tl.where(taken[:, None], row_dots(k1, k2, q1, q2, D2) * (scale * LOG2_E), float("-inf"))
         highest = tl.max(logits, 0)
         p = tl.exp2(logits - highest[None, :])  # [N1, BLOCK_M]
         norm = tl.log2(tl.sum(p, 0))
@@ -255,5 +258,6 @@ def attention_with_context_gradient(
             parts,
             D=d,
             D1=max(triton.next_power_of_2(d), 16),
+            BLOCK_PARTS=MERGED,
         )
     return out, lse, update, column_lse
