@@ -254,17 +254,19 @@ def _attention_fwd_kernel(
             weights = exp(edited - top[:, None])  # [BLOCK_M, COLUMNS]
             shrink = exp(maximum - top)
             total = total * shrink + tl.sum(weights, 1)
-            weights = weights / total[:, None]
-            norm = shrink / total
+            norm = 1.0 / total
+            weights *= norm[:, None]
             if PINNED:
                 # Not from the logarithms: their rounding would be the weight's where a pinned column holds the row.
                 pinned = tl.where((named & (slots >= T))[None, :], special, float("-inf"))
-                kept = exp(pinned - plain_top[:, None]) / plain_total[:, None]
-                weights += kept - exp(pinned - top[:, None]) / total[:, None]
+                plain_norm = 1.0 / plain_total
+                weights += exp(pinned - plain_top[:, None]) * plain_norm[:, None]
+                weights -= exp(pinned - top[:, None]) * norm[:, None]
                 if plain_lse_ptr is not None:
                     tl.store(plain_lse_ptr + head + rows, plain_top + tl.log(plain_total), mask=inside)
             if lse_ptr is not None:
                 tl.store(lse_ptr + head + rows, top + tl.log(total), mask=inside)
+            norm *= shrink
 
         acc1 *= norm[:, None]
         if D2 > 0:
