@@ -1,7 +1,8 @@
 """Gradients of attention in the four forms of attention.py; what is not needed is None and costs nothing.
 
-One launch gives the gradients of q and of the bias. Those of k and v take another, and a sum over parts where the rows
-are split to fill the device: in a fixed order, so that results repeat bit by bit.
+One launch gives the gradients of q and of the bias. Those of k and v take another; of plain attention to a prompt, the
+same one. Where the rows are split to fill the device, a sum over the parts follows: in a fixed order, so that results
+repeat bit by bit.
 """
 
 from __future__ import annotations
@@ -93,9 +94,10 @@ class _Pass(NamedTuple):
 def _backward(x: _Pass, needed: Sequence[bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dq, dk, dv and the gradient of the bias, as `needed` says of each."""
     dq = torch.empty_like(x.q, memory_format=torch.contiguous_format) if needed[0] else None
-    use = x.config("attention_bwd_short", x.k.shape[2])
-    if x.form.value == PLAIN.value and x.k.shape[2] <= use.pop("ON_CHIP_N") and x.q.dtype != torch.float32:
-        return dq, *_short(x, use, dq, needed[1], needed[2]), None
+    if x.form.value == PLAIN.value and x.q.dtype != torch.float32:
+        use = x.config("attention_bwd_short", x.k.shape[2])
+        if x.k.shape[2] <= use.pop("ON_CHIP_N"):
+            return dq, *_short(x, use, dq, needed[1], needed[2]), None
     grad_bias = None
     delta = pinned_delta = None
     if needed[1]:
@@ -114,7 +116,9 @@ def _short(
         return _short(x, use, dq, with_k, False)[0], x.v.new_zeros(x.v.shape)
     batch, heads, image_tokens, _ = x.q.shape
     blocks = triton.cdiv(image_tokens, use["BLOCK_M"])
-    tiles = triton.cdiv(blocks, min(blocks, triton.cdiv(use.pop("PROGRAMS"), batch * heads)))
+    # Twice as many run at a time where nothing is summed in registers.
+    programs = use.pop("PROGRAMS") * (1 if with_k or with_v else 2)
+    tiles = triton.cdiv(blocks, min(blocks, triton.cdiv(programs, batch * heads)))
     parts = triton.cdiv(blocks, tiles)
     dtype = x.q.dtype if parts == 1 else torch.float32
     # Together, so that one sum over the parts serves both.
@@ -152,6 +156,8 @@ def _short(
         N1=max(triton.next_power_of_2(x.k.shape[2]), 64),
         **{name: constants[name] for name in ("D", "D1", "D2", "ALIGN", "DOT")},
     )
+    if not (with_k or with_v):
+        return None, None
     found = sums[:, 0] if parts == 1 else sums.sum(1).to(x.k.dtype)
     return (found[0] if with_k else None), (found[-1] if with_v else None)
 
