@@ -46,9 +46,9 @@ class _Pass(NamedTuple):
     bias_scale: float = 1.0
     basis: Basis = NO_BASIS
 
-    def config(self, kernel: str, columns: int) -> dict[str, int]:
+    def config(self, kernel: str, columns: int, **sizes: int) -> dict[str, int]:
         d, itemsize = self.q.shape[3], self.q.element_size()
-        return dict(config(kernel, self.q.device, d=d, n=columns, m=self.q.shape[2], itemsize=itemsize))
+        return dict(config(kernel, self.q.device, d=d, n=columns, m=self.q.shape[2], itemsize=itemsize, **sizes))
 
     @property
     def special(self) -> int:
@@ -95,7 +95,8 @@ def _backward(x: _Pass, needed: Sequence[bool]) -> tuple[Tensor | None, Tensor |
     """dq, dk, dv and the gradient of the bias, as `needed` says of each."""
     dq = torch.empty_like(x.q, memory_format=torch.contiguous_format) if needed[0] else None
     if x.form.value == PLAIN.value and x.q.dtype != torch.float32:
-        use = x.config("attention_bwd_short", x.k.shape[2])
+        # Where dk or dv is wanted, registers hold its sum.
+        use = x.config("attention_bwd_short", x.k.shape[2], sums=needed[1] + needed[2])
         if x.k.shape[2] <= use.pop("ON_CHIP_N"):
             return dq, *_short(x, use, dq, needed[1], needed[2]), None
     grad_bias = None
@@ -116,9 +117,7 @@ def _short(
         return _short(x, use, dq, with_k, False)[0], x.v.new_zeros(x.v.shape)
     batch, heads, image_tokens, _ = x.q.shape
     blocks = triton.cdiv(image_tokens, use["BLOCK_M"])
-    # Twice as many run at a time where nothing is summed in registers.
-    programs = use.pop("PROGRAMS") * (1 if with_k or with_v else 2)
-    tiles = triton.cdiv(blocks, min(blocks, triton.cdiv(programs, batch * heads)))
+    tiles = triton.cdiv(blocks, min(blocks, triton.cdiv(use.pop("PROGRAMS"), batch * heads)))
     parts = triton.cdiv(blocks, tiles)
     dtype = x.q.dtype if parts == 1 else torch.float32
     # Together, so that one sum over the parts serves both.
