@@ -109,12 +109,12 @@ def _attention_bwd_short_kernel(
         if grad_lse_ptr is not None:
             delta -= tl.load(grad_lse_ptr + head + rows, mask=inside, other=0.0)
         grad = (weights * (products - delta[None, :])).to(DOT)
-        if dk_ptr is not None:
-            dk1, dk2 = add_weighted(dk1, dk2, grad, q1, q2, D2, DOT)
         if dq_ptr is not None:
             store_piece(dq_ptr + head * D, tl.trans(tl.dot(tl.trans(k1), grad)) * scale, rows, inside, D, D, 0, D1)
             if D2 > 0:
                 store_piece(dq_ptr + head * D, tl.trans(tl.dot(tl.trans(k2), grad)) * scale, rows, inside, D, D, D1, D2)
+        if dk_ptr is not None:
+            dk1, dk2 = add_weighted(dk1, dk2, grad, q1, q2, D2, DOT)
 
     if dk_ptr is not None:
         store_pieces(dk_ptr + part, dk1 * scale, dk2 * scale, columns, taken, D, D, D1, D2)
