@@ -119,9 +119,8 @@ def _short(
     blocks = triton.cdiv(image_tokens, use["BLOCK_M"])
     tiles = triton.cdiv(blocks, min(blocks, triton.cdiv(use.pop("PROGRAMS"), batch * heads)))
     parts = triton.cdiv(blocks, tiles)
-    dtype = x.q.dtype if parts == 1 else torch.float32
     # Together, so that one sum over the parts serves both.
-    sums = x.q.new_empty(with_k + with_v, parts, *x.k.shape, dtype=dtype)
+    sums = x.lse.new_empty(with_k + with_v, parts, *x.k.shape)
     dk, dv = (sums[0] if with_k else None), (sums[-1] if with_v else None)
     *strides, _, _, of_slots, of_sample, of_head, _, _, _, _, _ = x.layout()
     constants = x.constants()
@@ -157,8 +156,8 @@ def _short(
     )
     if not (with_k or with_v):
         return None, None
-    found = sums[:, 0] if parts == 1 else sums.sum(1).to(x.k.dtype)
-    return (found[0] if with_k else None), (found[-1] if with_v else None)
+    total = sums[:, 0] if parts == 1 else sums.sum(1)
+    return (total[0].to(x.k.dtype) if with_k else None), (total[-1].to(x.v.dtype) if with_v else None)
 
 
 def _rows(
