@@ -87,7 +87,7 @@ TINY = Layer("tiny", 2, (4, 4), 8, tokens=9, steps=2)
 _MOST = (
     *("regulated", "merge", "context", "context, masked", "step", "composed", "region"),
     *("plain, gradients", "statistics, gradients", "regulated, gradients"),
-    *("maps, all", "maps, gradients", "maps, query gradient"),
+    *("maps, all", "maps, gradients", "maps, query gradient", "maps and output, query gradient"),
 )
 _SOME = (
     "plain",
@@ -115,6 +115,7 @@ _ALL = (
     *("plain, gradients", "statistics, gradients", "biased, gradients", "regulated, gradients", "merge, gradients"),
     *("biased, bias gradient", "regulated, theta gradient"),
     *("maps, all", "maps, all, gradients", "maps, each head", "maps, gradients", "maps, query gradient"),
+    "maps and output, query gradient",
 )
 # What is compiled: every width, text length and dtype at the grid where the models have it, all forms at one of them,
 # and the widest heads that there may be. Kernels do not depend on batch, heads and, but for the solver, the grid.
@@ -191,6 +192,10 @@ def attention_cases(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], 
         """As in the last layer that a loss of the maps reads."""
         return maps(q, k, v)[1]
 
+    def guided(q: Tensor) -> Any:
+        """As in the layers before it."""
+        return maps(q, k, v)
+
     def region(q: Tensor, k: Tensor, v: Tensor) -> Any:
         rows, columns = (torch.ones(layer.batch, x.shape[2], dtype=torch.int32) for x in (q, k))
         return ops.region_attention(q, k, v, rows, columns, rows.float(), impl="triton")
@@ -217,6 +222,7 @@ def attention_cases(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], 
         "step, weighted": partial(step, k, torch.ones(layer.batch, layer.tokens), "paper"),
         "maps, each head": partial(maps, q, k, v, ids, "none"),
         "maps, query gradient": partial(differentiated, guidance, q),
+        "maps and output, query gradient": partial(differentiated, guided, q),
         "biased, bias gradient": partial(differentiated, partial(biased, q, k, v), bias),
         "regulated, theta gradient": partial(differentiated, partial(regulated, q, k, v), theta),
     }

@@ -73,6 +73,7 @@ JUDGED_BY = {
     "region_attention_fwd": ("region_attention",),
     "select_fwd": ("regulate",),
     "gaussian_bias_fwd": ("gaussian_bias",),
+    "attention_bwd_short": ("attention_all",),
     "attention_bwd_rows": ("regulated_attention_all",),
     "attention_bwd_columns": ("regulated_attention_all",),
     "attention_bwd_special": ("regulated_attention_all",),
