@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import _impl, ops
 from ._projections import heads_to_channels, keys_values, own_keys_values, queries
 
 if TYPE_CHECKING:
@@ -33,6 +33,20 @@ def is_supported(processor: Any) -> bool:
 
     known = (getattr(attention_processor, name, None) for name in _STANDARD + _IP_ADAPTER)
     return type(processor) in [cls for cls in known if cls is not None]
+
+
+def _upcast(attn: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return `tensors` in float32 where the layer asks for it (`upcast_attention`, of SD 2.1).
+
+    Half precision stays what it is where kernels run: their logits, softmax and sums are float32 anyway, and float32
+    inputs are multiplied without matrix units.
+    """
+    if not attn.upcast_attention:
+        return tensors
+    like = tensors[0]
+    if like.dtype.itemsize == 2 and _impl.resolve(None, like.device) == "triton":
+        return tensors
+    return tuple(x.float() for x in tensors)
 
 
 class _Muted:
@@ -154,8 +168,8 @@ class ControlledProcessor:
             k, v = own_keys_values(attn, hidden_states, optional["temb"])
         else:
             k, v = keys_values(attn, context)
-        if (edit is not None or acts) and attn.upcast_attention:
-            q, k, v = q.float(), k.float(), v.float()
+        if edit is not None or acts:
+            q, k, v = _upcast(attn, q, k, v)
         edited = None
         if edit is not None or recordings:
             rows = engine.conditional(hidden_states.shape[0])
@@ -245,8 +259,7 @@ class GuidedProcessor(ControlledProcessor):
         text, images = self._split(encoder_hidden_states)
         q = queries(attn, hidden_states, optional["temb"])
         k, v = keys_values(attn, text)
-        if attn.upcast_attention:
-            q, k, v = q.float(), k.float(), v.float()
+        q, k, v = _upcast(attn, q, k, v)
         out, maps = ops.attention_with_maps(q, k, v, self._token_ids, scale=attn.scale)
         self._maps.append(maps)
         return self._finished(attn, hidden_states, q, out, text, images, kwargs)

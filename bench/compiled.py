@@ -18,12 +18,15 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import checkout  # noqa: F401
+import loops
 import triton
 import triton.language as tl
 from attnctl_fast.kernels import _launch
@@ -56,20 +59,36 @@ TARGETS = {
 @dataclass(frozen=True)
 class Resources:
     """Of one compiled kernel: registers per thread, bytes of stack per thread, bytes of shared memory, tensor-core
-    instructions in the machine code, bytes of code."""
+    instructions in the machine code, instructions in its largest loop, bytes of code."""
 
     registers: int
     spilled: int
     shared: int
     matrix: int
+    loop: int
     code: int
+
+
+class Parts(NamedTuple):
+    """What a kernel is compiled of. source: signature, constants, attributes."""
+
+    kernel: JITFunction
+    source: tuple[Any, Any, Any]
+    options: dict[str, Any]
+    gpu: GPUTarget
+
+
+def key(kernel: JITFunction, source: tuple[Any, Any, Any], options: dict[str, Any], gpu: GPUTarget) -> str:
+    """Name a compiled kernel by all that it depends on; unlike Triton's own key, the same on every machine."""
+    parts = (*_sources(kernel), *source, options, gpu, triton.__version__, _MEASURE)
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:20]
 
 
 class Job:
     """One kernel, specialised for one target."""
 
     def __init__(self, launch: Any, gpu: GPUTarget) -> None:
-        config = _launch.without_registers(launch.config) if gpu.backend == "hip" else launch.config
+        config = _launch.compiled_with(launch.config, gpu.backend == "hip")
         kernel, options = launch.kernel, {**launch.constants, **config}
         backend, bind = _binder(kernel, gpu)
         bound, specialisation, _ = bind(*launch.arguments, **options)
@@ -77,10 +96,13 @@ class Job:
         self.gpu = gpu
         self._kernel, self._options = kernel, parsed.__dict__
         self._source = signature, constants, attributes
+        self.key = key(*self.parts)
+
+    @property
+    def parts(self) -> Parts:
         # Where Triton's own libraries lie is an option too; their version is Triton's.
-        chosen = {name: value for name, value in sorted(self._options.items()) if name != "extern_libs"}
-        parts = (*_sources(kernel), signature, constants, attributes, chosen, gpu, triton.__version__, _MEASURE)
-        self.key = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:20]
+        options = {name: value for name, value in sorted(self._options.items()) if name != "extern_libs"}
+        return Parts(self._kernel, self._source, options, self.gpu)
 
     def cached(self) -> Resources | None:
         path = cache_folder() / f"{self.key}.json"
@@ -136,8 +158,14 @@ def in_parallel(functions: Sequence[Callable[[], Any]], processes: int) -> Itera
     if not functions:
         return
     # Forked workers inherit the functions: a kernel and its constants cannot be sent.
-    with multiprocessing.get_context("fork").Pool(min(processes, len(functions))) as pool:
-        yield from pool.imap_unordered(_call, range(len(functions)))
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(min(processes, len(functions)), mp_context=context) as pool:
+        waiting = {pool.submit(_call, index): index for index in range(len(functions))}
+        for done in as_completed(waiting):
+            try:
+                yield done.result()
+            except BrokenProcessPool:
+                yield waiting[done], "a compiler's process died; by one process, it is at the first of these"
 
 
 _functions: list[Callable[[], Any]] = []
@@ -188,18 +216,20 @@ def _nvidia(binary: Any) -> Resources:
         usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
         text = _run(knobs.nvidia.cuobjdump.path, "--dump-sass", file.name)
     counts = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", text, re.M)
+    instructions = loops.nvidia(text)
     return Resources(
         registers=counts["REG"],
         spilled=counts["STACK"] + counts["LOCAL"],
         shared=max(counts["SHARED"], binary.metadata.shared),
-        matrix=sum(name.endswith("MMA") for name in instructions),
+        matrix=sum(x.name.endswith("MMA") for x in instructions),
+        loop=loops.largest(instructions),
         code=_code_size(binary.asm["cubin"]),
     )
 
 
 def _amd(binary: Any) -> Resources:
     text = binary.asm["amdgcn"]
+    instructions = loops.amd(text)
 
     def count(name: str) -> int:
         return int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1])
@@ -210,7 +240,8 @@ def _amd(binary: Any) -> Resources:
         registers=count("vgpr_count"),
         spilled=count("private_segment_fixed_size"),
         shared=max(count("group_segment_fixed_size"), binary.metadata.shared),
-        matrix=len(re.findall(r"^\s+v_s?mfmac?_", text, re.M)),
+        matrix=sum(x.name.startswith(("v_mfma_", "v_smfmac_")) for x in instructions),
+        loop=loops.largest(instructions),
         code=_code_size(binary.asm["hsaco"]),
     )
 
@@ -228,4 +259,4 @@ def _run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-_MEASURE = [inspect.getsource(x) for x in (Resources, _nvidia, _amd, _code_size)]
+_MEASURE = [inspect.getsource(x) for x in (Resources, _nvidia, _amd, _code_size, loops)]

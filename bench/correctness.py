@@ -1,27 +1,30 @@
-"""The kernels against float64 on the device at hand, over the grid of shapes that the tests name, by the tests' rule.
+"""The kernels against float64 on the device at hand, at shapes that between them have every size, by the tests' rule.
+
+    python bench/correctness.py    launch ten small cases and compare nothing: what compute-sanitizer is to look at
 
 The inputs, the plain PyTorch that errors are compared with and the rule are those of tests/kernel_cases.py and
-tests/numerics.py; this only runs them in the order of their importance until the time is up.
+tests/numerics.py. The whole product of the sizes is the kernel tests' (`pytest -m full`).
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from checkout import ROOT
 
 IMAGE_TOKENS = (1, 63, 64, 256, 1024, 4096)
-TOKENS = (1, 77, 120, 154, 333, 512)
-WIDTHS = (40, 64, 80, 128, 160)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TOKENS = (1, 77, 120, 333)
+WIDTHS = (40, 64, 80, 160)
+HALF, BFLOAT, SINGLE = DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# As many as compute-sanitizer gets through in a minute.
+SANITIZED = 10
+# Before the name of a case that is launched for compute-sanitizer.
+CASE = "case "
 
 
 class Check(NamedTuple):
@@ -31,15 +34,13 @@ class Check(NamedTuple):
     case: Any
     backward: bool
 
-
-class Outcome(NamedTuple):
-    planned: int
-    done: int
-    failures: list[str]
+    @property
+    def row(self) -> dict[str, Any]:
+        return {"kind": "check", "op": self.name, "case": str(self.case), "backward": self.backward}
 
 
 def _cases() -> Any:
-    """tests/kernel_cases.py, which lies outside of any package."""
+    """tests/kernel_cases.py, which lies outside of any package. Importing it asks whether there is a GPU."""
     sys.path.insert(0, str(ROOT / "tests"))
     try:
         import kernel_cases  # type: ignore[import-not-found]
@@ -48,57 +49,68 @@ def _cases() -> Any:
     return kernel_cases
 
 
-def checks(tiny: bool = False) -> list[Check]:
-    """All checks, the most telling first: outputs and gradients where every pair of M and N meets, the losses and the
-    merge, then outputs over the whole product of the sizes."""
+def _case(m: int, n: int = 77, d: int = 64, dtype: torch.dtype = HALF) -> Any:
+    """Make inputs: half precision as projections give it, float32 with odd strides and NaN all around."""
+    edits = {"ids": ((0,),), "pinned": ((),)} if n == 1 else {}
+    return _cases().Case(m, n, d, dtype=dtype, strided=dtype != SINGLE, sigma=0.25 if m == 1 else None, **edits)
+
+
+@functools.cache
+def first_checks(tiny: bool = False) -> list[Check]:
+    """List the gradients of every operation at every grid, the smallest first; then its output in the other dtypes."""
     kernel_cases = _cases()
-    attention, others = kernel_cases.ATTENTION, set(kernel_cases.OPERATIONS) - set(kernel_cases.ATTENTION)
     if tiny:
-        return [Check(name, kernel_cases.Case(16, 9, 8, ids=((3, 5),), pinned=((0,),)), False) for name in attention]
-
-    def case(m: int, n: int, d: int, dtype: torch.dtype) -> Any:
-        edits = {"ids": ((0,),), "pinned": ((),)} if n == 1 else {}
-        sigma = 0.25 if m == 1 else None
-        # Half precision as projections give it, float32 with odd strides and NaN all around.
-        return kernel_cases.Case(m, n, d, dtype=dtype, strided=dtype != torch.float32, sigma=sigma, **edits)
-
-    pairs = [
-        case(m, n, WIDTHS[(i + j) % len(WIDTHS)], DTYPES[(i + 2 * j) % len(DTYPES)])
-        for i, m in enumerate(IMAGE_TOKENS)
-        for j, n in enumerate(TOKENS)
-    ]
-    found = [Check(name, x, True) for x in pairs for name in attention]
-    found += [Check(name, case(m, 77, 64, torch.float16), True) for m in IMAGE_TOKENS for name in sorted(others)]
-    product = itertools.product(WIDTHS, DTYPES, TOKENS, IMAGE_TOKENS)
-    return found + [Check(name, case(m, n, d, dtype), False) for d, dtype, n, m in product for name in attention]
+        small = kernel_cases.Case(16, 9, 8, ids=((3, 5),), pinned=((0,),))
+        return [Check(name, small, False) for name in kernel_cases.ATTENTION]
+    found = [Check(name, _case(m), True) for m in IMAGE_TOKENS for name in kernel_cases.OPERATIONS]
+    return found + [Check(x, _case(63, dtype=t), False) for x in kernel_cases.OPERATIONS for t in (BFLOAT, SINGLE)]
 
 
-def recorded_checks() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What the checks launch, for compiling it: sizes that make other kernels, once each."""
-    kernel_cases = _cases()
-    sizes = {256: 64, 1024: 64, 4096: 64}, {333: 154, 512: 154}
+@functools.cache
+def further_checks(tiny: bool = False) -> list[Check]:
+    """List the gradients of attention at every other length of the text, width and dtype."""
+    if tiny:
+        return []
+    places = [_case(63, n=n) for n in TOKENS if n != 77]
+    places += [_case(64, d=d) for d in WIDTHS if d != 64]
+    places += [_case(63, dtype=BFLOAT), _case(63, dtype=SINGLE), _case(64, d=160, dtype=SINGLE)]
+    return [Check(name, case, True) for case in places for name in _cases().ATTENTION]
 
-    def launch(check: Check) -> None:
-        tensors = check.case.tensors()
-        if not check.backward:
-            kernel_cases.run_triton(check.name, check.case, tensors)
-            return
-        outputs = kernel_cases.OPERATIONS[check.name].run(check.case, "reference", tensors)
-        kernel_cases.triton_gradients(check.name, check.case, tensors, kernel_cases.upstream(outputs))
 
-    small = (
-        x._replace(case=replace(x.case, m=sizes[0].get(x.case.m, x.case.m), n=sizes[1].get(x.case.n, x.case.n)))
-        if x.name in kernel_cases.ATTENTION
-        else x
-        for x in checks()
-    )
-    for check in dict.fromkeys(small):
-        yield check.name, partial(launch, check)
+@functools.lru_cache(maxsize=1)
+def _tensors(case: Any) -> Any:
+    return case.tensors()
+
+
+def launch(check: Check) -> None:
+    """Launch what a check launches."""
+    kernel_cases, tensors = _cases(), _tensors(check.case)
+    if check.backward:
+        with torch.enable_grad():
+            grads = kernel_cases.upstream(kernel_cases.OPERATIONS[check.name].run(check.case, "reference", tensors))
+            kernel_cases.triton_gradients(check.name, check.case, tensors, grads)
+    else:
+        kernel_cases.run_triton(check.name, check.case, tensors)
+
+
+def run(check: Check) -> None:
+    """Raise AssertionError unless outputs, and gradients where they are asked for, are right."""
+    kernel_cases, (name, case, backward) = _cases(), check
+    tensors = _tensors(case)
+    with _poisoned():
+        with torch.no_grad():
+            outputs = kernel_cases.run_triton(name, case, tensors)
+        kernel_cases.assert_all_right(name, case, outputs, tensors)
+        if backward:
+            with torch.enable_grad():
+                grads = kernel_cases.upstream(outputs)
+                found = kernel_cases.triton_gradients(name, case, tensors, grads)
+                kernel_cases.assert_all_right(name, case, found, tensors, grads)
 
 
 @contextmanager
 def _poisoned() -> Iterator[None]:
-    """Uninitialised memory is NaN."""
+    """Fill uninitialised memory with NaN."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     deterministic: Any = torch.utils.deterministic
     filled = deterministic.fill_uninitialized_memory
@@ -111,32 +123,18 @@ def _poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def run(planned: list[Check], until: float) -> Outcome:
-    """Run the checks until `time.monotonic()` is `until`."""
-    kernel_cases = _cases()
-    failures, done = [], 0
-    tensors: dict[Any, Any] = {}
-    with _poisoned():
-        for name, case, backward in planned:
-            if time.monotonic() > until:
-                break
-            if case not in tensors:
-                tensors = {case: case.tensors()}
-            try:
-                _check(kernel_cases, name, case, backward, tensors[case])
-            except Exception as error:
-                failures.append(f"{name}, {case}: {type(error).__name__}: {str(error)[:300]}")
-            done += 1
-    return Outcome(len(planned), done, failures)
+def sanitized() -> list[Check]:
+    """List some of the first checks, of as many operations, at a grid that fills no tile."""
+    found = [check for check in first_checks() if check.case.m == 63 and check.backward]
+    return found[:SANITIZED]
 
 
-def _check(kernel_cases: Any, name: str, case: Any, backward: bool, tensors: Any) -> None:
-    with torch.no_grad():
-        outputs = kernel_cases.run_triton(name, case, tensors)
-    kernel_cases.assert_all_right(name, case, outputs, tensors)
-    if not backward:
-        return
-    with torch.enable_grad():
-        grads = kernel_cases.upstream(outputs)
-        found = kernel_cases.triton_gradients(name, case, tensors, grads)
-        kernel_cases.assert_all_right(name, case, found, tensors, grads)
+def main() -> None:
+    for check in sanitized():
+        print(CASE + check.name, flush=True)
+        launch(check)
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,316 +1,253 @@
-"""The kernels on the GPU at hand: right over the whole grid of shapes, then timed against their rivals in the same run.
+"""The kernels on the GPU at hand: right, then timed against their rivals, then tuned.
 
-    python bench/gpu.py                       everything, within --budget-seconds (440); a bare checkout with torch and
-                                              triton will do
-    python bench/gpu.py --quick               fewer shapes, no rival that torch.compile makes
-    python bench/gpu.py --only NAME           operations whose name contains NAME; no correctness
-    python bench/gpu.py --dtype TYPE --model NAME
-                                              comparisons of one dtype, or of layers whose model contains NAME
-    TRITON_INTERPRET=1 python bench/gpu.py --dry-run --results FILE
-                                              the same on tiny shapes on a CPU, to see that all of it runs
+    python bench/gpu.py --one-shot       all of it within --seconds (530), what matters most first
+    python bench/gpu.py                  comparisons alone
+    python bench/gpu.py --only NAME      of the operations whose name contains NAME, with or without --one-shot
+    TRITON_INTERPRET=1 python bench/gpu.py --one-shot --dry-run --results FILE
+                                         the same on tiny shapes on a CPU, to see that all of it runs
 
-Every measurement is appended to bench/results/<gpu>.jsonl when it is made, so a run that is killed keeps what it has.
-How the aims were met, and what the budget did not reach, stands at the end.
+A bare checkout with torch and triton will do. Compiling takes the first minutes, unless --cache names the folder that
+bench/precompile.py filled before. Every row is in bench/results/<gpu>.jsonl as soon as it is measured, so a run that is
+killed keeps what it has; what crashes or hangs costs its own rows only (bench/stages.py). The tuned configurations are
+in kernels/configs/<gpu>.json, rewritten after every kernel. How the aims were met, and what the time did not reach,
+stands at the end.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
+import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import correctness
-import peers
-import torch
+import children
+import contest
+import precompile
+import stages
+import tune
 from attnctl_fast.kernels import _launch
 from checkout import RESULTS, git_state
-from registry import OPERATIONS, Comparison, comparison
-from shapes import LARGE, LAYERS, REGULATED, SMALL, TINY, Layer
-from timing import Clock, Run, first_line
-
-from attnctl_fast._report import versions
-
-Record = dict[str, Any]
-# The kernels, on a GPU or interpreted.
-OURS = "triton"
-DTYPES = ("float16", "bfloat16")
-FORWARD = ("attention", "target_statistics", "merge_targets", "biased_attention", "regulated_attention")
+from contest import Task
+from plan import rivals, tasks
+from registry import OPERATIONS
+from rows import Log
+from stages import Item, Row
+from timing import first_line
 
 
-class Task(NamedTuple):
-    """One comparison to be made; `compiled`: with the rivals that torch.compile makes."""
+class Program:
+    """What is measured, stage by stage. It must not touch the GPU itself: its children are forked."""
 
-    operation: str
-    layer: Layer
-    dtype: torch.dtype
-    compiled: bool = False
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.dry: bool = arguments.dry_run
+        self.only: str = arguments.only
+        self.cache: Path = arguments.cache
+        self.results: Path | None = arguments.results
+        self.commit: str | None = arguments.commit
+        self.start = self.until = time.monotonic()
+        self.finish = self.start + arguments.seconds
+        self.log = Log(None, {})
+        self.found: dict[str, list[tune.Found]] = {}
+        self.about: Row = {}
+        self.checks: dict[str, list[Row]] = {}
+        self.unreached: list[str] = []
 
+    def one_shot(self) -> None:
+        if not self.device():
+            return
+        self.kernels()
+        self.stage("checks", 60, self.checking("first"))
+        first, rest = (self.chosen(part) for part in tasks(self.dry))
+        self.stage("times", 75, self.timing(first))
+        kernels = [x for x in tune.FIRST if any(map(self.asked, tune.JUDGED_BY[x]))]
+        self.stage("tuning", 170, [self.tuning(kernel) for kernel in kernels[: 2 if self.dry else None]])
+        if self._tuned():
+            self.stage("times, tuned", 60, self.timing(first))
+        self.stage("compiled rivals", 80, self.timing(self.chosen(rivals(self.dry)), 40))
+        self.stage("memory", 40, [] if self.dry else [Item({"kind": "memory"}, children.sanitize, 40)])
+        self.stage("further", self.finish, [*self.checking("further"), *self.timing(rest)])
 
-def tasks(quick: bool) -> list[Task]:
-    """All comparisons, the most important first: the aims; every operation at two shapes; all shapes in float16 for
-    one image, then four; bfloat16. Classifier-free guidance doubles the batch of plain attention; regulation runs on
-    the conditional half."""
-    half, bfloat = torch.float16, torch.bfloat16
+    def comparisons(self) -> None:
+        if not self.device():
+            return
+        self.stage("times", self.finish, [x for part in tasks(self.dry) for x in self.timing(self.chosen(part))])
 
-    def batched(operation: str, layer: Layer, images: int) -> Layer:
-        return layer._replace(batch=images * (2 if operation == "attention" else 1))
+    def asked(self, operation: str) -> bool:
+        return self.only in operation
 
-    found = [Task("regulate", layer, half, True) for layer in (SMALL, LARGE)]
-    found += [Task("regulated_layer", layer, half, layer == SMALL) for layer in (SMALL, LARGE)]
-    found += [Task("attention", batched("attention", layer, 1), half) for layer in LAYERS]
-    for layer in (SMALL, LARGE):
-        found += [Task(x, batched(x, layer, 1), half, layer == SMALL) for x in OPERATIONS]
-    if not quick:
-        every = [(x, layer) for layer in LAYERS for x in FORWARD]
-        every += [(x, layer) for layer in REGULATED for x in ("regulate", "regulated_layer")]
-        found += [Task(x, batched(x, layer, images), half) for images in (1, 4) for x, layer in every]
-        found += [Task(x, batched(x, layer, images), bfloat) for images in (1, 4) for x, layer in every if x in FORWARD]
-    order = dict.fromkeys(t._replace(compiled=False) for t in found)
-    compiled = {t._replace(compiled=False) for t in found if t.compiled and not quick}
-    return [t._replace(compiled=t in compiled) for t in order]
+    def chosen(self, planned: Sequence[Task]) -> list[Task]:
+        return [task for task in planned if self.asked(task.operation)]
 
+    def stage(self, name: str, seconds: float, items: Sequence[Item]) -> int:
+        """Run items until the seconds of this stage, and what those before have left over, are used up.
 
-class Bench:
-    """Measures comparisons and writes what it measures."""
+        Returns:
+            The number of kernels that it had to compile.
+        """
+        self.until = min(self.until + seconds, self.finish)
+        outcome = stages.run(items, self.until, self.write, partial(children.synchronise, self.dry))
+        done = len(items) - len(outcome.left)
+        self.write(
+            {
+                "kind": "stage",
+                "stage": name,
+                "done": done,
+                "planned": len(items),
+                "seconds": round(outcome.seconds, 1),
+                "compiled": outcome.compiled,
+            }
+        )
+        self.unreached += [f"{name}: {_name(item.row)}" for item in outcome.left]
+        return outcome.compiled
 
-    def __init__(self, device: torch.device, results: Path | None) -> None:
-        self.clock = Clock(device)
-        self.results = results
-        self.records: list[Record] = []
-        self.bandwidth = self.clock.copy_bandwidth()
-        self.settings = {
-            "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
-            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none (dry run)",
-            "git": git_state(),
-            "versions": versions(),
-            "copy_gb_per_s": self.bandwidth / 1e9,
-        }
+    def write(self, row: Row) -> None:
+        """Put a row into the file; from some, learn what this process may not ask the GPU."""
+        kind = row["kind"]
+        if kind == "plan":
+            self.checks = row["checks"]
+            return
+        if kind == "device" and "failed" not in row:
+            self._identify(row)
+        if kind == "time":
+            row["tuned"] = self._tuned()
+        self.log.write(row)
+        print(_line(row), flush=True)
+        if kind == "tuned" and "failed" not in row:
+            self._keep(row["kernel"], tune.Found(row["sizes"], row["config"], row["ratio"]))
 
-    def write(self, record: Record) -> None:
-        self.records.append(record)
-        if self.results is not None:
-            self.results.parent.mkdir(parents=True, exist_ok=True)
-            with self.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**self.settings, **record}) + "\n")
+    def _keep(self, kernel: str, found: tune.Found) -> None:
+        """Write the tables with another configuration, or a row that says why it cannot stand in one."""
+        known = self.found.get(kernel, [])
+        self.found[kernel] = [*known, found]
+        try:
+            for path in self._tables():
+                tune.write_table(path, self.found, self.about)
+        except ValueError as error:
+            self.found[kernel] = known
+            self.write({"kind": "tuned", "kernel": kernel, "failed": first_line(error)})
 
-    def first_call(self, operation: str, layer: Layer) -> None:
-        """Time the first call of the kernels, while no cache knows them."""
-        this = self._comparison(Task(operation, layer, torch.float16))
-        seconds = self.clock.first_call(this.contenders[OURS].build())
-        self.write({"op": this.op, "shape": layer.sizes, "dtype": "float16", "impl": OURS, "first_call_s": seconds})
-        print(f"first call of {this.op}: {seconds:.1f} s", flush=True)
+    def _identify(self, row: Row) -> None:
+        """Name the GPU in every row from now on, and in the name of the file."""
+        self.about = row.pop("about") | ({"git": self.commit} if self.commit else {})
+        common = {name: row.pop(name) for name in ("gpu", "versions", "copy_gb_per_s")}
+        common |= {"date": time.strftime("%Y-%m-%dT%H:%M:%S"), "git": self.commit or git_state()}
+        if self.results is None and not self.dry:
+            self.results = RESULTS / f"{_launch.device_slug(common['gpu'])}.jsonl"
+        self.log = Log(self.results, common)
 
-    def _comparison(self, task: Task) -> Comparison:
-        torch.compiler.reset()
-        compile = partial(torch.compile, dynamic=False) if self.clock.on_gpu else peers.uncompiled
-        return comparison(task.operation, task.layer, task.dtype, self.clock.device, compile)
+    def _tuned(self) -> bool:
+        """Say whether a configuration was found that is not the default one."""
+        return any(found.ratio < 1 for results in self.found.values() for found in results)
 
-    def measure(self, task: Task) -> None:
-        """Check every contender's result, then time those that are right, in turns."""
-        this = self._comparison(task)
-        base = {
-            "op": this.op,
-            "model": task.layer.model,
-            "shape": task.layer.sizes,
-            "dtype": str(task.dtype).removeprefix("torch."),
-        }
-        runs: dict[str, Run] = {}
-        found: dict[str, Record] = {}
-        for name, contender in this.contenders.items():
-            if contender.compiles and not task.compiled:
-                continue
-            record: Record = {**base, "impl": name}
-            try:
-                run = contender.build()
-                if contender.checked:
-                    self._check(this, run(), record)
-                record["peak_mb"] = self.clock.peak_megabytes(run)
-                if name == OURS:
-                    record["launches"] = launches(run)
-                runs[name] = run
-            except Exception as error:
-                record["failed"] = first_line(error)
-            found[name] = record
-        self._time(this, runs, found)
-        for record in found.values():
-            self.write(record)
-            print(line(record), flush=True)
+    def _tables(self) -> list[Path]:
+        """List where the tuned table goes: where the kernels look for it, and beside results that lie elsewhere."""
+        name = f"{_launch.device_slug(self.about['gpu'])}.json"
+        shipped = [] if self.dry else [_launch.CONFIGS / name]
+        return shipped + ([self.results.parent / name] if self.results and self.results.parent != RESULTS else [])
 
-    def _check(self, this: Comparison, result: Any, record: Record) -> None:
-        record["max_error"], record["relative_error"] = this.errors(result)
-        this.judge(record["relative_error"])
+    def device(self) -> bool:
+        """Find out what there is to measure on; False if nothing."""
+        self.stage(
+            "device",
+            20,
+            [
+                Item({"kind": "plan"}, partial(children.plan_checks, self.dry)),
+                Item({"kind": "device"}, partial(children.describe, self.dry)),
+            ],
+        )
+        return "gpu" in self.log.common
 
-    def _time(self, this: Comparison, runs: dict[str, Run], found: dict[str, Record]) -> None:
-        graphs, uncaptured = self.clock.compare_graphs(runs)
-        cold = self.clock.compare_cold(runs)
-        for name, times in self.clock.compare(runs).items():
-            record = found[name]
-            record.update(times)
-            record["graph"] = graphs.get(name)
-            record["not_captured"] = uncaptured.get(name)
-            record["cold"] = cold.get(name)
-            record["host_us"] = self.clock.host(runs[name])
-            record["bytes"], record["flops"] = this.moved, this.flops
-            once = (cold.get(name) or times)["p50"]
-            record["bandwidth_share"] = this.moved / (1e-6 * once) / self.bandwidth
+    def kernels(self) -> None:
+        """Have every kernel in Triton's cache: from the folder, or compiled here by all cores."""
+        if self.dry:
+            return
+        items = [Item({"kind": "cache"}, children.prove, 60)]
+        if self.cache.is_dir():
+            items.insert(0, Item({"kind": "cache"}, partial(children.install, self.cache), 60))
+        compiled = self.stage("cache", 30, items)
+        if compiled or not any(row.get("installed") and not row["stale"] for row in self.log.rows):
+            target = next(row["target"] for row in self.log.rows if row["kind"] == "device")
+            table = _launch.device_slug(self.about["gpu"])
+            self.stage("compiling", 90, [Item({"kind": "cache"}, partial(children.compile_all, target, table), 90)])
 
+    def checking(self, part: str) -> list[Item]:
+        return [
+            Item(row, partial(children.check, self.dry, part, i)) for i, row in enumerate(self.checks.get(part, []))
+        ]
 
-def launches(run: Run) -> list[Record]:
-    """Kernel, grid and configuration of every launch."""
-    with _launch.recording() as recorded:
-        run()
-    return [{"kernel": x.kernel.__name__, "grid": list(x.grid), "config": x.config} for x in recorded]
+    def timing(self, chosen: Sequence[Task], seconds: float = 30) -> list[Item]:
+        bandwidth = 1e9 * self.log.common["copy_gb_per_s"]
+        return [Item(task.row, partial(children.measure, self.dry, task, bandwidth), seconds) for task in chosen]
 
+    def tuning(self, kernel: str) -> Item:
+        return Item({"kind": "tuned", "kernel": kernel}, partial(children.tune_kernel, self.dry, kernel), 60)
 
-def line(record: Record) -> str:
-    """A record as one line of text."""
-    where = f"{record['op']:38} {record['model']:9} {record['shape']:33} {record['dtype']:9} {record['impl']:22}"
-    if "failed" in record:
-        return f"{where} failed: {record['failed']}"
-    graph = f"{record['graph']['p50']:9.1f}" if record["graph"] else f"{'-':>9}"
-    host = "" if record["host_us"] is None else f" host {record['host_us']:7.1f}"
-    peak = "" if record["peak_mb"] is None else f" peak {record['peak_mb']:7.1f} MB"
-    error = f" error {record['relative_error']:.1e}" if "relative_error" in record else ""
-    return (
-        f"{where} {record['p50']:9.1f} us ({record['p20']:.1f} to {record['p80']:.1f}), graph {graph},{host}"
-        f" bandwidth {100 * record['bandwidth_share']:5.1f} %{peak}{error}"
-    )
-
-
-def best(record: Record) -> float:
-    """Microseconds, in a CUDA graph where that is faster."""
-    return min(record["p50"], record["graph"]["p50"]) if record["graph"] else record["p50"]
-
-
-def aims(records: Sequence[Record]) -> Iterator[str]:
-    """How the aims (README: what the kernels are to reach on an H200) were met, as far as they were measured."""
-    timed = [r for r in records if "p50" in r and r["dtype"] == "float16"]
-
-    def at(op: str, layer: Layer) -> dict[str, Record]:
-        return {r["impl"]: r for r in timed if (r["op"], r["model"], r["shape"]) == (op, layer.model, layer.sizes)}
-
-    def verdict(met: bool) -> str:
-        return "met" if met else "MISSED"
-
-    for layer in LAYERS:
-        found = at("attention", layer._replace(batch=2))
-        rivals = {name: best(r) for name, r in found.items() if name.startswith("SDPA")}
-        if OURS in found and rivals:
-            name = min(rivals, key=lambda x: rivals[x])
-            text = f"{best(found[OURS]):.1f} us, {name} {rivals[name]:.1f} us"
-            yield f"{verdict(best(found[OURS]) <= rivals[name])}: attention {layer.model} {layer.sizes}: {text}"
-    for layer, most in ((SMALL, 60), (LARGE, 200)):
-        found = at("regulate", layer)
-        if OURS in found:
-            took = best(found[OURS])
-            yield f"{verdict(took < most)}: solver at {layer.sizes}: {took:.1f} us, aim {most} us"
-    found = at("regulated_layer", SMALL)
-    if OURS in found:
-        ours = found[OURS]
-        if "plain layer" in found:
-            plain = found["plain layer"]
-            for how, extra in (("launched", ours["p50"] - plain["p50"]), ("in a CUDA graph", best(ours) - best(plain))):
-                yield f"{verdict(extra < 100)}: regulated layer, {how}: {extra:.1f} us over a plain one, aim 100 us"
-        if "published" in found:
-            times = found["published"]["p50"] / ours["p50"]
-            yield f"{verdict(times >= 100)}: regulated layer: {times:.0f} times faster than as published, aim 100"
-        stock = {name: best(found[name]) for name in ("eager", "torch.compile") if name in found}
-        if stock:
-            name = min(stock, key=lambda x: stock[x])
-            times = stock[name] / best(ours)
-            yield f"{verdict(times >= 5)}: regulated layer: {times:.1f} times faster than stock PyTorch ({name}), aim 5"
+    def summary(self) -> None:
+        rows = self.log.rows
+        print()
+        for kind, what in (("check", "checks right"), ("memory", "cases without a memory error")):
+            mine = [row for row in rows if row["kind"] == kind and "skipped" not in row]
+            wrong = [row for row in mine if "failed" in row]
+            if mine:
+                print(f"{len(mine) - len(wrong)} of {len(mine)} {what}")
+            print(*(f"  {_name(row)}: {row['failed']}" for row in wrong[:20]), sep="\n", end="\n" if wrong else "")
+        print(*contest.aims(rows), sep="\n")
+        if self.unreached:
+            print(f"{len(self.unreached)} not reached: {'; '.join(self.unreached)}"[:4000])
+        print(f"{time.monotonic() - self.start:.0f} s; results: {self.results}")
 
 
-def precompile(device: torch.device, seconds: float) -> str:
-    """Compile in a process without a GPU what the rest of the run launches; what it said last."""
-    from triton.runtime import driver
+def _name(row: Row) -> str:
+    """Name a row in few words."""
+    names = ("stage", "op", "kernel", "model", "shape", "dtype", "impl", "case")
+    return " ".join(str(row[name]) for name in names if row.get(name)) or row["kind"]
 
-    target = driver.active.get_current_target()
-    table = _launch.device_slug(torch.cuda.get_device_name(device))
-    script = Path(__file__).with_name("precompile.py")
-    given = [target.backend, target.arch, target.warp_size, table, os.cpu_count() or 1]
-    hidden = dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "")
-    command = [sys.executable, str(script), *map(str, given)]
-    try:
-        done = subprocess.run(command, env={**os.environ, **hidden}, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {seconds:.0f} s; the rest compiles when it is launched"
-    return (done.stdout if done.returncode == 0 else done.stderr)[-2000:].strip()
+
+def _line(row: Row) -> str:
+    """Write a row as one line of text."""
+    if row["kind"] == "time" and "impl" in row:
+        return contest.line(row)
+    said = f"{_name(row)} failed: {row['failed']}" if "failed" in row else _figures(row)
+    return f"{row['kind']}: {said}"
+
+
+def _figures(row: Row) -> str:
+    return ", ".join(f"{name} {value}" for name, value in row.items() if name not in ("kind", "case", "sizes"))
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Return 0, 1 if a check failed, 2 without a GPU, 130 when interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", default="", metavar="NAME")
-    parser.add_argument("--dtype", choices=DTYPES)
-    parser.add_argument("--model", default="", metavar="NAME")
-    parser.add_argument("--budget-seconds", type=float, default=440)
-    parser.add_argument("--results", type=Path, help="file to append to")
+    parser.add_argument("--one-shot", action="store_true", help="check, time and tune")
+    parser.add_argument("--only", default="", metavar="NAME", help="operations whose name contains NAME")
+    parser.add_argument("--seconds", type=float, default=530, help="of the whole run; default: 530")
+    parser.add_argument("--cache", type=Path, default=precompile.FOLDER, metavar="DIR", help=precompile.HELP)
+    parser.add_argument("--results", type=Path, metavar="FILE", help="file to append to")
     parser.add_argument("--commit", help="what to write as the commit where there is no git")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args(argv)
-    dry = arguments.dry_run
-    if dry and not _launch.INTERPRETED:
+    if arguments.dry_run and not _launch.INTERPRETED:
         parser.error("--dry-run runs the kernels in Triton's interpreter: set TRITON_INTERPRET=1")
-    if not dry and (_launch.INTERPRETED or not torch.cuda.is_available()):
-        parser.error("no GPU that PyTorch sees, or TRITON_INTERPRET is set; --dry-run runs on a CPU")
-
-    start = time.monotonic()
-    end = start + arguments.budget_seconds
-    device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
-    results = arguments.results
-    if results is None and not dry:
-        results = RESULTS / f"{_launch.device_slug(torch.cuda.get_device_name(device))}.jsonl"
-    planned = [Task(name, TINY, torch.float32, True) for name in OPERATIONS] if dry else tasks(arguments.quick)
-    planned = [
-        task
-        for task in planned
-        if arguments.only in task.operation
-        and arguments.model.lower() in task.layer.model.lower()
-        and str(task.dtype).endswith(f".{arguments.dtype}" if arguments.dtype else "")
-    ]
-    if not planned:
-        parser.error("nothing is planned that --only, --model and --dtype all allow; --help says what they choose")
-    wrong = 0
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        # A cache of its own, so that first calls compile.
-        os.environ["TRITON_CACHE_DIR"] = folder
-        bench = Bench(device, results)
-        if arguments.commit:
-            bench.settings["git"] = arguments.commit
-        print(f"{bench.settings['gpu']}, copy {bench.bandwidth / 1e9:.0f} GB/s", flush=True)
-        if not arguments.only:
-            for name in () if dry else ("attention", "regulate", "regulated_layer", "biased_attention"):
-                bench.first_call(name, SMALL)
-            if not dry:
-                print(precompile(device, arguments.budget_seconds / 3), f"{time.monotonic() - start:.0f} s", flush=True)
-            outcome = correctness.run(correctness.checks(tiny=dry), start + 0.6 * arguments.budget_seconds)
-            wrong = len(outcome.failures)
-            bench.write({"op": "correctness", **outcome._asdict()})
-            print(f"correctness: {outcome.done} of {outcome.planned} checks, {wrong} failed", flush=True)
-            print(*outcome.failures[:20], sep="\n", flush=True)
-        left = list(planned)
-        while left and time.monotonic() < end:
-            try:
-                bench.measure(left[0])
-            except Exception as error:
-                bench.write({"op": left[0].operation, "shape": left[0].layer.sizes, "failed": first_line(error)})
-                print(f"{left[0].operation} {left[0].layer.sizes} failed: {first_line(error)}", flush=True)
-            left.pop(0)
-    print(*aims(bench.records), sep="\n")
-    if left:
-        names = ", ".join(f"{t.operation} {t.layer.sizes} {str(t.dtype).removeprefix('torch.')}" for t in left)
-        print(f"not reached within {arguments.budget_seconds:.0f} s: {len(left)} of {len(planned)}: {names}")
-    print(f"{time.monotonic() - start:.0f} s; results: {results}")
-    return 1 if wrong else 0
+    if not any(arguments.only in name for name in OPERATIONS):
+        parser.error(f"--only {arguments.only!r} is in the name of no operation; there are {', '.join(OPERATIONS)}")
+    program, status = Program(arguments), 0
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        program.one_shot() if arguments.one_shot else program.comparisons()
+    except KeyboardInterrupt:
+        status = 130
+    if "gpu" not in program.log.common:
+        return status or 2
+    program.summary()
+    return status or int(any("failed" in row for row in program.log.rows if row["kind"] == "check"))
 
 
 if __name__ == "__main__":

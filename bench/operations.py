@@ -11,6 +11,8 @@ measured.
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import NamedTuple
 
 import peers
 import torch
-from checkout import RESULTS
+from checkout import RESULTS, ROOT
 from cpu import Effort, Times, compare
 from registry import OPERATIONS, comparison, ours
 from rows import Log, Row, stamp
@@ -73,11 +75,11 @@ SHAPES: dict[str, Callable[[], Iterator[Case]]] = {"small": small, "default": de
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--only", default="", metavar="NAME", help="operations whose name contains NAME")
-    made.add_argument("--dtype", choices=DTYPES, help="default: float32; on a GPU float16 and bfloat16")
+    made.add_argument("--dtype", choices=DTYPES, help="on a CPU; default: float32")
     made.add_argument(
-        "--shapes", metavar="CHOICE", help="small, default, all (on a CPU), or layers whose model contains CHOICE"
+        "--shapes", metavar="CHOICE", help="on a CPU: small, default, all, or layers whose model contains CHOICE"
     )
-    made.add_argument("--quick", action="store_true", help="about a minute: small shapes, one short turn")
+    made.add_argument("--quick", action="store_true", help="on a CPU: about a minute, small shapes, one short turn")
     made.add_argument("--compile", action="store_true", help="on a CPU, with the rivals that torch.compile makes")
     made.add_argument(
         "--results", type=Path, metavar="FILE", help="default: in bench/results, ops_cpu.jsonl or <gpu>.jsonl"
@@ -137,25 +139,13 @@ def cases(only: str, shapes: str) -> list[Case]:
 
 
 def _on_gpu(arguments: argparse.Namespace) -> int:
-    import gpu
-
-    if arguments.dtype not in (None, *gpu.DTYPES):
-        raise ValueError(f"--dtype {arguments.dtype}: on a GPU there are {' and '.join(gpu.DTYPES)}")
-    shapes = arguments.shapes or ""
-    if shapes == "all":
-        raise ValueError(
-            "--shapes all: a GPU has a plan of its own; leave --shapes out, or give part of a model's name"
-        )
-    if arguments.compile:
-        raise ValueError(
-            "--compile: without --quick, a GPU's plan has the rivals that torch.compile makes; leave it out"
-        )
+    """In a process of its own: bench/gpu.py must be the first to touch the GPU."""
+    for name in ("dtype", "shapes", "quick", "compile"):
+        if getattr(arguments, name):
+            raise ValueError(f"--{name}: a GPU has a plan of its own; leave it out, or choose by --only")
     given = ["--only", arguments.only]
-    given += ["--quick"] if arguments.quick or shapes == "small" else []
     given += ["--results", str(arguments.results)] if arguments.results else []
-    given += ["--dtype", arguments.dtype] if arguments.dtype else []
-    given += [] if shapes in SHAPES else ["--model", shapes]
-    return gpu.main(given)
+    return subprocess.run([sys.executable, str(ROOT / "bench" / "gpu.py"), *given]).returncode
 
 
 def measure(case: Case, dtype: torch.dtype, effort: Effort, compiled: bool = False) -> list[Row]:

@@ -2,6 +2,7 @@
 
     python bench/run.py overhead                 the default of this device
     python bench/run.py overhead --arch sdxl --size 512 --methods TSAM SynGen
+    python bench/run.py overhead --seconds 280   as many turns as fit
 
 published: as the authors' code does it, written from the equations with the structure of the released code. diffusers:
 its own pipeline, where it has the method. stock: the best that PyTorch does without kernels of one's own. ours: the
@@ -14,6 +15,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -35,6 +37,7 @@ import torch
 from checkout import RESULTS
 from memory import peak_megabytes
 from official import official_table
+from overhead_rows import last
 from overhead_table import overhead_table
 from rows import Log, Row, stamp
 from sampling import Drawn, Form, Setting, call
@@ -60,6 +63,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"size": 512, "steps": 50, "dtype": "float16", "turns": 2},
 }
 DEFAULT_ARCH = "sd2"
+# Where the time decides.
+MOST_TURNS = 1000
 # As released, these are not compiled: they put Python in front of every layer.
 NEVER_COMPILED = ("published", "diffusers")
 # One UNet is compiled for the processors, batch sizes and weights of every form; an arm that exceeds this fails.
@@ -106,25 +111,48 @@ def arms(setting: Setting, methods: Sequence[str], forms: Sequence[str]) -> list
 
 
 def measure(
-    setting: Setting, plain: Arm, competing: Sequence[Sequence[Arm]], turns: int, progress: Callable[[str], None]
+    setting: Setting,
+    plain: Arm,
+    competing: Sequence[Sequence[Arm]],
+    turns: int,
+    progress: Callable[[str], None],
+    keep: Callable[[Sequence[Arm]], None],
+    until: float = math.inf,
 ) -> None:
     """Draw by every form of every method in turn, plain sampling beside each method; before that, without counting,
     once, or twice where the UNet is compiled: what one arm changes, others compile for anew. What fails does not
-    compete any more."""
+    compete any more. keep: is given each method's forms when they have drawn, also if they are interrupted. until: of
+    `time.monotonic()`; a method that would take longer, as it took before, is left out."""
+    start, forms = time.monotonic(), 1 + sum(map(len, competing))
+    tqdm.write(f"{forms} forms: first once without counting, {_short(setting).steps} steps each", file=sys.stderr)
     for _ in range(warm_ups(setting)):
         for arm in (plain, *chain(*competing)):
             _warm_up(arm, setting)
             progress(f"{arm.method}, {arm.form}")
+    taken = time.monotonic() - start
+    most = taken / warm_ups(setting) * setting.steps / _short(setting).steps
+    tqdm.write(f"warmed up in {taken:.0f} s; a turn takes at most about {most:.0f} s", file=sys.stderr)
     for turn in range(turns):
         forward = 1 if turn % 2 == 0 else -1
-        for group in competing[::forward]:
-            for arm in (plain, *group)[::forward]:
-                if arm.failed is None:
-                    _draw(arm, setting)
-                progress(f"{arm.method}, {arm.form}")
-            for arm in group:
-                if plain.failed is None and len(arm.plain) < len(arm.seconds):
-                    arm.plain.append(plain.seconds[-1])
+        start, drawn = time.monotonic(), 0
+        for group in competing:
+            last = [arm.seconds[-1] * setting.batch for arm in (plain, *group) if arm.seconds] if turn else []
+            if time.monotonic() + sum(last) > until:
+                continue
+            drawn += 1
+            try:
+                for arm in (plain, *group)[::forward]:
+                    if arm.failed is None:
+                        _draw(arm, setting)
+                    progress(f"{arm.method}, {arm.form}")
+                for arm in group:
+                    if plain.failed is None and len(arm.plain) < len(arm.seconds):
+                        arm.plain.append(plain.seconds[-1])
+            finally:
+                keep(group)
+        if not drawn:
+            break
+        tqdm.write(f"turn {turn + 1}: {drawn} methods in {time.monotonic() - start:.0f} s", file=sys.stderr)
 
 
 def warm_ups(setting: Setting) -> int:
@@ -150,9 +178,7 @@ def _draw(arm: Arm, setting: Setting) -> None:
 def _warm_up(arm: Arm, setting: Setting) -> None:
     """Where something compiles, by two edited steps and two plain ones, since one of each compiles less than others
     need. Finds the losses as well, which ours keeps to itself."""
-    compiles = setting.latents.device.type == "cuda" or setting.pipe.unet._compiled_call_impl is not None
-    steps, edited = (4, 2) if compiles else (1, 1)
-    short = replace(setting, steps=min(steps, setting.steps), edited=min(edited, setting.edited))
+    short = _short(setting)
     try:
         with _as_released(arm, setting), ours.regulation_losses() as recorded:
             drawn = arm.draw(short)
@@ -160,6 +186,12 @@ def _warm_up(arm: Arm, setting: Setting) -> None:
             arm.losses = [float(losses.mean(2).amin(0).mean()) for losses in recorded or drawn.losses or ()]
     except Exception as error:
         arm.failed = first_line(error)
+
+
+def _short(setting: Setting) -> Setting:
+    compiles = setting.latents.device.type == "cuda" or setting.pipe.unet._compiled_call_impl is not None
+    steps, edited = (4, 2) if compiles else (1, 1)
+    return replace(setting, steps=min(steps, setting.steps), edited=min(edited, setting.edited))
 
 
 @contextmanager
@@ -235,6 +267,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, default=1, help="pictures at once; default: 1")
     made.add_argument("--compile", action="store_true", help="compile the UNet in place before all forms")
     made.add_argument("--turns", type=int, help="how often every form draws; default: 1 on a CPU, else 2")
+    made.add_argument("--seconds", type=float, help="instead of --turns: as many as fit, the first methods first")
     made.add_argument("--device", default="auto", help="torch device; default: a GPU if there is one")
     made.add_argument(
         "--official-dir",
@@ -248,6 +281,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    until = math.inf if arguments.seconds is None else time.monotonic() + arguments.seconds
     require_extra()
     device = device_named(arguments.device)
     complete(arguments, device)
@@ -262,10 +296,10 @@ def run(arguments: argparse.Namespace) -> int:
     competing = arms(setting, arguments.methods, arguments.forms)
     with compilation(arguments.compile):
         try:
-            compete(setting, competing, arguments.turns, log)
+            compete(setting, competing, arguments.turns, log, until)
             official.measure(arguments.official_dir, log, arguments.turns, device=device)
         finally:
-            show(log.rows, as_json=arguments.json)
+            show(last(log.rows), as_json=arguments.json)
     return 0
 
 
@@ -273,21 +307,24 @@ def compilation(on: bool) -> Any:
     return torch._dynamo.config.patch(RECOMPILATIONS) if on else nullcontext()
 
 
-def compete(setting: Setting, competing: Sequence[Sequence[Arm]], turns: int, log: Log) -> None:
-    """`measure` with a progress bar; what was measured is written even if it is interrupted."""
+def compete(
+    setting: Setting, competing: Sequence[Sequence[Arm]], turns: int, log: Log, until: float = math.inf
+) -> None:
+    """`measure` with a progress bar. A method's rows are written after each of its turns, so the last ones count."""
     plain, count = plain_arm(), sum(map(len, competing))
+    turns = turns if until == math.inf else MOST_TURNS
     total = warm_ups(setting) * (1 + count) + turns * (count + len(competing))
-    with tqdm(total=total, unit="image", dynamic_ncols=True) as bar:
+    with tqdm(total=None if until < math.inf else total, unit="image", dynamic_ncols=True) as bar:
 
         def progress(name: str) -> None:
             bar.set_postfix_str(name, refresh=False)
             bar.update()
 
-        try:
-            measure(setting, plain, competing, turns, progress)
-        finally:
-            for row in rows(plain, competing):
+        def keep(group: Sequence[Arm]) -> None:
+            for row in rows(plain, [group]):
                 log.write(row)
+
+        measure(setting, plain, competing, turns, progress, keep, until)
 
 
 def show(written: Sequence[Row], *, as_json: bool) -> None:

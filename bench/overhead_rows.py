@@ -12,6 +12,16 @@ FORMS = ("published", "diffusers", "stock", "ours")
 SETTING = ("arch", "size", "steps", "edited", "dtype", "batch", "compile", "threads")
 
 
+def last(rows: Iterable[Row]) -> list[Row]:
+    """Return the last row of every form of a method in a run, which holds all its turns; other rows as they are."""
+    found: dict[Any, Row] = {}
+    for row in rows:
+        own = row["kind"] == "overhead"
+        key = (row["run"], device(row), *(row[name] for name in (*SETTING, "method", "form"))) if own else id(row)
+        found[key] = row
+    return list(found.values())
+
+
 def newest(rows: Iterable[Row]) -> list[Row]:
     """The last row of every form of a method in every setting."""
     found: dict[tuple[Any, ...], Row] = {}
@@ -32,7 +42,7 @@ def select_overhead(rows: Iterable[Row]) -> list[Row]:
     """The run with most forms of methods; among equals a GPU's, then the nearest to the setting of the papers, then the
     newest."""
     runs: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
+    for row in last(rows):
         runs.setdefault((row["run"], device(row), *(row[name] for name in SETTING)), []).append(row)
 
     def rank(run: list[Row]) -> tuple[Any, ...]:

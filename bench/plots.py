@@ -95,7 +95,7 @@ def load(folder: Path) -> Results:
 
 def _of_an_operation(row: Row, path: Path) -> bool:
     timed = "impl" in row and ("median" in row or "p50" in row)
-    return (path.name.startswith("ops_") or "gpu" in row) and "op" in row and (timed or "failed" in row)
+    return (path.name.startswith("ops_") or row.get("kind") == "time") and "op" in row and (timed or "failed" in row)
 
 
 def figure(name: str, rows: Sequence[Row]) -> Figure:

@@ -1,43 +1,81 @@
-"""Compiles in parallel, into Triton's cache, what bench/gpu.py will launch; it starts this in a process without a GPU.
+"""Compiles, without a GPU, what bench/gpu.py --one-shot launches, into a folder that can travel to one.
 
-    python bench/precompile.py BACKEND ARCHITECTURE WARP_SIZE TABLE PROCESSES
+    python bench/precompile.py [--cache DIR] [--target sm_90] [--processes N]
+    python bench/precompile.py --install [--cache DIR]    on the GPU's machine: hand them to Triton, for other commands
 
-Its own kernels would be compiled one after the other, each when it is first launched.
+What the folder has already stays; what is of other sources or of another Triton goes. Use the Triton that the GPU's
+machine has; its Python may be another.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
 
+import archive
+import plan
 import torch
 from attnctl_fast.kernels import _launch
-from compiled import Cases, Job, in_parallel, recorded
-from correctness import recorded_checks
-from shapes import LAYERS, REGULATED, attention_cases, solver_cases
+from checkout import ROOT
+from compiled import TARGETS, in_parallel
 from triton.backends.compiler import GPUTarget
 
-
-def cases() -> Cases:
-    """What is timed first, then what is checked."""
-    found = [case for layer in REGULATED for case in solver_cases(layer).items()]
-    for dtype in (torch.float16, torch.bfloat16):
-        found += [case for layer in LAYERS for case in attention_cases(layer, dtype).items()]
-    return [*found, *recorded_checks()]
+FOLDER = ROOT / "out" / "kernels"
+HELP = "folder of compiled kernels, which bench/precompile.py fills; default: out/kernels"
 
 
-def main() -> None:
-    backend, architecture, warp_size, table, processes = sys.argv[1:]
-    gpu = GPUTarget(backend, int(architecture) if architecture.isdigit() else architecture, int(warp_size))
+def jobs(gpu: GPUTarget, table: _launch.Table | None) -> tuple[list[archive.Named], list[str]]:
+    """Return every kernel that the one shot launches, and the errors of what could not be recorded."""
+    # On a CPU: many small operations, which threads only slow down.
+    torch.set_num_threads(1)
     errors: list[str] = []
-    rules = _launch.read_table(table) if (_launch.CONFIGS / f"{table}.json").is_file() else None
-    jobs: dict[str, Job] = {}
-    for _, launch in recorded(cases(), rules, errors):
-        job = Job(launch, gpu)
-        jobs.setdefault(job.key, job)
-    for _, error in in_parallel([job.compile_only for job in jobs.values()], int(processes)):
-        errors += [error] if error else []
-    print(f"{len(jobs)} kernels compiled", *errors, sep="\n")
+    with torch.no_grad():
+        return archive.jobs(plan.cases(), gpu, table, errors), errors
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=FOLDER, metavar="DIR", help=HELP)
+    parser.add_argument("--target", choices=TARGETS, default="sm_90")
+    parser.add_argument("--table", help="the kernels/configs/TABLE.json that the GPU has, without .json")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--install", action="store_true", help="put what the folder holds into Triton's cache here")
+    arguments = parser.parse_args()
+    if _launch.INTERPRETED:
+        parser.error("TRITON_INTERPRET is set, and interpreted kernels are not compiled; unset it")
+    start = time.monotonic()
+    folder: Path = arguments.cache
+    if arguments.install:
+        print(*archive.install(folder, arguments.processes)._asdict().items())
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    table = _launch.read_table(arguments.table) if arguments.table else None
+    found, errors = jobs(TARGETS[arguments.target].gpu, table)
+    print(f"{len(found)} kernels recorded, {time.monotonic() - start:.0f} s", flush=True)
+    paths = {archive.path(folder, named.job): named for named in found}
+    for stale in set(archive.files(folder)) - set(paths):
+        stale.unlink()
+    before = archive.files(folder)
+    missing = [named for path, named in paths.items() if path not in before]
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        packing = [partial(archive.pack, named, folder) for named in missing]
+        for done, (_, error) in enumerate(in_parallel(packing, arguments.processes), 1):
+            errors += [error] if error else []
+            if done % 50 == 0:
+                print(f"{done} of {len(missing)} compiled, {time.monotonic() - start:.0f} s", flush=True)
+    kept = archive.files(folder)
+    size = sum(path.stat().st_size for path in kept)
+    print(*errors, sep="\n", end="\n" if errors else "")
+    print(f"{len(kept)} kernels in {folder}, {size / 1e6:.1f} MB; {len(kept) - len(before)} compiled now")
+    # Not every candidate for the tuner compiles.
+    return int(any(": tuning " not in error for error in errors))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,8 +1,8 @@
-"""Registers, spills, shared memory and code of every kernel at its shipped configurations, without a GPU.
+"""Registers, spills, shared memory, largest loop and code of every kernel at its shipped configurations, without a GPU.
 
     python bench/resources.py                   print the table
     python bench/resources.py --check           fail on any spill, on shared memory over a target's limit, and on growth
-                                                over bench/resources.json beyond `MARGINS`
+                                                over bench/resources.json, by the Triton of that, beyond `MARGINS`
     python bench/resources.py --update          rewrite bench/resources.json
     python bench/resources.py --only NAME       kernels or cases whose name contains NAME
     python bench/resources.py --script FILE     the launches that a Python file makes, instead of the shipped cases
@@ -25,15 +25,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
 
+import checkout
 import triton
 from attnctl_fast.kernels import _launch
-from checkout import ROOT
 from compiled import TARGETS, Cases, Job, Resources, in_parallel, recorded
 from shapes import kernel_cases
 
-COMMITTED = ROOT / "bench" / "resources.json"
+COMMITTED = checkout.ROOT / "bench" / "resources.json"
+FIELDS = ["key", *(field.name for field in fields(Resources))]
 # How far a figure may rise over the committed one of the same Triton version: a share of it, and at least so much.
-MARGINS = {"registers": (0.10, 8), "shared": (0.10, 1024), "code": (0.25, 1024)}
+MARGINS = {"registers": (0.10, 8), "shared": (0.10, 1024), "loop": (0.10, 64), "code": (0.25, 1024)}
 # Target and name of a kernel at one configuration; its key and figures; the figures of many.
 Place = tuple[str, str]
 Entry = tuple[str, Resources]
@@ -89,10 +90,10 @@ def measure(
 
 
 def read_committed() -> tuple[str, dict[Place, Entry]]:
-    """Triton's version and the entries of resources.json."""
-    if not COMMITTED.is_file():
+    """Triton's version and the entries of resources.json; none where it is missing or holds other figures."""
+    content = json.loads(COMMITTED.read_text(encoding="utf-8")) if COMMITTED.is_file() else {}
+    if content.get("fields") != FIELDS:
         return "", {}
-    content = json.loads(COMMITTED.read_text(encoding="utf-8"))
     entries = {
         (target, name): (key, Resources(*figures))
         for target, kernels in content["kernels"].items()
@@ -111,8 +112,7 @@ def write_committed(figures: Figures, todo: dict[Place, Job]) -> None:
             if where == target
         ]
         targets.append(f'  "{target}": {{\n' + ",\n".join(lines) + "\n  }")
-    names = json.dumps(["key", *(field.name for field in fields(Resources))])
-    head = f'{{\n "triton": "{triton.__version__}",\n "fields": {names},\n "kernels": {{\n'
+    head = f'{{\n "triton": "{triton.__version__}",\n "fields": {json.dumps(FIELDS)},\n "kernels": {{\n'
     COMMITTED.write_text(head + ",\n".join(targets) + "\n }\n}\n", encoding="utf-8")
 
 
@@ -143,12 +143,11 @@ def grown(figures: Figures, committed: dict[Place, Entry]) -> Iterator[str]:
 def rows(figures: Figures) -> Iterator[str]:
     """The figures as a text table, the targets of a kernel under each other."""
     width = max((len(name) for _, name in figures), default=0)
-    yield f"{'':{width}} {'target':>7} {'registers':>9} {'spilled':>7} {'shared':>7} {'matrix':>6} {'code':>7}"
+    yield f"{'':{width}} {'target':>9}" + "".join(f" {field:>9}" for field in FIELDS[1:])
     for shown in dict.fromkeys(name for _, name in figures):
-        for (target, name), x in figures.items():
+        for (target, name), found in figures.items():
             if name == shown:
-                numbers = f"{x.registers:>9} {x.spilled:>7} {x.shared:>7} {x.matrix:>6} {x.code:>7}"
-                yield f"{name:{width}} {target:>7} {numbers}"
+                yield f"{name:{width}} {target:>9}" + "".join(f" {number:>9}" for number in astuple(found))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -180,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     errors += over_limits(figures)
     if arguments.update:
         write_committed(figures, todo)
+    elif not part and not version:
+        errors.append(f"{COMMITTED.name} is missing or holds other figures; run python bench/resources.py --update")
     elif not part and version == triton.__version__:
         errors += sorted(grown(figures, committed))
     for error in errors:

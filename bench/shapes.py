@@ -79,13 +79,15 @@ LAYERS = [
 REGULATED = [layer for layer in LAYERS if layer.image_tokens <= 4096]
 # Of the aims (B*H, M) = (20, 256) and (20, 1024).
 SMALL, LARGE = LAYERS[6], LAYERS[13]
+# The most image tokens that SD 2 has at 512 px.
+LARGEST = LAYERS[4]
 # To see that all of it runs.
 TINY = Layer("tiny", 2, (4, 4), 8, tokens=9, steps=2)
 
 _MOST = (
     *("regulated", "merge", "context", "context, masked", "step", "composed", "region"),
     *("plain, gradients", "statistics, gradients", "regulated, gradients"),
-    *("maps, all", "maps, gradients", "maps, query gradient"),
+    *("maps, all", "maps, gradients", "maps, query gradient", "maps and output, query gradient"),
 )
 _SOME = (
     "plain",
@@ -113,6 +115,7 @@ _ALL = (
     *("plain, gradients", "statistics, gradients", "biased, gradients", "regulated, gradients", "merge, gradients"),
     *("biased, bias gradient", "regulated, theta gradient"),
     *("maps, all", "maps, all, gradients", "maps, each head", "maps, gradients", "maps, query gradient"),
+    "maps and output, query gradient",
 )
 # What is compiled: every width, text length and dtype at the grid where the models have it, all forms at one of them,
 # and the widest heads that there may be. Kernels do not depend on batch, heads and, but for the solver, the grid.
@@ -130,9 +133,9 @@ _COMPILED = [
 ]
 _SOLVED = [
     *((Layer("", 8, (side, side), 64), ("official", "official, loss")) for side in (8, 16, 32, 64)),
-    *((Layer("", 8, (side, side), 64, targets=8), ("official", "official, loss")) for side in (16, 64)),
+    *((Layer("", 8, (side, side), 64, targets=8), ("official", "official, loss")) for side in (16, 32, 64)),
     (Layer("", 8, (16, 16), 64), ("paper", "paper, loss", "paper, all gradients", "basis")),
-    (Layer("", 8, (64, 64), 64), ("paper",)),
+    *((Layer("", 8, (side, side), 64), ("paper",)) for side in (32, 64)),
 ]
 
 
@@ -189,6 +192,10 @@ def attention_cases(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], 
         """As in the last layer that a loss of the maps reads."""
         return maps(q, k, v)[1]
 
+    def guided(q: Tensor) -> Any:
+        """As in the layers before it."""
+        return maps(q, k, v)
+
     def region(q: Tensor, k: Tensor, v: Tensor) -> Any:
         rows, columns = (torch.ones(layer.batch, x.shape[2], dtype=torch.int32) for x in (q, k))
         return ops.region_attention(q, k, v, rows, columns, rows.float(), impl="triton")
@@ -215,6 +222,7 @@ def attention_cases(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], 
         "step, weighted": partial(step, k, torch.ones(layer.batch, layer.tokens), "paper"),
         "maps, each head": partial(maps, q, k, v, ids, "none"),
         "maps, query gradient": partial(differentiated, guidance, q),
+        "maps and output, query gradient": partial(differentiated, guided, q),
         "biased, bias gradient": partial(differentiated, partial(biased, q, k, v), bias),
         "regulated, theta gradient": partial(differentiated, partial(regulated, q, k, v), theta),
     }

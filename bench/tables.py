@@ -219,18 +219,25 @@ def _stock(forms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def gpu_table(folder: Path) -> str:
     """The last run of bench/gpu.py on every GPU, float16, each as a Markdown table with its settings below."""
-    files = [path for path in sorted(folder.glob("*.jsonl")) if "gpu" in last_line(path)]
-    if not files:
+    runs = (_last_gpu_run(path) for path in sorted(folder.glob("*.jsonl")))
+    found = [_gpu_run(run) for run in runs if run]
+    if not found:
         return "No GPU was at hand yet, so there is no figure for one; `python bench/gpu.py` measures them."
-    return "\n\n".join(_gpu_run(path) for path in files)
+    return "\n\n".join(found)
 
 
-def _gpu_run(path: Path) -> str:
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    run = [line for line in lines if line["date"] == lines[-1]["date"]]
+def _last_gpu_run(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of the last run in a file of bench/gpu.py that timed anything; none of another file."""
+    rows = [row for row in read(path) if "gpu" in row]
+    last = max((row["date"] for row in rows if row["kind"] == "time"), default=None)
+    return [row for row in rows if row["date"] == last]
+
+
+def _gpu_run(run: list[dict[str, Any]]) -> str:
     groups: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for line in run:
-        if line.get("dtype") == "float16" and "p50" in line:
+        # What was timed again with the tuned configurations comes later.
+        if line["kind"] == "time" and line.get("dtype") == "float16" and "p50" in line:
             groups.setdefault((line["op"], line["model"], line["shape"]), {})[line["impl"]] = line
     header = [
         "",
@@ -259,8 +266,8 @@ def _gpu_run(path: Path) -> str:
         cells += [_microseconds(loop), f"{loop['p50'] / ours['p50']:.0f}"] if loop else ["", ""]
         rows.append(cells)
     last = run[-1]
-    checks = next((x for x in run if x["op"] == "correctness"), None)
-    right = f"{checks['done'] - len(checks['failures'])} of {checks['done']} checks right; " if checks else ""
+    checks = [row for row in run if row["kind"] == "check"]
+    right = f"{sum('failed' not in row for row in checks)} of {len(checks)} checks right; " if checks else ""
     lines = _lines(rows)
     lines += [
         "",

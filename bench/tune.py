@@ -1,6 +1,7 @@
 """Finds launch configurations for the GPU at hand and writes kernels/configs/<gpu>.json.
 
-    python bench/tune.py                    every kernel and shape that --budget-seconds (1500) allows
+    python bench/tune.py                    every kernel and shape that --budget-seconds (1500) allows; bench/gpu.py
+                                            --one-shot tunes the first of them
     python bench/tune.py --only NAME        kernels whose name contains NAME; the rules of others stay as they are
     TRITON_INTERPRET=1 python bench/tune.py --dry-run --output FILE
                                             two configurations on a tiny shape on a CPU, to see that all of it runs
@@ -13,23 +14,25 @@ rule where it is faster than the default by `MARGIN`, both timed in turns.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from archive import compile_jobs, jobs
 from attnctl_fast.kernels import _launch
 from checkout import git_state
-from compiled import Job, in_parallel
-from gpu import OURS
+from contest import OURS
 from registry import Comparison, comparison
-from shapes import LAYERS, TINY, Layer
+from shapes import LARGE, LARGEST, LAYERS, SMALL, TINY, Layer
 from timing import Clock, Run, first_line
 
 from attnctl_fast._report import versions
@@ -70,6 +73,7 @@ JUDGED_BY = {
     "region_attention_fwd": ("region_attention",),
     "select_fwd": ("regulate",),
     "gaussian_bias_fwd": ("gaussian_bias",),
+    "attention_bwd_short": ("attention_all",),
     "attention_bwd_rows": ("regulated_attention_all",),
     "attention_bwd_columns": ("regulated_attention_all",),
     "attention_bwd_special": ("regulated_attention_all",),
@@ -83,6 +87,17 @@ JUDGED_BY = {
     "similarity_fwd": ("similarity_loss",),
     "similarity_bwd": ("similarity_loss",),
 }
+
+
+# What bench/gpu.py --one-shot tunes, and where, in this order: the solver, whose candidates for larger grids take
+# minutes to compile, then what is furthest from its floor by estimate.
+FIRST: dict[str, tuple[Layer, ...]] = {
+    "regulate_fwd": (SMALL, LARGE),
+    **dict.fromkeys(("attention_fwd", "attention_maps_fwd", "context_gradient_fwd"), (SMALL, LARGE, LARGEST)),
+    **dict.fromkeys((name for name in JUDGED_BY if name.startswith("attention_bwd_")), (SMALL, LARGE, LARGEST)),
+}
+# Configurations that are timed at each place, and the gains that are put together, where not all are.
+CANDIDATES, TOGETHER = 8, 3
 
 
 class Found(NamedTuple):
@@ -131,7 +146,8 @@ class Tuner:
                 f"{kernel} is looked up with {len(sizes)} sets of sizes by {JUDGED_BY[kernel]}; name others"
             )
         self.sizes = sizes[0]
-        self.default = _launch.choose(_launch.read_table("default"), kernel, self.sizes)
+        use = _launch.choose(_launch.read_table("default"), kernel, self.sizes)
+        self.default = _launch.compiled_with(use, torch.version.hip is not None)
 
     def _run(self) -> None:
         for _, run in self._comparisons:
@@ -166,37 +182,38 @@ class Tuner:
         from triton.runtime import driver
 
         gpu = driver.active.get_current_target()
-        jobs: dict[str, Job] = {}
-        for config in configs:
-            try:
-                with _launch.recording() as launches:
-                    self._using(config)()
-            except Exception:
-                continue
-            jobs.update({job.key: job for job in (Job(launch, gpu) for launch in launches)})
-        for _ in in_parallel([job.compile_only for job in jobs.values()], os.cpu_count() or 1):
-            pass
+        errors: list[str] = []
+        compile_jobs(jobs([("", self._using(config)) for config in configs], gpu, None, errors), os.cpu_count() or 1)
 
-    def neighbours(self) -> list[Config]:
-        """The default with one setting changed."""
-        return [
-            within_registers({**self.default, name: value})
-            for name, was in self.default.items()
-            for value in VALUES[name]
-            if value != was and not (name == "maxnreg" and torch.version.hip)
-        ]
+    def candidates(self) -> list[Config]:
+        """List the default, then the default with one setting changed: the nearest value of every setting first."""
+        changed = []
+        for name, was in self.default.items():
+            if name == "maxnreg" and torch.version.hip:
+                continue
+            nearest = sorted((x for x in VALUES[name] if x != was), key=lambda x: abs(math.log2((x or 1) / (was or 1))))
+            changed += [(rank, {**self.default, name: value}) for rank, value in enumerate(nearest)]
+        ordered = [within_registers(config) for _, config in sorted(changed, key=lambda pair: pair[0])]
+        return [self.default, *(config for config in ordered if config != self.default)]
+
+    def launch(self, most: int) -> None:
+        """Launch what `search(most)` times first."""
+        for config in self.candidates()[:most]:
+            self._using(config)()
 
     def search(self, most: int | None = None) -> Found:
-        tried = [self.default, *self.neighbours()][:most]
+        """Find the best configuration; with `most`, among so many candidates and few combinations of them."""
+        tried = self.candidates()[:most]
         if self.clock.on_gpu:
             self._compile(tried)
         times = dict(zip(range(len(tried)), self._times(tried), strict=True))
-        best = self.default
-        for index in sorted(times, key=lambda i: times[i]):
-            if times[index] >= times[0]:
-                break
+        gains = [index for index in sorted(times, key=lambda i: times[i]) if times[index] < times[0]]
+        best = tried[gains[0]] if gains else self.default
+        for index in gains[1 : None if most is None else TOGETHER]:
             change = {name: value for name, value in tried[index].items() if value != self.default[name]}
             together = within_registers({**best, **change})
+            if self.clock.on_gpu:
+                self._compile([together])
             now, then = self._times([together, best])
             best = together if now < then else best
         if best == self.default:
@@ -232,29 +249,54 @@ def shapes() -> Iterator[tuple[Layer, torch.dtype]]:
             yield layer._replace(batch=2), dtype
 
 
-def tune(
-    clock: Clock, kernels: Sequence[str], places: Sequence[tuple[Layer, torch.dtype]], end: float, most: int | None
-) -> tuple[dict[str, list[Found]], list[str]]:
-    """What was found by kernel, and what failed or there was no time for."""
-    found: dict[str, list[Found]] = {}
-    skipped = []
-    for layer, dtype in places:
-        for kernel in kernels:
-            where = f"{kernel} {layer.model} {layer.sizes} {str(dtype).removeprefix('torch.')}"
-            if time.monotonic() > end:
-                skipped.append(where)
-                continue
-            try:
-                tuner = Tuner(clock, kernel, layer, dtype)
-                if any(x.sizes == tuner.sizes for x in found.get(kernel, [])):
-                    continue
-                result = tuner.search(most)
-            except Exception as error:
-                skipped.append(f"{where}: {first_line(error)}")
-                continue
-            found.setdefault(kernel, []).append(result)
-            print(f"{where}: {result.config}, {100 * (result.ratio - 1):+.1f} %", flush=True)
-    return found, skipped
+def tune_at(
+    clock: Clock, kernel: str, layer: Layer, dtype: torch.dtype, known: Sequence[Found], most: int | None = None
+) -> Found | None:
+    """Tune a kernel at one layer; None where `known` has the sizes that it is asked for there.
+
+    Raises:
+        Exception: whatever the kernel raises at its default configuration.
+    """
+    tuner = Tuner(clock, kernel, layer, dtype)
+    return None if any(x.sizes == tuner.sizes for x in known) else tuner.search(most)
+
+
+def write_table(path: Path, found: Mapping[str, Sequence[Found]], about: Mapping[str, Any]) -> int:
+    """Write the rules of what was found to a table, and keep its other kernels' rules. about: of the GPU and the run.
+
+    Returns:
+        The number of rules that differ from the default ones.
+    """
+    rules_of = json.loads(path.read_text(encoding="utf-8"))["rules"] if path.is_file() else {}
+    default, count = _launch.read_table("default"), 0
+    for kernel, results in found.items():
+        new = rules(results, default[kernel])
+        rules_of.pop(kernel, None)
+        rules_of |= {kernel: [*new, *default[kernel]]} if new else {}
+        count += len(new)
+    table = {**about, "margin": MARGIN, "rules": rules_of}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return count
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """Describe the GPU and the run for a table. target: as bench/resources.py names it, None without a GPU."""
+    on_gpu = device.type == "cuda"
+    return {
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else "none (dry run)",
+        "target": _target(device) if on_gpu else None,
+        "date": time.strftime("%Y-%m-%d"),
+        "git": git_state(),
+        "versions": {key: versions()[key] for key in ("torch", "triton")},
+    }
+
+
+def _target(device: torch.device) -> str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -271,43 +313,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("no GPU that PyTorch sees, or TRITON_INTERPRET is set; --dry-run runs on a CPU")
 
     device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
+    this, clock = about(device), Clock(device)
+    path = arguments.output or _launch.CONFIGS / f"{_launch.device_slug(this['gpu'])}.json"
     kernels = [name for name in JUDGED_BY if arguments.only in name]
     places = [(TINY, torch.float32)] if dry else list(shapes())
-    end = time.monotonic() + arguments.budget_seconds
+    end, count = time.monotonic() + arguments.budget_seconds, 0
+    found: dict[str, list[Found]] = {}
+    skipped = []
     with torch.no_grad():
-        found, skipped = tune(Clock(device), kernels, places, end, 2 if dry else None)
-
-    name = "none (dry run)" if dry else torch.cuda.get_device_name(device)
-    path = arguments.output or _launch.CONFIGS / f"{_launch.device_slug(name)}.json"
-    before = json.loads(path.read_text(encoding="utf-8"))["rules"] if path.is_file() else {}
-    default = _launch.read_table("default")
-    made = {kernel: rules(results, default[kernel]) for kernel, results in found.items()}
-    table: dict[str, Any] = {
-        "gpu": name,
-        "target": _target(),
-        "date": time.strftime("%Y-%m-%d"),
-        "git": git_state(),
-        "versions": {key: versions()[key] for key in ("torch", "triton")},
-        "margin": MARGIN,
-        "rules": before | {kernel: [*new, *default[kernel]] for kernel, new in made.items() if new},
-    }
-    for kernel in [kernel for kernel, new in made.items() if not new]:
-        table["rules"].pop(kernel, None)
-    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        for (layer, dtype), kernel in itertools.product(places, kernels):
+            where = f"{kernel} {layer.model} {layer.sizes} {str(dtype).removeprefix('torch.')}"
+            if time.monotonic() > end:
+                skipped.append(where)
+                continue
+            try:
+                result = tune_at(clock, kernel, layer, dtype, found.get(kernel, ()), 2 if dry else None)
+            except Exception as error:
+                skipped.append(f"{where}: {first_line(error)}")
+                continue
+            if result is not None:
+                found.setdefault(kernel, []).append(result)
+                count = write_table(path, found, this)
+                print(f"{where}: {result.config}, {100 * (result.ratio - 1):+.1f} %", flush=True)
     if skipped:
         print(f"failed, or not reached within {arguments.budget_seconds:.0f} s:", *skipped, sep="\n  ")
-    print(f"{sum(map(len, made.values()))} rules written to {path}")
+    print(f"{count} rules written to {path}")
     return 0
-
-
-def _target() -> str | None:
-    """The GPU's target as bench/resources.py names it; None without one."""
-    if not torch.cuda.is_available():
-        return None
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(0).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"
 
 
 if __name__ == "__main__":

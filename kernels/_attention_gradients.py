@@ -14,6 +14,7 @@ from ._tiles import (
     add_weighted,
     aligned,
     chunked_dots,
+    exp,
     finite_or_zero,
     is_named,
     load_ids,
@@ -55,10 +56,10 @@ def weights_and_gradient(
         rest = logits
         if SPECIAL:
             rest = tl.where(target, float("-inf"), logits)
-        weights = tl.exp(rest - lse)
+        weights = exp(rest - lse)
         grad = weights * (products - delta)
         if SQUARE:
-            share = tl.exp(logits - plain_lse)
+            share = exp(logits - plain_lse)
             own = share
             if SPECIAL:
                 own = tl.where(target, 0.0, share)
@@ -67,9 +68,9 @@ def weights_and_gradient(
         edited = logits
         if SPECIAL and FORM != PLAIN:
             edited = logits + bias
-        weights = tl.exp(edited - lse)
+        weights = exp(edited - lse)
         if PINNED:
-            plain = tl.exp(logits - plain_lse)
+            plain = exp(logits - plain_lse)
             if SPECIAL:
                 free_products = tl.where(pinned, 0.0, products)
                 grad = weights * (free_products - delta) + plain * (products - free_products - pinned_delta)
@@ -249,7 +250,7 @@ def _attention_bwd_rows_kernel(
         mask = inside[:, None] & is_target[None, :]
         given = tl.load(logits_ptr + head * T + places, mask=mask, other=float("-inf"))  # [BLOCK_M, COLUMNS]
         top = tl.maximum(given_lse, tl.max(given, 1))
-        plain_lse = top + tl.log(tl.exp(given_lse - top) + tl.sum(tl.exp(given - top[:, None]), 1))
+        plain_lse = top + tl.log(exp(given_lse - top) + tl.sum(exp(given - top[:, None]), 1))
         tl.store(plain_lse_ptr + head + rows, plain_lse, mask=inside)
     elif PINNED:
         plain_lse = tl.load(plain_lse_ptr + head + rows, mask=inside, other=0.0)
@@ -289,7 +290,7 @@ def _attention_bwd_rows_kernel(
             if grad_maps_ptr is not None:
                 slots = slots_of(slot_ptr, columns, valid)
                 products += map_weight * _map_gradient(grad_maps_ptr, slots, rows, inside, M, False)
-            weights = tl.exp(tl.where(free[None, :], scale * logits, float("-inf")) - lse[:, None])
+            weights = exp(tl.where(free[None, :], scale * logits, float("-inf")) - lse[:, None])
             delta += tl.sum(weights * products, 1)
     if grad_lse_ptr is not None:
         delta -= tl.load(grad_lse_ptr + head + rows, mask=inside, other=0.0)
@@ -319,10 +320,10 @@ def _attention_bwd_rows_kernel(
             sharing = target
             if FORM == STATISTICS:
                 sharing = pinned
-            share = tl.exp(tl.where(sharing, special + bias, float("-inf")) - lse[:, None])
+            share = exp(tl.where(sharing, special + bias, float("-inf")) - lse[:, None])
             delta += tl.sum(share * special_products, 1)
             if PINNED:
-                kept = tl.exp(tl.where(pinned, special, float("-inf")) - plain_lse[:, None])
+                kept = exp(tl.where(pinned, special, float("-inf")) - plain_lse[:, None])
                 pinned_delta += tl.sum(kept * special_products, 1)
 
     if delta_ptr is not None:
@@ -331,7 +332,7 @@ def _attention_bwd_rows_kernel(
             tl.store(pinned_delta_ptr + head + rows, pinned_delta, mask=inside)
 
     if dbias_ptr is not None:
-        share = tl.exp(tl.where(target, special + bias, float("-inf")) - lse[:, None])
+        share = exp(tl.where(target, special + bias, float("-inf")) - lse[:, None])
         grad_bias = bias_scale * share * (special_products - delta[:, None])
         grad_bias = tl.where(target & inside[:, None], grad_bias, 0.0)
         if FORM == BIASED:

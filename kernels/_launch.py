@@ -4,7 +4,8 @@ A configuration is what may differ from GPU to GPU without changing a result: bl
 looked up, never searched for, in `configs/<gpu>.json`, else in `configs/default.json`. There, every operation has a
 list of rules, `{"when": {"d": 64, "itemsize": 2}, "use": {"BLOCK_M": 128, "num_warps": 4, "num_stages": 2}}`: the
 first whose `when` bounds every size that it names from above applies. `maxnreg` is the number of registers that a
-thread may take: without it, NVIDIA's assembler spills a few bytes where that lets one block more run at a time.
+thread may take: without it, NVIDIA's assembler spills a few bytes where that lets one block more run at a time. Warps
+have 32 threads on NVIDIA and 64 on AMD: `amd_warps` is what AMD takes for `num_warps` where that must not double them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import triton.language as tl
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+# The most programs along the second and third axis of a GPU's grid, and along its first.
+_MOST, _MOST_FIRST = 2**16 - 1, 2**31 - 1
 
 Table = dict[str, list[dict[str, dict[str, int]]]]
 
@@ -111,19 +114,31 @@ def recording() -> Iterator[list[Launch]]:
 def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, config: dict[str, int], *arguments: Any, **constants: Any
 ) -> None:
-    """Run `kernel` over `grid` on `device`, whichever is current; `arguments` are the run-time ones, in order."""
+    """Run `kernel` over `grid` on `device`, whichever is current; `arguments` are the run-time ones, in order.
+
+    Raises:
+        ValueError: a grid larger than a GPU's, on every device.
+    """
+    if grid[0] > _MOST_FIRST or any(size > _MOST for size in grid[1:]):
+        raise ValueError(
+            f"{kernel.__name__} would need a grid of {grid} programs, but a GPU takes at most {_MOST_FIRST} along the "
+            f"first axis and {_MOST} along the others, which hold batch and heads; split the batch"
+        )
     if _record is not None:
         _record.append(Launch(kernel, grid, arguments, constants, config))
         return
-    if torch.version.hip is not None:
-        config = without_registers(config)
+    config = compiled_with(config, torch.version.hip is not None)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **constants, **config)
 
 
-def without_registers(config: dict[str, int]) -> dict[str, int]:
-    """`config` as AMD's compiler takes it, which knows no `maxnreg`."""
-    return {name: value for name, value in config.items() if name != "maxnreg"}
+def compiled_with(config: dict[str, int], amd: bool) -> dict[str, int]:
+    """`config` as a compiler takes it; AMD's knows no `maxnreg`."""
+    chosen = {name: value for name, value in config.items() if name != "amd_warps"}
+    if amd:
+        chosen.pop("maxnreg", None)
+        chosen["num_warps"] = config.get("amd_warps", config["num_warps"])
+    return chosen
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:

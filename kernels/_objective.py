@@ -98,13 +98,6 @@ def distance(squares, rest_map, plain_rest, kappa, penalty):
 
 
 @triton.jit
-def sum_cells(maps):
-    """The sum of every column of [CELLS, T], in two stages: no long chain of additions, however it is summed."""
-    parts = tl.reshape(maps, [16, maps.shape[0] // 16, maps.shape[1]])
-    return tl.sum(tl.sum(parts, 1), 0)
-
-
-@triton.jit
 def measure(maps, share, size, aim, CUTS: tl.constexpr):
     """The quantile and mass terms of `maps` [CELLS, T], and their gradient by the maps, [CELLS, T].
 
@@ -112,7 +105,8 @@ def measure(maps, share, size, aim, CUTS: tl.constexpr):
     zero: they only shift the ranks, and should one of them take a gradient, A' = 0 leaves nothing of it.
     """
     rank, fraction, level, mass, mass_weight = aim
-    mean = sum_cells(maps) / size
+    # In the maps' own layout: after a reshape, every value of the step would lie in several lanes.
+    mean = tl.sum(maps, 0) / size
     lower, upper, lower_at, upper_at = order_statistics(maps, share > 0, rank + maps.shape[0] - size, CUTS)
     above = lower + fraction * (upper - lower) - level
     excess = mean - mass

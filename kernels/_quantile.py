@@ -44,10 +44,12 @@ def _count(bits, cut, step, CUTS: tl.constexpr):
 
 @triton.jit
 def _ends(first, second):
-    """The largest of every column of two tiles [CELLS, T], in one reduction: [T] twice."""
-    largest = tl.max(tl.join(first, second), 0)  # [T, 2]
-    is_first = tl.arange(0, 2)[None, :] == 0
-    return tl.sum(tl.where(is_first, largest, 0), 1), tl.sum(tl.where(is_first, 0, largest), 1)
+    """The largest of every column of two tiles [CELLS, T], and the first row that holds it: (first, its row, second,
+    its row), all [T]. Value and row are one number, so that it is one reduction."""
+    backwards = ~tl.arange(0, first.shape[0]) & _LARGEST
+    largest = tl.max((tl.join(first, second).to(tl.int64) << 32) + backwards[:, None, None], 0)  # [T, 2]
+    values, rows = tl.split((largest >> 32).to(tl.int32)), tl.split(~largest.to(tl.int32) & _LARGEST)
+    return values[0], rows[0], values[1], rows[1]
 
 
 @triton.jit
@@ -79,10 +81,7 @@ def order_statistics(maps, real, rank, CUTS: tl.constexpr):
 
     # The highest below `high`, and the lowest from there on, which its complement makes a highest as well.
     is_below = bits < high[None, :]
-    lower, following = _ends(tl.where(is_below, bits, 0), tl.where(is_below, ~_LARGEST, ~bits))
-    upper = tl.where((below > rank + 1) | (rank + 1 == CELLS), lower, ~following)
-    cells = tl.arange(0, CELLS)[:, None]
-    lower_at, upper_at = _ends(
-        tl.where(bits == lower[None, :], ~cells, ~_LARGEST), tl.where(bits == upper[None, :], ~cells, ~_LARGEST)
-    )
-    return lower.to(tl.float32, bitcast=True), upper.to(tl.float32, bitcast=True), ~lower_at, ~upper_at
+    lower, lower_at, following, following_at = _ends(tl.where(is_below, bits, -1), tl.where(is_below, ~_LARGEST, ~bits))
+    alike = (below > rank + 1) | (rank + 1 == CELLS)
+    upper, upper_at = tl.where(alike, lower, ~following), tl.where(alike, lower_at, following_at)
+    return lower.to(tl.float32, bitcast=True), upper.to(tl.float32, bitcast=True), lower_at, upper_at

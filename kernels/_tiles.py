@@ -6,6 +6,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def aligned(offset, ALIGN: tl.constexpr):
@@ -46,9 +49,9 @@ def store_pieces(ptr, first, second, rows, inside, stride, D: tl.constexpr, D1: 
 
 
 @triton.jit
-def row_dots(a1, a2, b1, b2, D2: tl.constexpr):
-    """a b^T, summed over both pieces of the head: [ROWS_A, ROWS_B]."""
-    out = tl.dot(a1, tl.trans(b1), input_precision="ieee")
+def row_dots(a1, a2, b1, b2, D2: tl.constexpr, added=None):
+    """a b^T, summed over both pieces of the head, and what is `added`: [ROWS_A, ROWS_B]."""
+    out = tl.dot(a1, tl.trans(b1), added, input_precision="ieee")
     if D2 > 0:
         out = tl.dot(a2, tl.trans(b2), out, input_precision="ieee")
     return out
@@ -136,6 +139,13 @@ def slots_of(slot_ptr, columns, taken):
     if slot_ptr is not None:
         slots = tl.load(slot_ptr + columns, mask=taken, other=-1)
     return slots
+
+
+@triton.jit
+def exp(x):
+    """exp(x) for softmaxes, 0 below 1e-38. NVIDIA's unit takes powers of 2 alone; `tl.exp` adds three instructions
+    that only keep denormal results."""
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit

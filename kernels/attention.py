@@ -20,6 +20,7 @@ from ._launch import config, dot_dtype, launch, pieces, unit_stride
 from ._tiles import (
     add_weighted,
     aligned,
+    exp,
     finite_or_zero,
     is_named,
     load_ids,
@@ -170,12 +171,12 @@ def _attention_fwd_kernel(
                 lb = _free_logits(q1, q2, kb1, kb2, free2, scale, D2)  # [BLOCK_M, N2]
                 maximum = tl.maximum(maximum, tl.max(lb, 1))
             highest = finite_or_zero(maximum)
-            pa = tl.exp(la - highest[:, None])
+            pa = exp(la - highest[:, None])
             total = tl.sum(pa, 1)
             square = tl.sum(pa * pa, 1)
             acc1, acc2 = add_weighted(acc1, acc2, pa, va1, va2, D2, DOT)
             if N2 > 0:
-                pb = tl.exp(lb - highest[:, None])
+                pb = exp(lb - highest[:, None])
                 total += tl.sum(pb, 1)
                 square += tl.sum(pb * pb, 1)
                 acc1, acc2 = add_weighted(acc1, acc2, pb, vb1, vb2, D2, DOT)
@@ -196,8 +197,8 @@ def _attention_fwd_kernel(
                 before = maximum
                 maximum = tl.maximum(before, tl.max(logits, 1))
                 highest = finite_or_zero(maximum)
-                shrink = tl.exp(before - highest)
-                p = tl.exp(logits - highest[:, None])
+                shrink = exp(before - highest)
+                p = exp(logits - highest[:, None])
                 total = total * shrink + tl.sum(p, 1)
                 square = square * shrink * shrink + tl.sum(p * p, 1)
                 acc1 *= shrink[:, None]
@@ -209,14 +210,14 @@ def _attention_fwd_kernel(
         if FORM != PLAIN:
             plain = tl.where((named & is_target)[None, :], special, float("-inf"))
             plain_top = finite_or_zero(tl.maximum(maximum, tl.max(plain, 1)))
-            plain_total = total * tl.exp(maximum - plain_top) + tl.sum(tl.exp(plain - plain_top[:, None]), 1)
+            plain_total = total * exp(maximum - plain_top) + tl.sum(exp(plain - plain_top[:, None]), 1)
 
         if FORM < BIASED:
             tl.store(lse_ptr + head + rows, highest + tl.log(total), mask=inside)
             norm = 1.0 / tl.where(total == 0.0, 1.0, total)
         if FORM == STATISTICS:
             if square_ptr is not None:
-                share = tl.exp(maximum - plain_top) / plain_total
+                share = exp(maximum - plain_top) / plain_total
                 tl.store(square_ptr + head + rows, square * share * share, mask=inside)
             written = tl.where(named[None, :], special, float("-inf"))
             places = rows[:, None] + slots[None, :] * M
@@ -250,20 +251,22 @@ def _attention_fwd_kernel(
                 bias = tl.trans(bias)
             edited = tl.where((named & is_target)[None, :], special + bias_scale * bias, float("-inf"))
             top = finite_or_zero(tl.maximum(maximum, tl.max(edited, 1)))
-            weights = tl.exp(edited - top[:, None])  # [BLOCK_M, COLUMNS]
-            shrink = tl.exp(maximum - top)
+            weights = exp(edited - top[:, None])  # [BLOCK_M, COLUMNS]
+            shrink = exp(maximum - top)
             total = total * shrink + tl.sum(weights, 1)
-            weights = weights / total[:, None]
-            norm = shrink / total
+            norm = 1.0 / total
+            weights *= norm[:, None]
             if PINNED:
                 # Not from the logarithms: their rounding would be the weight's where a pinned column holds the row.
                 pinned = tl.where((named & (slots >= T))[None, :], special, float("-inf"))
-                kept = tl.exp(pinned - plain_top[:, None]) / plain_total[:, None]
-                weights += kept - tl.exp(pinned - top[:, None]) / total[:, None]
+                plain_norm = 1.0 / plain_total
+                weights += exp(pinned - plain_top[:, None]) * plain_norm[:, None]
+                weights -= exp(pinned - top[:, None]) * norm[:, None]
                 if plain_lse_ptr is not None:
                     tl.store(plain_lse_ptr + head + rows, plain_top + tl.log(plain_total), mask=inside)
             if lse_ptr is not None:
                 tl.store(lse_ptr + head + rows, top + tl.log(total), mask=inside)
+            norm *= shrink
 
         acc1 *= norm[:, None]
         if D2 > 0:

@@ -1,7 +1,8 @@
 """Gradients of attention in the four forms of attention.py; what is not needed is None and costs nothing.
 
-One launch gives the gradients of q and of the bias. Those of k and v take another, and a sum over parts where the rows
-are split to fill the device: in a fixed order, so that results repeat bit by bit.
+One launch gives the gradients of q and of the bias. Those of k and v take another; of plain attention to a prompt, the
+same one. Where the rows are split to fill the device, a sum over the parts follows: in a fixed order, so that results
+repeat bit by bit.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ._attention_gradients import _attention_bwd_columns_kernel, _attention_bwd_rows_kernel
 from ._launch import config, dot_dtype, launch, pieces, unit_stride
+from ._short_gradients import _attention_bwd_short_kernel
 from .attention import BIASED, NO_BASIS, PLAIN, REGULATED, STATISTICS, Basis, align_of
 
 
@@ -44,9 +46,9 @@ class _Pass(NamedTuple):
     bias_scale: float = 1.0
     basis: Basis = NO_BASIS
 
-    def config(self, kernel: str, columns: int) -> dict[str, int]:
+    def config(self, kernel: str, columns: int, **sizes: int) -> dict[str, int]:
         d, itemsize = self.q.shape[3], self.q.element_size()
-        return dict(config(kernel, self.q.device, d=d, n=columns, m=self.q.shape[2], itemsize=itemsize))
+        return dict(config(kernel, self.q.device, d=d, n=columns, m=self.q.shape[2], itemsize=itemsize, **sizes))
 
     @property
     def special(self) -> int:
@@ -92,6 +94,11 @@ class _Pass(NamedTuple):
 def _backward(x: _Pass, needed: Sequence[bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dq, dk, dv and the gradient of the bias, as `needed` says of each."""
     dq = torch.empty_like(x.q, memory_format=torch.contiguous_format) if needed[0] else None
+    if x.form.value == PLAIN.value and x.q.dtype != torch.float32:
+        # Where dk or dv is wanted, registers hold its sum.
+        use = x.config("attention_bwd_short", x.k.shape[2], sums=needed[1] + needed[2])
+        if x.k.shape[2] <= use.pop("ON_CHIP_N"):
+            return dq, *_short(x, use, dq, needed[1], needed[2]), None
     grad_bias = None
     delta = pinned_delta = None
     if needed[1]:
@@ -100,6 +107,57 @@ def _backward(x: _Pass, needed: Sequence[bool]) -> tuple[Tensor | None, Tensor |
         grad_bias = _rows(x, dq, delta, pinned_delta, needed[3])
     dk, dv = _columns(x, delta, pinned_delta, needed[1], needed[2])
     return dq, dk, dv, grad_bias
+
+
+def _short(
+    x: _Pass, use: dict[str, int], dq: Tensor | None, with_k: bool, with_v: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fill dq, if it is there, and return dk and dv, as far as wanted, in one pass over the queries."""
+    if with_v and x.grad_out is None:
+        return _short(x, use, dq, with_k, False)[0], x.v.new_zeros(x.v.shape)
+    batch, heads, image_tokens, _ = x.q.shape
+    blocks = triton.cdiv(image_tokens, use["BLOCK_M"])
+    tiles = triton.cdiv(blocks, min(blocks, triton.cdiv(use.pop("PROGRAMS"), batch * heads)))
+    parts = triton.cdiv(blocks, tiles)
+    # Together, so that one sum over the parts serves both.
+    sums = x.lse.new_empty(with_k + with_v, parts, *x.k.shape)
+    dk, dv = (sums[0] if with_k else None), (sums[-1] if with_v else None)
+    *strides, _, _, of_slots, of_sample, of_head, _, _, _, _, _ = x.layout()
+    constants = x.constants()
+    launch(
+        _attention_bwd_short_kernel,
+        (parts, batch * heads),
+        x.q.device,
+        use,
+        x.grad_out,
+        x.grad_lse,
+        x.grad_maps,
+        x.slots,
+        x.q,
+        x.k,
+        x.v,
+        x.lse,
+        dq,
+        dk,
+        dv,
+        *strides,
+        of_slots,
+        of_sample,
+        of_head,
+        heads,
+        image_tokens,
+        x.k.shape[2],
+        tiles,
+        x.scale,
+        x.map_weight,
+        # At least as many as a group of four warps shares on sm_90 and later.
+        N1=max(triton.next_power_of_2(x.k.shape[2]), 64),
+        **{name: constants[name] for name in ("D", "D1", "D2", "ALIGN", "DOT")},
+    )
+    if not (with_k or with_v):
+        return None, None
+    total = sums[:, 0] if parts == 1 else sums.sum(1)
+    return (total[0].to(x.k.dtype) if with_k else None), (total[-1].to(x.v.dtype) if with_v else None)
 
 
 def _rows(

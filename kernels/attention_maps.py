@@ -14,14 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import config, dot_dtype, launch, pieces, unit_stride
-from ._tiles import aligned, load_pieces, row_dots, row_products, slots_of, store_piece
+from ._tiles import LN_2, LOG2_E, aligned, exp, load_pieces, row_dots, row_products, slots_of, store_piece
 from .attention import align_of, attention
 
 
 @triton.jit
 def _store_maps(maps_ptr, tile, slots, rows, inside, M):
     """Store `tile` [COLUMNS, BLOCK_M] into the maps of `slots`, none for -1."""
-    places = slots.to(tl.int64)[:, None] * M + rows[None, :]
+    places = slots[:, None] * M + rows[None, :]
     tl.store(maps_ptr + places, tile, mask=(slots >= 0)[:, None] & inside[None, :])
 
 
@@ -91,23 +91,23 @@ def _attention_maps_fwd_kernel(
         of_v = v_ptr + aligned(b * stride_vb + h * stride_vh, ALIGN)
         q1, q2 = load_pieces(of_q, rows, inside, stride_qm, D, D1, D2, DOT)  # [BLOCK_M, D1], [BLOCK_M, D2]
         k1, k2 = load_pieces(of_k, columns, taken, stride_kn, D, D1, D2, DOT)  # [N1, D1], [N1, D2]
-        p = tl.where(taken[:, None], scale * row_dots(k1, k2, q1, q2, D2), float("-inf"))  # [N1, BLOCK_M]
-        top = tl.max(p, 0)
-        p = tl.exp(p - top[None, :])
-        total = tl.sum(p, 0)
-        tl.store(lse_ptr + head * M + rows, top + tl.log(total), mask=inside)
+        logits = tl.where(taken[:, None], row_dots(k1, k2, q1, q2, D2) * (scale * LOG2_E), float("-inf"))
+        top = tl.max(logits, 0)
+        p = tl.exp2(logits - top[None, :])  # [N1, BLOCK_M]
+        total = tl.log2(tl.sum(p, 0))
+        tl.store(lse_ptr + head * M + rows, (top + total) * LN_2, mask=inside)
+        norm = tl.exp2(-total)[None, :]
+        if PER_HEAD:
+            _store_maps(maps_ptr + head * count * M, p * norm, slots, rows, inside, M)
+        else:
+            mean += p * norm
         weights = p.to(DOT)
         v1, v2 = load_pieces(of_v, columns, taken, stride_vn, D, D1, D2, DOT)
-        out = tl.trans(tl.dot(tl.trans(v1), weights)) / total[:, None]
+        out = tl.trans(tl.dot(tl.trans(v1), weights) * norm)
         store_piece(out_ptr + head * M * D, out, rows, inside, D, D, 0, D1)
         if D2 > 0:
-            out = tl.trans(tl.dot(tl.trans(v2), weights)) / total[:, None]
+            out = tl.trans(tl.dot(tl.trans(v2), weights) * norm)
             store_piece(out_ptr + head * M * D, out, rows, inside, D, D, D1, D2)
-        p /= total[None, :]
-        if PER_HEAD:
-            _store_maps(maps_ptr + head * count * M, p, slots, rows, inside, M)
-        else:
-            mean += p
     if not PER_HEAD:
         _store_maps(maps_ptr + (group * tl.num_programs(1) + b) * count * M, mean * weight, slots, rows, inside, M)
 
@@ -156,7 +156,7 @@ def _maps_fwd_kernel(
     if id_ptr is not None:
         ids = tl.load(id_ptr + b * stride_id + slots, mask=wanted, other=-1).to(tl.int32)
     named = wanted & (ids >= 0)
-    slots = tl.where(wanted, slots, -1)
+    slots = tl.where(wanted, slots, -1).to(tl.int64)
 
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     first = group * heads
@@ -170,7 +170,7 @@ def _maps_fwd_kernel(
             q1, q2 = load_pieces(of_q, rows, inside, stride_qm, D, D1, D2, DOT)  # [BLOCK_M, D1], [BLOCK_M, D2]
         logits = row_products(q1, q2, of_q, rows, inside, stride_qm, of_k, ids, named, stride_kn, D, D1, D2, DOT)
         lse = tl.load(lse_ptr + head * M + rows, mask=inside, other=0.0)
-        p = tl.where(named[None, :], tl.exp(scale * logits - lse[:, None]), 0.0)
+        p = tl.where(named[None, :], exp(scale * logits - lse[:, None]), 0.0)
         if PER_HEAD:
             _store_maps(maps_ptr + head * count * M, tl.trans(p), slots, rows, inside, M)
         else:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import config, dot_dtype, launch, pieces, unit_stride
-from ._tiles import add_weighted, aligned, finite_or_zero, load_pieces, row_products, store_pieces
+from ._tiles import add_weighted, aligned, exp, finite_or_zero, load_pieces, row_products, store_pieces
 from .attention import align_of
 
 
@@ -81,8 +81,8 @@ def _composed_attention_fwd_kernel(
             before = maximum
             maximum = tl.maximum(before, tl.max(logits, 1))
             highest = finite_or_zero(maximum)
-            shrink = tl.exp(before - highest)
-            p = tl.exp(logits - highest[:, None])
+            shrink = exp(before - highest)
+            p = exp(logits - highest[:, None])
             total = total * shrink + tl.sum(p, 1)
             acc1 *= shrink[:, None]
             if D2 > 0:

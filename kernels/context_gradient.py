@@ -15,16 +15,20 @@ from torch import Tensor
 
 from ._launch import config, dot_dtype, launch, pieces, unit_stride
 from ._tiles import (
+    LN_2,
+    LOG2_E,
     add_weighted,
     aligned,
     finite_or_zero,
-    load_piece,
     load_pieces,
     row_dots,
     store_piece,
     store_pieces,
 )
 from .attention import align_of, attention
+
+# How many parts are read at a time, where they are merged.
+MERGED = 16
 
 _STRIDES = [f"stride_{x}{y}" for x, last in (("q", "m"), ("k", "n"), ("v", "n")) for y in "bh" + last]
 
@@ -69,7 +73,8 @@ def _context_gradient_fwd_kernel(
     logsumexp.
 
     Logits are transposed: all three products then have the text's or the head's many rows for the warps to share, and a
-    warp's columns stay its own from tile to tile.
+    warp's columns stay its own from tile to tile. They are logarithms to base 2 here, as is `top_ptr` of
+    several parts.
     """
     row = tl.program_id(1)
     b = (row // H).to(tl.int64)
@@ -90,31 +95,33 @@ def _context_gradient_fwd_kernel(
     update1 = tl.zeros([N1, D1], tl.float32)
     update2 = tl.zeros([N1, D2 if D2 > 0 else 16], tl.float32)
 
+    # Once, into shared memory, where matrix units find them.
+    k1, k2 = load_pieces(k_ptr, columns, taken, stride_kn, D, D1, D2, DOT)  # [N1, D1], [N1, D2]
+    v1, v2 = load_pieces(v_ptr, columns, taken, stride_vn, D, D1, D2, DOT)
     first = tl.program_id(0) * tiles
-    # Keys and values come from the cache in every turn: as operands they would fill the registers all the time.
+    # What is the same for every tile is mostly offsets, which would fill the registers.
     for tile in tl.range(first, tl.minimum(first + tiles, tl.cdiv(M, BLOCK_M)), disable_licm=True):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = rows < M
         q1, q2 = load_pieces(q_ptr, rows, inside, stride_qm, D, D1, D2, DOT)  # [BLOCK_M, D1], [BLOCK_M, D2]
-        k1, k2 = load_pieces(k_ptr, columns, taken, stride_kn, D, D1, D2, DOT)
-        logits = tl.where(taken[:, None], scale * row_dots(k1, k2, q1, q2, D2), float("-inf"))  # [N1, BLOCK_M]
-        maximum = finite_or_zero(tl.max(logits, 0))
-        p = tl.exp(logits - maximum[None, :])
-        norm = tl.sum(p, 0)
+        logits = tl.where(taken[:, None], row_dots(k1, k2, q1, q2, D2) * (scale * LOG2_E), float("-inf"))
+        highest = tl.max(logits, 0)
+        p = tl.exp2(logits - highest[None, :])  # [N1, BLOCK_M]
+        norm = tl.log2(tl.sum(p, 0))
+        tl.store(lse_ptr + head + rows, (highest + norm) * LN_2, mask=inside)
+        norm = tl.exp2(-norm)[None, :]
         p = p.to(DOT)
-        v1, v2 = load_pieces(v_ptr, columns, taken, stride_vn, D, D1, D2, DOT)
-        out = tl.trans(tl.dot(tl.trans(v1), p)) / norm[:, None]
+        out = tl.trans(tl.dot(tl.trans(v1), p) * norm)
         store_piece(out_ptr + head * D, out, rows, inside, D, D, 0, D1)
         if D2 > 0:
-            out = tl.trans(tl.dot(tl.trans(v2), p)) / norm[:, None]
+            out = tl.trans(tl.dot(tl.trans(v2), p) * norm)
             store_piece(out_ptr + head * D, out, rows, inside, D, D, D1, D2)
-        tl.store(lse_ptr + head + rows, maximum + tl.log(norm), mask=inside)
 
         logits = tl.where(inside[None, :], logits, float("-inf"))
         highest = tl.maximum(top, tl.max(logits, 1))
         safe = finite_or_zero(highest)
-        shrink = tl.exp(top - safe)
-        weights = tl.exp(logits - safe[:, None])
+        shrink = tl.exp2(top - safe)
+        weights = tl.exp2(logits - safe[:, None])
         total = total * shrink + tl.sum(weights, 1)
         if weight_ptr is not None:
             # Here rather than on the queries: one rounding fewer, and fewer registers.
@@ -128,7 +135,7 @@ def _context_gradient_fwd_kernel(
         tl.store(total_ptr + part * N + columns, total, mask=taken)
     else:
         total = tl.where(taken, total, 1.0)
-        tl.store(top_ptr + part * N + columns, finite_or_zero(top) + tl.log(total), mask=taken)
+        tl.store(top_ptr + part * N + columns, (finite_or_zero(top) + tl.log2(total)) * LN_2, mask=taken)
         update1 /= total[:, None]
         update2 /= total[:, None]
     store_pieces(update_ptr, update1, update2, columns, taken, D, D, D1, D2)
@@ -146,27 +153,32 @@ def _context_gradient_merge_kernel(
     D: tl.constexpr,
     D1: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
 ):
-    """The update and the logsumexp of a block of columns, from all parts in order."""
+    """The update and the logsumexp of a block of columns, from all parts in order, several at a time."""
     row, rows = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     taken = columns < N
+    places = tl.arange(0, D1)
     top = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_N, D1], tl.float32)
-    for part in range(parts):
-        first = (part * rows + row) * N
-        of_part = tl.load(tops_ptr + first + columns, mask=taken, other=float("-inf"))
-        highest = tl.maximum(top, of_part)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)
+        there = (part < parts)[:, None] & taken[None, :]
+        source = (part[:, None] * rows + row) * N + columns[None, :]  # [BLOCK_PARTS, BLOCK_N]
+        tops = tl.load(tops_ptr + source, mask=there, other=float("-inf"))
+        highest = tl.maximum(top, tl.max(tops, 0))
         safe = finite_or_zero(highest)
-        shrink, grow = tl.exp(top - safe), tl.exp(of_part - safe)
-        total = total * shrink + grow * tl.load(totals_ptr + first + columns, mask=taken, other=0.0)
-        x = load_piece(parts_ptr + first * D, columns, taken, D, D, 0, D1, tl.float32)
-        acc = acc * shrink[:, None] + x * grow[:, None]
+        shrink, grow = tl.exp2(top - safe), tl.exp2(tops - safe[None, :])
+        total = total * shrink + tl.sum(grow * tl.load(totals_ptr + source, mask=there, other=0.0), 0)
+        mask = there[:, :, None] & (places < D)[None, None, :]
+        x = tl.load(parts_ptr + source[:, :, None] * D + places[None, None, :], mask=mask, other=0.0)
+        acc = acc * shrink[:, None] + tl.sum(grow[:, :, None] * x, 0)
         top = highest
     total = tl.where(taken, total, 1.0)
     store_piece(update_ptr + row * N * D, acc / total[:, None], columns, taken, D, D, 0, D1)
-    tl.store(lse_ptr + row * N + columns, finite_or_zero(top) + tl.log(total), mask=taken)
+    tl.store(lse_ptr + row * N + columns, (finite_or_zero(top) + tl.log2(total)) * LN_2, mask=taken)
 
 
 def attention_with_context_gradient(
@@ -246,5 +258,6 @@ def attention_with_context_gradient(
             parts,
             D=d,
             D1=max(triton.next_power_of_2(d), 16),
+            BLOCK_PARTS=MERGED,
         )
     return out, lse, update, column_lse

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import config, dot_dtype, launch, pieces, unit_stride
-from ._tiles import add_weighted, aligned, finite_or_zero, load_pieces, row_products, store_pieces
+from ._tiles import LOG2_E, add_weighted, aligned, load_pieces, row_products, store_pieces
 from .attention import align_of
 
 _RUN_TIME = [f"stride_{x}{dimension}" for x, last in (("q", "m"), ("k", "n"), ("v", "n")) for dimension in "bh" + last]
@@ -40,6 +40,7 @@ def _region_attention_fwd_kernel(
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
+    EVEN: tl.constexpr,
     ALIGN: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -64,17 +65,20 @@ def _region_attention_fwd_kernel(
     high = tl.full([BLOCK_M], float("-inf"), tl.float32)
     low = tl.full([BLOCK_M], float("inf"), tl.float32)
     for start in range(0, N, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        valid = columns < N
-        logits = scale * row_products(
-            q1, q2, q_ptr, rows, inside, stride_qm, k_ptr, columns, valid, stride_kn, D, D1, D2, DOT
+        # The last column again, where there is none: it changes no extreme.
+        columns = tl.minimum(start + tl.arange(0, BLOCK_N), N - 1)
+        products = row_products(
+            q1, q2, q_ptr, rows, inside, stride_qm, k_ptr, columns, columns < N, stride_kn, D, D1, D2, DOT
         )  # [BLOCK_M, BLOCK_N]
-        high = tl.maximum(high, tl.max(tl.where(valid[None, :], logits, float("-inf")), 1))
-        low = tl.minimum(low, tl.min(tl.where(valid[None, :], logits, float("inf")), 1))
+        high = tl.maximum(high, tl.max(products, 1))
+        low = tl.minimum(low, tl.min(products, 1))
 
+    # From here on logits are logarithms to base 2. A negative scale swaps the extremes.
+    scale *= LOG2_E
+    high, low = tl.maximum(high * scale, low * scale), tl.minimum(high * scale, low * scale)
     row_regions = tl.load(row_regions_ptr + b * M + rows, mask=inside, other=0)
     weight = tl.load(weight_ptr + b * M + rows, mask=inside, other=0.0)
-    kept, high, low = 1.0 - weight, weight * high, weight * low
+    kept, high, low = (1.0 - weight) * scale, weight * high, weight * low
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
@@ -83,20 +87,19 @@ def _region_attention_fwd_kernel(
         acc2 = tl.zeros([BLOCK_M, D2], tl.float32)
     for start in range(0, N, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        valid = columns < N
-        logits = scale * row_products(
+        valid = (columns < N) | EVEN  # known to the compiler, where all tiles are whole
+        products = row_products(
             q1, q2, q_ptr, rows, inside, stride_qm, k_ptr, columns, valid, stride_kn, D, D1, D2, DOT
         )
         column_regions = tl.load(column_regions_ptr + b * N + columns, mask=valid, other=0)
         shared = (row_regions[:, None] & column_regions[None, :]) != 0
-        logits = kept[:, None] * logits + tl.where(shared, high[:, None], low[:, None])
+        logits = kept[:, None] * products + tl.where(shared, high[:, None], low[:, None])
         logits = tl.where(valid[None, :], logits, float("-inf"))
         v1, v2 = load_pieces(v_ptr, columns, valid, stride_vn, D, D1, D2, DOT)
         before = maximum
         maximum = tl.maximum(before, tl.max(logits, 1))
-        highest = finite_or_zero(maximum)
-        shrink = tl.exp(before - highest)
-        p = tl.exp(logits - highest[:, None])
+        shrink = tl.exp2(before - maximum)
+        p = tl.exp2(logits - maximum[:, None])
         total = total * shrink + tl.sum(p, 1)
         acc1 *= shrink[:, None]
         if D2 > 0:
@@ -140,6 +143,7 @@ def region_attention(
         D=d,
         D1=d1,
         D2=d2,
+        EVEN=tokens % use["BLOCK_N"] == 0,
         ALIGN=align_of(q, k, v),
         DOT=dot_dtype(q.dtype),
     )

@@ -36,13 +36,19 @@ _SIZES = ["stride_scratch", "T", "height", "width", "ry", "rx", "steps", "rank"]
 
 
 @triton.jit
-def _axis(side, count, start, step, rest, CELLS: tl.constexpr, CENTRES: tl.constexpr):
-    """G of one axis [CELLS, CENTRES], and its transpose; zero outside of the grid and of the centres."""
-    cell, centre = tl.arange(0, CELLS)[:, None], tl.arange(0, CENTRES)[None, :]
-    basis = tl.where((cell < side) & (centre < count), axis_weight(cell, centre, start, step, rest), 0.0)
-    cell, centre = tl.arange(0, CELLS)[None, :], tl.arange(0, CENTRES)[:, None]
-    transposed = tl.where((cell < side) & (centre < count), axis_weight(cell, centre, start, step, rest), 0.0)
-    return basis, transposed
+def _axis(cell, centre, side, count, start, step, rest):
+    """G of one axis at `cell` and `centre`, which are broadcast; zero outside of the grid and of the centres."""
+    return tl.where((cell < side) & (centre < count), axis_weight(cell, centre, start, step, rest), 0.0)
+
+
+@triton.jit
+def _depth(RY: tl.constexpr):
+    """The centres along y as the columns of G_y in a product, which must be 16 or more: between 8 centres stand columns
+    without one, 2^30, where G_y is zero."""
+    centre = tl.arange(0, 2 * RY if RY == 8 else RY)
+    if RY == 8:
+        centre = tl.where(centre % 2 == 0, centre // 2, 1 << 30)
+    return centre
 
 
 @triton.jit
@@ -62,20 +68,26 @@ def _bases(
     RY: tl.constexpr,
     RX: tl.constexpr,
 ):
-    basis_y, basis_y_t = _axis(height, ry, start_y, step_y, rest_y, HEIGHT, RY)
-    basis_x, basis_x_t = _axis(width, rx, start_x, step_x, rest_x, WIDTH, RX)
+    y, x, q = tl.arange(0, HEIGHT), tl.arange(0, WIDTH), tl.arange(0, RX)
+    basis_y = _axis(y[:, None], _depth(RY)[None, :], height, ry, start_y, step_y, rest_y)
+    basis_y_t = _axis(y[None, :], tl.arange(0, RY)[:, None], height, ry, start_y, step_y, rest_y)
+    basis_x = _axis(x[:, None], q[None, :], width, rx, start_x, step_x, rest_x)
+    basis_x_t = _axis(x[None, :], q[:, None], width, rx, start_x, step_x, rest_x)
     return basis_y, basis_y_t, basis_x, basis_x_t
 
 
 @triton.jit
 def _span(theta, basis_y, basis_x_t, GROUP: tl.constexpr):
-    """S [CELLS, GROUP] of theta [RY * GROUP, RX]."""
+    """S [CELLS, GROUP] of theta [RY * GROUP, RX]; the columns of `basis_y` are those of `_depth`."""
     HEIGHT: tl.constexpr = basis_y.shape[0]
-    RY: tl.constexpr = basis_y.shape[1]
+    RY: tl.constexpr = theta.shape[0] // GROUP
     WIDTH: tl.constexpr = basis_x_t.shape[1]
     rows = tl.dot(theta, basis_x_t, input_precision="ieee")  # [RY * GROUP, WIDTH]
     rows = tl.permute(tl.reshape(rows, [RY, GROUP, WIDTH]), [0, 2, 1])
-    span = tl.dot(basis_y, tl.reshape(rows, [RY, WIDTH * GROUP]), input_precision="ieee")  # [HEIGHT, WIDTH * GROUP]
+    if RY == 8:
+        rows = tl.permute(tl.join(rows, tl.zeros_like(rows)), [0, 3, 1, 2])  # [RY, 2, WIDTH, GROUP]
+    rows = tl.reshape(rows, [basis_y.shape[1], WIDTH * GROUP])
+    span = tl.dot(basis_y, rows, input_precision="ieee")  # [HEIGHT, WIDTH * GROUP]
     return tl.reshape(span, [HEIGHT * WIDTH, GROUP])
 
 
@@ -319,7 +331,8 @@ def _load_bases(
         basis_y = tl.load(ptr + y[None, :] * RY + p[:, None])
         basis_x = tl.load(x_ptr + x[:, None] * RX + q[None, :])
     else:
-        basis_y = tl.load(ptr + y[:, None] * RY + p[None, :])
+        centre = _depth(RY)[None, :]
+        basis_y = tl.load(ptr + y[:, None] * RY + centre, mask=centre < RY, other=0.0)
         basis_x = tl.load(x_ptr + x[None, :] * RX + q[:, None])
     return basis_y, basis_x
 
@@ -432,11 +445,11 @@ def _regulate_fwd_kernel(
     else:
         scratch_ptr += row * stride_scratch
         kept_logits_ptr, _, _, plain_ptr, kept_rest_ptr, bases_ptr = _areas(scratch_ptr, T, CELLS, GROUP)
-        basis_y = _axis(height, ry, start_y, step_y, rest_y, HEIGHT, RY)[0]
-        basis_x = _axis(width, rx, start_x, step_x, rest_x, WIDTH, RX)[0]
-        tl.store(bases_ptr + tl.arange(0, HEIGHT)[:, None] * RY + tl.arange(0, RY)[None, :], basis_y)
+        cell, centre = tl.arange(0, HEIGHT)[:, None], tl.arange(0, RY)[None, :]
+        tl.store(bases_ptr + cell * RY + centre, _axis(cell, centre, height, ry, start_y, step_y, rest_y))
         bases_ptr += HEIGHT * RY
-        tl.store(bases_ptr + tl.arange(0, WIDTH)[:, None] * RX + tl.arange(0, RX)[None, :], basis_x)
+        cell, centre = tl.arange(0, WIDTH)[:, None], tl.arange(0, RX)[None, :]
+        tl.store(bases_ptr + cell * RX + centre, _axis(cell, centre, width, rx, start_x, step_x, rest_x))
         tl.store(kept_rest_ptr + cells, rest)
         tl.store(kept_rest_ptr + CELLS + cells, plain_rest)
         tl.store(kept_rest_ptr + 2 * CELLS + cells, kappa)
@@ -581,7 +594,9 @@ def regulate(
     batch, heads, targets, tokens = logits.shape
     ry, rx = theta.shape[3:]
     block = {"HEIGHT": max(triton.next_power_of_2(grid[0]), 16), "WIDTH": max(triton.next_power_of_2(grid[1]), 16)}
-    block |= {"RY": max(triton.next_power_of_2(ry), 16), "RX": max(triton.next_power_of_2(rx), 16)}
+    # Where every thread has sixteen cells, the rows between the eight would spill.
+    rows = 8 if block["HEIGHT"] * block["WIDTH"] <= 1024 else 16
+    block |= {"RY": max(triton.next_power_of_2(ry), rows), "RX": max(triton.next_power_of_2(rx), 16)}
     use = dict(config("regulate_fwd", logits.device, cells=block["HEIGHT"] * block["WIDTH"], targets=targets))
     group = use["GROUP"] = min(use["GROUP"], triton.next_power_of_2(targets))
     whole = use["WHOLE"] = bool(use["WHOLE"]) and group >= targets

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -321,21 +322,21 @@ def test_without_a_gpu_there_is_no_device_cuda(bench: Any, capsys: pytest.Captur
 
 
 def test_a_gpu_is_left_to_its_own_measurements(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    import gpu
-
     given: list[list[str]] = []
+
+    def run(command: list[str]) -> Any:
+        given.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "main", lambda argv: given.append(argv) or 0)
-    chosen = bench.parser().parse_args(["--only", "regul", "--dtype", "float16", "--shapes", "SDXL", "--quick"])
-    assert bench.run(chosen) == 0
-    assert given == [["--only", "regul", "--quick", "--dtype", "float16", "--model", "SDXL"]]
-    with pytest.raises(ValueError, match="float16 and bfloat16"):
-        bench.run(bench.parser().parse_args(["--dtype", "float32"]))
-    with pytest.raises(ValueError, match="--shapes all: a GPU has a plan of its own"):
-        bench.run(bench.parser().parse_args(["--shapes", "all"]))
-    with pytest.raises(ValueError, match="--compile: without --quick, a GPU's plan"):
-        bench.run(bench.parser().parse_args(["--compile"]))
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    chosen = bench.parser().parse_args(["--only", "regul", "--results", str(tmp_path / "results.jsonl")])
+    assert bench.run(chosen) == 1
+    assert Path(given[0][1]).name == "gpu.py" and Path(given[0][1]).is_file()
+    assert given[0][2:] == ["--only", "regul", "--results", str(tmp_path / "results.jsonl")]
+    for option in (["--dtype", "float16"], ["--shapes", "all"], ["--quick"], ["--compile"]):
+        with pytest.raises(ValueError, match=f"{option[0]}: a GPU has a plan of its own"):
+            bench.run(bench.parser().parse_args(option))
     assert len(given) == 1
 
 

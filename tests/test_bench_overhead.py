@@ -285,8 +285,9 @@ def test_an_overhead_is_over_the_plain_picture_beside_it(bench: None, monkeypatc
 
     arms = [[overhead.Arm("A", "stock", None), overhead.Arm("A", "ours", None)], [overhead.Arm("B", "ours", None)]]
     # In the order in which they are drawn: the second turn goes the other way round.
-    seconds = iter([10.0, 11.0, 12.0, 20.0, 30.0, 26.0, 40.0, 15.0, 14.0, 10.0])
+    seconds = iter([10.0, 11.0, 12.0, 20.0, 30.0, 15.0, 14.0, 10.0, 26.0, 40.0])
     order: list[tuple[str, str]] = []
+    kept: list[list[tuple[str, int]]] = []
 
     def draw(arm: Any, _: Any) -> None:
         order.append((arm.method, arm.form))
@@ -298,9 +299,18 @@ def test_an_overhead_is_over_the_plain_picture_beside_it(bench: None, monkeypatc
     monkeypatch.setattr(overhead, "_warm_up", lambda arm, setting: None)
     monkeypatch.setattr(overhead, "warm_ups", lambda setting: 1)
     plain = overhead.plain_arm()
-    overhead.measure(None, plain, arms, 2, lambda name: None)
+    setting = overhead.Setting(None, torch.zeros(1, 4, 8, 8), 2, 1)
+    monkeypatch.setattr(overhead, "_short", lambda setting: setting)
+
+    def keep(group: Any) -> None:
+        kept.append([(row["method"], len(row["seconds"])) for row in overhead.rows(plain, [group])])
+
+    overhead.measure(setting, plain, arms, 2, lambda name: None, keep)
     assert order[:3] == [("plain", "plain"), ("A", "stock"), ("A", "ours")]
-    assert order[5:] == [("B", "ours"), ("plain", "plain"), ("A", "ours"), ("A", "stock"), ("plain", "plain")]
+    assert order[5:] == [("A", "ours"), ("A", "stock"), ("plain", "plain"), ("B", "ours"), ("plain", "plain")]
+    # Each method's rows as soon as it has drawn, with all that it drew until then.
+    assert kept[0] == [("plain", 1), ("A", 1), ("A", 1)] and kept[1] == [("plain", 2), ("B", 1)]
+    assert kept[3] == [("plain", 4), ("B", 2)]
     rows = {(row["method"], row["form"]): row for row in overhead.rows(plain, arms)}
     assert rows["plain", "plain"]["overhead_percent"] is None and rows["plain", "plain"]["median"] == 15.0
     assert rows["A", "stock"]["overhead_percent"] == pytest.approx({"median": 25.0, "low": 10.0, "high": 40.0})
@@ -308,3 +318,43 @@ def test_an_overhead_is_over_the_plain_picture_beside_it(bench: None, monkeypatc
     assert rows["B", "ours"]["overhead_percent"] == pytest.approx({"median": 7.5, "low": -35.0, "high": 50.0})
     assert rows["A", "ours"]["extra_mb"] == 7.0 and rows["A", "stock"]["extra_mb"] == 0.0
     assert rows["A", "stock"]["difference"] == pytest.approx({"image": 0.1, "effect": 0.3}, rel=1e-5)
+
+
+def test_turns_go_on_while_a_method_fits_into_the_time(bench: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import overhead
+
+    arms = [[overhead.Arm("A", "stock", None), overhead.Arm("A", "ours", None)], [overhead.Arm("B", "ours", None)]]
+    now = [0.0]
+
+    def draw(arm: Any, _: Any) -> None:
+        now[0] += 10
+        arm.seconds.append(10.0)
+
+    monkeypatch.setattr(overhead.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(overhead, "_draw", draw)
+    monkeypatch.setattr(overhead, "_warm_up", lambda arm, setting: None)
+    monkeypatch.setattr(overhead, "warm_ups", lambda setting: 1)
+    monkeypatch.setattr(overhead, "_short", lambda setting: setting)
+    setting = overhead.Setting(None, torch.zeros(1, 4, 8, 8), 2, 1)
+    overhead.measure(setting, overhead.plain_arm(), arms, 9, lambda name: None, lambda group: None, until=95.0)
+    # A takes 30 s and B 20: the second turn has no time for B.
+    assert [len(arm.seconds) for group in arms for arm in group] == [2, 2, 1] and now[0] == 80
+
+
+def test_the_last_row_of_a_form_in_a_run_counts(bench: None, tmp_path: Path) -> None:
+    import overhead_rows
+
+    path = tmp_path / "overhead.jsonl"
+    chosen = ("--methods", "EnergyContext", "AttendAndExcite", "--forms", "ours")
+    assert bench_run(*SHAPES[:-1], 2, *chosen, "--results", path) == 0
+    written = read(path)
+    assert [(row["method"], len(row["seconds"])) for row in written] == [
+        *(("plain", 1), ("EnergyContext", 1), ("plain", 2), ("AttendAndExcite", 1)),
+        *(("plain", 3), ("EnergyContext", 2), ("plain", 4), ("AttendAndExcite", 2)),
+    ]
+    shown = overhead_rows.select_overhead(written)
+    assert sorted((row["method"], len(row["seconds"])) for row in shown) == [
+        ("AttendAndExcite", 2),
+        ("EnergyContext", 2),
+        ("plain", 4),
+    ]

@@ -45,7 +45,7 @@ def operation(op: str, impl: str, tokens: int, median: float, **other: Any) -> R
 def kernel(op: str, impl: str, tokens: int, p50: float) -> Row:
     row = operation(op, impl, tokens, 0.0) | {"gpu": GPU, "date": "2026-01-01T00:00:00", "copy_gb_per_s": 1000.0}
     times = {"p20": 0.9 * p50, "p50": p50, "p80": 1.3 * p50}
-    row |= {**times, "cold": {name: 2 * value for name, value in times.items()}}
+    row |= {"kind": "time", **times, "cold": {name: 2 * value for name, value in times.items()}}
     return {k: v for k, v in row.items() if k not in ("device", "run", "dirty", "threads", "median", "q1", "q3")}
 
 

@@ -30,7 +30,7 @@ SETTINGS = {
 def line(op, impl, p50, graph=None, **more):
     times = {"p20": p50 - 1, "p50": p50, "p80": p50 + 1}
     graph = graph and {"p20": graph, "p50": graph, "p80": graph}
-    where = {"op": op, "model": "SD 2", "shape": "B1 H20 M256", "dtype": "float16", "impl": impl}
+    where = {"kind": "time", "op": op, "model": "SD 2", "shape": "B1 H20 M256", "dtype": "float16", "impl": impl}
     return {**SETTINGS, **where, **times, "graph": graph, **more}
 
 
@@ -46,19 +46,28 @@ def test_without_a_gpu_the_table_holds_no_number(tables, tmp_path):
 
 def test_the_last_run_on_a_gpu_is_shown(tables, tmp_path):
     old = line("regulate", "triton", 1000.0) | {"date": "2025-01-01"}
-    outcome = {**SETTINGS, "op": "correctness", "planned": 9, "done": 8, "failures": ["x"]}
+    check = {**SETTINGS, "kind": "check", "op": "regulate", "case": "Case(m=1)", "backward": True}
     lines = [
         old,
-        outcome,
-        line("regulate", "triton", 80.0, 40.0),
+        {**SETTINGS, "kind": "device", "multiprocessors": 132},
+        *(check | {"seconds": 0.1} for _ in range(7)),
+        check | {"failed": "AssertionError: off"},
+        line("regulate", "triton", 99.0, 90.0),
         line("regulate", "eager", 3000.0),
         line("regulate", "torch.compile", 2000.0, 400.0),
         line("regulate", "published", 16000.0),
         line("gaussian_bias", "triton", 8.0),
-        {**SETTINGS, "op": "attention", "impl": "triton", "dtype": "float16", "failed": "RuntimeError"},
+        {**SETTINGS, "kind": "time", "op": "attention", "impl": "triton", "dtype": "float16", "failed": "RuntimeError"},
+        {**SETTINGS, "kind": "tuned", "kernel": "regulate_fwd", "ratio": 0.9},
+        line("regulate", "triton", 80.0, 40.0),
+        {**SETTINGS, "kind": "stage", "stage": "tuning", "done": 1, "planned": 1},
         line("regulate", "triton", 5.0) | {"dtype": "bfloat16"},
+        # A later run that timed nothing, and a row that was cut off.
+        {**SETTINGS, "kind": "device", "date": "2026-02-02"},
     ]
     write(tmp_path / "nvidia-h200.jsonl", lines)
+    with (tmp_path / "nvidia-h200.jsonl").open("a") as file:
+        file.write('{"date": "2026-03')
     shown = tables.gpu_table(tmp_path).splitlines()
     assert len({x.count("|") for x in shown if x.startswith("|")}) == 1
     assert shown[2] == (

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnctl_fast import AttentionRegulation, EnergyContext, control, ops, use
 from attnctl_fast._contexts import Contexts
+from attnctl_fast._processors import GuidedProcessor
 from attnctl_fast.methods._base import Call
 
 pytest.importorskip("triton")
@@ -162,6 +163,41 @@ def test_an_updated_layer_is_three_kernels_and_a_product(launches, monkeypatch):
         assert len(ours) == 2 and len(names) <= 4, names
 
 
+@pytest.mark.parametrize("method", ["regulation", "context", "guidance"])
+def test_upcast_attention_sends_no_float32_to_kernels(method):
+    """As in SD 2.1, whose logits plain PyTorch has to make in float32."""
+    pipe = tiny.pipeline().to(DEVICE, torch.float16)
+    layers = [module for name, module in pipe.unet.named_modules() if name.endswith("attn2")]
+    for attn in layers:
+        attn.upcast_attention = True
+    methods = {"regulation": AttentionRegulation(["bag"], layers=["mid_block"]), "context": EnergyContext(0.02, 0.02)}
+    with use("triton"), torch.no_grad(), _launch.recording() as record:
+        if method == "guidance":
+            q, text = (torch.zeros(2, 64, x.in_features).to(x.weight) for x in (attn.to_q, attn.to_k))
+            GuidedProcessor(attn.processor, None, None, [])(attn, q, text)
+        else:
+            latents = tiny.latents(1).to(DEVICE, torch.float16)
+            with control(pipe, methods[method]):
+                pipe("a bag", num_inference_steps=2, latents=latents, output_type="latent")
+    readers = {f"_{name}_fwd_kernel" for name in ("attention", "attention_maps", "context_gradient")}
+    queries = [launch.arguments[0] for launch in record if launch.kernel.fn.__name__ in readers]
+    assert queries and {x.dtype for x in queries} == {torch.float16}
+
+
+def test_a_grid_larger_than_a_gpu_takes_is_an_error():
+    def attention(batch):
+        q = torch.zeros(batch, 1, 1, 8, device=DEVICE)
+        ops.attention(q, q, q, impl="triton")
+
+    with _launch.recording() as record:
+        attention(65535)
+        with pytest.raises(
+            ValueError, match=r"_attention_fwd_kernel .*\(1, 65536\).* at most .* 65535 .*split the batch"
+        ):
+            attention(65536)
+    assert [launch.grid for launch in record] == [(1, 65535)]
+
+
 def test_recording_runs_nothing():
     case = Case(16, 9, 8, ids=((3, 5),), pinned=((0,),))
     t = case.tensors()
@@ -174,8 +210,8 @@ def test_recording_runs_nothing():
 
 
 def settings(rule):
-    """The names that a rule sets; only some need to say how many registers a thread may take."""
-    return frozenset(rule["use"]) - {"maxnreg"}
+    """The names that every rule of an operation sets; only some say what a thread or AMD may take."""
+    return frozenset(rule["use"]) - {"maxnreg", "amd_warps"}
 
 
 @pytest.mark.parametrize("operation", TABLE)
@@ -196,6 +232,15 @@ def test_every_table_names_operations_of_the_default_one():
         assert set(rules) <= set(TABLE), path
         for operation, found in rules.items():
             assert {settings(rule) for rule in found} == {settings(rule) for rule in TABLE[operation]}, path
+
+
+def test_each_compiler_is_given_what_it_knows():
+    use = {"BLOCK": 16, "num_warps": 8, "maxnreg": 255}
+    assert _launch.compiled_with(use, amd=False) == use
+    assert _launch.compiled_with(use, amd=True) == {"BLOCK": 16, "num_warps": 8}
+    use["amd_warps"] = 4
+    assert _launch.compiled_with(use, amd=False) == {"BLOCK": 16, "num_warps": 8, "maxnreg": 255}
+    assert _launch.compiled_with(use, amd=True) == {"BLOCK": 16, "num_warps": 4}
 
 
 def test_the_first_rule_whose_bounds_hold_applies():

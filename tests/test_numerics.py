@@ -117,22 +117,20 @@ def made_by(form: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Plain]:
 FORMS = ["out", "update", "dq", "dk"]
 
 
-@pytest.mark.parametrize("draws", [1, pytest.param(60, marks=pytest.mark.full)])
+@pytest.mark.parametrize("draws", [2, pytest.param(300, marks=pytest.mark.full)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_correct_form_is_hardly_ever_refused(form, dtype, draws):
-    """By the floor and the ulps alone, whatever luck plain PyTorch has: fewer than one row in a million, so none where
-    the draws are few."""
-    rows = beyond = 0
-    for draw in range(draws):
-        m, n, d = ((64, 20, 16), (40, 77, 24), (129, 9, 8))[draw % 3]
-        q, k, v = (randn(2, 2, side, d, dtype=dtype, seed=100 * draw + i) for i, side in enumerate((m, n, n)))
-        actual, plain = made_by(form, q, (1 + draw % 4) * k, v)
+    """By the floor and the ulps alone, whatever luck plain PyTorch has: in fewer than one row in a million, so in none
+    of these. Every sample of a batch is drawn by itself."""
+    for seed, (m, n, d) in enumerate([(64, 20, 16), (40, 77, 24), (129, 9, 8)]):
+        q, k, v = (randn(draws, 2, side, d, dtype=dtype, seed=10 * seed + i) for i, side in enumerate((m, n, n)))
+        actual, plain = made_by(form, q, (1 + seed) * k, v)
         truth = plain.truth.double()
         allowed = floor(plain.compute, truth) + ULPS * torch.finfo(dtype).eps * truth.abs().amax(-1)
         error = (actual.double() - truth).abs().amax(-1)
-        rows, beyond = rows + error.numel(), beyond + int((error > allowed).sum())
-    assert beyond <= rows / 1e6, f"{beyond} of {rows} rows"
+        print(f"{error.numel()} rows, the worst at {(error / allowed).amax():.2f} of what is allowed")
+        assert not (error > allowed).any()
 
 
 SUMS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -125,6 +125,19 @@ def test_gradients(impl, dtype, used, reduce):
     check_gradients(impl, dtype, (40, 20, 40, 2), [[3, -1, 6], [-1, 2, 0]], reduce, USED[used])
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.skipif(not TRITON, reason="needs Triton")
+@pytest.mark.parametrize("needed", ["q", "qkv"])
+@pytest.mark.parametrize("programs", [1, 12])
+@pytest.mark.parametrize("d", [40, 64])
+def test_a_backward_program_goes_over_several_tiles(d, programs, needed):
+    """All of them in one program, and several parts, the last one shorter."""
+    launch = importlib.import_module("attnctl_fast.kernels._launch")
+    use = launch.read_table("default")["attention_bwd_short"][0]["use"]
+    with launch.forced({"attention_bwd_short": [{"use": {**use, "BLOCK_M": 16, "PROGRAMS": programs}}]}):
+        check_gradients("triton", torch.float16, (100, 77, d, 2), [3, 6], "mean", USED["both"], needed=needed)
+
+
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("ids", IDS)
 @pytest.mark.parametrize("used", USED)

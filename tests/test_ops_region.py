@@ -68,6 +68,17 @@ def test_equals_full_maps_at_every_size(impl, dtype, m, n, d):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("n", [64, 77])
+def test_a_negative_scale_is_negative_queries(impl, n):
+    """With whole tiles of columns, and with a last one that is not."""
+    q, k, v = attention_inputs(1, 2, 20, n, 16, torch.float16)
+    rows, columns, _ = regions(20, n, batch=1)
+    given = (k, v, rows, columns, rand(1, 20))
+    found = ops.region_attention(q, *given, scale=-0.5, impl=impl)
+    torch.testing.assert_close(found, ops.region_attention(-q, *given, scale=0.5, impl=impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("weight", "sharp"), [(1.0, 2.0), (1.7, 1.0), (-0.5, 1.0), (0.2, 8.0)])
 def test_any_weight_and_sharp_logits(impl, weight, sharp):
     """One leaves nothing of the logits but their extremes, more turns their order around."""
