@@ -46,7 +46,8 @@ def biased_attention(
     """Attention with `bias` added to the logits of the target columns.
 
     softmax(scale q k^T + S) v, or with `bias_inside_scale` softmax(scale (q k^T + S)) v (arXiv 2403.06381, Eq. 9).
-    Differentiable in q, k, v and bias; no [B,H,M,N] map is made beyond what attention itself makes.
+    Differentiable in q, k, v and bias; no [B,H,M,N] map is made beyond what attention itself makes, except on a CPU one
+    of up to 64 MiB.
 
     Args:
         q: queries `[B,H,M,d]`, any strides.
