@@ -100,8 +100,8 @@ EXTREMES = {
     "one column at 100": (lambda q, k, v, w: (*offset(q, k, torch.arange(77).eq(3) * 100.0), v, w), False),
     "all at -100": (lambda q, k, v, w: (*offset(q, k, torch.full((77,), -100.0)), v, w), False),
     "one sharp row": (lambda q, k, v, w: (q * (1 + 60 * torch.arange(333).eq(5).to(q)[:, None]), k, v, w), False),
-    "large values": (lambda q, k, v, w: (q, k, v * 1e36, w), False),
-    "large weights": (lambda q, k, v, w: (q, k, v, w * 1e37), False),
+    "large values": (lambda q, k, v, w: (q, k, v * 1e34, w), False),
+    "large weights": (lambda q, k, v, w: (*offset(q, k, torch.full((77,), 35.0)), v, w * 1e30), False),
     "plain": (lambda q, k, v, w: (q, k, v, w), True),
 }
 
