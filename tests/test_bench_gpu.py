@@ -327,7 +327,9 @@ def test_tuner_knows_every_kernel_and_setting(bench):
 
     table = bench._launch.read_table("default")
     assert set(tune.JUDGED_BY) == set(table) > set(tune.FIRST)
-    assert {name for rules in table.values() for rule in rules for name in rule["use"]} <= set(tune.VALUES)
+    used = [rule["use"] for rules in table.values() for rule in rules]
+    for amd in (False, True):
+        assert {name for use in used for name in bench._launch.compiled_with(use, amd)} <= set(tune.VALUES)
     assert {name for names in tune.JUDGED_BY.values() for name in names} <= set(bench.OPERATIONS)
 
 
