@@ -26,10 +26,11 @@ attention_with_maps_reference = composite(
 )
 
 
-def _tiles(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice]]:
-    """Samples, and blocks of their image tokens whose maps are at most TILE numbers (or one row)."""
+def _tiles(q: Tensor, k: Tensor, whole: bool) -> Iterator[tuple[int, slice]]:
+    """Samples, and blocks of their image tokens whose maps are at most TILE numbers (or one row); `whole`: all of
+    them."""
     batch, heads, image_tokens, _ = q.shape
-    step = max(1, min(image_tokens, TILE // (heads * k.shape[2])))
+    step = image_tokens if whole else max(1, min(image_tokens, TILE // (heads * k.shape[2])))
     for b in range(batch):
         for start in range(0, image_tokens, step):
             yield b, slice(start, min(start + step, image_tokens))
@@ -51,7 +52,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, per_head: bool, keep: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, maps, kept = _empty(q, k, token_ids, per_head, keep)
-    for b, rows in _tiles(q, k):
+    for b, rows in _tiles(q, k, keep):
         p = _probabilities(q[b, :, rows], k[b], scale, kept[b, :, rows] if keep else None)
         torch.bmm(p, v[b], out=out[b, :, rows])
         ids = _rows(token_ids, b)
@@ -98,7 +99,7 @@ def _backward(
     dk, dv = (x.new_zeros(x.shape) if wanted else x.new_empty(0) for x, wanted in zip((k, v), needed[1:], strict=True))
     if grad_maps is not None and not per_head:
         grad_maps = grad_maps / q.shape[1]
-    for b, rows in _tiles(q, k):
+    for b, rows in _tiles(q, k, kept.numel() > 0):
         queries = q[b, :, rows]
         p = kept[b, :, rows] if kept.numel() else _probabilities(queries, k[b], scale)
         ids = _rows(token_ids, b)
