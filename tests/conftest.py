@@ -2,12 +2,19 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+
+# With other instructions than the processor's own, Inductor would take from its cache what it compiled for those, and be
+# wrong.
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    folder = Path(tempfile.gettempdir()) / f"inductor-{os.environ['ATEN_CPU_CAPABILITY']}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 # Triton reads this when it decorates a kernel, so it stands before the first import of one: without a GPU the kernels
 # run in Triton's interpreter.

@@ -13,7 +13,6 @@ import itertools
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -88,8 +87,6 @@ def execute(run: Run) -> tuple[Run, float, int, str]:
     """Return the run, its seconds, pytest's status and output."""
     environment = os.environ | {
         "ATEN_CPU_CAPABILITY": run.instructions,
-        # What Inductor compiled for other instructions would be taken from its cache, and be wrong.
-        "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"inductor-{run.instructions}"),
         **INSTRUCTIONS[run.instructions],
         "ATTNCTL_TEST_SEED": str(run.seed),
         **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(run.threads)),
