@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# With other instructions than the processor's own, Inductor would take from its cache what it compiled for those, and be
-# wrong.
+# With other instructions than the processor's own, Inductor would take from its cache what it compiled for those, and
+# be wrong.
 if "ATEN_CPU_CAPABILITY" in os.environ:
     folder = Path(tempfile.gettempdir()) / f"inductor-{os.environ['ATEN_CPU_CAPABILITY']}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
