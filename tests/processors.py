@@ -1,6 +1,6 @@
 """Runs the numerical tests as other processors would: by their instructions, with one thread and two, on other inputs.
 
-    python tests/processors.py             every processor, and fifty seeds of the row rule: about an hour on two cores
+    python tests/processors.py             every processor, and fifty seeds of the row rule: an hour or two
     python tests/processors.py --sample    a minute or two: what CI runs
 
 PyTorch, oneDNN and MKL are told which instructions to use, so what this processor lacks is left out.
@@ -102,7 +102,7 @@ def main() -> int:
     parser.add_argument("--sample", action="store_true")
     todo = list(runs(parser.parse_args().sample))
     failed = 0
-    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // max(THREADS) + 1)) as pool:
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // max(THREADS))) as pool:
         for run, seconds, status, output in pool.map(execute, todo):
             print(f"{run}: {output.strip().splitlines()[-1]} ({seconds:.0f} s)", flush=True)
             if status:
