@@ -34,6 +34,8 @@ setup(
     python_requires=">=3.10",
     packages=[
         "attnctl_fast",
+        "attnctl_fast.cli",
+        "attnctl_fast.evaluate",
         "attnctl_fast.kernels",
         "attnctl_fast.methods",
         "attnctl_fast.ops",

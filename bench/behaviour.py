@@ -24,8 +24,8 @@ from PIL import Image
 from rates import TUNING_SEED
 from tables import behaviour_table
 
-from attnctl_fast._grid import Panel, Row, draw_grid, found_lines
-from attnctl_fast._report import overhead, spread, versions
+from attnctl_fast.cli.pictures import Panel, Strip, draw_sheet, found_lines
+from attnctl_fast.cli.report import overhead, spread, versions
 from attnctl_fast.methods import Composition, Edit
 from attnctl_fast.schedules import Schedule, step
 from attnctl_fast.shapes import COLOURS, Scene, load_pipeline, render
@@ -260,8 +260,8 @@ def run_task(
     return {"question": task.question, "base": task.base, "plain": plain, "rows": rows}, results
 
 
-def rows_of_pictures(name: str, task: Task, results: Sequence[Evaluation], count: int) -> list[Row]:
-    rows = []
+def strips_of(name: str, task: Task, results: Sequence[Evaluation], count: int) -> list[Strip]:
+    strips = []
     plain, method = results[:2]
     for index in range(count):
         scene, panels = plain.scenes[index], []
@@ -270,8 +270,8 @@ def rows_of_pictures(name: str, task: Task, results: Sequence[Evaluation], count
             wanted = recoloured(scene) if task.counts is only_recoloured else scene
             lines = found_lines(wanted.objects, found)
             panels.append(Panel(result.images[index], title, lines, task.counts(scene, found)))
-        rows.append(Row(f"{name}; seed {plain.seeds[index]}: {scene.prompt}", panels))
-    return rows
+        strips.append(Strip(f"{name}; seed {plain.seeds[index]}: {scene.prompt}", panels))
+    return strips
 
 
 def main() -> None:
@@ -292,13 +292,13 @@ def main() -> None:
         "settings": {"count": len(seeds), "seed_start": start, "steps": STEPS, "guidance_scale": 5.0},
         "tasks": {},
     }
-    rows: list[Row] = []
+    strips: list[Strip] = []
     for name in arguments.tasks:
         task = TASKS[name]
         run["tasks"][name], results = run_task(
             pipe, task, task.tried if arguments.tune else task.settings, seeds, arguments.batch_size
         )
-        rows += rows_of_pictures(name, task, results, min(2, len(seeds)))
+        strips += strips_of(name, task, results, min(2, len(seeds)))
         print(behaviour_table(run), flush=True)
     path = RESULTS / ("shapes_behaviour_tuning.jsonl" if arguments.tune else "shapes_behaviour.jsonl")
     append(path, run)
@@ -308,7 +308,7 @@ def main() -> None:
             "questions of the table)."
         ]
         title = "Context update and composition on the shapes model: the same seeds without and with"
-        draw_grid(rows, title=title, notes=notes, columns=2).save(ROOT / "docs" / "behaviour.png", optimize=True)
+        draw_sheet(strips, title=title, notes=notes, columns=2).save(ROOT / "docs" / "behaviour.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from stages import Row, Write
 from timing import Clock, first_line
 from triton.backends.compiler import GPUTarget
 
-from attnctl_fast._report import versions
+from attnctl_fast.cli.report import versions
 
 
 def _device(dry: bool) -> torch.device:

@@ -28,7 +28,7 @@ from torch import Tensor
 import attnctl_fast as ac
 from attnctl_fast._guidance import Evaluation, Guidance
 from attnctl_fast._layers import cross_attention_layers
-from attnctl_fast._report import spread, versions
+from attnctl_fast.cli.report import spread, versions
 from attnctl_fast.methods._base import Call
 
 TOKENS = [2, 5]

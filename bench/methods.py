@@ -22,8 +22,8 @@ from rates import TUNING_SEED
 from tables import methods_table
 
 import attnctl_fast as ac
-from attnctl_fast._grid import Panel, Row, draw_grid, found_lines
-from attnctl_fast._report import overhead, spread, versions
+from attnctl_fast.cli.pictures import Panel, Strip, draw_sheet, found_lines
+from attnctl_fast.cli.report import overhead, spread, versions
 from attnctl_fast.shapes import Scene, load_pipeline, render
 from attnctl_fast.shapes.evaluate import Arm, Evaluation, compare, energy, interleaved, phrase, regulation
 from attnctl_fast.shapes.model import LAYERS
@@ -129,7 +129,7 @@ def measure(
 
 def picture(results: Mapping[str, Evaluation], count: int) -> Any:
     """The first seeds, without and with each method."""
-    rows = []
+    strips = []
     plain = results["plain"]
     for index in range(count):
         scene, panels = plain.scenes[index], []
@@ -139,9 +139,11 @@ def picture(results: Mapping[str, Evaluation], count: int) -> Any:
             panels.append(
                 Panel(result.images[index], name.rpartition(" ")[0] or name, lines, result.scores[index].strict)
             )
-        rows.append(Row(f"seed {plain.seeds[index]}: {scene.prompt}", panels))
+        strips.append(Strip(f"seed {plain.seeds[index]}: {scene.prompt}", panels))
     notes = ["Below each picture: what a detector found of the prompt's objects. Green frame: all of them."]
-    return draw_grid(rows, title="Every method on the shapes model, the same seeds", notes=notes, columns=1, side=230)
+    return draw_sheet(
+        strips, title="Every method on the shapes model, the same seeds", notes=notes, columns=1, side=230
+    )
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from official_clone import Adapter, Clone, Results
 from rows import Log, Row
 from timing import Clock, first_line
 
-from attnctl_fast._report import spread
+from attnctl_fast.cli.report import spread
 
 REPOSITORIES = {x.REPOSITORY: x for x in (official_regulation, official_energy, official_tsam)}
 HELP = (

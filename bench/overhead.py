@@ -44,9 +44,9 @@ from sampling import Drawn, Form, Setting, call
 from timing import first_line
 from tqdm import tqdm
 
-from attnctl_fast._model import device_named
-from attnctl_fast._options import require_extra
-from attnctl_fast._report import spread
+from attnctl_fast.cli.model import device_named
+from attnctl_fast.cli.options import require_extra
+from attnctl_fast.cli.report import spread
 from attnctl_fast.shapes import LAYERS
 
 PLAIN = "plain"

@@ -20,7 +20,7 @@ from typing import Any
 from checkout import RESULTS, append, git_state
 from tables import rates_table
 
-from attnctl_fast._report import overhead, spread, versions
+from attnctl_fast.cli.report import overhead, spread, versions
 from attnctl_fast.shapes import LAYERS, load_pipeline
 from attnctl_fast.shapes.evaluate import TUNED, Arm, Evaluation, compare, interleaved, regulation
 

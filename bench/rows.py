@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from checkout import git_state
 
-from attnctl_fast._report import versions
+from attnctl_fast.cli.report import versions
 
 Row = dict[str, Any]
 

@@ -35,7 +35,7 @@ from registry import Comparison, comparison
 from shapes import LARGE, LARGEST, LAYERS, SMALL, TINY, Layer
 from timing import Clock, Run, first_line
 
-from attnctl_fast._report import versions
+from attnctl_fast.cli.report import versions
 
 Config = dict[str, int]
 Sizes = dict[str, int]

@@ -144,9 +144,9 @@ def test_without_diffusers_the_extra_is_named(
 ) -> None:
     import overhead
 
-    from attnctl_fast import _options
+    from attnctl_fast.cli import options
 
-    monkeypatch.setattr(_options.util, "find_spec", lambda name: None if name == "diffusers" else object())
+    monkeypatch.setattr(options.util, "find_spec", lambda name: None if name == "diffusers" else object())
     assert bench_run("--results", tmp_path / "overhead.jsonl") == 2
     assert capsys.readouterr().err == (
         'attnctl-fast bench overhead: diffusers not installed; run: pip install "attnctl-fast[diffusers]"\n'
@@ -273,7 +273,8 @@ def test_without_a_checkout_the_command_says_where_it_is(
 ) -> None:
     from attnctl_fast import cli
 
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "attnctl_fast" / "cli.py"))
+    installed = tmp_path / "site-packages" / "attnctl_fast" / "cli" / "main.py"
+    monkeypatch.setattr(sys.modules["attnctl_fast.cli.main"], "__file__", str(installed))
     assert cli.main(["bench", "overhead"]) == 2
     assert capsys.readouterr().err == (
         "attnctl-fast bench: the benchmarks are in the repository; run it from a checkout\n"

@@ -2,17 +2,22 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from hashlib import sha256
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
 import attnctl_fast
-from attnctl_fast import _choice, _demo, _grid, _report, cli
+from attnctl_fast import cli
+from attnctl_fast.cli import demo, method_options, pictures
+from attnctl_fast.cli.report import overhead, spread
 from attnctl_fast.methods import (
     CONFORM,
     TSAM,
@@ -20,6 +25,7 @@ from attnctl_fast.methods import (
     AttentionRegulation,
     ComposableDiffusion,
     Composition,
+    DenseDiffusion,
     Edit,
     EnergyContext,
     SynGen,
@@ -112,7 +118,7 @@ def test_generate_writes_its_settings(generate, untrained, tmp_path):
         ),
         (
             ["--method", "excite", "--targets", "red circle", "star", "--layers", *LAYERS, "--scale", 3],
-            AttendAndExcite([["red circle", "star"]], layers=LAYERS, scale=3.0),
+            AttendAndExcite(["red circle", "star"], layers=LAYERS, scale=3.0),
         ),
         (
             ["--method", "tsam", "--layers", *LAYERS, "--convention", "paper"],
@@ -126,11 +132,17 @@ def test_generate_writes_its_settings(generate, untrained, tmp_path):
             ["--method", "conform", "--groups", "red+circle", "star", "--layers", "down_blocks"],
             CONFORM([("red", "circle"), ("star",)], layers=["down_blocks"]),
         ),
+        (
+            ["--method", "dense", "--masks", "red circle=MASK", "--convention", "paper"],
+            DenseDiffusion.paper({"red circle": [[1, 0], [1, 0]]}),
+        ),
     ],
-    ids=["energy", "paper", "compose", "composable", "excite", "tsam", "syngen", "conform"],
+    ids=["energy", "paper", "compose", "composable", "excite", "tsam", "syngen", "conform", "dense"],
 )
 def test_generate_with_every_other_method(generate, untrained, tmp_path, options, method):
-    assert generate(*options, targets=()) == 0
+    Image.fromarray(np.array([[255, 0], [255, 0]], np.uint8)).save(tmp_path / "mask.png")
+    given = [str(word).replace("MASK", str(tmp_path / "mask.png")) for word in options]
+    assert generate(*given, targets=()) == 0
     name = options[1]
     out = tmp_path / "out"
     picture = Image.open(out / f"0-{name}.png")
@@ -138,7 +150,7 @@ def test_generate_with_every_other_method(generate, untrained, tmp_path, options
     assert not np.array_equal(picture, drawn(untrained, [0])[0])
     report = json.loads((out / "generate.json").read_text())["method"]
     assert report.pop("name") == type(method).__name__
-    assert report == json.loads(json.dumps(asdict(method)))
+    assert report == json.loads(json.dumps(asdict(method), default=lambda data: sha256(data).hexdigest()))
 
 
 def test_generate_takes_size_and_dtype(generate, tmp_path):
@@ -168,7 +180,7 @@ def test_generate_overwrites_only_when_told(generate, tmp_path, capsys):
         (("--model", "/nowhere/at/all"), ["circle"], "/nowhere/at/all"),
         (("--model", "nobody/no-such-model"), ["circle"], "nobody/no-such-model"),
         (("--device", "abacus"), ["circle"], "abacus"),
-        ((), [], "--method regulation needs --targets"),
+        ((), [], "--method regulation needs --targets: words or phrases of the prompt"),
         (("--method", "compose"), [], "--method compose needs --edit or --negate"),
         (("--method", "energy"), ["circle"], "--targets is an option of --method regulation and excite, not of energy"),
         (("--edit-start", "0.2"), ["circle"], "--edit-start is an option of --method compose, not of regulation"),
@@ -191,11 +203,13 @@ def test_generate_overwrites_only_when_told(generate, tmp_path, capsys):
         ),
         (("--method", "energy", "--token-weights", "cat=2"), [], "token_weights holds 'cat'"),
         (("--method", "energy", "--token-weights", "star=2", "star=3"), [], "--token-weights names a word twice"),
+        (("--method", "dense"), [], "--method dense needs --masks: "),
+        (("--method", "dense", "--masks", "star=/no/mask.png"), [], "/no/mask.png"),
     ],
 )
 def test_generate_explains_what_it_cannot_do(generate, tmp_path, capsys, monkeypatch, options, targets, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(_choice, "find_spec", lambda name: None)
+    monkeypatch.setattr(method_options, "find_spec", lambda name: None)
     assert generate(*options, targets=targets) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("attnctl-fast generate: ")
@@ -211,6 +225,102 @@ def test_generate_explains_a_folder_without_a_pipeline(generate, tmp_path, capsy
 def test_debug_shows_where_an_error_comes_from(generate):
     with pytest.raises(ValueError, match="cat"):
         generate("--debug", targets=["cat"])
+
+
+@pytest.fixture
+def pickled(tmp_path):
+    """A folder with a tiny pipeline whose weights, but for the text encoder's, are pickles."""
+    folder = tmp_path / "pickled"
+    tiny.pipeline().save_pretrained(folder, safe_serialization=False)
+    assert list(folder.glob("unet/*.bin")) and not list(folder.glob("unet/*.safetensors"))
+    return folder
+
+
+@pytest.mark.parametrize("command", ["generate", "maps"])
+def test_pickled_weights_are_loaded_only_when_told(pickled, tmp_path, capsys, command):
+    words = [command, "--model", pickled, "--prompt", "a red bag", "--steps", 1, "--device", "cpu"]
+    words += ["--method", "energy"] if command == "generate" else []
+    words += ["--out", tmp_path / "out"]
+    assert cli.main([str(word) for word in words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(rf"{pickled}/(unet|vae)/diffusion_pytorch_model.bin is a pickle, .* add --allow-pickle$", line)
+    assert not (tmp_path / "out").exists()
+    assert cli.main([str(word) for word in [*words, "--allow-pickle"]]) == 0
+
+
+def test_safetensors_are_needed_in_every_part_and_variant(pickled, tmp_path, capsys):
+    words = ["generate", "--prompt", "a red bag", "--method", "energy", "--out", str(tmp_path / "out")]
+    tiny.pipeline().save_pretrained(tmp_path / "mixed")
+    (tmp_path / "mixed" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    shutil.copy(pickled / "vae" / "diffusion_pytorch_model.bin", tmp_path / "mixed" / "vae")
+    assert cli.main([*words, "--model", str(tmp_path / "mixed")]) == 2
+    assert "vae/diffusion_pytorch_model.bin is a pickle" in capsys.readouterr().err
+
+    tiny.pipeline().save_pretrained(tmp_path / "half")
+    for part in ("unet", "vae"):
+        weights = pickled / part / "diffusion_pytorch_model.bin"
+        shutil.copy(weights, tmp_path / "half" / part / "diffusion_pytorch_model.fp16.bin")
+    assert cli.main([*words, "--model", str(tmp_path / "half"), "--variant", "fp16"]) == 2
+    assert capsys.readouterr().err.endswith("; weights that are not safetensors need --allow-pickle\n")
+
+
+@pytest.mark.parametrize("place", ["unet/net.py", "pipe.py"])
+@pytest.mark.parametrize("options", [(), ("--allow-pickle",)])
+def test_code_that_comes_with_a_model_is_not_run(tmp_path, capsys, place, options):
+    tiny.pipeline().save_pretrained(tmp_path / "model")
+    ran = tmp_path / "ran"
+    (tmp_path / "model" / place).write_text(f"open({str(ran)!r}, 'w')")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    if place == "pipe.py":
+        index["_class_name"] = ["pipe", "Pipe"]
+    else:
+        index["unet"] = ["net", "Net"]
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    words = ["generate", "--model", str(tmp_path / "model"), "--prompt", "a red bag", "--method", "energy", *options]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert f"comes with code, {tmp_path / 'model' / place}, which attnctl-fast does not run" in capsys.readouterr().err
+    assert not ran.exists()
+
+
+def test_an_index_that_is_no_json_is_named(tmp_path, capsys):
+    (tmp_path / "model_index.json").write_text("[")
+    assert cli.main(["maps", "--model", str(tmp_path), "--prompt", "a bag"]) == 2
+    assert f"{tmp_path / 'model_index.json'} is not a JSON object" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--token-weights", "bag=x"),
+            "must be WORD=FACTOR with a factor of at least 0, such as crown=2.5, got 'bag=x'",
+        ),
+        (("--token-weights", "=2"), "must be WORD=FACTOR with a factor of at least 0, such as crown=2.5, got '=2'"),
+        (("--token-weights", "bag=-1"), "such as crown=2.5, got 'bag=-1'"),
+        (("--steps", "many"), "must be a whole number of at least 1, got 'many'"),
+        (("--seed", "1.5"), "must be a whole number from 0 to 2**63 - 1, got '1.5'"),
+        (("--guidance-scale", "nan"), "must be a finite number, got 'nan'"),
+        (("--scale", "much"), "must be a finite number of at least 0, got 'much'"),
+        (("--edit-start", "half"), "must be a number from 0 to 1, got 'half'"),
+        (("--pairs", "red"), "must be MODIFIER:NOUN, such as red:ball or big:red:ball, got 'red'"),
+        (("--groups", "red++ball"), "must be words with '+' between them, got 'red++ball'"),
+        (("--masks", "ball"), "must be PHRASE=FILE, such as ball=ball.png, got 'ball'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_the_remedy(capsys, options, message):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--model", "m", "--prompt", "p", *options])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith(f"argument {options[0]}: {message}") or message in line, line
+    assert "invalid" not in line
+
+
+def test_the_table_of_methods_fits_their_classes():
+    for name, method in method_options.METHODS.items():
+        assert set(method.options) <= method_options.OPTIONS.keys() and set(method.needs) <= set(method.options), name
+        cls = getattr(attnctl_fast.methods, method.cls)
+        assert ("convention" in method.options) <= (hasattr(cls, "official") and hasattr(cls, "paper")), name
+    assert all(method_options.methods_with(option) for option in method_options.OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +373,7 @@ def test_runs_as_a_module():
 
 
 def test_demo_writes_the_picture_and_every_result(untrained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(_demo, "load_pipeline", lambda **options: load_pipeline(weights=untrained, **options))
+    monkeypatch.setattr(demo, "load_pipeline", lambda **options: load_pipeline(weights=untrained, **options))
     # The untrained model draws nothing; the third of the pictures shall show what was asked for once controlled. Arms
     # are drawn in turn, backwards at every other batch, and the reference has two batches.
     monkeypatch.setattr(evaluate, "detect", lambda image: found.pop(0))
@@ -297,30 +407,30 @@ def test_demo_writes_the_picture_and_every_result(untrained, tmp_path, capsys, m
 
 
 def test_overhead_is_the_median_over_pairs():
-    assert _report.overhead([1.0, 2.0, 4.0], [1.5, 2.0, 5.0])["median"] == pytest.approx(25)
-    assert _report.overhead([1.0, 2.0, 4.0], [3.0])["median"] == pytest.approx(200)
-    assert _report.spread([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
-    assert _report.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
+    assert overhead([1.0, 2.0, 4.0], [1.5, 2.0, 5.0])["median"] == pytest.approx(25)
+    assert overhead([1.0, 2.0, 4.0], [3.0])["median"] == pytest.approx(200)
+    assert spread([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
 
 
 def test_found_lines_tell_right_wrong_and_extra():
     red, blue, ring = ("red", "circle"), ("blue", "star"), ("cyan", "ring")
-    assert _grid.found_lines([red, blue], [blue, red]) == [("right", "red circle"), ("right", "blue star")]
-    assert _grid.found_lines([red, blue], [red, red]) == [
+    assert pictures.found_lines([red, blue], [blue, red]) == [("right", "red circle"), ("right", "blue star")]
+    assert pictures.found_lines([red, blue], [red, red]) == [
         ("right", "red circle"),
         ("wrong", "blue star"),
         ("extra", "red circle"),
     ]
-    assert _grid.found_lines([red], [ring, red, blue])[1] == ("extra", "cyan ring and 1 more")
+    assert pictures.found_lines([red], [ring, red, blue])[1] == ("extra", "cyan ring and 1 more")
 
 
 def test_grid_shows_every_picture_with_the_colour_of_its_frame():
     panels = [
-        _grid.Panel(Image.new("RGB", (64, 64), (0, 0, 200)), "one", [("right", "it")], True),
-        _grid.Panel(Image.new("RGB", (32, 64), (0, 200, 200)), "two", [], False),
+        pictures.Panel(Image.new("RGB", (64, 64), (0, 0, 200)), "one", [("right", "it")], True),
+        pictures.Panel(Image.new("RGB", (32, 64), (0, 200, 200)), "two", [], False),
     ]
-    picture = _grid.draw_grid([_grid.Row("a prompt " * 9, panels)] * 3, title="title", columns=2, side=100)
+    picture = pictures.draw_sheet([pictures.Strip("a prompt " * 9, panels)] * 3, title="title", columns=2, side=100)
     counts = {colour: count for count, colour in picture.getcolors(picture.width * picture.height)}
     assert counts[(0, 0, 200)] == 3 * 92 * 92
     assert counts[(0, 200, 200)] == 3 * 46 * 92
-    assert counts[_grid._RIGHT] > 0 and counts[_grid._WRONG] > 0
+    assert counts[pictures._RIGHT] > 0 and counts[pictures._WRONG] > 0

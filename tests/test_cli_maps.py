@@ -11,8 +11,8 @@ from PIL import Image
 
 import attnctl_fast as ac
 from attnctl_fast import cli
-from attnctl_fast._heat import overlay
-from attnctl_fast._maps import _middle, file_names
+from attnctl_fast.cli.maps import _middle, file_names
+from attnctl_fast.cli.pictures import heat_map
 from attnctl_fast.shapes import load_pipeline
 from attnctl_fast.shapes.model import cross_attention_layers
 
@@ -54,7 +54,7 @@ def test_maps_of_every_word(maps, untrained, tmp_path):
     assert report["layers"] == list(cross_attention_layers()) and report["file"] == "5.png"
     assert report["versions"]["torch"] == torch.__version__
     for position, (word, name) in enumerate(files.items(), 1):
-        assert np.array_equal(Image.open(out / name), overlay(image, found[word].numpy()))
+        assert np.array_equal(Image.open(out / name), heat_map(image, found[word].numpy()))
         peak = pytest.approx(float(found[word].max()))
         assert report["words"][word] == {"file": name, "token_ids": [position], "peak": peak}
     with Image.open(out / "maps.png") as overview:
@@ -78,7 +78,7 @@ def test_maps_of_named_words_and_layers(maps, untrained, tmp_path):
     assert report["layers"] == list(cross_attention_layers()[1:])
     assert {word: entry["token_ids"] for word, entry in report["words"].items()} == {"red circle": [2, 3], "Star": [7]}
     for word, entry in report["words"].items():
-        assert np.array_equal(Image.open(out / entry["file"]), overlay(image, found[word].numpy()))
+        assert np.array_equal(Image.open(out / entry["file"]), heat_map(image, found[word].numpy()))
         assert Image.open(out / entry["file"]).size == (96, 64)
 
 
@@ -142,11 +142,11 @@ def test_heat_map_is_brightest_at_its_maximum():
     image = Image.new("RGBA", (60, 30), (0, 200, 90, 255))
     values = np.zeros((4, 8), dtype=np.float32)
     values[1, 2] = 0.03
-    picture = overlay(image, values)
+    picture = heat_map(image, values)
     assert picture.mode == "RGB" and picture.size == image.size
     light = np.asarray(picture.convert("L")).astype(int)
     row, column = np.unravel_index(light.argmax(), light.shape)
     assert abs(row - 11) <= 2 and abs(column - 18) <= 3
     assert light[-1, -1] == light.min()
-    assert np.array_equal(picture, overlay(image, 20 * values))
-    assert len(overlay(image, np.zeros((4, 8), dtype=np.float32)).getcolors()) == 1
+    assert np.array_equal(picture, heat_map(image, 20 * values))
+    assert len(heat_map(image, np.zeros((4, 8), dtype=np.float32)).getcolors()) == 1

@@ -19,11 +19,15 @@ from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from attnctl_fast import _processes, _prompts, _scores, _sweep, evaluate
-from attnctl_fast._folder import Folder, Log
-from attnctl_fast._processes import Processes
-from attnctl_fast._scores import Clip
-from attnctl_fast._summary import summary, table
+from attnctl_fast import evaluate
+from attnctl_fast.cli.model import Settings
+from attnctl_fast.evaluate import plan, prompts, scorers
+from attnctl_fast.evaluate.main import _parser
+from attnctl_fast.evaluate.processes import Processes
+from attnctl_fast.evaluate.scorers import Clip
+from attnctl_fast.evaluate.store import Log, Store
+from attnctl_fast.evaluate.summary import summary, table
+from attnctl_fast.evaluate.sweep import _about, _prompts, _record, _shared
 from attnctl_fast.shapes import detect, scene_for_seed, score
 from attnctl_fast.shapes.evaluate import mcnemar
 from attnctl_fast.shapes.scene import scene_for_prompt
@@ -158,27 +162,27 @@ def test_what_is_missing_is_drawn_and_nothing_else(sweep, tmp_path):
     # Nothing at all: no pipeline is needed.
     size = results.stat().st_size
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("attnctl_fast._model.load", None)
+        patch.setattr("attnctl_fast.evaluate.sweep.load", None)
         assert sweep("--method", "plain") == 0
     assert results.stat().st_size == size
 
 
 def test_a_picture_that_fails_is_a_row_and_tried_again(sweep, tmp_path, monkeypatch, capsys):
-    draw = _sweep.draw
+    draw = plan.draw
 
     def failing(pipe, settings):
         if settings.seed == 0:
             raise RuntimeError("out of memory\nmore of it")
         return draw(pipe, settings)
 
-    monkeypatch.setattr(_sweep, "draw", failing)
+    monkeypatch.setattr(plan, "draw", failing)
     assert sweep("--method", "plain") == 1
     captured = capsys.readouterr()
     assert "1 of 2 pictures failed" in captured.err and "1 (1 failed)" in captured.out
     bad, good = rows(tmp_path / "out")
     assert bad["error"] == "RuntimeError: out of memory" and "strict" not in bad and "strict" in good
 
-    monkeypatch.setattr(_sweep, "draw", draw)
+    monkeypatch.setattr(plan, "draw", draw)
     stamp = (tmp_path / "out" / good["file"]).stat().st_mtime_ns
     assert sweep("--method", "plain") == 0
     assert ["error" in row for row in rows(tmp_path / "out")] == [False, False]
@@ -186,19 +190,19 @@ def test_a_picture_that_fails_is_a_row_and_tried_again(sweep, tmp_path, monkeypa
 
 
 def test_an_interruption_keeps_what_is_drawn(sweep, tmp_path, monkeypatch, capsys):
-    draw = _sweep.draw
+    draw = plan.draw
 
     def interrupted(pipe, settings):
         if settings.seed == 1:
             raise KeyboardInterrupt
         return draw(pipe, settings)
 
-    monkeypatch.setattr(_sweep, "draw", interrupted)
+    monkeypatch.setattr(plan, "draw", interrupted)
     assert sweep("--method", "plain") == 130
     assert "the same command goes on" in capsys.readouterr().err
     (kept,) = pictures(tmp_path / "out").values()
     stamp = kept.stat().st_mtime_ns
-    monkeypatch.setattr(_sweep, "draw", draw)
+    monkeypatch.setattr(plan, "draw", draw)
     assert sweep("--method", "plain") == 0
     assert kept.stat().st_mtime_ns == stamp and len(rows(tmp_path / "out")) == 2
 
@@ -223,13 +227,13 @@ def test_prompts_have_targets_and_seeds_of_their_own(sweep, tmp_path):
         (2, 9),
     ]
 
-    entries = _prompts.read_prompts(tmp_path / "prompts")
+    entries = prompts.read_prompts(tmp_path / "prompts")
     assert entries[1]["groups"] == [("green", "ring"), ("cyan", "cross")]
-    base = _sweep.MethodSettings(model="shapes", prompt="", targets=["circle"])
-    planned = _sweep.plan(base, ["regulation", "plain"], entries, [9])
-    targets = [picture.settings.targets for picture in planned]
+    base, given = Settings(model="shapes", prompt=""), {"targets": ["circle"]}
+    planned = plan.plan(base, given, ["regulation", "plain"], entries, [9])
+    targets = [picture.options.get("targets") for picture in planned]
     assert targets == [["circle", "star"], None, ["circle", "star"], None, ["ring"], None, ["circle"], None]
-    assert planned[4].settings.groups is None
+    assert "groups" not in planned[4].options
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +351,7 @@ def test_an_open_clip_checkpoint_that_does_not_fit_is_found_before_anything_is_d
         create_model_and_transforms=mismatch,
     )
     monkeypatch.setitem(sys.modules, "open_clip", library)
-    monkeypatch.setattr(_scores.util, "find_spec", lambda name: library if name == "open_clip" else find_spec(name))
+    monkeypatch.setattr(scorers.util, "find_spec", lambda name: library if name == "open_clip" else find_spec(name))
     assert sweep("--method", "plain", "--open-clip", "ViT-B-32:openai") == 2
     assert capsys.readouterr().err == (
         "attnctl_fast.evaluate: --open-clip 'ViT-B-32:openai' is not a model that open_clip can load: "
@@ -357,7 +361,7 @@ def test_an_open_clip_checkpoint_that_does_not_fit_is_found_before_anything_is_d
 
 
 def test_a_picture_that_cannot_be_judged_is_a_row_and_tried_again(sweep, tmp_path, monkeypatch, capsys):
-    judge = _scores.Detector.__call__
+    judge = scorers.Detector.__call__
     bad = scene_for_seed(0).prompt
 
     def failing(self, image, prompt):
@@ -365,14 +369,14 @@ def test_a_picture_that_cannot_be_judged_is_a_row_and_tried_again(sweep, tmp_pat
             raise RuntimeError("out of memory\nmore of it")
         return judge(self, image, prompt)
 
-    monkeypatch.setattr(_scores.Detector, "__call__", failing)
+    monkeypatch.setattr(scorers.Detector, "__call__", failing)
     assert sweep("--method", "plain") == 1
     assert "1 of 2 pictures are not judged, pictures/00000-0-plain.png by detector with Ru" in capsys.readouterr().err
     first, second = rows(tmp_path / "out")
     assert first["score_errors"] == {"detector": "RuntimeError: out of memory"} and "strict" not in first
     assert "strict" in second and "score_errors" not in second
 
-    monkeypatch.setattr(_scores.Detector, "__call__", judge)
+    monkeypatch.setattr(scorers.Detector, "__call__", judge)
     assert sweep("--method", "plain") == 0
     assert ["strict" in row and "score_errors" not in row for row in rows(tmp_path / "out")] == [True, True]
     report = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -382,15 +386,15 @@ def test_a_picture_that_cannot_be_judged_is_a_row_and_tried_again(sweep, tmp_pat
 def test_pictures_are_judged_where_they_are_drawn(sweep, tmp_path, capsys, monkeypatch):
     devices = []
 
-    def clip(model, device):
+    def clip(model, device, allow_pickle):
         devices.append(device)
         raise OSError("enough")
 
-    monkeypatch.setattr(_scores, "Clip", clip)
+    monkeypatch.setattr("attnctl_fast.evaluate.sweep.Clip", clip)
     assert sweep("--method", "plain", "--device", "cpu:0", "--clip", "x") == 2
     assert devices == [torch.device("cpu:0")]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the GPU of {device}")
-    assert evaluate._about(Processes(cpu=True), torch.device("cuda:1"))["device"] == "the GPU of cuda:1"
+    assert _about(Processes(cpu=True), torch.device("cuda:1"))["device"] == "the GPU of cuda:1"
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -405,13 +409,13 @@ def test_every_item_is_one_processes_own(items, count):
 
 
 def test_a_folder_is_one_sweeps_at_a_time(sweep, tmp_path, capsys):
-    folder = Folder(tmp_path / "out")
-    folder.lock()
-    folder.lock()
+    store = Store(tmp_path / "out")
+    store.lock()
+    store.lock()
     assert sweep("--method", "plain") == 2
     assert "another sweep is at work in" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["sweep.lock"]
-    folder.close()
+    store.close()
     assert sweep("--method", "plain") == 0
 
 
@@ -435,7 +439,7 @@ def test_a_log_goes_on_after_a_cut_line(tmp_path):
     log = Log(tmp_path / "results-0.jsonl", "b", 0, {"device": "cpu"})
     log.write("picture", {"file": "x", "seconds": 1.0})
     log.write("picture", {"file": "y", "error": "no"})
-    assert [row["kind"] for row in Folder(tmp_path).rows()] == ["run", "picture", "picture"]
+    assert [row["kind"] for row in Store(tmp_path).records()] == ["run", "picture", "picture"]
     assert (tmp_path / "results-0.jsonl").read_text().count("\n") == 4
 
 
@@ -462,11 +466,10 @@ def test_prompts_of_scenes(objects):
     ],
 )
 def test_other_settings_are_refused(sweep, tmp_path, capsys, options, message):
-    folder = Folder(tmp_path / "out")
-    parser = evaluate._parser()
-    arguments = parser.parse_args([*SHAPES, "--steps", "1", "--seeds", "2", "--method", "plain"])
-    base = evaluate._base(arguments, Processes(cpu=True))
-    folder.claim(evaluate._settings(base, ["plain"], evaluate._entries(arguments, base, range(2)), [0, 2]))
+    store = Store(tmp_path / "out")
+    arguments = _parser().parse_args([*SHAPES, "--steps", "1", "--seeds", "2", "--method", "plain"])
+    base, given = _shared(arguments, Processes(cpu=True))
+    store.claim(_record(base, given, ["plain"], _prompts(arguments, given, range(2)), range(2)))
     (tmp_path / "ONE").write_text("a red circle\n")
     (tmp_path / "TWO").write_text("a red circle\na blue star\n")
     given = [tmp_path / word if word in ("ONE", "TWO") else word for word in options]
@@ -487,9 +490,9 @@ def test_other_settings_are_refused(sweep, tmp_path, capsys, options, message):
         ((), ['{"prompt": 3}'], "prompt is 3; it must be text"),
         ((), ['{"prompt": "a", "targets": "a"}'], "targets is 'a'; it must be a list of texts"),
         ((), ['{"prompt": "a", "pairs": ["red"]}'], "pairs must be MODIFIER:NOUN"),
-        ((), ['{"prompt": "a", "token_weights": ["a=b"]}'], "token_weights could not convert"),
+        ((), ['{"prompt": "a", "token_weights": ["a=b"]}'], "token_weights must be WORD=FACTOR.*got 'a=b'"),
         ((), ['{"prompt": "a", "seeds": [1, 1]}'], "seeds is .1, 1.; it must be a list of whole numbers, none twice"),
-        ((), ['{"prompt": "a", "seeds": [-1]}'], "seeds must be from 0 to"),
+        ((), ['{"prompt": "a", "seeds": [-1]}'], "seeds must be a whole number from 0 to"),
         ((), ["a red circle"], "prompt 1 .'a red circle'.: --method regulation needs --targets"),
         ((), ['{"prompt": "a red circle", "targets": ["cat"]}'], "prompt 1: targets holds 'cat', which is not in the"),
         (("--method", "plain", "--targets", "a"), ["a"], "--targets is an option of .* and excite, not of plain"),
@@ -509,7 +512,7 @@ def test_other_settings_are_refused(sweep, tmp_path, capsys, options, message):
 )
 def test_mistakes_are_one_line_before_anything_is_drawn(sweep, tmp_path, capsys, monkeypatch, options, lines, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(_scores.util, "find_spec", lambda name: None if name == "open_clip" else find_spec(name))
+    monkeypatch.setattr(scorers.util, "find_spec", lambda name: None if name == "open_clip" else find_spec(name))
     given = []
     if lines is not None:
         (tmp_path / "prompts").write_text("\n".join(lines))
@@ -562,12 +565,12 @@ def test_processes_that_are_not_joined_are_refused(sweep, tmp_path, capsys, monk
 
 def test_a_mistake_that_only_another_process_met_is_raised_here_too(monkeypatch):
     processes = Processes(cpu=True)
-    monkeypatch.setattr(_processes, "gather_object", lambda mine: [*mine, "no such device"])
+    monkeypatch.setattr("attnctl_fast.evaluate.processes.gather_object", lambda mine: [*mine, "no such device"])
     with pytest.raises(ValueError, match="no such device"):
         processes.together(lambda: 3)
     with pytest.raises(OSError, match="own"):
         processes.together(lambda: (_ for _ in ()).throw(OSError("own")))
-    monkeypatch.setattr(_processes, "gather_object", lambda mine: [*mine, None])
+    monkeypatch.setattr("attnctl_fast.evaluate.processes.gather_object", lambda mine: [*mine, None])
     assert processes.together(lambda: 3) == processes.by_first(lambda: 3) == 3
 
 

@@ -1,4 +1,4 @@
-"""A labelled picture of pairs: prompts, what was drawn for them, and what a detector found in it."""
+"""Pictures to look at: a labelled sheet of many, and a heat map over one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 _PAPER, _INK, _FAINT, _RULE = (255, 255, 255), (30, 32, 36), (112, 116, 124), (224, 226, 230)
 _RIGHT, _WRONG, _EXTRA = (26, 138, 66), (200, 42, 42), (190, 120, 10)
 _COLOURS = {"right": _RIGHT, "wrong": _WRONG, "extra": _EXTRA}
+# Points of matplotlib's inferno: lightness rises evenly, so that it reads without colour vision too.
+_HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)])
+_OPACITY = 0.65
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Row:
+class Strip:
     """The panels of one prompt, side by side."""
 
     prompt: str
@@ -35,7 +39,7 @@ class Row:
 
 
 def found_lines(objects: Sequence[tuple[str, str]], found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """What a detector found against what was asked for, both as (colour, shape) pairs, as the lines of a `Panel`."""
+    """Compare what a detector found with what was asked for, (colour, shape) pairs, as the lines of a `Panel`."""
     surplus = Counter(found)
     lines = []
     for pair in objects:
@@ -49,37 +53,37 @@ def found_lines(objects: Sequence[tuple[str, str]], found: Sequence[tuple[str, s
     return lines
 
 
-def draw_grid(
-    rows: Sequence[Row], *, title: str, notes: Sequence[str] = (), columns: int = 4, side: int = 264
+def draw_sheet(
+    strips: Sequence[Strip], *, title: str, notes: Sequence[str] = (), columns: int = 4, side: int = 264
 ) -> Image.Image:
-    """Lay out the rows in a number of columns; every image is enlarged to fit a square of `side` pixels.
+    """Lay out strips in a number of columns; every image is enlarged to fit a square of `side` pixels.
 
     Returns:
         An RGB image.
     """
     text, small, large = (ImageFont.load_default(size) for size in (22, 20, 28))
     gap, margin, line, frame = 14, 36, 27, 4
-    panels = max(len(row.panels) for row in rows)
-    lines = max(len(panel.lines) for row in rows for panel in row.panels)
-    columns = min(columns, len(rows))
-    block_width = panels * side + (panels - 1) * gap
-    prompt_lines = max(len(_wrapped(row.prompt, text, block_width)) for row in rows)
+    panels = max(len(strip.panels) for strip in strips)
+    lines = max(len(panel.lines) for strip in strips for panel in strip.panels)
+    columns = min(columns, len(strips))
+    strip_width = panels * side + (panels - 1) * gap
+    prompt_lines = max(len(_wrapped(strip.prompt, text, strip_width)) for strip in strips)
     image_top = prompt_lines * 30 + 32
-    block_height = image_top + side + 8 + lines * line
+    strip_height = image_top + side + 8 + lines * line
     head, foot = 62, (12 + 28 * len(notes) if notes else 0)
-    height = margin + head + -(-len(rows) // columns) * (block_height + margin) + foot
-    width = max(margin + columns * (block_width + margin), int(large.getlength(title)) + 2 * margin)
+    height = margin + head + -(-len(strips) // columns) * (strip_height + margin) + foot
+    width = max(margin + columns * (strip_width + margin), int(large.getlength(title)) + 2 * margin)
     canvas = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((margin, margin - 8), title, _INK, large)
 
-    for index, row in enumerate(rows):
-        left = margin + (index % columns) * (block_width + margin)
-        top = margin + head + (index // columns) * (block_height + margin)
-        draw.line((left, top - 12, left + block_width, top - 12), _RULE, 2)
-        for number, words in enumerate(_wrapped(row.prompt, text, block_width)):
+    for index, strip in enumerate(strips):
+        left = margin + (index % columns) * (strip_width + margin)
+        top = margin + head + (index // columns) * (strip_height + margin)
+        draw.line((left, top - 12, left + strip_width, top - 12), _RULE, 2)
+        for number, words in enumerate(_wrapped(strip.prompt, text, strip_width)):
             draw.text((left, top + 30 * number), words, _INK, text)
-        for panel in row.panels:
+        for panel in strip.panels:
             draw.text((left, top + image_top - 28), panel.title, _FAINT, small)
             box = (left, top + image_top, left + side, top + image_top + side)
             colour = _RULE if panel.good is None else _RIGHT if panel.good else _WRONG
@@ -123,3 +127,20 @@ def _mark(draw: ImageDraw.ImageDraw, mark: str, x: int, y: int) -> None:
     }[mark]
     for x0, y0, x1, y1 in strokes:
         draw.line((x + x0, y + y0, x + x1, y + y1), _COLOURS[mark], 3)
+
+
+def heat_map(image: Image.Image, values: np.ndarray) -> Image.Image:
+    """Lay a map `[height, width]`, not negative, over an image of any size, which is made grey.
+
+    Colours run from black at zero to light yellow at the map's maximum.
+
+    Returns:
+        An RGB image of the size of `image`.
+    """
+    peak = values.max()
+    scaled = Image.fromarray((values / peak if peak > 0 else values).astype(np.float32))
+    heat = np.asarray(scaled.resize(image.size, Image.Resampling.BICUBIC)).clip(0, 1)
+    points = np.linspace(0, 1, len(_HEAT))
+    colours = np.stack([np.interp(heat, points, channel) for channel in _HEAT.T], axis=-1)
+    grey = image.convert("L").convert("RGB")
+    return Image.blend(grey, Image.fromarray(colours.round().astype(np.uint8)), _OPACITY)

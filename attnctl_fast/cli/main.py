@@ -1,25 +1,18 @@
-"""The `attnctl-fast` command: `demo`, `generate`, `maps`, `bench`, `info`."""
+"""The parser of `attnctl-fast`: `demo`, `generate`, `maps`, `bench`, `info`."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from . import __version__
-from ._options import (
-    METHODS,
-    add_method_options,
-    add_model_options,
-    add_picture_options,
-    natural,
-    positive,
-    require_extra,
-    settings_of,
-    strength,
-)
+from .. import __version__
+from .method_options import METHODS, add_method_options
+from .options import add_model_options, add_prompt_options, finite, natural, positive, require_extra, strength
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,12 +67,12 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--seed-start", type=natural, default=0, metavar="SEED", help="the first of the consecutive seeds"
     )
     demo.add_argument("--steps", type=positive, default=25, help="steps of the sampler")
-    demo.add_argument("--guidance-scale", type=float, default=5.0, help="scale of classifier-free guidance")
+    demo.add_argument("--guidance-scale", type=finite, default=5.0, help="scale of classifier-free guidance")
     demo.add_argument("--strength", type=strength, help="strength of the regulation (default: as tuned for this model)")
     demo.add_argument("--batch-size", type=positive, default=8, help="prompts per batch")
     demo.add_argument("--device", default="cpu", help="torch device")
     demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="where the files go")
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_command("demo"))
 
 
 def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -90,13 +83,13 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "SEED-METHOD.png for consecutive seeds, with --compare SEED-plain.png and compare.png too, and generate.json. "
         "Nothing is overwritten without --overwrite.",
     )
-    add_model_options(generate, layers="the method's own", out="out/generate")
-    add_picture_options(generate)
+    add_model_options(generate, out="out/generate")
+    add_prompt_options(generate)
     generate.add_argument("--method", choices=METHODS, default="regulation", help="default: regulation")
     add_method_options(generate)
     generate.add_argument("--num-images", type=positive, default=1, metavar="N", help="default: 1")
     generate.add_argument("--compare", action="store_true", help="draw the same seeds without the method too")
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(run=_command("generate"))
 
 
 def _add_maps(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -107,59 +100,41 @@ def _add_maps(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "tokens, each map scaled by its own maximum. The files are SEED.png, SEED-WORD.png, maps.png with all of "
         "them, and maps.json. Nothing is overwritten without --overwrite.",
     )
-    add_model_options(maps, layers="those at a quarter of the latents' size, or nearest to it", out="out/maps")
-    add_picture_options(maps)
+    add_model_options(maps, out="out/maps")
+    add_prompt_options(maps)
+    maps.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="PREFIX",
+        help="names of UNet blocks or layers; default: those at a quarter of the latents' size, or nearest to it",
+    )
     maps.add_argument("--words", nargs="+", metavar="WORD", help="words or phrases of the prompt; default: all words")
-    maps.set_defaults(run=_maps)
+    maps.set_defaults(run=_command("maps"))
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], Any]:
+    """Return what runs a command; its module, which imports torch, is imported only then."""
+
+    def run(arguments: argparse.Namespace) -> None:
+        require_extra()
+        import_module(f".{name}", __package__).run(arguments)
+
+    return run
+
+
+def _info(_: argparse.Namespace) -> None:
+    from .report import versions
+
+    for name, value in versions().items():
+        print(f"{name:<15} {value if value is not None else 'not installed'}")
 
 
 def _bench(argv: Sequence[str]) -> int:
-    """The suite in the checkout's folder `bench`, which has a parser of its own."""
-    folder = Path(__file__).resolve().parents[1] / "bench"
+    """Run the suite in the checkout's folder `bench`, which has a parser of its own."""
+    folder = Path(__file__).resolve().parents[2] / "bench"
     if not (folder / "run.py").is_file():
         print("attnctl-fast bench: the benchmarks are in the repository; run it from a checkout", file=sys.stderr)
         return 2
     sys.path.insert(0, str(folder))
-    from importlib import import_module
-
     status: int = import_module("run").main(argv)
     return status
-
-
-def _demo(arguments: argparse.Namespace) -> None:
-    require_extra()
-    from ._demo import demo
-
-    demo(
-        count=arguments.count,
-        seed_start=arguments.seed_start,
-        steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
-        strength=arguments.strength,
-        batch_size=arguments.batch_size,
-        device=arguments.device,
-        out=arguments.out,
-    )
-
-
-def _generate(arguments: argparse.Namespace) -> None:
-    require_extra()
-    from ._choice import MethodSettings
-    from ._generate import generate
-
-    settings = MethodSettings(**settings_of(MethodSettings, arguments))
-    generate(settings, compare=arguments.compare, overwrite=arguments.overwrite, out=arguments.out)
-
-
-def _maps(arguments: argparse.Namespace) -> None:
-    require_extra()
-    from ._maps import MapsSettings, draw_maps
-
-    draw_maps(MapsSettings(**settings_of(MapsSettings, arguments)), overwrite=arguments.overwrite, out=arguments.out)
-
-
-def _info(_: argparse.Namespace) -> None:
-    from ._report import versions
-
-    for name, value in versions().items():
-        print(f"{name:<15} {value if value is not None else 'not installed'}")

@@ -40,12 +40,12 @@ class Processes:
         self.device = torch.device("cpu") if self._state.device.type == "cpu" else self._state.device
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """The part of the items that is this process's own: neighbours, so that every part has all methods."""
+        """Return this process's own part of the items: neighbours, so that every part has all methods."""
         first, end = (len(items) * rank // self.count for rank in (self.rank, self.rank + 1))
         return list(items[first:end])
 
     def together(self, make: Callable[[], T]) -> T:
-        """The result of `make()` in this process, once all have one.
+        """Return the result of `make()` in this process, once all have one.
 
         Raises:
             ValueError, OSError, ImportError: where `make()` raised one in this process; elsewhere, ValueError with the
@@ -64,7 +64,7 @@ class Processes:
         return result
 
     def by_first(self, make: Callable[[], T]) -> T:
-        """The result of `make()` in the first process, for all of them; errors as in `together`."""
+        """Return the result of `make()` in the first process to all of them; errors as in `together`."""
         answer = [self.together(lambda: make() if self.rank == 0 else None)]
         broadcast_object_list(answer)
         return answer[0]  # type: ignore[return-value]

@@ -1,19 +1,16 @@
-"""`attnctl-fast demo`: the methods on the shipped model, counted, timed and drawn."""
+"""`attnctl-fast demo`: draw with the methods on the shipped model, count, time and show."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ._grid import Panel, Row, draw_grid, found_lines
-from ._report import aligned, overhead, spread, versions
-from .shapes.evaluate import (
+from ..shapes.evaluate import (
     ADDED,
     TUNED,
     Arm,
@@ -26,40 +23,33 @@ from .shapes.evaluate import (
     regulation,
     second_object,
 )
-from .shapes.model import load_pipeline
+from ..shapes.model import load_pipeline
+from .pictures import Panel, Strip, draw_sheet, found_lines
+from .report import aligned, overhead, spread, versions
 
 PLAIN, REGULATED, REFERENCE = "plain", "attention regulation", "same, by autograd"
 ENERGY, FIRST, COMPOSED = "energy context", "first object only", "second one composed"
 # Every method's arm and the one it is compared with, prompt by prompt.
 METHODS = {REGULATED: PLAIN, ENERGY: PLAIN, COMPOSED: FIRST}
-_SCENES_IN_GRID = 6
+_SCENES_SHOWN = 6
 _REFERENCE_BATCHES = 2
 
 
-def demo(
-    *,
-    count: int,
-    seed_start: int,
-    steps: int,
-    guidance_scale: float,
-    strength: float | None,
-    batch_size: int,
-    device: str,
-    out: Path,
-) -> None:
-    """Draw, print the table, and write `grid.png` and `demo.json` into `out`."""
+def run(arguments: argparse.Namespace) -> None:
+    """Draw, print the table, and write `grid.png` and `demo.json`."""
+    out, count = arguments.out, arguments.count
     out.mkdir(parents=True, exist_ok=True)
-    options = dict(TUNED) if strength is None else {**TUNED, "strength": strength}
-    seeds = list(range(seed_start, seed_start + count))
+    options = dict(TUNED) if arguments.strength is None else {**TUNED, "strength": arguments.strength}
+    seeds = list(range(arguments.seed_start, arguments.seed_start + count))
     settings: dict[str, Any] = {
         "seeds": [seeds[0], seeds[-1]],
-        "steps": steps,
-        "guidance_scale": guidance_scale,
+        "steps": arguments.steps,
+        "guidance_scale": arguments.guidance_scale,
         "regulation": options,
         "energy": asdict(energy()[0]),
         "composition": dict(ADDED),
-        "batch_size": batch_size,
-        "device": device,
+        "batch_size": arguments.batch_size,
+        "device": arguments.device,
     }
     print(
         f"Drawing {count} two-object prompts (seeds {seeds[0]} to {seeds[-1]}), without and with every method",
@@ -75,24 +65,24 @@ def demo(
         REFERENCE: Arm(methods, impl="reference", batches=_REFERENCE_BATCHES),
     }
     results = interleaved(
-        load_pipeline(device=torch.device(device)),
+        load_pipeline(device=torch.device(arguments.device)),
         seeds,
         arms,
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        batch_size=batch_size,
+        num_inference_steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        batch_size=arguments.batch_size,
         warm_up=True,
     )
     comparisons = {name: compare(results[base], results[name]) for name, base in METHODS.items()}
     print(table(results, comparisons), flush=True)
-    _grid(results, comparisons).save(out / "grid.png", optimize=True)
+    _sheet(results, comparisons).save(out / "grid.png", optimize=True)
     report = {"settings": settings, "versions": versions(), **as_json(results, comparisons)}
     (out / "demo.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"Pictures: {out / 'grid.png'}   everything: {out / 'demo.json'}", file=sys.stdout)
+    print(f"Pictures: {out / 'grid.png'}   everything: {out / 'demo.json'}")
 
 
 def table(results: dict[str, Evaluation], comparisons: dict[str, Comparison]) -> str:
-    """The rates, seconds per image and overhead of every arm, as lines of text."""
+    """Lay out the rates, seconds per image and overhead of every arm as lines of text."""
     rows: list[tuple[str, ...]] = [("", "strict", "exact", "all colours", "s per image", "overhead")]
     for name, result in results.items():
         rates, cost = ["", "", ""], ""
@@ -121,7 +111,7 @@ def table(results: dict[str, Evaluation], comparisons: dict[str, Comparison]) ->
 
 
 def as_json(results: dict[str, Evaluation], comparisons: dict[str, Comparison]) -> dict[str, Any]:
-    """Rates, timings and what was found for every seed, as JSON can hold them."""
+    """Return rates, timings and what was found for every seed, as JSON can hold them."""
     plain = results[PLAIN]
     timings = {}
     for name, result in results.items():
@@ -149,16 +139,16 @@ def _percent(rate: float) -> str:
 
 
 def _difference(result: Evaluation, reference: Evaluation) -> dict[str, float]:
-    """How far pictures lie apart, in grey levels of 255."""
+    """Return how far pictures lie apart, in grey levels of 255."""
     pairs = zip(result.images, reference.images, strict=False)
     levels = np.stack([np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)) for one, other in pairs])
     return {"mean": float(levels.mean()), "largest": int(levels.max())}
 
 
-def _grid(results: dict[str, Evaluation], comparisons: dict[str, Comparison]) -> Any:
+def _sheet(results: dict[str, Evaluation], comparisons: dict[str, Comparison]) -> Any:
     plain = results[PLAIN]
-    rows = []
-    for index in range(min(_SCENES_IN_GRID, len(plain.seeds))):
+    strips = []
+    for index in range(min(_SCENES_SHOWN, len(plain.seeds))):
         scene, seed = plain.scenes[index], plain.seeds[index]
         panels = []
         for name in (PLAIN, REGULATED, ENERGY, FIRST, COMPOSED):
@@ -167,15 +157,15 @@ def _grid(results: dict[str, Evaluation], comparisons: dict[str, Comparison]) ->
             panels.append(
                 Panel(result.images[index], name, found_lines(scene.objects, found), result.scores[index].strict)
             )
-        rows.append(Row(f"{seed}: {scene.prompt}", panels))
+        strips.append(Strip(f"{seed}: {scene.prompt}", panels))
     rates = [
         f"{name} {_percent(comparison.strict.plain)} to {_percent(comparison.strict.controlled)} "
         f"(+{comparison.strict.gained} -{comparison.strict.lost})"
         for name, comparison in comparisons.items()
     ]
-    return draw_grid(
-        rows,
-        title=f"Seeds {plain.seeds[0]} to {plain.seeds[len(rows) - 1]}: the same prompt and seed, without and with "
+    return draw_sheet(
+        strips,
+        title=f"Seeds {plain.seeds[0]} to {plain.seeds[len(strips) - 1]}: the same prompt and seed, without and with "
         "attention control",
         notes=[
             "Below each picture: what a detector found. Green frame: both objects of the prompt. Red cross: not found. "

@@ -1,4 +1,4 @@
-"""What the pictures of a sweep are judged by: the detector of the shapes model, and CLIP."""
+"""Judges of a sweep's pictures: the detector of the shapes model, and CLIP."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 
-from ._report import first_line
-from .shapes.detection import detect, score
-from .shapes.drawing import SIZE
-from .shapes.scene import scene_for_prompt
+from ..cli.model import check_weights
+from ..cli.report import first_line
+from ..shapes.detection import detect, score
+from ..shapes.drawing import SIZE
+from ..shapes.scene import scene_for_prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,12 +35,12 @@ class Scorer(Protocol):
         """
 
     def __call__(self, image: Image, prompt: str) -> Scores:
-        """Its figures for one picture, always under the same names; none where it cannot judge this one."""
+        """Return its figures for one picture, always under the same names; none where it cannot judge this one."""
 
 
 class Detector:
-    """Whether the shapes that a prompt names are there: `strict`, `exact` and `colours` as in `shapes.Score`; none for
-    prompts that are no scene and for pictures of another size than 64x64."""
+    """Finds the shapes that a prompt names: `strict`, `exact` and `colours` as in `shapes.Score`; none for prompts that
+    are no scene and for pictures of another size than 64x64."""
 
     name = "detector"
 
@@ -60,16 +61,20 @@ class Clip:
     Args:
         model: a folder or an id on the Hugging Face hub.
         device: where it computes.
+        allow_pickle: also take weights that are not safetensors.
 
     Raises:
         OSError: there is no such processor.
+        ValueError: its weights are pickles, which are not allowed.
     """
 
-    def __init__(self, model: str, device: torch.device) -> None:
+    def __init__(self, model: str, device: torch.device, allow_pickle: bool = False) -> None:
         from transformers import CLIPProcessor
 
         self.name = f"clip {model}"
-        self._model, self._device = model, device
+        self._model, self._device, self._safe = model, device, None if allow_pickle else True
+        if not allow_pickle:
+            check_weights(Path(model))
         try:
             self._processor = CLIPProcessor.from_pretrained(model)
         except Exception as error:
@@ -84,7 +89,7 @@ class Clip:
 
         try:
             weights, found = CLIPModel.from_pretrained(
-                self._model, output_loading_info=True, ignore_mismatched_sizes=True
+                self._model, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=self._safe
             )
             # Transformers leaves both as they were initialised.
             if found["missing_keys"]:
@@ -114,13 +119,14 @@ class OpenClip:
         model: `MODEL:PRETRAINED` as `open_clip.list_pretrained()` has them, a file of weights as PRETRAINED, or a name
             with a scheme, such as `hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K`.
         device: where it computes.
+        allow_pickle: also take a file of weights that is not safetensors.
 
     Raises:
         ImportError: open_clip_torch is not installed.
-        ValueError: there is no such model.
+        ValueError: there is no such model, or its file is a pickle, which is not allowed.
     """
 
-    def __init__(self, model: str, device: torch.device) -> None:
+    def __init__(self, model: str, device: torch.device, allow_pickle: bool = False) -> None:
         if util.find_spec("open_clip") is None:
             raise ImportError("--open-clip needs open_clip_torch; run: pip install open_clip_torch")
         import open_clip
@@ -132,6 +138,8 @@ class OpenClip:
         there = Path(pretrained).is_file() and self._model in open_clip.list_models()
         if not whole and not there and (self._model, pretrained) not in open_clip.list_pretrained():
             raise ValueError(f"--open-clip {model!r} is not one of open_clip.list_pretrained(), as MODEL:PRETRAINED")
+        if there and not allow_pickle:
+            check_weights(Path(pretrained))
 
     def load(self) -> None:
         self._weights  # noqa: B018

@@ -1,76 +1,70 @@
-"""`attnctl-fast maps`: where the user's own model attends to each word."""
+"""`attnctl-fast maps`: show where the user's own model attends to each word."""
 
 from __future__ import annotations
 
+import argparse
 import re
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ._engine import Engine
-from ._grid import Panel, Row, draw_grid
-from ._heat import overlay
-from ._layers import ByDownsampling, by_downsampling
-from ._model import ModelSettings, check_absent, draw, load, write_report
-from .pipeline import capture
+from .._engine import Engine
+from .._layers import ByDownsampling, by_downsampling
+from ..pipeline import capture
+from .model import Settings, draw, load
+from .pictures import Panel, Strip, draw_sheet, heat_map
+from .report import check_absent, write_report
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-@dataclass(frozen=True, kw_only=True)
-class MapsSettings(ModelSettings):
-    """What decides the picture and its maps. words: None for all of the prompt."""
-
-    words: list[str] | None = None
-
-
-def draw_maps(settings: MapsSettings, *, overwrite: bool, out: Path) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Draw a picture and save it, a heat map over it for every word, `maps.png` and `maps.json`.
 
     Raises:
         ValueError: a setting that the model or the machine cannot meet, such as a word that is not in the prompt.
         OSError: the model is not found, or a file is there already.
     """
+    settings, out = Settings.of(arguments), arguments.out
     picture, overview, report = out / f"{settings.seed}.png", out / "maps.png", out / "maps.json"
-    check_absent([picture, overview, report], overwrite=overwrite)
+    check_absent([picture, overview, report], overwrite=arguments.overwrite)
     pipe = load(settings)
-    layers = _middle(pipe) if settings.layers is None else settings.layers
-    with capture(pipe, settings.words, layers) as maps:
+    with capture(pipe, arguments.words, arguments.layers or _middle(pipe)) as maps:
         (image,) = draw(pipe, settings)
     (found,) = maps.per_word()
     if not found:
         raise ValueError(f"--prompt {settings.prompt!r} has no words to show")
     assert maps.words is not None
     names = file_names(list(found), settings.seed)
-    check_absent([out / name for name in names.values()], overwrite=overwrite)
+    check_absent([out / name for name in names.values()], overwrite=arguments.overwrite)
 
     out.mkdir(parents=True, exist_ok=True)
     image.save(picture)
     print(picture)
-    rows = [Row(settings.prompt, [Panel(image, f"seed {settings.seed}")])]
+    strips = [Strip(settings.prompt, [Panel(image, f"seed {settings.seed}")])]
     words: dict[str, Any] = {}
     for word, heat in found.items():
-        shown: Image = overlay(image, heat.numpy())
+        shown: Image = heat_map(image, heat.numpy())
         shown.save(out / names[word])
         print(out / names[word])
         peak = float(heat.max())
-        rows.append(Row(word, [Panel(shown, f"peak {peak:.3f}")]))
+        strips.append(Strip(word, [Panel(shown, f"peak {peak:.3f}")]))
         words[word] = {"file": names[word], "token_ids": maps.words[0][word], "peak": peak}
-    draw_grid(rows, title=settings.model).save(overview)
+    draw_sheet(strips, title=settings.model).save(overview)
     print(overview)
-    write_report(report, pipe, settings, {"layers": list(maps), "file": picture.name, "words": words})
+    given = {**asdict(settings), "layers": arguments.layers, "words": arguments.words}
+    write_report(report, pipe, given, {"layers": list(maps), "file": picture.name, "words": words})
 
 
 def _middle(pipe: Any) -> ByDownsampling:
-    """A quarter of the latents' size, where maps say most (Hertz et al., arXiv 2208.01626), or the nearest to it that
-    has cross-attention, the coarser of two."""
+    """Choose a quarter of the latents' size, where maps say most (Hertz et al., arXiv 2208.01626), or the nearest to it
+    that has cross-attention, the coarser of two."""
     levels = {layer.level for layer in Engine.of(pipe).layers.values()}
     return by_downsampling(1 << min(levels, key=lambda level: (abs(level - 2), -level)))
 
 
 def file_names(words: list[str], seed: int) -> dict[str, str]:
-    """A file name for every word that any file system takes, no two the same even without case."""
+    """Give every word a file name that any file system takes, no two the same even without case."""
     names: dict[str, str] = {}
     taken: set[str] = set()
     for word in words:

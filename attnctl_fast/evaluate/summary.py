@@ -1,4 +1,4 @@
-"""What a sweep found: one row per picture, figures per method, and the table of them."""
+"""Sum up a sweep: one row per picture, figures per method, and the table of them."""
 
 from __future__ import annotations
 
@@ -6,27 +6,31 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ._folder import Folder, Row
-from ._report import aligned, spread
-from ._sweep import PLAIN, Picture
-from .shapes.evaluate import mcnemar
+from ..cli.report import aligned, spread
+from ..shapes.evaluate import mcnemar
+from .plan import PLAIN, Picture
+from .store import Record, Store
 
 _TITLES = {"strict": "strict", "exact": "exact", "colours": "all colours", "clip": "CLIP score"}
 
 
-def merged(folder: Folder, pictures: Iterable[Picture], scorers: Iterable[str]) -> list[Row]:
-    """The row of every picture in the order of the sweep, with what these scorers say of it; `score_errors` has what
-    kept one of them from judging it."""
-    drawn, names = folder.drawn(), set(scorers)
-    scores: dict[str, Row] = {}
-    judged = {(row["file"], row["by"]): row for row in folder.rows() if row["kind"] == "scores" and row["by"] in names}
+def merged(store: Store, pictures: Iterable[Picture], scorers: Iterable[str]) -> list[Record]:
+    """Return the row of every picture in the order of the sweep, with what these scorers say of it.
+
+    `score_errors` has what kept a scorer from judging it.
+    """
+    drawn, names = store.drawn(), set(scorers)
+    scores: dict[str, Record] = {}
+    judged = {
+        (row["file"], row["by"]): row for row in store.records() if row["kind"] == "scores" and row["by"] in names
+    }
     for (file, name), row in judged.items():
         about = scores.setdefault(file, {})
         if "error" in row:
             about.setdefault("score_errors", {})[name] = row["error"]
         else:
             about.update(row["scores"])
-    rows = [(drawn.get(picture.file) or {**picture.row(), "error": "not drawn"}) for picture in pictures]
+    rows = [(drawn.get(picture.file) or {**picture.record(), "error": "not drawn"}) for picture in pictures]
     return [
         {name: value for name, value in row.items() if name != "kind"}
         | ({} if "error" in row else scores.get(row["file"], {}))
@@ -34,8 +38,8 @@ def merged(folder: Folder, pictures: Iterable[Picture], scorers: Iterable[str]) 
     ]
 
 
-def summary(rows: Sequence[Row], methods: Sequence[str]) -> dict[str, Any]:
-    """Figures of every method.
+def summary(rows: Sequence[Record], methods: Sequence[str]) -> dict[str, Any]:
+    """Return figures of every method.
 
     `pictures` and `failed` are numbers; `seconds` per picture and scores that are numbers have median and quartiles,
     the latter a mean too; of scores that are yes or no `rate` is the share of yes. `against_plain`, over the prompts
@@ -71,7 +75,7 @@ def summary(rows: Sequence[Row], methods: Sequence[str]) -> dict[str, Any]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The summary as lines of text."""
+    """Lay out the summary as lines of text."""
     shown = [name for name in _TITLES if any(name in entry for entry in figures.values())]
     rows = [["method", "pictures", *(_TITLES[name] for name in shown), "s per picture"]]
     for method, entry in figures.items():

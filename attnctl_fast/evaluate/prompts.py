@@ -1,4 +1,4 @@
-"""What a sweep draws: prompts with their own targets and seeds, from a file or of the shapes model."""
+"""The prompts of a sweep, with their own options and seeds: from a file, or scenes of the shapes model."""
 
 from __future__ import annotations
 
@@ -8,30 +8,24 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ._options import group, natural, pair, token_weight
-from .shapes.scene import scene_for_seed
+from ..cli.method_options import OPTIONS
+from ..cli.options import natural
+from ..shapes.scene import scene_for_seed
 
-# Fields of `MethodSettings` for one prompt, and its seeds where it has seeds of its own.
+# A prompt with what it has of its own, by the names of `FIELDS`.
 Entry: TypeAlias = dict[str, Any]
 
-# Lists of words, each written as on the command line.
-_LISTS: dict[str, Callable[[str], Any]] = {
-    "targets": str,
-    "pairs": pair,
-    "groups": group,
-    "token_weights": token_weight,
-    "edit": str,
-    "negate": str,
-}
+_LISTS = {name: option.read for name, option in OPTIONS.items() if option.takes in ("texts", "words")}
+# Scenes of the shapes model where --seeds does not say how many.
+SCENES = 64
 FIELDS = ("prompt", "negative_prompt", "seeds", *_LISTS)
 
 
 def read_prompts(path: Path) -> list[Entry]:
-    """The prompts of a text file, one a line; blank lines and those that start with `#` are skipped.
+    """Read the prompts of a text file, one a line; blank lines and those that start with `#` are skipped.
 
     A line that starts with `{` is JSON: the prompt and, where it has its own, `negative_prompt`, `seeds` (whole
-    numbers) and the options `targets`, `pairs`, `groups`, `token_weights`, `edit` and `negate`, as lists of what stands
-    on the command line.
+    numbers) and those options of methods that go with a prompt, as lists of what stands on the command line.
 
         {"prompt": "a red ball and a dog", "targets": ["ball", "dog"], "pairs": ["red:ball"], "seeds": [3, 4]}
 
@@ -58,18 +52,14 @@ def read_prompts(path: Path) -> list[Entry]:
 
 
 def scene_prompts(seeds: Iterable[int]) -> list[Entry]:
-    """The shapes model's scenes of these seeds, one picture each, with the words that methods ask for."""
-    scenes = [(seed, scene_for_seed(seed)) for seed in seeds]
-    return [
-        {
-            "prompt": scene.prompt,
-            "targets": list(scene.nouns),
-            "pairs": list(scene.objects),
-            "groups": list(scene.objects),
-            "seeds": [seed],
-        }
-        for seed, scene in scenes
-    ]
+    """Return the shapes model's scenes of these seeds, one picture each, with the words that methods ask for."""
+    entries = []
+    for seed in seeds:
+        scene = scene_for_seed(seed)
+        objects = list(scene.objects)
+        words = {"targets": list(scene.nouns), "pairs": objects, "groups": objects}
+        entries.append({"prompt": scene.prompt, **words, "seeds": [seed]})
+    return entries
 
 
 def _entry(line: str, where: str) -> Entry:
@@ -97,7 +87,7 @@ def _parsed(words: Any, parse: Callable[[str], Any], where: str) -> list[Any]:
         raise ValueError(f"{where} is {words!r}; it must be a list of texts, written as on the command line")
     try:
         return [parse(word) for word in words]
-    except (argparse.ArgumentTypeError, ValueError) as error:
+    except argparse.ArgumentTypeError as error:
         raise ValueError(f"{where} {error}") from error
 
 

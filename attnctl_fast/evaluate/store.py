@@ -1,4 +1,4 @@
-"""The folder of a sweep: what has been drawn and judged, so that a later run goes on with the rest."""
+"""The folder of a sweep, which keeps what has been drawn and judged, so that a later run goes on with the rest."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if sys.platform != "win32":
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Row: TypeAlias = dict[str, Any]
+Record: TypeAlias = dict[str, Any]
 _LOCK = "sweep.lock"
 
 
-class Folder:
-    """Where a sweep lies: `sweep.json` with its settings, `pictures`, and `results-RANK.jsonl` of every process."""
+class Store:
+    """The folder of a sweep: `sweep.json` with its settings, `pictures`, and `results-RANK.jsonl` of every process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,7 +61,7 @@ class Folder:
             self._lock.close()
             self._lock = None
 
-    def check(self, settings: Row) -> None:
+    def check(self, settings: Record) -> None:
         """Raise ValueError if the folder holds anything but a sweep of these settings."""
         if self.begun:
             there = json.loads((self.path / "sweep.json").read_text(encoding="utf-8"))
@@ -78,7 +78,7 @@ class Folder:
         ):
             raise ValueError(f"{self.path} holds other files and no sweep; choose another --out")
 
-    def claim(self, settings: Row) -> None:
+    def claim(self, settings: Record) -> None:
         """Write the settings, for later runs to compare theirs with, before anything else; errors as in `check`."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.check(settings)
@@ -86,8 +86,8 @@ class Folder:
             self.write("sweep.json", json.dumps(settings, indent=1) + "\n")
         (self.path / "pictures").mkdir(exist_ok=True)
 
-    def rows(self) -> list[Row]:
-        """What all processes of all runs have written, the earliest run first, without lines that a kill cut off."""
+    def records(self) -> list[Record]:
+        """Return what all processes have written, the earliest run first, without lines that a kill cut off."""
         found = []
         for path in sorted(self.path.glob("results-*.jsonl")):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -95,23 +95,23 @@ class Folder:
                     found.append(json.loads(line))
                 except json.JSONDecodeError:
                     continue
-        return sorted(found, key=lambda row: row["run"])
+        return sorted(found, key=lambda record: record["run"])
 
-    def drawn(self) -> dict[str, Row]:
-        """The last row of every picture, by its file; of one that is not there any more, none."""
-        last = {row["file"]: row for row in self.rows() if row["kind"] == "picture"}
-        return {file: row for file, row in last.items() if "error" in row or (self.path / file).is_file()}
+    def drawn(self) -> dict[str, Record]:
+        """Return the last record of every picture, by its file; of one that is not there any more, none."""
+        last = {record["file"]: record for record in self.records() if record["kind"] == "picture"}
+        return {file: record for file, record in last.items() if "error" in record or (self.path / file).is_file()}
 
     def missing(self, files: Iterable[str]) -> list[str]:
-        """Those of the pictures that have no row, or one with an error."""
-        done = {file for file, row in self.drawn().items() if "error" not in row}
+        """Return those of the pictures that have no record, or one with an error."""
+        done = {file for file, record in self.drawn().items() if "error" not in record}
         return [file for file in files if file not in done]
 
     def unscored(self, files: Iterable[str], name: str) -> list[str]:
-        """Those of the pictures that are drawn and not judged by this scorer, or with an error."""
-        judged = [row for row in self.rows() if row["kind"] == "scores" and row["by"] == name]
-        done = {row["file"] for row in judged if "error" not in row}
-        drawn = {file for file, row in self.drawn().items() if "error" not in row}
+        """Return those of the pictures that are drawn and not judged by this scorer, or with an error."""
+        judged = [record for record in self.records() if record["kind"] == "scores" and record["by"] == name]
+        done = {record["file"] for record in judged if "error" not in record}
+        drawn = {file for file, record in self.drawn().items() if "error" not in record}
         return [file for file in files if file in drawn - done]
 
     def save(self, file: str, image: Image) -> None:
@@ -135,15 +135,16 @@ class Folder:
 
 @dataclass
 class Log:
-    """The rows of one process, each in its file as soon as it is written; the first of a run says what it runs on."""
+    """The records of one process, each in its file as soon as written; the first of a run says what it runs on."""
 
     path: Path
     run: str
     rank: int
-    about: Row
+    about: Record
     _begun: bool = field(default=False, init=False)
 
-    def write(self, kind: str, row: Row) -> None:
+    def write(self, kind: str, record: Record) -> None:
+        """Append a record of this kind: `picture` or `scores`."""
         with self.path.open("a+b") as file:
             if not self._begun:
                 if file.tell():
@@ -152,14 +153,14 @@ class Log:
                     file.write(b"" if file.read() == b"\n" else b"\n")
                 file.write(self._line("run", self.about))
                 self._begun = True
-            file.write(self._line(kind, row))
+            file.write(self._line(kind, record))
 
-    def _line(self, kind: str, row: Row) -> bytes:
-        return (json.dumps({"run": self.run, "kind": kind, "rank": self.rank, **row}) + "\n").encode()
+    def _line(self, kind: str, record: Record) -> bytes:
+        return (json.dumps({"run": self.run, "kind": kind, "rank": self.rank, **record}) + "\n").encode()
 
 
-def _difference(there: Row, here: Row) -> str:
-    """The first setting that differs; of the prompts, which one."""
+def _difference(there: Record, here: Record) -> str:
+    """Say which setting differs first; of the prompts, which one."""
     name = next(name for name in {**there, **here} if there.get(name) != here.get(name))
     one, other = there.get(name), here.get(name)
     if name == "prompts" and isinstance(one, list) and isinstance(other, list):

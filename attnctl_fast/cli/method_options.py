@@ -1,0 +1,234 @@
+"""The methods of `--method` and their options, in two tables from which everything else follows.
+
+A new method is one entry of `METHODS`, and one of `OPTIONS` for each option that no other method has.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal, TypeAlias
+
+from .options import group, mask, pair, share, strength, token_weight
+
+# Options that were given, by their names with underscores.
+Given: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option that some methods have.
+
+    Args:
+        help: what it is; the methods that have it are named before.
+        metavar, read, choices: as `add_argument` takes them; `read` is its `type`.
+        takes: one `value`; several `names` of parts of the model; several `texts` that go with the prompt; or several
+            `words` of the prompt, alone or in tuples. A file of prompts may give texts and words for each prompt.
+    """
+
+    help: str
+    metavar: str | None = None
+    read: Callable[[str], Any] = str
+    takes: Literal["value", "names", "texts", "words"] = "value"
+    choices: Sequence[str] | None = None
+
+
+OPTIONS = {
+    "layers": Option("names of UNet blocks or layers; default: the method's own", "PREFIX", takes="names"),
+    "targets": Option("words or phrases of the prompt to enforce", "WORD", takes="words"),
+    "pairs": Option(
+        "which words modify which, such as red:ball or big:red:ball; default: what spaCy finds",
+        "MODIFIER:NOUN",
+        pair,
+        "words",
+    ),
+    "groups": Option(
+        "two or more groups of words that belong together, such as red+ball dog", "WORD+WORD", group, "words"
+    ),
+    "masks": Option("pictures that are white where a phrase is to be", "PHRASE=FILE", mask, "texts"),
+    "strength": Option("strength of the edit, 0 for none; default: the method's own", None, strength),
+    "scale": Option("length of the latents' step; default: the method's own", None, strength),
+    "convention": Option("default: official, the released code", choices=("official", "paper")),
+    "gamma_attn": Option(
+        "step of the context on the attention's energy; default: 0.01 for the prompt's context (energy), 0 for the "
+        "edits' (compose)",
+        "STEP",
+        strength,
+    ),
+    "gamma_norm": Option("the same on the energy of the norms; default: 0.02 or 0", "STEP", strength),
+    "token_weights": Option(
+        "factors of --gamma-attn for words of the prompt", "WORD=FACTOR", token_weight, takes="words"
+    ),
+    "edit": Option("texts to add to the prompt", "TEXT", takes="texts"),
+    "negate": Option("texts to take away from the prompt", "TEXT", takes="texts"),
+    "edit_weight": Option("weight of every text; default: 1, as the prompt has in composable", "WEIGHT", strength),
+    "edit_start": Option("share of the steps before the edits; default: 0", "SHARE", share),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method that `--method` chooses.
+
+    Args:
+        cls: name of its class in `attnctl_fast.methods`.
+        options: the options that it has. One with `convention` is made by its class's `official` or `paper`.
+        needs: options of which one must be given.
+        arguments: turns the options and the prompt into the constructor's arguments.
+    """
+
+    cls: str
+    options: Sequence[str]
+    needs: Sequence[str] = ()
+    arguments: Callable[[Given, str], Given] = lambda given, prompt: given
+
+
+def _energy(given: Given, prompt: str) -> Given:
+    return given | {"token_weights": _by_word("token_weights", given) or None}
+
+
+def _dense(given: Given, prompt: str) -> Given:
+    import numpy as np
+    from PIL import Image
+
+    masks = {}
+    for phrase, file in _by_word("masks", given).items():
+        with Image.open(file) as image:
+            masks[phrase] = np.asarray(image.convert("L")) > 127
+    return given | {"masks": masks}
+
+
+def _by_word(option: str, given: Given) -> dict[str, Any]:
+    values = given.get(option, [])
+    if len(dict(values)) < len(values):
+        raise ValueError(f"{_dashed(option)} names a word twice; name it once")
+    return dict(values)
+
+
+def _syngen(given: Given, prompt: str) -> Given:
+    if "pairs" not in given and find_spec("spacy") is None:
+        raise ValueError("--method syngen needs --pairs, such as red:ball, or spaCy installed, which finds them")
+    return given
+
+
+def _compose(given: Given, prompt: str) -> Given:
+    from ..methods import Edit
+
+    each = {"weight": given.get("edit_weight", 1.0), "start": given.get("edit_start", 0.0)}
+    each |= {name: value for name, value in given.items() if name in ("gamma_attn", "gamma_norm")}
+    edits = [Edit(text, direction=direction, **each) for text, direction in _texts(given)]
+    return {"edits": edits, "layers": given.get("layers")}
+
+
+def _composable(given: Given, prompt: str) -> Given:
+    texts, weight = _texts(given), given.get("edit_weight", 1.0)
+    return {"prompts": [prompt, *(text for text, _ in texts)], "weights": [1.0, *(sign * weight for _, sign in texts)]}
+
+
+def _texts(given: Given) -> list[tuple[str, int]]:
+    """Return the texts of --edit, each with 1, and of --negate, with -1."""
+    return [(text, 1) for text in given.get("edit", [])] + [(text, -1) for text in given.get("negate", [])]
+
+
+METHODS = {
+    "regulation": Method("AttentionRegulation", ("layers", "targets", "strength", "convention"), ("targets",)),
+    "energy": Method(
+        "EnergyContext",
+        ("layers", "gamma_attn", "gamma_norm", "token_weights", "convention"),
+        arguments=_energy,
+    ),
+    "compose": Method(
+        "Composition",
+        ("layers", "edit", "negate", "edit_weight", "edit_start", "gamma_attn", "gamma_norm"),
+        ("edit", "negate"),
+        _compose,
+    ),
+    "excite": Method("AttendAndExcite", ("layers", "targets", "scale", "convention"), ("targets",)),
+    "tsam": Method("TSAM", ("layers", "scale", "convention")),
+    "syngen": Method("SynGen", ("layers", "pairs", "scale"), arguments=_syngen),
+    "conform": Method("CONFORM", ("layers", "groups", "scale"), ("groups",)),
+    "dense": Method("DenseDiffusion", ("layers", "masks", "convention"), ("masks",), _dense),
+    "composable": Method("ComposableDiffusion", ("edit", "negate", "edit_weight"), ("edit", "negate"), _composable),
+}
+
+
+def methods_with(option: str) -> list[str]:
+    """Return the methods that have this option."""
+    return [name for name, method in METHODS.items() if option in method.options]
+
+
+def add_method_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of all methods to a command."""
+    for name, option in OPTIONS.items():
+        needed = all(METHODS[method].needs == (name,) for method in methods_with(name))
+        command.add_argument(
+            _dashed(name),
+            nargs=None if option.takes == "value" else "+",
+            metavar=option.metavar,
+            type=option.read,
+            choices=option.choices,
+            help=f"{_listed(methods_with(name))}: {option.help}{' (required)' if needed else ''}",
+        )
+
+
+def given_options(arguments: argparse.Namespace, methods: Iterable[str]) -> Given:
+    """Return the method options that were given.
+
+    Raises:
+        ValueError: none of these methods has one of them.
+    """
+    given = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
+    for name in given:
+        if not set(methods).intersection(methods_with(name)):
+            raise ValueError(
+                f"{_dashed(name)} is an option of --method {_listed(methods_with(name))}, not of {_listed(methods)}"
+            )
+    return given
+
+
+def own_options(name: str, given: Given) -> Given:
+    """Return those of the options that this method has."""
+    return {option: value for option, value in given.items() if name in methods_with(option)}
+
+
+def make_method(name: str, given: Given, prompt: str) -> Any:
+    """Construct a method for one prompt from options that it has.
+
+    Raises:
+        ValueError: an option that it needs is missing, or one has a value that it refuses.
+    """
+    from .. import methods
+
+    method = METHODS[name]
+    if method.needs and not any(given.get(option) for option in method.needs):
+        needs = " or ".join(_dashed(option) for option in method.needs)
+        helps = " or ".join(OPTIONS[option].help for option in method.needs)
+        raise ValueError(f"--method {name} needs {needs}: {helps}")
+    make = getattr(methods, method.cls)
+    if "convention" in method.options:
+        given = {"convention": "official", **given}
+        make = getattr(make, given.pop("convention"))
+    return make(**method.arguments(given, prompt))
+
+
+def words_of(given: Given) -> list[tuple[str, str]]:
+    """Return every word of the prompt that these options name, each with the option's name."""
+    return [
+        (name, word)
+        for name, values in given.items()
+        if OPTIONS[name].takes == "words"
+        for value in values
+        for word in ([value] if isinstance(value, str) else value)
+        if isinstance(word, str)
+    ]
+
+
+def _dashed(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last

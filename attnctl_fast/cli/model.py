@@ -1,0 +1,160 @@
+"""Loading the model that `--model` names, and drawing with it."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .report import first_line
+
+SHAPES = "shapes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides a picture, but for the method; the fields are options of the command line."""
+
+    model: str
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int = 0
+    steps: int | None = None
+    guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    variant: str | None = None
+    allow_pickle: bool = False
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, **changes: Any) -> Settings:
+        """Take the fields from parsed arguments, or from `changes`."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in vars(arguments).items() if name in names} | changes)
+
+
+def load(settings: Settings) -> Any:
+    """Load the pipeline and move it to its device. Pickled weights are refused unless they are allowed, code that comes
+    with a model always.
+
+    Raises:
+        ValueError: there is no such device, or the model needs what is refused.
+        OSError: there is no such model.
+    """
+    device = device_named(settings.device)
+    dtype = {"auto": torch.float16 if device.type == "cuda" else torch.float32}.get(settings.dtype)
+    dtype = dtype or getattr(torch, settings.dtype)
+    if settings.model == SHAPES:
+        from ..shapes.model import load_pipeline
+
+        return load_pipeline(dtype, device)
+    from diffusers import DiffusionPipeline
+
+    if Path(settings.model).is_dir():
+        _check_folder(Path(settings.model), settings.allow_pickle)
+    safe = None if settings.allow_pickle else True
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            settings.model, dtype=dtype, variant=settings.variant, use_safetensors=safe
+        )
+    except (OSError, ValueError) as error:
+        reason = first_line(error)
+        remedy = "; weights that are not safetensors need --allow-pickle" if safe and "safetensors" in reason else ""
+        raise OSError(
+            f"--model {settings.model!r} is neither a saved pipeline nor to be had from the hub: {reason}{remedy}"
+        ) from error
+    return pipe.to(device)
+
+
+def _check_folder(folder: Path, allow_pickle: bool) -> None:
+    """Refuse a folder that is no saved pipeline, that holds code to run, or pickled weights where they are not allowed.
+
+    Raises:
+        FileNotFoundError, ValueError: as above.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"--model {str(folder)!r} is a folder without model_index.json: not a saved diffusers pipeline"
+        )
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8")).items()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{index} is not a JSON object: {first_line(error)}") from error
+    for name, (module, *_) in ((name, value) for name, value in entries if isinstance(value, list) and value):
+        code = (folder if name == "_class_name" else folder / name) / f"{module}.py"
+        if code.is_file():
+            raise ValueError(
+                f"--model {str(folder)!r} comes with code, {code}, which attnctl-fast does not run; if you trust it, "
+                "load the pipeline in Python and use attnctl_fast.control there"
+            )
+        if not allow_pickle:
+            check_weights(folder / name)
+
+
+def check_weights(path: Path) -> None:
+    """Raise ValueError if a file of weights, or every one in a folder, is a pickle."""
+    files = [path] if path.is_file() else sorted(path.glob("*"))
+    pickles = [file for file in files if file.suffix in (".bin", ".ckpt", ".pt", ".pth")]
+    if pickles and not any(file.suffix == ".safetensors" for file in files):
+        raise ValueError(
+            f"{pickles[0]} is a pickle, which can run code when it is loaded; get the weights as safetensors, or, if "
+            "you trust the file, add --allow-pickle"
+        )
+
+
+def call_arguments(pipe: Any, settings: Settings, count: int = 1) -> dict[str, Any]:
+    """Return what the pipeline is called with for `count` pictures, but for their generators.
+
+    Raises:
+        ValueError: the pipeline does not take one of the settings.
+    """
+    given = {
+        "prompt": [settings.prompt],
+        "negative_prompt": settings.negative_prompt and [settings.negative_prompt],
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "height": settings.height,
+        "width": settings.width,
+        "num_images_per_prompt": count,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    unknown = sorted(given.keys() - inspect.signature(pipe.__call__).parameters.keys())
+    if unknown:
+        raise ValueError(
+            f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave those options out or choose another model"
+        )
+    return given
+
+
+def draw(pipe: Any, settings: Settings, count: int = 1) -> list[Any]:
+    """Draw pictures of consecutive seeds, each from the noise of a CPU generator of its seed.
+
+    Raises:
+        ValueError: the pipeline does not take one of the settings.
+    """
+    generators = [torch.Generator().manual_seed(settings.seed + i) for i in range(count)]
+    return list(pipe(**call_arguments(pipe, settings, count), generator=generators).images)
+
+
+def device_named(name: str) -> torch.device:
+    """Return the device of `--device`; `auto` is a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name!r} is not to be had here: {first_line(error)}") from error
+    return device

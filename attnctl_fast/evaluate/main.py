@@ -1,0 +1,90 @@
+"""The parser of `python -m attnctl_fast.evaluate`, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from ..cli.method_options import METHODS, add_method_options
+from ..cli.options import add_model_options, natural, positive, require_extra
+from .prompts import FIELDS, SCENES
+
+PROGRAM = "attnctl_fast.evaluate"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a sweep and return the exit status of this process. Only the first process tells of what all have met."""
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        if first:
+            arguments = _parser().parse_args(argv)
+        else:
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                arguments = _parser().parse_args(argv)
+    except SystemExit:
+        # A launcher kills all processes once one has failed, and the first has to say why.
+        if first:
+            raise
+        return 0
+    try:
+        require_extra("accelerate")
+        # Imports torch and what was just asked for.
+        from .sweep import sweep
+
+        failed = sweep(arguments)
+    except KeyboardInterrupt:
+        if first:
+            print("interrupted; finished pictures are kept, and the same command goes on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if arguments.debug:
+            raise
+        if first:
+            print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2 if first else 0
+    return int(first and failed > 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Draws prompts with several seeds and methods, split over the processes of `accelerate launch`, "
+        "and sums up what the pictures show. Repeated after a kill, it goes on with what is missing.",
+    )
+    add_model_options(parser, out="out/evaluate")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help=f"a prompt a line, or a JSON object a line, with {', '.join(FIELDS)}; needed but for --model shapes, "
+        "which has scenes of its own",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=positive,
+        metavar="N",
+        help=f"number of seeds: for every prompt, default 1; without --prompts one scene each, default {SCENES}",
+    )
+    parser.add_argument("--seed-start", type=natural, default=0, metavar="SEED", help="the first of them; default: 0")
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        choices=["plain", *METHODS],
+        metavar="NAME",
+        default=["plain", "regulation"],
+        help=f"one or more of plain, {', '.join(METHODS)}, each with those of the options below that it has; default: "
+        "plain regulation",
+    )
+    add_method_options(parser)
+    clip = parser.add_mutually_exclusive_group()
+    clip.add_argument("--clip", metavar="PATH", help="CLIP weights of transformers, a folder or hub id: CLIP score")
+    clip.add_argument("--open-clip", metavar="MODEL:PRETRAINED", help="the same by a model of open_clip_torch")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser

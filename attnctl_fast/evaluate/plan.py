@@ -1,0 +1,137 @@
+"""The pictures of a sweep: which they are, whether they can be drawn, drawing and judging them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from .._tokens import Prompts
+from ..cli.method_options import Given, make_method, own_options, words_of
+from ..cli.model import Settings, call_arguments, draw
+from ..cli.report import first_line
+from ..pipeline import control
+from .prompts import Entry
+from .store import Log, Record, Store
+
+if TYPE_CHECKING:
+    from .scorers import Scorer
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture: its prompt's place in the sweep, from 0, and what it is drawn with.
+
+    options: those of its method. control: what the method does; None for the pipeline alone.
+    """
+
+    place: int
+    method: str
+    settings: Settings
+    options: Given
+    control: Any
+
+    @property
+    def file(self) -> str:
+        """Where it lies in the sweep's folder."""
+        return f"pictures/{self.place:05d}-{self.settings.seed}-{self.method}.png"
+
+    def record(self) -> Record:
+        """Return what every record of it says."""
+        prompt, seed = self.settings.prompt, self.settings.seed
+        return {"file": self.file, "place": self.place, "prompt": prompt, "seed": seed, "method": self.method}
+
+    def controlled(self, pipe: Any) -> Any:
+        """Return the context in which the pipeline draws it."""
+        return nullcontext() if self.control is None else control(pipe, self.control)
+
+
+def plan(
+    base: Settings, options: Given, methods: Sequence[str], prompts: Sequence[Entry], seeds: Sequence[int]
+) -> list[Picture]:
+    """Combine every prompt with every seed and method; the methods of a prompt and seed follow one another.
+
+    Args:
+        base, options: settings and options of methods for all pictures; what a prompt has of its own comes before them.
+        prompts: the prompts.
+        seeds: of the prompts that name none.
+
+    Raises:
+        ValueError: a prompt lacks what a method needs.
+    """
+    pictures = []
+    for place, entry in enumerate(prompts):
+        texts = {name: entry[name] for name in ("prompt", "negative_prompt") if name in entry}
+        settings = replace(base, **texts)
+        given = {name: own_options(name, options | entry) for name in methods}
+        try:
+            made = {name: make_method(name, given[name], settings.prompt) for name in methods if name != PLAIN}
+        except ValueError as error:
+            raise ValueError(f"prompt {place + 1} ({settings.prompt!r}): {error}") from error
+        pictures += [
+            Picture(place, name, replace(settings, seed=seed), given[name], made.get(name))
+            for seed in entry.get("seeds", seeds)
+            for name in methods
+        ]
+    return pictures
+
+
+def check(pipe: Any, pictures: Iterable[Picture]) -> None:
+    """Find what the pipeline would refuse, without drawing.
+
+    Raises:
+        ValueError: a method that does not fit the UNet or scheduler, an argument that the pipeline does not take, or a
+            word that is not in its prompt.
+    """
+    seen: set[Any] = set()
+    for picture in pictures:
+        place, method = picture.place, picture.method
+        if method not in seen:
+            with picture.controlled(pipe):
+                call_arguments(pipe, picture.settings)
+        if (place, method) not in seen and getattr(pipe, "tokenizer", None) is not None:
+            prompts = Prompts(pipe, [picture.settings.prompt], 1, pipe.tokenizer.model_max_length)
+            for name, word in words_of(picture.options):
+                prompts.find(word, 0, f"prompt {place + 1}: {name}")
+        seen.update([method, (place, method)])
+
+
+def draw_pictures(pipe: Any, pictures: Iterable[Picture], store: Store, log: Log) -> None:
+    """Draw and save pictures one by one. One that fails is a record with its error."""
+    for picture in pictures:
+        if (store.path / picture.file).is_file():
+            # Killed between the picture and its record.
+            log.write("picture", {**picture.record(), "seconds": None})
+            continue
+        try:
+            start = time.perf_counter()
+            with picture.controlled(pipe):
+                (image,) = draw(pipe, picture.settings)
+            seconds = time.perf_counter() - start
+        except Exception as error:
+            log.write("picture", {**picture.record(), "error": _reason(error)})
+            continue
+        store.save(picture.file, image)
+        log.write("picture", {**picture.record(), "seconds": seconds})
+
+
+def score_pictures(scorer: Scorer, pictures: Iterable[Picture], store: Store, log: Log) -> None:
+    """Judge drawn pictures one by one. One that cannot be judged is a record with its error."""
+    from PIL import Image
+
+    for picture in pictures:
+        record: Record = {"file": picture.file, "by": scorer.name}
+        try:
+            with Image.open(store.path / picture.file) as image:
+                record["scores"] = scorer(image.convert("RGB"), picture.settings.prompt)
+        except Exception as error:
+            record["error"] = _reason(error)
+        log.write("scores", record)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -1,0 +1,188 @@
+"""A sweep from beginning to end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import asdict
+from datetime import datetime, timezone
+from functools import partial
+from itertools import compress
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..cli.method_options import Given, given_options
+from ..cli.model import SHAPES, Settings, device_named, load
+from ..cli.report import versions
+from .plan import Picture, check, draw_pictures, plan, score_pictures
+from .processes import Processes
+from .prompts import SCENES, Entry, read_prompts, scene_prompts
+from .scorers import Clip, Detector, OpenClip, Scorer
+from .store import Log, Store
+from .summary import merged, summary, table
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    """Draw, judge and sum up, and return the number of pictures that could not be drawn or judged.
+
+    Raises:
+        ValueError, OSError, ImportError: a mistake of the user, in this process or in another one.
+    """
+    with closing(Store(arguments.out)) as store:
+        return _sweep_into(store, arguments)
+
+
+def _sweep_into(store: Store, arguments: argparse.Namespace) -> int:
+    processes = Processes(cpu=arguments.device == "cpu")
+    methods = arguments.method
+    base, options = processes.together(lambda: _shared(arguments, processes))
+    device = processes.together(lambda: device_named(base.device))
+    scorers = processes.together(lambda: _scorers(arguments, device))
+    count = arguments.seeds or (SCENES if arguments.prompts is None else 1)
+    seeds = range(arguments.seed_start, arguments.seed_start + count)
+    prompts = processes.together(lambda: _prompts(arguments, options, seeds))
+    pictures = processes.together(lambda: plan(base, options, methods, prompts, seeds))
+    record = _record(base, options, methods, prompts, seeds)
+    by_file = {picture.file: picture for picture in pictures}
+
+    def look() -> tuple[str, list[str], list[bool]]:
+        store.check(record)
+        if store.begun:
+            store.lock()
+        missing = store.missing(by_file)
+        judging = [bool(missing or store.unscored(by_file, scorer.name)) for scorer in scorers]
+        return datetime.now(timezone.utc).isoformat(timespec="microseconds"), missing, judging
+
+    def ready() -> Any:
+        pipe = load(base)
+        pipe.set_progress_bar_config(disable=True)
+        check(pipe, processes.share(pictures))
+        return pipe
+
+    def begin() -> list[str]:
+        store.lock()
+        store.claim(record)
+        return store.missing(by_file)
+
+    run, missing, judging = processes.by_first(look)
+    log = Log(store.path / f"results-{processes.rank}.jsonl", run, processes.rank, _about(processes, device))
+    for scorer in compress(scorers, judging):
+        processes.together(scorer.load)
+    if missing:
+        pipe = processes.together(ready)
+        missing = processes.by_first(begin)
+        mine = [by_file[file] for file in processes.share(missing)]
+        processes.together(lambda: draw_pictures(pipe, _bar(mine, "drawing", processes), store, log))
+        del pipe
+    for scorer in scorers:
+        unscored = processes.by_first(partial(store.unscored, by_file, scorer.name))
+        mine = [by_file[file] for file in processes.share(unscored)]
+        bar = _bar(mine, scorer.name, processes)
+        processes.together(partial(score_pictures, scorer, bar, store, log))
+    names = [scorer.name for scorer in scorers]
+    failed = processes.by_first(lambda: _finish(store, pictures, record, methods, names))
+    processes.close()
+    return failed
+
+
+def _bar(pictures: list[Picture], name: str, processes: Processes) -> Iterable[Picture]:
+    text = name if processes.count == 1 else f"{name}, process 1 of {processes.count}"
+    hidden = processes.rank > 0 or not pictures
+    return tqdm(pictures, desc=text, unit="picture", disable=hidden, dynamic_ncols=True)
+
+
+def _about(processes: Processes, device: torch.device) -> dict[str, Any]:
+    """Return what a run of this process needs to be repeated."""
+    report = versions()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else report["processor"]
+    return {"processes": processes.count, "device": name, "versions": report}
+
+
+def _shared(arguments: argparse.Namespace, processes: Processes) -> tuple[Settings, Given]:
+    """Return the settings and the method options that all pictures share, but for what a prompt has of its own.
+
+    Raises:
+        ValueError: options that do not go together.
+    """
+    methods = arguments.method
+    if double := next((name for name in methods if methods.count(name) > 1), None):
+        raise ValueError(f"--method names {double} twice; name it once")
+    device = arguments.device
+    if device in ("auto", "cpu"):
+        device = str(processes.device)
+    elif processes.count > 1:
+        raise ValueError(
+            f"--device {device!r} is one device, but there are {processes.count} processes; leave it out, and every "
+            "process has its own, or choose cpu"
+        )
+    return Settings.of(arguments, prompt="", device=device), given_options(arguments, methods)
+
+
+def _prompts(arguments: argparse.Namespace, options: Given, seeds: range) -> list[Entry]:
+    """Return the prompts.
+
+    Raises:
+        OSError, ValueError: there are none, or not in the form that `read_prompts` takes.
+    """
+    if arguments.prompts is not None:
+        return read_prompts(arguments.prompts)
+    if arguments.model != SHAPES:
+        raise ValueError(f"--model {arguments.model} needs --prompts, a file of prompts; only shapes has its own")
+    scenes = scene_prompts(seeds)
+    if name := next((name for name in options if name in scenes[0]), None):
+        raise ValueError(f"--{name} goes with --prompts; the scenes of --model shapes have their own")
+    return scenes
+
+
+def _scorers(arguments: argparse.Namespace, device: torch.device) -> list[Scorer]:
+    scorers: list[Scorer] = [Detector()] if arguments.model == SHAPES else []
+    if arguments.clip is not None:
+        scorers.append(Clip(arguments.clip, device, arguments.allow_pickle))
+    if arguments.open_clip is not None:
+        scorers.append(OpenClip(arguments.open_clip, device, arguments.allow_pickle))
+    return scorers
+
+
+def _record(base: Settings, options: Given, methods: list[str], prompts: list[Entry], seeds: range) -> dict[str, Any]:
+    """Return what decides the pictures, as `sweep.json` holds it: of the seeds, the first one and their number."""
+    record = {**asdict(base), **options, "device": base.device.partition(":")[0], "methods": methods}
+    for name in ("prompt", "seed", "allow_pickle"):
+        del record[name]
+    return {**record, "seeds": [seeds[0], len(seeds)], "prompts": prompts}
+
+
+def _finish(
+    store: Store, pictures: list[Picture], record: dict[str, Any], methods: list[str], scorers: list[str]
+) -> int:
+    """Write `results.jsonl` and `summary.json`, print the table, and return the number of pictures that could not be
+    drawn or judged."""
+    rows = merged(store, pictures, scorers)
+    figures = summary(rows, methods)
+    runs = [row for row in store.records() if row["kind"] == "run"]
+    report = {"settings": record, "scorers": scorers, "methods": figures, "runs": runs}
+    store.write("results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    store.write("summary.json", json.dumps(report, indent=1) + "\n")
+    store.tidy()
+    print(table(figures))
+    print(f"Pictures and results.jsonl: {store.path}", flush=True)
+    failed = [row for row in rows if "error" in row]
+    if failed:
+        print(
+            f"{len(failed)} of {len(rows)} pictures failed, {failed[0]['file']} with {failed[0]['error']}; the same "
+            "command tries them again",
+            file=sys.stderr,
+        )
+    unscored = [row for row in rows if "score_errors" in row]
+    if unscored:
+        name, error = next(iter(unscored[0]["score_errors"].items()))
+        print(
+            f"{len(unscored)} of {len(rows)} pictures are not judged, {unscored[0]['file']} by {name} with {error}; "
+            "the same command tries them again",
+            file=sys.stderr,
+        )
+    return len(failed) + len(unscored)
