@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -24,7 +25,7 @@ from attnctl_fast.cli.model import Settings
 from attnctl_fast.evaluate import plan, prompts, scorers
 from attnctl_fast.evaluate.main import _parser
 from attnctl_fast.evaluate.processes import Processes
-from attnctl_fast.evaluate.scorers import Clip
+from attnctl_fast.evaluate.scorers import Clip, OpenClip
 from attnctl_fast.evaluate.store import Log, Store
 from attnctl_fast.evaluate.summary import summary, table
 from attnctl_fast.evaluate.sweep import _about, _prompts, _record, _shared
@@ -236,6 +237,20 @@ def test_prompts_have_targets_and_seeds_of_their_own(sweep, tmp_path):
     assert "groups" not in planned[4].options
 
 
+def test_prompts_have_masks_of_their_own(sweep, tmp_path, capsys):
+    Image.fromarray(np.array([[255, 0], [255, 0]], np.uint8)).save(tmp_path / "left.png")
+    line = {"prompt": "a red circle and a blue star", "masks": [f"red circle={tmp_path / 'left.png'}"]}
+    (tmp_path / "prompts").write_text(json.dumps(line))
+    given = ["--prompts", tmp_path / "prompts", "--method", "plain", "dense", "--seeds", 1]
+    assert sweep(*given) == 0
+    plain, dense = (path.read_bytes() for _, path in sorted(pictures(tmp_path / "out").items(), reverse=True))
+    assert plain != dense
+    assert sweep(*given) == 0
+    (tmp_path / "prompts").write_text(json.dumps(line | {"prompt": "a blue star"}))
+    assert sweep(*given, out="other") == 2
+    assert "prompt 1: masks holds 'red circle', which is not in the prompt" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """A CLIP model with random weights, saved with its processor, to whom the tests' pictures and prompts are alike."""
@@ -292,7 +307,7 @@ def test_clip_scores_below_zero_are_zero_and_long_prompts_are_cut(clip):
     scorer.load()
     value = scorer(image, "a red ball " * 30)["clip"]
     assert value > 0
-    scorer._weights.text_projection.weight.data.neg_()
+    scorer._model.text_projection.weight.data.neg_()
     assert scorer(image, "a red ball " * 30)["clip"] == 0
 
 
@@ -337,6 +352,31 @@ def test_clip_weights_that_cannot_be_used_are_found_before_anything_is_drawn(
     path = tmp_path / "clip"
     assert line.startswith(f"attnctl_fast.evaluate: --clip '{path}' is not a CLIP model of transformers: {message}")
     assert not (tmp_path / "out").exists()
+
+
+def test_pickled_clip_weights_are_loaded_only_when_told(sweep, tmp_path, clip, capsys):
+    assert sweep("--method", "plain") == 0
+    shutil.copytree(clip, tmp_path / "clip")
+    weights = tmp_path / "clip" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    assert sweep("--method", "plain", "--clip", tmp_path / "clip") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "clip/pytorch_model.bin is a pickle" in line and line.endswith("add --allow-pickle")
+    assert sweep("--method", "plain", "--clip", tmp_path / "clip", "--allow-pickle") == 0
+    assert "CLIP score" in capsys.readouterr().out
+
+
+def test_a_pickled_file_of_open_clip_is_refused(tmp_path, monkeypatch):
+    library = SimpleNamespace(list_models=lambda: ["ViT-B-32"], list_pretrained=lambda: [])
+    monkeypatch.setitem(sys.modules, "open_clip", library)
+    monkeypatch.setattr(scorers.util, "find_spec", lambda name: library)
+    for name in ("weights.pt", "weights.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="weights.pt is a pickle"):
+        OpenClip(f"ViT-B-32:{tmp_path / 'weights.pt'}", torch.device("cpu"))
+    OpenClip(f"ViT-B-32:{tmp_path / 'weights.pt'}", torch.device("cpu"), allow_pickle=True)
+    OpenClip(f"ViT-B-32:{tmp_path / 'weights.safetensors'}", torch.device("cpu"))
 
 
 def test_an_open_clip_checkpoint_that_does_not_fit_is_found_before_anything_is_drawn(

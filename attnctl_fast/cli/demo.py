@@ -29,8 +29,9 @@ from .report import aligned, overhead, spread, versions
 
 PLAIN, REGULATED, REFERENCE = "plain", "attention regulation", "same, by autograd"
 ENERGY, FIRST, COMPOSED = "energy context", "first object only", "second one composed"
-# Every method's arm and the one it is compared with, prompt by prompt.
+# Every method's arm and the one it is compared with, prompt by prompt; REFERENCE only in time.
 METHODS = {REGULATED: PLAIN, ENERGY: PLAIN, COMPOSED: FIRST}
+BASES = {**METHODS, REFERENCE: PLAIN}
 _SCENES_SHOWN = 6
 _REFERENCE_BATCHES = 2
 
@@ -93,8 +94,8 @@ def table(results: dict[str, Evaluation], comparisons: dict[str, Comparison]) ->
             elif name != REFERENCE:
                 rates[index] = _percent(result.hits(criterion) / len(result.scores))
         seconds = spread(result.seconds_per_image)
-        if name in METHODS or name == REFERENCE:
-            percent = overhead(results[METHODS.get(name, PLAIN)].seconds_per_image, result.seconds_per_image)
+        if name in BASES:
+            percent = overhead(results[BASES[name]].seconds_per_image, result.seconds_per_image)
             cost = f"{percent['median']:+.0f} % ({percent['low']:+.0f} to {percent['high']:+.0f})"
         timing = f"{seconds['median']:.3f} ({seconds['low']:.3f} to {seconds['high']:.3f})"
         rows.append((name, *rates, timing, cost))
@@ -116,9 +117,9 @@ def as_json(results: dict[str, Evaluation], comparisons: dict[str, Comparison]) 
     timings = {}
     for name, result in results.items():
         timings[name] = {"seconds_per_image": spread(result.seconds_per_image), "batches": result.seconds}
-        if name in METHODS or name == REFERENCE:
-            base = results[METHODS.get(name, PLAIN)]
-            timings[name]["overhead_percent"] = overhead(base.seconds_per_image, result.seconds_per_image)
+        if name in BASES:
+            base = results[BASES[name]].seconds_per_image
+            timings[name]["overhead_percent"] = overhead(base, result.seconds_per_image)
     pictures = []
     for index, (seed, scene) in enumerate(zip(plain.seeds, plain.scenes, strict=True)):
         entry: dict[str, Any] = {"seed": seed, "prompt": scene.prompt}

@@ -24,14 +24,15 @@ class Option:
     Args:
         help: what it is; the methods that have it are named before.
         metavar, read, choices: as `add_argument` takes them; `read` is its `type`.
-        takes: one `value`; several `names` of parts of the model; several `texts` that go with the prompt; or several
-            `words` of the prompt, alone or in tuples. A file of prompts may give texts and words for each prompt.
+        takes: one `value`; several `names` of parts of the model; or, for one prompt, several `texts`, `words` of it
+            (alone or in tuples), or a `mapping` from words of it, written WORD=VALUE. A file of prompts may have the
+            last three line by line.
     """
 
     help: str
     metavar: str | None = None
     read: Callable[[str], Any] = str
-    takes: Literal["value", "names", "texts", "words"] = "value"
+    takes: Literal["value", "names", "texts", "words", "mapping"] = "value"
     choices: Sequence[str] | None = None
 
 
@@ -47,7 +48,7 @@ OPTIONS = {
     "groups": Option(
         "two or more groups of words that belong together, such as red+ball dog", "WORD+WORD", group, "words"
     ),
-    "masks": Option("pictures that are white where a phrase is to be", "PHRASE=FILE", mask, "texts"),
+    "masks": Option("pictures that are white where a phrase is to be", "PHRASE=FILE", mask, "mapping"),
     "strength": Option("strength of the edit, 0 for none; default: the method's own", None, strength),
     "scale": Option("length of the latents' step; default: the method's own", None, strength),
     "convention": Option("default: official, the released code", choices=("official", "paper")),
@@ -58,9 +59,7 @@ OPTIONS = {
         strength,
     ),
     "gamma_norm": Option("the same on the energy of the norms; default: 0.02 or 0", "STEP", strength),
-    "token_weights": Option(
-        "factors of --gamma-attn for words of the prompt", "WORD=FACTOR", token_weight, takes="words"
-    ),
+    "token_weights": Option("factors of --gamma-attn for words of the prompt", "WORD=FACTOR", token_weight, "mapping"),
     "edit": Option("texts to add to the prompt", "TEXT", takes="texts"),
     "negate": Option("texts to take away from the prompt", "TEXT", takes="texts"),
     "edit_weight": Option("weight of every text; default: 1, as the prompt has in composable", "WEIGHT", strength),
@@ -76,7 +75,7 @@ class Method:
         cls: name of its class in `attnctl_fast.methods`.
         options: the options that it has. One with `convention` is made by its class's `official` or `paper`.
         needs: options of which one must be given.
-        arguments: turns the options and the prompt into the constructor's arguments.
+        arguments: turns the options, mappings as dicts, and the prompt into the constructor's arguments.
     """
 
     cls: str
@@ -85,26 +84,15 @@ class Method:
     arguments: Callable[[Given, str], Given] = lambda given, prompt: given
 
 
-def _energy(given: Given, prompt: str) -> Given:
-    return given | {"token_weights": _by_word("token_weights", given) or None}
-
-
 def _dense(given: Given, prompt: str) -> Given:
     import numpy as np
     from PIL import Image
 
     masks = {}
-    for phrase, file in _by_word("masks", given).items():
+    for phrase, file in given["masks"].items():
         with Image.open(file) as image:
             masks[phrase] = np.asarray(image.convert("L")) > 127
     return given | {"masks": masks}
-
-
-def _by_word(option: str, given: Given) -> dict[str, Any]:
-    values = given.get(option, [])
-    if len(dict(values)) < len(values):
-        raise ValueError(f"{_dashed(option)} names a word twice; name it once")
-    return dict(values)
 
 
 def _syngen(given: Given, prompt: str) -> Given:
@@ -134,11 +122,7 @@ def _texts(given: Given) -> list[tuple[str, int]]:
 
 METHODS = {
     "regulation": Method("AttentionRegulation", ("layers", "targets", "strength", "convention"), ("targets",)),
-    "energy": Method(
-        "EnergyContext",
-        ("layers", "gamma_attn", "gamma_norm", "token_weights", "convention"),
-        arguments=_energy,
-    ),
+    "energy": Method("EnergyContext", ("layers", "gamma_attn", "gamma_norm", "token_weights", "convention")),
     "compose": Method(
         "Composition",
         ("layers", "edit", "negate", "edit_weight", "edit_start", "gamma_attn", "gamma_norm"),
@@ -206,23 +190,25 @@ def make_method(name: str, given: Given, prompt: str) -> Any:
         needs = " or ".join(_dashed(option) for option in method.needs)
         helps = " or ".join(OPTIONS[option].help for option in method.needs)
         raise ValueError(f"--method {name} needs {needs}: {helps}")
+    mappings = {option: dict(values) for option, values in given.items() if OPTIONS[option].takes == "mapping"}
+    if double := next((option for option, mapping in mappings.items() if len(mapping) < len(given[option])), None):
+        raise ValueError(f"{_dashed(double)} names a word twice; name it once")
+    given = given | mappings
     make = getattr(methods, method.cls)
     if "convention" in method.options:
-        given = {"convention": "official", **given}
-        make = getattr(make, given.pop("convention"))
+        make = getattr(make, given.pop("convention", "official"))
     return make(**method.arguments(given, prompt))
 
 
 def words_of(given: Given) -> list[tuple[str, str]]:
     """Return every word of the prompt that these options name, each with the option's name."""
-    return [
-        (name, word)
-        for name, values in given.items()
-        if OPTIONS[name].takes == "words"
-        for value in values
-        for word in ([value] if isinstance(value, str) else value)
-        if isinstance(word, str)
-    ]
+    words = []
+    for name, values in given.items():
+        if OPTIONS[name].takes == "words":
+            words += [(name, word) for value in values for word in ([value] if isinstance(value, str) else value)]
+        elif OPTIONS[name].takes == "mapping":
+            words += [(name, word) for word, _ in values]
+    return words
 
 
 def _dashed(name: str) -> str:

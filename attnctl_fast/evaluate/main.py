@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from ..cli.method_options import METHODS, add_method_options
@@ -23,11 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     first = os.environ.get("RANK", "0") == "0"
     try:
-        if first:
+        unread = io.StringIO()
+        with nullcontext() if first else redirect_stdout(unread), nullcontext() if first else redirect_stderr(unread):
             arguments = _parser().parse_args(argv)
-        else:
-            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-                arguments = _parser().parse_args(argv)
     except SystemExit:
         # A launcher kills all processes once one has failed, and the first has to say why.
         if first:

@@ -15,7 +15,7 @@ from ..shapes.scene import scene_for_seed
 # A prompt with what it has of its own, by the names of `FIELDS`.
 Entry: TypeAlias = dict[str, Any]
 
-_LISTS = {name: option.read for name, option in OPTIONS.items() if option.takes in ("texts", "words")}
+_LISTS = {name: option.read for name, option in OPTIONS.items() if option.takes in ("texts", "words", "mapping")}
 # Scenes of the shapes model where --seeds does not say how many.
 SCENES = 64
 FIELDS = ("prompt", "negative_prompt", "seeds", *_LISTS)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 
@@ -71,8 +70,8 @@ class Clip:
     def __init__(self, model: str, device: torch.device, allow_pickle: bool = False) -> None:
         from transformers import CLIPProcessor
 
-        self.name = f"clip {model}"
-        self._model, self._device, self._safe = model, device, None if allow_pickle else True
+        self.name, self._source, self._device = f"clip {model}", model, device
+        self._safe = None if allow_pickle else True
         if not allow_pickle:
             check_weights(Path(model))
         try:
@@ -81,15 +80,11 @@ class Clip:
             raise _absent("--clip", model, "a CLIP model of transformers with its processor", error) from error
 
     def load(self) -> None:
-        self._weights  # noqa: B018
-
-    @cached_property
-    def _weights(self) -> Any:
         from transformers import CLIPModel
 
         try:
-            weights, found = CLIPModel.from_pretrained(
-                self._model, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=self._safe
+            model, found = CLIPModel.from_pretrained(
+                self._source, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=self._safe
             )
             # Transformers leaves both as they were initialised.
             if found["missing_keys"]:
@@ -98,17 +93,13 @@ class Clip:
                 name = min(found["mismatched_keys"])[0]
                 raise ValueError(f"its {name} has another shape than its configuration says")
         except Exception as error:
-            raise _absent("--clip", self._model, "a CLIP model of transformers", error) from error
-        return weights.eval()
-
-    @cached_property
-    def _placed(self) -> Any:
-        return self._weights.to(self._device)
+            raise _absent("--clip", self._source, "a CLIP model of transformers", error) from error
+        self._model = model.eval()
 
     @torch.inference_mode()
     def __call__(self, image: Image, prompt: str) -> Scores:
         given = self._processor(text=[prompt], images=[image], return_tensors="pt", truncation=True)
-        out = self._placed(**given.to(self._device))
+        out = self._model.to(self._device)(**given.to(self._device))
         return {"clip": _clip_score(out.image_embeds, out.text_embeds)}
 
 
@@ -131,39 +122,32 @@ class OpenClip:
             raise ImportError("--open-clip needs open_clip_torch; run: pip install open_clip_torch")
         import open_clip
 
-        self.name = f"open_clip {model}"
+        self.name, self._source, self._device = f"open_clip {model}", model, device
         whole = model.startswith(("hf-hub:", "local-dir:"))
-        self._model, _, pretrained = (model, "", "") if whole else model.partition(":")
-        self._pretrained, self._device = pretrained or None, device
-        there = Path(pretrained).is_file() and self._model in open_clip.list_models()
-        if not whole and not there and (self._model, pretrained) not in open_clip.list_pretrained():
+        self._architecture, _, pretrained = (model, "", "") if whole else model.partition(":")
+        self._pretrained = pretrained or None
+        there = Path(pretrained).is_file() and self._architecture in open_clip.list_models()
+        if not whole and not there and (self._architecture, pretrained) not in open_clip.list_pretrained():
             raise ValueError(f"--open-clip {model!r} is not one of open_clip.list_pretrained(), as MODEL:PRETRAINED")
         if there and not allow_pickle:
             check_weights(Path(pretrained))
 
     def load(self) -> None:
-        self._weights  # noqa: B018
-
-    @cached_property
-    def _weights(self) -> tuple[Any, Any, Any]:
         import open_clip
 
         try:
-            model, _, transform = open_clip.create_model_and_transforms(self._model, pretrained=self._pretrained)
-            return model.eval(), transform, open_clip.get_tokenizer(self._model)
+            model, _, self._transform = open_clip.create_model_and_transforms(
+                self._architecture, pretrained=self._pretrained
+            )
+            self._model, self._tokenizer = model.eval(), open_clip.get_tokenizer(self._architecture)
         except Exception as error:
-            model = f"{self._model}:{self._pretrained}" if self._pretrained else self._model
-            raise _absent("--open-clip", model, "a model that open_clip can load", error) from error
-
-    @cached_property
-    def _placed(self) -> Any:
-        return self._weights[0].to(self._device)
+            raise _absent("--open-clip", self._source, "a model that open_clip can load", error) from error
 
     @torch.inference_mode()
     def __call__(self, image: Image, prompt: str) -> Scores:
-        _, transform, tokenizer = self._weights
-        model = self._placed
-        pixels, tokens = transform(image)[None].to(self._device), tokenizer([prompt]).to(self._device)
+        model = self._model.to(self._device)
+        pixels = self._transform(image)[None].to(self._device)
+        tokens = self._tokenizer([prompt]).to(self._device)
         return {"clip": _clip_score(model.encode_image(pixels), model.encode_text(tokens))}
 
 

@@ -159,8 +159,7 @@ def _record(base: Settings, options: Given, methods: list[str], prompts: list[En
 def _finish(
     store: Store, pictures: list[Picture], record: dict[str, Any], methods: list[str], scorers: list[str]
 ) -> int:
-    """Write `results.jsonl` and `summary.json`, print the table, and return the number of pictures that could not be
-    drawn or judged."""
+    """Write `results.jsonl` and `summary.json`, print the table, and return how many pictures have an error."""
     rows = merged(store, pictures, scorers)
     figures = summary(rows, methods)
     runs = [row for row in store.records() if row["kind"] == "run"]
@@ -170,19 +169,16 @@ def _finish(
     store.tidy()
     print(table(figures))
     print(f"Pictures and results.jsonl: {store.path}", flush=True)
-    failed = [row for row in rows if "error" in row]
-    if failed:
-        print(
-            f"{len(failed)} of {len(rows)} pictures failed, {failed[0]['file']} with {failed[0]['error']}; the same "
-            "command tries them again",
-            file=sys.stderr,
-        )
-    unscored = [row for row in rows if "score_errors" in row]
-    if unscored:
-        name, error = next(iter(unscored[0]["score_errors"].items()))
-        print(
-            f"{len(unscored)} of {len(rows)} pictures are not judged, {unscored[0]['file']} by {name} with {error}; "
-            "the same command tries them again",
-            file=sys.stderr,
-        )
+    failed = [f"{row['file']} with {row['error']}" for row in rows if "error" in row]
+    unscored = [
+        f"{row['file']} by {name} with {error}"
+        for row in rows
+        for name, error in list(row.get("score_errors", {}).items())[:1]
+    ]
+    for trouble, what in ((failed, "failed"), (unscored, "are not judged")):
+        if trouble:
+            print(
+                f"{len(trouble)} of {len(rows)} pictures {what}, {trouble[0]}; the same command tries them again",
+                file=sys.stderr,
+            )
     return len(failed) + len(unscored)
