@@ -33,7 +33,7 @@ from attnctl_fast.shapes import detect, scene_for_seed, score
 from attnctl_fast.shapes.evaluate import mcnemar
 from attnctl_fast.shapes.scene import scene_for_prompt
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ["--model", "shapes", "--device", "cpu"]
 LAUNCHER = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 LAUNCHER += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]

@@ -1,4 +1,4 @@
-"""`attnctl-fast maps`: which maps it draws, what it writes, how it refuses; and the heat maps themselves."""
+"""`attnctl-fast maps`: which maps it draws, what it writes, how it refuses."""
 
 import json
 import re
@@ -136,17 +136,3 @@ def test_file_names_are_safe_and_differ():
     ]
     assert len(names["é" * 80].encode()) < 255
     assert all(re.fullmatch(r"[\w-]+\.png", name) for name in names.values())
-
-
-def test_heat_map_is_brightest_at_its_maximum():
-    image = Image.new("RGBA", (60, 30), (0, 200, 90, 255))
-    values = np.zeros((4, 8), dtype=np.float32)
-    values[1, 2] = 0.03
-    picture = heat_map(image, values)
-    assert picture.mode == "RGB" and picture.size == image.size
-    light = np.asarray(picture.convert("L")).astype(int)
-    row, column = np.unravel_index(light.argmax(), light.shape)
-    assert abs(row - 11) <= 2 and abs(column - 18) <= 3
-    assert light[-1, -1] == light.min()
-    assert np.array_equal(picture, heat_map(image, 20 * values))
-    assert len(heat_map(image, np.zeros((4, 8), dtype=np.float32)).getcolors()) == 1

@@ -1,0 +1,52 @@
+"""`attnctl-fast demo`, and how it sums up times."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from attnctl_fast import cli
+from attnctl_fast.cli import demo
+from attnctl_fast.cli.report import overhead, spread
+from attnctl_fast.shapes import evaluate, load_pipeline, scene_for_seed
+
+
+def test_demo_writes_the_picture_and_every_result(untrained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "load_pipeline", lambda **options: load_pipeline(weights=untrained, **options))
+    # The untrained model draws nothing; the third of the pictures shall show what was asked for once controlled. Arms
+    # are drawn in turn, backwards at every other batch, and the reference has two batches.
+    monkeypatch.setattr(evaluate, "detect", lambda image: found.pop(0))
+    scenes = [scene_for_seed(seed) for seed in (7, 8, 9)]
+    hit = [evaluate.Detection(colour, shape, (0, 0, 9, 9), 1.0) for colour, shape in scenes[2].objects]
+    found = [*[[]] * 12, [], hit, hit, hit[:1], hit]
+    arguments = ["--count", "3", "--seed-start", "7", "--steps", "2", "--batch-size", "1", "--out", str(tmp_path)]
+    assert cli.main(["demo", *arguments]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split("  ")[0]: line for line in out.splitlines()}
+    for name in ("attention regulation", "energy context", "second one composed"):
+        assert "33 % (+1 -0)" in lines[name]
+    assert "0 %" in lines["plain"] and "0 %" in lines["first object only"]
+    assert "%" in lines["same, by autograd"]
+
+    report = json.loads((tmp_path / "demo.json").read_text())
+    assert (
+        report["settings"]["seeds"] == [7, 9]
+        and report["settings"]["regulation"]["strength"] == evaluate.TUNED["strength"]
+    )
+    assert [entry["prompt"] for entry in report["pictures"]] == [scene.prompt for scene in scenes]
+    assert [entry["attention regulation"]["strict"] for entry in report["pictures"]] == [False, False, True]
+    assert report["pictures"][2]["attention regulation"]["found"] == [" ".join(pair) for pair in scenes[2].objects]
+    for name in ("attention regulation", "energy context", "second one composed"):
+        assert (report["rates"][name]["strict"]["gained"], report["rates"][name]["strict"]["lost"]) == (1, 0)
+    assert [len(timing["batches"]) for timing in report["timings"].values()] == [3, 3, 3, 3, 3, 2]
+    assert report["settings"]["energy"]["gamma_norm"] == evaluate.MOVED["gamma_norm"]
+    assert report["pixel_difference_to_autograd"]["mean"] < 1
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.mode == "RGB" and picture.width > 2 * 5 * 264
+
+
+def test_overhead_is_the_median_over_pairs():
+    assert overhead([1.0, 2.0, 4.0], [1.5, 2.0, 5.0])["median"] == pytest.approx(25)
+    assert overhead([1.0, 2.0, 4.0], [3.0])["median"] == pytest.approx(200)
+    assert spread([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
