@@ -136,8 +136,11 @@ def _rates(result: Evaluation) -> dict[str, float]:
 
 
 def _option(text: str) -> tuple[str, list[float]]:
-    name, values = text.split("=")
-    return name, [float(value) for value in values.split(",")]
+    name, _, values = text.partition("=")
+    try:
+        return name, [float(value) for value in values.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE[,VALUE...] with numbers, got {text!r}") from None
 
 
 if __name__ == "__main__":

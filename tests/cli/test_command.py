@@ -1,7 +1,9 @@
 """The parser of `attnctl-fast`, its options, and the commands that draw nothing."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,3 +95,16 @@ def test_runs_as_a_module():
     assert (done.returncode, done.stdout) == (0, f"attnctl-fast {attnctl_fast.__version__}\n")
     done = subprocess.run([sys.executable, "-m", "attnctl_fast"], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_nothing_below_imports_the_command_or_the_sweep():
+    package = Path(attnctl_fast.__file__).parent
+    for path in package.rglob("*.py"):
+        name = path.relative_to(package)
+        imported = [
+            node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)
+        ]
+        # `..cli` seen from a room, `.cli` from the package itself.
+        rooms = {(node.module or "").split(".")[0] for node in imported if node.level == len(name.parts)}
+        if name.parts[0] != "evaluate" and name.name != "__main__.py":
+            assert not rooms & {"cli", "evaluate"}, name
