@@ -57,20 +57,25 @@ def load(settings: Settings) -> Any:
         return load_pipeline(dtype, device)
     from diffusers import DiffusionPipeline
 
-    if Path(settings.model).is_dir():
-        _check_folder(Path(settings.model), settings.allow_pickle)
-    safe = None if settings.allow_pickle else True
+    files: dict[str, Any] = {"variant": settings.variant, "use_safetensors": None if settings.allow_pickle else True}
+    folder = Path(settings.model)
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            settings.model, dtype=dtype, variant=settings.variant, use_safetensors=safe
-        )
+        if not folder.is_dir():
+            folder = Path(DiffusionPipeline.download(settings.model, **files))
     except (OSError, ValueError) as error:
-        reason = first_line(error)
-        remedy = "; weights that are not safetensors need --allow-pickle" if safe and "safetensors" in reason else ""
-        raise OSError(
-            f"--model {settings.model!r} is neither a saved pipeline nor to be had from the hub: {reason}{remedy}"
-        ) from error
-    return pipe.to(device)
+        raise _absent(settings, error) from error
+    _check_folder(folder, settings.allow_pickle)
+    try:
+        return DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, **files).to(device)
+    except (OSError, ValueError) as error:
+        raise _absent(settings, error) from error
+
+
+def _absent(settings: Settings, error: Exception) -> OSError:
+    reason = first_line(error)
+    if "safetensors" in reason and not settings.allow_pickle:
+        reason += "; weights that are not safetensors need --allow-pickle"
+    return OSError(f"--model {settings.model!r} is neither a saved pipeline nor to be had from the hub: {reason}")
 
 
 def _check_folder(folder: Path, allow_pickle: bool) -> None:
@@ -100,10 +105,15 @@ def _check_folder(folder: Path, allow_pickle: bool) -> None:
 
 
 def check_weights(path: Path) -> None:
-    """Raise ValueError if a file of weights, or every one in a folder, is a pickle."""
+    """Raise ValueError if a file of weights is a pickle, or all in a folder are, or one that its index lists."""
     files = [path] if path.is_file() else sorted(path.glob("*"))
     pickles = [file for file in files if file.suffix in (".bin", ".ckpt", ".pt", ".pth")]
-    if pickles and not any(file.suffix == ".safetensors" for file in files):
+    if any(file.suffix == ".safetensors" for file in files):
+        pickles = []
+    for index in path.glob("*.safetensors.index.json"):
+        listed = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
+        pickles += [path / file for file in listed if not file.endswith(".safetensors")]
+    if pickles:
         raise ValueError(
             f"{pickles[0]} is a pickle, which can run code when it is loaded; get the weights as safetensors, or, if "
             "you trust the file, add --allow-pickle"

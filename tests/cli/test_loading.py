@@ -47,6 +47,31 @@ def test_safetensors_are_needed_in_every_part_and_variant(pickled, tmp_path, cap
     assert capsys.readouterr().err.endswith("; weights that are not safetensors need --allow-pickle\n")
 
 
+def test_pickles_that_an_index_of_safetensors_lists_are_refused(pickled, tmp_path, capsys):
+    tiny.pipeline().save_pretrained(tmp_path / "model")
+    part = tmp_path / "model" / "unet"
+    shutil.copy(pickled / "unet" / "diffusion_pytorch_model.bin", part / "shard.bin")
+    index = {"metadata": {}, "weight_map": {"conv_in.weight": "shard.bin"}}
+    (part / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    words = ["generate", "--prompt", "a red bag", "--method", "energy", "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "--model", str(tmp_path / "model")]) == 2
+    assert f"{part / 'shard.bin'} is a pickle" in capsys.readouterr().err
+
+
+def test_what_comes_from_the_hub_is_checked_too(pickled, tmp_path, capsys, monkeypatch):
+    from diffusers import DiffusionPipeline
+
+    asked = []
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda name, **files: asked.append((name, files)) or pickled)
+    words = ["generate", "--model", "org/name", "--prompt", "a red bag", "--method", "energy", "--steps", "1"]
+    words += ["--out", str(tmp_path / "out")]
+    assert cli.main(words) == 2
+    assert ".bin is a pickle" in capsys.readouterr().err
+    assert cli.main([*words, "--allow-pickle"]) == 0
+    assert [name for name, _ in asked] == ["org/name"] * 2
+    assert [files["use_safetensors"] for _, files in asked] == [True, None]
+
+
 @pytest.mark.parametrize("place", ["unet/net.py", "pipe.py"])
 @pytest.mark.parametrize("options", [(), ("--allow-pickle",)])
 def test_code_that_comes_with_a_model_is_not_run(tmp_path, capsys, place, options):
