@@ -136,6 +136,7 @@ _SOLVED = [
     *((Layer("", 8, (side, side), 64, targets=8), ("official", "official, loss")) for side in (16, 32, 64)),
     (Layer("", 8, (16, 16), 64), ("paper", "paper, loss", "paper, all gradients", "basis")),
     *((Layer("", 8, (side, side), 64), ("paper",)) for side in (32, 64)),
+    *((Layer("", 8, (side, side), 64), ("official, strength",)) for side in (16, 32, 64)),
 ]
 
 
@@ -234,10 +235,11 @@ def solver_cases(layer: Layer) -> dict[str, Callable[[], Any]]:
     lse = torch.empty(layer.batch, layer.heads, layer.image_tokens)
     made = ops.TargetStatistics(torch.empty_like(q, dtype=torch.float32), lse, logits, torch.empty_like(lse), None)
 
-    def solve(objective: str) -> None:
+    def solve(objective: str, strength: float | Tensor = 1.0) -> None:
         """Alone, and as a method does that knows the weights of the step before."""
+        how: dict[str, Any] = {"theta": theta, "strength": strength, "objective": objective, "impl": "triton"}
         for previous, ema in ((None, 0.0), (theta, 0.25)):
-            ops.regulate(made, layer.grid, theta=theta, previous=previous, ema=ema, objective=objective, impl="triton")
+            ops.regulate(made, layer.grid, previous=previous, ema=ema, **how)
 
     def loss(objective: str, differentiated: bool) -> None:
         """Forward, and the gradient of the bias or of everything."""
@@ -252,6 +254,7 @@ def solver_cases(layer: Layer) -> dict[str, Callable[[], Any]]:
     cases: dict[str, Callable[[], Any]] = {"basis": basis}
     for objective in ("official", "paper"):
         cases[objective] = partial(solve, objective)
+        cases[f"{objective}, strength"] = partial(solve, objective, torch.ones(()))
         cases[f"{objective}, loss"] = partial(loss, objective, False)
         cases[f"{objective}, all gradients"] = partial(loss, objective, True)
     return cases

@@ -537,3 +537,18 @@ def test_use_and_environment_choose_the_implementation(monkeypatch):
         raise RuntimeError("inside")
     ops.attention(q, k, v)
     assert len(called) == 1
+
+
+def test_use_as_a_plain_statement(monkeypatch):
+    """Checked at once, and in force from then on."""
+    module = importlib.import_module("attnctl_fast._impl")
+    monkeypatch.setattr(module, "_default", None)
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match="impl is 'no such'; it must be one of"):
+        use("no such")
+    assert module.resolve(None, cpu) == "eager"
+    use("reference")
+    assert module.resolve(None, cpu) == "reference"
+    with use("eager"):
+        assert module.resolve(None, cpu) == "eager"
+    assert module.resolve(None, cpu) == "reference"

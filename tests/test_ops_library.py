@@ -34,7 +34,7 @@ LOSS = ("official", 0.9, 0.9, None, 80.0, 0.09)
 # The similarities of maps [2,4,24]: grid, taps; and with the variant and weight of their loss.
 SMOOTH = (list(GRID), [0.2, 0.6, 0.2])
 SIMILAR = (*SMOOTH, "cosine", 0.2)
-SOLVER = (list(GRID), [1.0, 1.0], "official", 1.0, 0.25, 0.9, 3, 100.0, "sample")
+SOLVER = (list(GRID), [1.0, 1.0], "official", 1.0, 0.25, 0.9, None, 3, 100.0, "sample")
 
 
 def map_inputs(bias):
@@ -121,7 +121,8 @@ def registered(grad: bool, strided: bool = True):
         ],
         "regulate": [
             (*solver, None, theta.detach(), None, *SOLVER, *LOSS),
-            (*solver, square.detach(), theta.detach(), theta.detach(), *SOLVER, *paper),
+            (*solver, square.detach(), theta.detach(), theta.detach(), *SOLVER[:6], ones[0, 0, 0], *SOLVER[7:], *paper),
+            (*solver, None, theta.detach(), None, *SOLVER[:6], 0 * ones[0, 0, 0], *SOLVER[7:], *LOSS),
         ],
         "regulate_reference": [(*solver, None, theta.detach(), None, *SOLVER, *LOSS)],
         "smooth_maps": [(maps, *SMOOTH), (maps, list(GRID), [1.0])],
@@ -208,7 +209,7 @@ def kernels(strided: bool = True):
         ],
         "regulate_triton": [
             (logits, rest_lse, None, theta, None, *solver, *terms),
-            (logits, rest_lse, square, theta, theta, *solver, *paper_terms),
+            (logits, rest_lse, square, theta, theta, *solver[:5], ones[0, 0], *solver[6:], *paper_terms),
         ],
         "smooth_maps_triton": [(maps, *SMOOTH), (maps.half(), *SMOOTH)],
         "smooth_maps_triton_backward": [(maps, *SMOOTH, torch.float16)],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -126,6 +126,36 @@ def descend(
     return losses, history
 
 
+_Results = tuple[Tensor, Tensor, Tensor]
+
+
+def _at_strength(
+    solve: Callable[[float], _Results],
+    strength: float | Tensor,
+    logits: Tensor,
+    theta: Tensor,
+    previous: Tensor | None,
+    steps: int,
+) -> _Results:
+    """What `solve` finds; at a tensor of zero, no descent: no bias, the weights as they were, losses of zero.
+
+    On an accelerator, which is never waited for, the descent is made all the same, and then left out.
+    """
+    if not isinstance(strength, Tensor):
+        return solve(strength)
+    on_cpu = logits.device.type == "cpu"
+    if on_cpu and strength != 0:
+        return solve(strength.item())
+    padded = (logits == -torch.inf).all(-1)[..., None, None]
+    start = torch.where(padded, 0.0, theta if previous is None else previous).contiguous()
+    if on_cpu:
+        contiguous = torch.contiguous_format
+        return torch.zeros_like(logits, memory_format=contiguous), start, logits.new_zeros(steps, *logits.shape[:2])
+    bias, kept, losses = solve(1.0)
+    off = strength == 0
+    return torch.where(off, 0.0, strength * bias), torch.where(off, start, kept), losses.masked_fill(off, 0.0)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::regulate", mutates_args=())
 def regulate_op(
     logits: Tensor,
@@ -139,6 +169,7 @@ def regulate_op(
     bias_scale: float,
     ema: float,
     strength: float,
+    strength_tensor: Tensor | None,
     steps: int,
     step_size: float,
     select: str,
@@ -156,18 +187,23 @@ def regulate_op(
         kept_axis_basis(grid[1], tuple(axis_x), sigma[1], logits.dtype, logits.device),
     )
     flat = [x if x is None else x.flatten(0, 1) for x in (logits, rest_lse, rest_square, theta, previous)]
-    with np.errstate(all="ignore"):
-        maps, rest, square, initial, before = arrays(*flat)
-        basis_y, basis_x = arrays(*bases)
-        losses, thetas = descend(maps, rest, square, initial, (basis_y, basis_x), bias_scale, steps, step_size, aim)
-        losses = losses.reshape(steps, *logits.shape[:2])
-        kept = keep_best(losses, thetas.reshape(steps, *theta.shape), select)
-        average = kept.reshape(initial.shape)
-        if ema > 0:
-            before = thetas[0] if before is None else Terms(maps, aim).only_real(before)
-            average = average + ema * (before - average)
-        bias = _span(average, basis_y, basis_x, strength * bias_scale).reshape(maps.shape)
-    return tensor(bias).view(logits.shape), tensor(kept), tensor(losses)
+
+    def solve(strength: float) -> _Results:
+        with np.errstate(all="ignore"):
+            maps, rest, square, initial, before = arrays(*flat)
+            basis_y, basis_x = arrays(*bases)
+            losses, thetas = descend(maps, rest, square, initial, (basis_y, basis_x), bias_scale, steps, step_size, aim)
+            losses = losses.reshape(steps, *logits.shape[:2])
+            kept = keep_best(losses, thetas.reshape(steps, *theta.shape), select)
+            average = kept.reshape(initial.shape)
+            if ema > 0:
+                before = thetas[0] if before is None else Terms(maps, aim).only_real(before)
+                average = average + ema * (before - average)
+            bias = _span(average, basis_y, basis_x, strength * bias_scale).reshape(maps.shape)
+        return tensor(bias).view(logits.shape), tensor(kept), tensor(losses)
+
+    given = strength if strength_tensor is None else strength_tensor
+    return _at_strength(solve, given, logits, theta, previous, steps)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::regulate_reference", mutates_args=())
@@ -183,6 +219,7 @@ def regulate_reference_op(
     bias_scale: float,
     ema: float,
     strength: float,
+    strength_tensor: Tensor | None,
     steps: int,
     step_size: float,
     select: str,
@@ -194,30 +231,48 @@ def regulate_reference_op(
     penalty: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     basis = full_basis((grid[0], grid[1]), (sigma[0], sigma[1]), centres, logits)
-    return reference.regulate(
-        logits,
-        rest_lse,
-        rest_square,
-        theta,
-        previous,
-        basis,
-        bias_scale,
-        ema,
-        strength,
-        objective,
-        steps,
-        step_size,
-        select,
-        quantile,
-        level,
-        mass,
-        mass_weight,
-        penalty,
-    )
+
+    def solve(strength: float) -> _Results:
+        return reference.regulate(
+            logits,
+            rest_lse,
+            rest_square,
+            theta,
+            previous,
+            basis,
+            bias_scale,
+            ema,
+            strength,
+            objective,
+            steps,
+            step_size,
+            select,
+            quantile,
+            level,
+            mass,
+            mass_weight,
+            penalty,
+        )
+
+    given = strength if strength_tensor is None else strength_tensor
+    return _at_strength(solve, given, logits, theta, previous, steps)
 
 
 def _fake(  # type: ignore[no-untyped-def]
-    logits, rest_lse, rest_square, theta, previous, grid, sigma, centres, bias_scale, ema, strength, steps, *rest
+    logits,
+    rest_lse,
+    rest_square,
+    theta,
+    previous,
+    grid,
+    sigma,
+    centres,
+    bias_scale,
+    ema,
+    strength,
+    strength_tensor,
+    steps,
+    *rest,
 ):
     contiguous = torch.contiguous_format
     return (
@@ -260,7 +315,7 @@ def regulate(
     bias_scale: float = 1.0,
     previous: Tensor | None = None,
     ema: float = 0.0,
-    strength: float = 1.0,
+    strength: float | Tensor = 1.0,
     select: str = "sample",
     quantile: float = 0.9,
     level: float = 0.9,
@@ -290,7 +345,9 @@ def regulate(
         previous: weights of the sampling step before, as `Regulation.theta` gave them, shaped and typed like theta;
             None for the initial ones. A padded target's are ignored.
         ema: weight of their bias in the bias returned, from 0 to 1 (the released code: 0.25).
-        strength: factor of the bias returned (the released code: 0.99 to the power of the sampling step).
+        strength: factor of the bias returned (the released code: 0.99 to the power of the sampling step). As a 0-d
+            tensor on the device of the statistics, one compiled graph serves every strength, and at zero nothing is
+            descended: the bias and the losses are zero, and theta is `previous`, or without one the initial theta.
         select: whose loss decides which step is kept: `"sample"` (mean over the heads of each sample, so that a
             sample's result does not depend on its batch) or `"batch"` (over all, the released code's for several
             images). The paper does not say.
@@ -302,7 +359,7 @@ def regulate(
 
     Raises:
         ValueError: a grid that does not match M or holds no centre, theta or previous that does not fit, sigma not
-            positive, ema outside of [0, 1], or steps < 1.
+            positive, ema outside of [0, 1], a strength that is not finite (a tensor's value is trusted), or steps < 1.
     """
     logits = stats.logits
     check_statistics(stats)
@@ -311,6 +368,15 @@ def regulate(
     aim = Objective.checked(objective, quantile, level, mass, mass_weight, penalty, stats.rest_square)
     if isinstance(steps, float) or steps < 1:
         raise ValueError(f"steps is {steps}; it must be an int of at least 1")
+    factor = strength if isinstance(strength, Tensor) else None
+    if factor is not None:
+        if factor.ndim or not factor.dtype.is_floating_point:
+            raise ValueError(
+                f"strength is {factor.dtype} of shape {tuple(factor.shape)}; it must be a float or a 0-d float tensor"
+            )
+        if factor.device != logits.device:
+            raise ValueError(f"strength is on {factor.device} but the statistics are on {logits.device}; move it there")
+        strength = 1.0
     for name, number in (("step_size", step_size), ("strength", strength)):
         if not math.isfinite(number):
             raise ValueError(f"{name} is {number}; it must be finite")
@@ -332,8 +398,10 @@ def regulate(
             )
     impl = resolve(impl, logits.device)
     square = stats.rest_square if objective == "paper" else None
-    detached = [x if x is None else x.detach() for x in (logits, stats.rest_lse, square, theta, previous)]
-    settings = (bias_scale, ema, strength, steps, step_size, select, aim.name, *aim.terms)
+    *detached, factor = (
+        x if x is None else x.detach() for x in (logits, stats.rest_lse, square, theta, previous, factor)
+    )
+    settings = (bias_scale, ema, strength, factor, steps, step_size, select, aim.name, *aim.terms)
     if impl == "triton":
         _check_kernel_limits(logits, grid, shape[3:])
         return Regulation(*regulate_triton_op(*detached, list(grid), kernel_axes(grid, sigma, centres), *settings))

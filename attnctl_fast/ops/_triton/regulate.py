@@ -21,6 +21,7 @@ def _forward(
     bias_scale: float,
     ema: float,
     strength: float,
+    strength_tensor: Tensor | None,
     steps: int,
     step_size: float,
     select: str,
@@ -38,6 +39,7 @@ def _forward(
         bias_scale,
         ema,
         strength,
+        strength_tensor,
         steps,
         step_size,
         select == "batch",
@@ -45,7 +47,9 @@ def _forward(
     )
 
 
-def _fake(logits, rest_lse, rest_square, theta, previous, grid, axes, bias_scale, ema, strength, steps, *rest):  # type: ignore[no-untyped-def]
+def _fake(  # type: ignore[no-untyped-def]
+    logits, rest_lse, rest_square, theta, previous, grid, axes, bias_scale, ema, strength, strength_tensor, steps, *rest
+):
     return (
         logits.new_empty(logits.shape),
         theta.new_empty(theta.shape),
@@ -55,8 +59,8 @@ def _fake(logits, rest_lse, rest_square, theta, previous, grid, axes, bias_scale
 
 regulate = opaque(
     "regulate_triton(Tensor logits, Tensor rest_lse, Tensor? rest_square, Tensor theta, Tensor? previous, int[] grid, "
-    "float[] axes, float bias_scale, float ema, float strength, int steps, float step_size, str select, "
-    "str objective, float quantile, float level, float? mass, float mass_weight, float penalty) "
+    "float[] axes, float bias_scale, float ema, float strength, Tensor? strength_tensor, int steps, float step_size, "
+    "str select, str objective, float quantile, float level, float? mass, float mass_weight, float penalty) "
     "-> (Tensor, Tensor, Tensor)",
     _forward,
     _fake,
