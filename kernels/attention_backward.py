@@ -43,6 +43,7 @@ class _Pass(NamedTuple):
     grad_maps: Tensor | None = None
     slots: Tensor | None = None
     bias: Tensor | None = None
+    key_bias: Tensor | None = None
     bias_scale: float = 1.0
     basis: Basis = NO_BASIS
 
@@ -136,6 +137,7 @@ def _short(
         x.q,
         x.k,
         x.v,
+        x.key_bias,
         x.lse,
         dq,
         dk,
@@ -190,6 +192,7 @@ def _rows(
         x.target_ids,
         x.pinned_ids,
         x.bias,
+        x.key_bias,
         x.lse,
         x.plain_lse,
         x.logits,
@@ -252,6 +255,7 @@ def _columns(
             x.target_ids,
             x.pinned_ids,
             x.bias,
+            x.key_bias,
             x.lse,
             x.plain_lse,
             x.square,
@@ -286,6 +290,7 @@ def attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    key_bias: Tensor | None,
     lse: Tensor,
     scale: float,
     needed: Sequence[bool],
@@ -300,6 +305,7 @@ def attention_backward(
         lse.contiguous(),
         unit_stride(grad_out),
         _flat(grad_lse),
+        key_bias=_flat(key_bias),
     )
     return _backward(given, [*needed, False])[:3]
 
@@ -311,6 +317,7 @@ def attention_with_maps_backward(
     k: Tensor,
     v: Tensor,
     slots: Tensor | None,
+    key_bias: Tensor | None,
     lse: Tensor,
     scale: float,
     needed: Sequence[bool],
@@ -327,6 +334,7 @@ def attention_with_maps_backward(
         None if grad_out is None else unit_stride(grad_out),
         grad_maps=_flat(grad_maps),
         slots=slots,
+        key_bias=_flat(key_bias),
     )
     return _backward(given, [*needed, False])[:3]
 
@@ -342,6 +350,7 @@ def target_statistics_backward(
     v: Tensor,
     target_ids: Tensor,
     pinned_ids: Tensor,
+    key_bias: Tensor | None,
     rest_lse: Tensor,
     logits: Tensor,
     square: Tensor | None,
@@ -369,6 +378,7 @@ def target_statistics_backward(
         grad_pinned=_flat(grad_pinned),
         square=_flat(square) if with_square else None,
         grad_square=_flat(grad_square) if with_square else None,
+        key_bias=_flat(key_bias),
     )
     return _backward(given, [*needed, False])[:3]
 
@@ -381,6 +391,7 @@ def biased_attention_backward(
     bias: Tensor,
     target_ids: Tensor,
     pinned_ids: Tensor,
+    key_bias: Tensor | None,
     lse: Tensor,
     plain_lse: Tensor | None,
     scale: float,
@@ -402,6 +413,7 @@ def biased_attention_backward(
         pinned_ids=pinned_ids,
         plain_lse=_flat(plain_lse),
         bias=bias.contiguous(),
+        key_bias=_flat(key_bias),
         bias_scale=bias_scale,
         basis=basis or NO_BASIS,
     )

@@ -30,7 +30,7 @@ from ._objective import (
     shares,
     survey,
 )
-from ._tiles import finite_or_zero
+from ._tiles import finite_or_zero, rest_of
 
 _SIZES = ["stride_scratch", "T", "height", "width", "ry", "rx", "steps", "rank"]
 
@@ -398,7 +398,7 @@ def _regulate_fwd_kernel(
     if not PAPER:
         shrink = 2.0 * step_size * penalty / centres
 
-    rest = tl.load(rest_ptr + row * M + places, mask=inside, other=0.0)  # [CELLS]
+    rest = rest_of(tl.load(rest_ptr + row * M + places, mask=inside, other=0.0))  # [CELLS]
     reals, count, plain_top, plain_scale = survey(logits_ptr, rest, T, M, places, inside, PAPER, GROUP)
     if strength_ptr is not None:  # noqa: SIM102 - the first is for the compiler, the second for the device
         if tl.load(strength_ptr).to(tl.float32) == 0:

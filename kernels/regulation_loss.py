@@ -29,7 +29,7 @@ from ._objective import (
     store_maps,
     survey,
 )
-from ._tiles import finite_or_zero
+from ._tiles import finite_or_zero, rest_of
 
 _SIZES = ["T", "M", "centres", "rank"]
 
@@ -111,7 +111,7 @@ def _regulation_loss_fwd_kernel(
     inside = places < M
     logits_ptr += row * T * M
     bias_ptr += row * T * M
-    rest = tl.load(rest_ptr + row * M + places, mask=inside, other=0.0)  # [CELLS]
+    rest = rest_of(tl.load(rest_ptr + row * M + places, mask=inside, other=0.0))  # [CELLS]
     reals, count, plain_top, plain_scale = survey(logits_ptr, rest, T, M, places, inside, PAPER, GROUP)
     aim = (rank, fraction, level, goal(mass, count, GIVEN_MASS), mass_weight)
     top, scale, squares = _edited_softmax(
@@ -175,7 +175,7 @@ def _regulation_loss_bwd_kernel(
     bias_ptr += row * T * M
     grad_bias_ptr += row * T * M
     outer = tl.load(grad_ptr + row)
-    rest = tl.load(rest_ptr + row * M + places, mask=inside, other=0.0)  # [CELLS]
+    rest = rest_of(tl.load(rest_ptr + row * M + places, mask=inside, other=0.0))  # [CELLS]
     reals, count, plain_top, plain_scale = survey(logits_ptr, rest, T, M, places, inside, PAPER, GROUP)
     aim = (rank, fraction, level, goal(mass, count, GIVEN_MASS), mass_weight)
     top, scale, squares = _edited_softmax(

@@ -445,15 +445,15 @@ def test_the_form_for_accelerators_equals_the_cpus(excluded):
     module = importlib.import_module("attnctl_fast.ops.attention")
     q, k, v = (x.cpu() for x in attention_inputs(2, 2, 16, 9, 8, torch.float64))
     ids = torch.tensor(excluded, dtype=torch.int64)
-    mask = module._mask(q, k, ids, None)
-    out, lse = module.attention_op(q, k, v, ids, None, 0.3)
+    mask = module._mask(q, k, ids, None, None)
+    out, lse = module.attention_op(q, k, v, ids, None, None, 0.3)
     for ours, expected in zip(module._dense_forward(q, k, v, mask, 0.3), (out, lse), strict=True):
         torch.testing.assert_close(ours, expected)
     finite = lse.masked_fill(lse.isneginf(), 0.0)
     for grad_lse in (None, randn(2, 2, 16, 1, dtype=torch.float64, seed=5)[..., 0].cpu()):
         grad_out = randn(2, 2, 16, 8, dtype=torch.float64, seed=4).cpu()
         every = [True, True, True, False]
-        fused = module.attention_backward_op(grad_out, grad_lse, q, k, v, ids, None, out, lse, 0.3, every)[:3]
+        fused = module.attention_backward_op(grad_out, grad_lse, q, k, v, ids, None, None, out, lse, 0.3, every)[:3]
         for needed in ([True, True, True], [True, False, False], [False, True, True], [False, False, True]):
             with _Products() as products:
                 dense = module._dense_backward(grad_out, grad_lse, q, k, v, out, finite, mask, 0.3, needed)
@@ -515,7 +515,7 @@ def test_one_tile_of_the_map_is_made_for_both_softmaxes():
     module = importlib.import_module("attnctl_fast.ops.attention_with_context_gradient")
     q, k, v = attention_inputs(2, 4, 4096, 300, 8, torch.float32)
     with _LargestTensor() as ours:
-        assert module._shared_map(q, k, v, rand(2, 4096), 0.3) is not None
+        assert module._shared_map(q, k, v, rand(2, 4096), 0.3, None) is not None
     assert ours.bytes <= 4 * module.TILE < 4 * 4 * 4096 * 300 / 4
 
 

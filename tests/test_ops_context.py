@@ -117,7 +117,7 @@ def test_eager_with_logits_of_any_size(name, monkeypatch):
     q, k, v, weight = make(*attention_inputs(2, 2, 333, 77, 40, torch.float32, strided=True), 0.5 + rand(2, 333))
     scale = q.shape[-1] ** -0.5
     if DEVICE.type == "cpu":
-        assert (module._shared_map(q, k, v, weight, scale) is not None) == shared
+        assert (module._shared_map(q, k, v, weight, scale, None) is not None) == shared
     out, update = ops.attention_with_context_gradient(q, k, v, query_weight=weight, impl="eager")
     assert_right(out, plain_out, q, k, v)
     assert_right(update, plain_update, q, k, q, weight, what="update")

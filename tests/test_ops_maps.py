@@ -239,12 +239,12 @@ def test_the_softmax_is_never_held(impl, ids, monkeypatch):
         monkeypatch.setattr(module, "TILE", 1 << 14)
     with Largest() as largest:
         if impl == "eager":
-            out, maps, kept = module._forward(q, k, v, tokens, False, False, 0.3)
-            made = [tokens, kept, False]
+            out, maps, kept = module._forward(q, k, v, tokens, None, False, False, 0.3)
+            made = [tokens, None, kept, False]
         else:
             slots = tokens if tokens is None else module.slot_table(tokens, n)
-            out, maps, *lse = module._forward(q, k, v, tokens, slots, False, 0.3)
-            made = [slots, *lse]
+            out, maps, *lse = module._forward(q, k, v, tokens, slots, None, False, 0.3)
+            made = [slots, None, *lse]
         grads = module._backward(torch.ones_like(out), torch.ones_like(maps), q, k, v, *made, 0.3, [True] * 3)
     assert all(x.numel() for x in grads)
     assert out.nbytes <= largest.size <= batch * heads * m * n * out.itemsize // 4

@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from .. import reference
 from .._impl import resolve
-from .._validate import TokenIds, check_kernel_limits, check_qkv, check_scale, check_tokens
+from .._validate import TokenIds, check_kernel_limits, check_key_bias, check_qkv, check_scale, check_tokens
 from ._library import composite, differentiated, may_hold_map, once_differentiable, opaque, without_autocast
 from ._triton import attention_with_maps as _triton
 
@@ -20,8 +20,8 @@ TILE = 1 << 19
 REDUCTIONS = ("mean", "none")
 
 attention_with_maps_reference = composite(
-    "attention_with_maps_reference(Tensor q, Tensor k, Tensor v, Tensor? token_ids, bool per_head, float scale) "
-    "-> (Tensor, Tensor)",
+    "attention_with_maps_reference(Tensor q, Tensor k, Tensor v, Tensor? token_ids, bool per_head, float scale, "
+    "Tensor? key_bias) -> (Tensor, Tensor)",
     reference.attention_with_maps,
 )
 
@@ -36,10 +36,18 @@ def _tiles(q: Tensor, k: Tensor, whole: bool) -> Iterator[tuple[int, slice]]:
             yield b, slice(start, min(start + step, image_tokens))
 
 
-def _probabilities(q: Tensor, k: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """[H,m,N] of one sample's queries [H,m,d] and keys [H,N,d], in `out` where it is given."""
-    logits = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale)  # nothing is added to the product
-    return torch._softmax(logits, -1, False, out=logits if out is None else out)
+def _probabilities(q: Tensor, k: Tensor, key_bias: Tensor | None, scale: float, out: Tensor | None = None) -> Tensor:
+    """[H,m,N] of one sample's queries [H,m,d], keys [H,N,d] and key_bias [N], in `out` where it is given."""
+    if key_bias is None:
+        logits = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale)  # nothing is added to the product
+    else:
+        logits = torch.baddbmm(key_bias, q, k.mT, alpha=scale)
+    found = torch._softmax(logits, -1, False, out=logits if out is None else out)
+    return found if key_bias is None else found.masked_fill_(key_bias.isneginf().all(), 0.0)
+
+
+def _of(key_bias: Tensor | None, b: int) -> Tensor | None:
+    return None if key_bias is None else key_bias[b]
 
 
 def _rows(token_ids: Tensor | None, b: int) -> Tensor | None:
@@ -49,11 +57,18 @@ def _rows(token_ids: Tensor | None, b: int) -> Tensor | None:
 
 @without_autocast
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, per_head: bool, keep: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_ids: Tensor | None,
+    key_bias: Tensor | None,
+    per_head: bool,
+    keep: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, maps, kept = _empty(q, k, token_ids, per_head, keep)
     for b, rows in _tiles(q, k, keep):
-        p = _probabilities(q[b, :, rows], k[b], scale, kept[b, :, rows] if keep else None)
+        p = _probabilities(q[b, :, rows], k[b], _of(key_bias, b), scale, kept[b, :, rows] if keep else None)
         torch.bmm(p, v[b], out=out[b, :, rows])
         ids = _rows(token_ids, b)
         wanted = p if ids is None else p.index_select(-1, ids.clamp(min=0))
@@ -88,6 +103,7 @@ def _backward(
     k: Tensor,
     v: Tensor,
     token_ids: Tensor | None,
+    key_bias: Tensor | None,
     kept: Tensor,
     per_head: bool,
     scale: float,
@@ -101,7 +117,7 @@ def _backward(
         grad_maps = grad_maps / q.shape[1]
     for b, rows in _tiles(q, k, kept.numel() > 0):
         queries = q[b, :, rows]
-        p = kept[b, :, rows] if kept.numel() else _probabilities(queries, k[b], scale)
+        p = kept[b, :, rows] if kept.numel() else _probabilities(queries, k[b], _of(key_bias, b), scale)
         ids = _rows(token_ids, b)
         if grad_out is None and grad_maps is not None and ids is not None:
             # dl = P (g - sum P g) is a multiple of P but for few columns: it need not be made.
@@ -135,16 +151,16 @@ def _backward(
 
 
 _forward_op = opaque(
-    "attention_with_maps(Tensor q, Tensor k, Tensor v, Tensor? token_ids, bool per_head, bool keep, float scale) "
-    "-> (Tensor, Tensor, Tensor)",
+    "attention_with_maps(Tensor q, Tensor k, Tensor v, Tensor? token_ids, Tensor? key_bias, bool per_head, bool keep, "
+    "float scale) -> (Tensor, Tensor, Tensor)",
     _forward,
-    lambda q, k, v, token_ids, per_head, keep, scale: _empty(q, k, token_ids, per_head, keep),
+    lambda q, k, v, token_ids, key_bias, per_head, keep, scale: _empty(q, k, token_ids, per_head, keep),
 )
 _backward_op = opaque(
     "attention_with_maps_backward(Tensor? grad_out, Tensor? grad_maps, Tensor q, Tensor k, Tensor v, "
-    "Tensor? token_ids, Tensor kept, bool per_head, float scale, bool[] needed) -> Tensor[]",
+    "Tensor? token_ids, Tensor? key_bias, Tensor kept, bool per_head, float scale, bool[] needed) -> Tensor[]",
     _backward,
-    lambda grad_out, grad_maps, q, k, v, token_ids, kept, per_head, scale, needed: [
+    lambda grad_out, grad_maps, q, k, v, token_ids, key_bias, kept, per_head, scale, needed: [
         x.new_empty(x.shape) if wanted else x.new_empty(0) for x, wanted in zip((q, k, v), needed, strict=True)
     ],
 )
@@ -153,14 +169,20 @@ _backward_op = opaque(
 class _Function(Function):
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, per_head: bool, scale: float
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        token_ids: Tensor | None,
+        key_bias: Tensor | None,
+        per_head: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward_op(q, k, v, token_ids, per_head, may_hold_map(q, k), scale)
+        return _forward_op(q, k, v, token_ids, key_bias, per_head, may_hold_map(q, k), scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        q, k, v, token_ids, ctx.per_head, ctx.scale = inputs
-        ctx.save_for_backward(q, k, v, token_ids, output[2])
+        *tensors, ctx.per_head, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, output[2])
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
 
@@ -168,22 +190,28 @@ class _Function(Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_out is None and grad_maps is None:
-            return (None,) * 6
+            return (None,) * 7
         needed = list(ctx.needs_input_grad[:3])
         needed[2] = needed[2] and grad_out is not None  # no map depends on v
         found = _backward_op(grad_out, grad_maps, *ctx.saved_tensors, ctx.per_head, ctx.scale, needed)
-        return *(x if wanted else None for x, wanted in zip(found, needed, strict=True)), None, None, None
+        return *(x if wanted else None for x, wanted in zip(found, needed, strict=True)), None, None, None, None
 
 
 def _eager(
-    q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, per_head: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_ids: Tensor | None,
+    per_head: bool,
+    scale: float,
+    key_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     if differentiated(q, k, v):
-        out, maps, _ = _Function.apply(q, k, v, token_ids, per_head, scale)
+        out, maps, _ = _Function.apply(q, k, v, token_ids, key_bias, per_head, scale)
     else:
-        out, maps, _ = _forward_op(q, k, v, token_ids, per_head, False, scale)
+        out, maps, _ = _forward_op(q, k, v, token_ids, key_bias, per_head, False, scale)
     return out, maps
 
 
@@ -195,9 +223,10 @@ def attention_with_maps(
     *,
     reduce: str = "mean",
     scale: float | None = None,
+    key_bias: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T) v, and the columns of the softmax that belong to chosen tokens: one map per token.
+    """softmax(scale q k^T + key_bias) v, and the columns of the softmax of chosen tokens: one map per token.
 
     Differentiable in q, k and v, through the output and through the maps (MATH.md section 4). The softmax itself, of
     `B*H*M*N` numbers, is held nowhere, except for the backward pass on a CPU and up to 64 MiB. NaN and inf propagate.
@@ -209,11 +238,12 @@ def attention_with_maps(
             and in 0..N-1. None for all N.
         reduce: `"mean"` over the heads, or `"none"`.
         scale: factor of the logits, 1/sqrt(d) by default.
+        key_bias: added to the scaled logits, `[B,N]`, -inf for a masked column: as for `attention`.
         impl: `"triton"`, `"eager"` or `"reference"`; None for the default (see `attnctl_fast.use`).
 
     Returns:
         out `[B,H,M,d]` in q's dtype, and maps `[B,n,M]` or, with `reduce="none"`, `[B,H,n,M]` in float32 (float64 for
-        float64 inputs); zeros for a padded token.
+        float64 inputs); zeros for a padded or masked token.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; an empty dimension; no token; an id out of range or
@@ -223,11 +253,11 @@ def attention_with_maps(
     check_qkv(q, k, v)
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce is {reduce!r}; it must be 'mean', over the heads, or 'none'")
-    ids = check_tokens(token_ids, k)
+    ids, key_bias = check_tokens(token_ids, k), check_key_bias(key_bias, k)
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
     if impl == "triton":
         check_kernel_limits(q)
-        return _triton.attention_with_maps(q, k, v, ids, reduce == "none", scale)
+        return _triton.attention_with_maps(q, k, v, ids, key_bias, reduce == "none", scale)
     run = attention_with_maps_reference if impl == "reference" else _eager
-    out, maps = run(q, k, v, ids, reduce == "none", scale)
+    out, maps = run(q, k, v, ids, reduce == "none", scale, key_bias)
     return out.to(q.dtype), maps

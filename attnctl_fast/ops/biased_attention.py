@@ -7,24 +7,34 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import TokenIds, check_kernel_limits, check_qkv, check_scale, check_targets
+from .._validate import TokenIds, check_kernel_limits, check_key_bias, check_qkv, check_scale, check_targets
 from ._library import composite, may_hold_map
 from ._triton import biased_attention as _triton
 from .attention import attend, attend_only
 from .merge_targets import check_bias, merge_targets_op
 from .target_statistics import target_logits_op
 
-_SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor target_ids, Tensor pinned_ids, float scale) -> Tensor"
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor target_ids, Tensor pinned_ids, float scale, Tensor? key_bias) "
+    "-> Tensor"
+)
 biased_attention_reference = composite("biased_attention_reference" + _SCHEMA, reference.biased_attention)
 
 
 def _biased_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, target_ids: Tensor, pinned_ids: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    target_ids: Tensor,
+    pinned_ids: Tensor,
+    scale: float,
+    key_bias: Tensor | None,
 ) -> Tensor:
     if not pinned_ids.shape[-1] and may_hold_map(q, k):
-        return attend_only(q, k, v, target_ids, bias, scale)
-    rest_out, rest_lse = attend(q, k, v, target_ids, None, scale)
-    logits, pinned_logits = target_logits_op(q, k, target_ids, scale), target_logits_op(q, k, pinned_ids, scale)
+        return attend_only(q, k, v, target_ids, bias, scale, key_bias)
+    rest_out, rest_lse = attend(q, k, v, target_ids, None, scale, key_bias)
+    logits, pinned_logits = (target_logits_op(q, k, ids, scale, key_bias) for ids in (target_ids, pinned_ids))
     return merge_targets_op(rest_out, rest_lse, logits, pinned_logits, v, bias, target_ids, pinned_ids)
 
 
@@ -40,6 +50,7 @@ def biased_attention(
     *,
     pinned_ids: TokenIds = (),
     scale: float | None = None,
+    key_bias: Tensor | None = None,
     bias_inside_scale: bool = False,
     impl: str | None = None,
 ) -> Tensor:
@@ -56,6 +67,7 @@ def biased_attention(
         target_ids: `[T]` or `[B,T]` padded with -1 (a padded target's bias is ignored and gets gradient zero).
         pinned_ids: columns that keep their unbiased probability; the row is not renormalised.
         scale: factor of the logits, 1/sqrt(d) by default.
+        key_bias: added to the scaled logits, `[B,N]`, -inf for a masked column: as for `attention`.
         bias_inside_scale: False is the released code's convention, True the paper's.
         impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
 
@@ -66,6 +78,7 @@ def biased_attention(
         ValueError: as `target_statistics`, or a bias that does not fit.
     """
     check_qkv(q, k, v)
+    key_bias = check_key_bias(key_bias, k)
     targets, pinned = check_targets(target_ids, pinned_ids, k)
     scale = check_scale(scale, q.shape[3])
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -73,6 +86,6 @@ def biased_attention(
     impl, inside = resolve(impl, q.device), scale if bias_inside_scale else 1.0
     if impl == "triton":
         check_kernel_limits(q, targets.shape[-1] + pinned.shape[-1])
-        return _triton.biased_attention(q, k, v, bias, targets, pinned, scale, inside)
+        return _triton.biased_attention(q, k, v, bias, targets, pinned, key_bias, scale, inside)
     run = biased_attention_reference if impl == "reference" else biased_attention_op
-    return run(q, k, v, bias * scale if bias_inside_scale else bias, targets, pinned, scale)
+    return run(q, k, v, bias * scale if bias_inside_scale else bias, targets, pinned, scale, key_bias)

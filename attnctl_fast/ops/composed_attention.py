@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_kernel_limits, check_qkv, check_scale
+from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
 from ._triton import composed_attention as _triton
 from .attention import attend_only
 
@@ -42,6 +42,7 @@ def composed_attention(
     weights: Sequence[float] | Tensor,
     *,
     scale: float | None = None,
+    key_bias: Sequence[Tensor | None] | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """sum_i w_i softmax(scale q k_i^T) v_i / sum_i w_i (arXiv 2306.09869, "CACAO").
@@ -56,6 +57,8 @@ def composed_attention(
         weights: one number per context; or a tensor `[contexts]` of them, which is trusted, and under torch.compile may
             change without a new graph.
         scale: factor of the logits, 1/sqrt(d) by default.
+        key_bias: one `[B,N_i]` or None per context, added to its scaled logits, -inf for a masked column: as for
+            `attention`. A context all of whose columns are masked adds nothing but its weight to the sum of weights.
         impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
 
     Returns:
@@ -69,6 +72,10 @@ def composed_attention(
         raise ValueError(f"there are {len(ks)} keys and {len(vs)} values; pass one of each per context, at least one")
     for k, v in zip(ks, vs, strict=True):
         check_qkv(q, k, v)
+    if key_bias is not None and len(key_bias) != len(ks):
+        raise ValueError(f"key_bias holds {len(key_bias)} for {len(ks)} contexts; pass one, or None, per context")
+    given = [None] * len(ks) if key_bias is None else key_bias
+    biases = [check_key_bias(x, k, f"key_bias[{i}]") for i, (x, k) in enumerate(zip(given, ks, strict=True))]
     if isinstance(weights, Tensor):
         if weights.shape != (len(ks),):
             raise ValueError(f"weights has shape {tuple(weights.shape)} for {len(ks)} contexts; pass one per context")
@@ -78,14 +85,14 @@ def composed_attention(
         shares = check_weights(weights, len(ks))
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
     if impl == "reference":
-        return reference.composed_attention(q, ks, vs, shares, scale).to(q.dtype)
+        return reference.composed_attention(q, ks, vs, shares, scale, biases).to(q.dtype)
     if impl == "triton":
         check_kernel_limits(q)
-        return _triton.composed_attention(q, ks, vs, shares, scale)
+        return _triton.composed_attention(q, ks, vs, biases, shares, scale)
     wide = q.to(torch.promote_types(q.dtype, torch.float32))
     out = None
-    for k, v, share in zip(ks, vs, shares, strict=True):
-        one = attend_only(wide, k.to(wide.dtype), v.to(wide.dtype), None, None, scale)
+    for k, v, share, bias in zip(ks, vs, shares, biases, strict=True):
+        one = attend_only(wide, k.to(wide.dtype), v.to(wide.dtype), None, None, scale, bias)
         out = share * one if out is None else torch.add(out, one, alpha=share)
     assert out is not None
     return out.to(q.dtype)

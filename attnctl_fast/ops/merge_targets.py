@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import reference
 from .._impl import resolve
 from .._validate import TokenIds, check_dtype, check_kernel_dtype, check_kernel_limits, check_targets
+from ..reference import NO_COLUMNS
 from ._library import composite
 from ._triton import merge_targets as _triton
 from .attention import gather_columns
@@ -34,7 +35,7 @@ def _merge_targets(
     z = logits + bias
     if target_ids.ndim == 2:
         z = z.masked_fill((target_ids < 0)[:, None, :, None], -torch.inf)
-    weights = torch.cat([z, rest_lse.unsqueeze(2)], 2).softmax(2)
+    weights = torch.cat([z, rest_lse.clamp(min=NO_COLUMNS).unsqueeze(2)], 2).softmax(2)
     rest_weight, columns, values = weights[:, :, -1], weights[:, :, :-1], gather_columns(v, target_ids)
     if pinned_ids.shape[-1]:
         plain_lse, lse = (joint_lse(rest_lse, x).unsqueeze(2) for x in (logits, z))

@@ -21,6 +21,7 @@ from ._objective import (
     Terms,
     arrays,
     check_kernel_maps,
+    joined,
     namespace,
     softmax,
     softmax_backward_,
@@ -84,7 +85,7 @@ def descend(
     basis_y_t = basis_y.swapaxes(0, 1)
     terms = Terms(logits, objective)
 
-    edited = xp.concatenate([logits, rest_lse[:, None]], 1)
+    edited = joined(logits, rest_lse)
     columns = edited[:, :targets]
     probabilities, gradient = xp.empty_like(edited), xp.empty_like(edited)
     attention = probabilities[:, :targets]

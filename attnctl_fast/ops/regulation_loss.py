@@ -17,6 +17,7 @@ from ._objective import (
     Terms,
     arrays,
     check_kernel_maps,
+    joined,
     namespace,
     reciprocal,
     softmax,
@@ -41,8 +42,8 @@ def _flat(*tensors: Tensor | None) -> list[Array]:
 
 
 def _softmax(logits: Array, rest_lse: Array) -> Array:
-    joined = namespace(logits).concatenate([logits, rest_lse[:, None]], 1)
-    return softmax(joined, joined)
+    edited = joined(logits, rest_lse)
+    return softmax(edited, edited)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::regulation_loss", mutates_args=())

@@ -12,13 +12,13 @@ from torch.autograd import Function
 from .._library import differentiated, once_differentiable, opaque
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     from ...kernels import attention as kernels
 
-    return kernels.attention(q, k, v, scale)
+    return kernels.attention(q, k, v, key_bias, scale)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -42,15 +42,15 @@ def _backward(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
 
 
 _forward_op = opaque(
-    "attention_triton(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    "attention_triton(Tensor q, Tensor k, Tensor v, Tensor? key_bias, float scale) -> (Tensor, Tensor)",
     _forward,
     _fake,
 )
 _backward_op = opaque(
-    "attention_triton_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor lse, "
-    "float scale, bool[] needed) -> Tensor[]",
+    "attention_triton_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
+    "Tensor? key_bias, Tensor lse, float scale, bool[] needed) -> Tensor[]",
     _backward,
-    lambda grad_out, grad_lse, q, k, v, lse, scale, needed: fake_gradients([q, k, v], needed),
+    lambda grad_out, grad_lse, q, k, v, key_bias, lse, scale, needed: fake_gradients([q, k, v], needed),
 )
 
 
@@ -59,19 +59,20 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    key_bias: Tensor | None,
     lse: Tensor,
     scale: float,
     needed: list[bool],
     grad_lse: Tensor | None = None,
 ) -> list[Tensor | None]:
     """dq, dk and dv, as `needed` says of each."""
-    return only(needed, _backward_op(grad_out, grad_lse, q, k, v, lse, scale, needed))
+    return only(needed, _backward_op(grad_out, grad_lse, q, k, v, key_bias, lse, scale, needed))
 
 
 class _Attention(Function):
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return _forward_op(q, k, v, scale)
+    def forward(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+        return _forward_op(q, k, v, key_bias, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -82,15 +83,15 @@ class _Attention(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, lse = ctx.saved_tensors
+        q, k, v, key_bias, lse = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
-            return None, None, None, None
+            return (None,) * 5
         grad_out = torch.zeros_like(q) if grad_out is None else grad_out
         needed = list(ctx.needs_input_grad[:3])
-        return *backward(grad_out, q, k, v, lse, ctx.scale, needed, grad_lse), None
+        return *backward(grad_out, q, k, v, key_bias, lse, ctx.scale, needed, grad_lse), None, None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """out [B,H,M,d] in q's dtype and lse [B,H,M] float32."""
     run = _Attention.apply if differentiated(q, k, v) else _forward_op
-    return run(q, k, v, scale)
+    return run(q, k, v, key_bias, scale)

@@ -14,20 +14,24 @@ from .attention import backward as attention_backward
 _Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float) -> _Results:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, key_bias: Tensor | None, scale: float
+) -> _Results:
     from ...kernels import context_gradient as kernels
 
-    return kernels.attention_with_context_gradient(q, k, v, query_weight, scale)
+    return kernels.attention_with_context_gradient(q, k, v, query_weight, key_bias, scale)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float) -> _Results:
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, key_bias: Tensor | None, scale: float
+) -> _Results:
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     return q.new_empty(q.shape), lse, lse.new_empty(k.shape), lse.new_empty(k.shape[:3])
 
 
 _forward_op = opaque(
-    "attention_with_context_gradient_triton(Tensor q, Tensor k, Tensor v, Tensor? query_weight, float scale) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "attention_with_context_gradient_triton(Tensor q, Tensor k, Tensor v, Tensor? query_weight, Tensor? key_bias, "
+    "float scale) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
 )
@@ -39,8 +43,10 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 class _Function(Function):
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float) -> _Results:
-        return _forward_op(q, k, v, query_weight, scale)
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, key_bias: Tensor | None, scale: float
+    ) -> _Results:
+        return _forward_op(q, k, v, query_weight, key_bias, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Results) -> None:
@@ -53,16 +59,17 @@ class _Function(Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, _: Any, grad_update: Tensor | None, __: Any) -> tuple[Any, ...]:
         """Each result is an attention, and so are their gradients."""
-        q, k, v, weight, lse, column_lse = ctx.saved_tensors
+        q, k, v, weight, key_bias, lse, column_lse = ctx.saved_tensors
         needed = ctx.needs_input_grad[:4]
         dq = dk = dv = dweight = None
         if grad_out is not None and any(needed[:3]):
-            dq, dk, dv = attention_backward(grad_out, q, k, v, lse, ctx.scale, list(needed[:3]))
+            dq, dk, dv = attention_backward(grad_out, q, k, v, key_bias, lse, ctx.scale, list(needed[:3]))
         if grad_update is not None and (needed[0] or needed[1] or needed[3]):
             values = q if weight is None else (q * weight[:, None, :, None]).to(q.dtype)
             wanted = [needed[1], needed[0], needed[0] or needed[3]]
             grad = grad_update.to(q.dtype)
-            of_keys, of_queries, of_values = attention_backward(grad, k, q, values, column_lse, ctx.scale, wanted)
+            # The logsumexp of a masked column is +inf: nothing of its row has a weight.
+            of_keys, of_queries, of_values = attention_backward(grad, k, q, values, None, column_lse, ctx.scale, wanted)
             dk = _sum(dk, of_keys)
             if needed[3] and of_values is not None:
                 dweight = (q.float() * of_values.float()).sum((1, 3))
@@ -70,13 +77,13 @@ class _Function(Function):
                 if weight is not None:
                     of_values = (of_values * weight[:, None, :, None]).to(q.dtype)
                 dq = _sum(_sum(dq, of_queries), of_values)
-        return dq, dk, dv, dweight, None
+        return dq, dk, dv, dweight, None, None
 
 
 def attention_with_context_gradient(
-    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, key_bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out [B,H,M,d] in q's dtype and update [B,H,N,d] float32; `query_weight` [B,M] float32."""
     run = _Function.apply if differentiated(q, k, v, query_weight) else _forward_op
-    out, _, update, _ = run(q, k, v, query_weight, scale)
+    out, _, update, _ = run(q, k, v, query_weight, key_bias, scale)
     return out, update

@@ -22,15 +22,29 @@ def slot_table(token_ids: Tensor, tokens: int) -> Tensor:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, slots: Tensor | None, per_head: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_ids: Tensor | None,
+    slots: Tensor | None,
+    key_bias: Tensor | None,
+    per_head: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ...kernels import attention_maps as kernels
 
-    return kernels.attention_with_maps(q, k, v, token_ids, slots, per_head, scale)
+    return kernels.attention_with_maps(q, k, v, token_ids, slots, key_bias, per_head, scale)
 
 
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, slots: Tensor | None, per_head: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_ids: Tensor | None,
+    slots: Tensor | None,
+    key_bias: Tensor | None,
+    per_head: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, image_tokens, _ = q.shape
     count = k.shape[2] if token_ids is None else token_ids.shape[-1]
@@ -45,30 +59,28 @@ def _backward(grad_out: Tensor | None, grad_maps: Tensor | None, *arguments: Any
 
 
 _forward_op = opaque(
-    "attention_with_maps_triton(Tensor q, Tensor k, Tensor v, Tensor? token_ids, Tensor? slots, bool per_head, "
-    "float scale) -> (Tensor, Tensor, Tensor)",
+    "attention_with_maps_triton(Tensor q, Tensor k, Tensor v, Tensor? token_ids, Tensor? slots, Tensor? key_bias, "
+    "bool per_head, float scale) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake,
 )
 _backward_op = opaque(
     "attention_with_maps_triton_backward(Tensor? grad_out, Tensor? grad_maps, Tensor q, Tensor k, Tensor v, "
-    "Tensor? slots, Tensor lse, float scale, bool[] needed) -> Tensor[]",
+    "Tensor? slots, Tensor? key_bias, Tensor lse, float scale, bool[] needed) -> Tensor[]",
     _backward,
-    lambda grad_out, grad_maps, q, k, v, slots, lse, scale, needed: fake_gradients([q, k, v], needed),
+    lambda grad_out, grad_maps, q, k, v, slots, key_bias, lse, scale, needed: fake_gradients([q, k, v], needed),
 )
 
 
 class _Function(Function):
     @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, slots: Tensor | None, per_head: bool, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward_op(q, k, v, token_ids, slots, per_head, scale)
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward_op(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        q, k, v, _, slots, _, ctx.scale = inputs
-        ctx.save_for_backward(q, k, v, slots, output[2])
+        q, k, v, _, slots, key_bias, _, ctx.scale = inputs
+        ctx.save_for_backward(q, k, v, slots, key_bias, output[2])
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
 
@@ -76,19 +88,25 @@ class _Function(Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if grad_out is None and grad_maps is None:
-            return (None,) * 7
+            return (None,) * 8
         needed = list(ctx.needs_input_grad[:3])
         needed[2] = needed[2] and grad_out is not None  # no map depends on v
         found = _backward_op(grad_out, grad_maps, *ctx.saved_tensors, ctx.scale, needed)
-        return *only(needed, found), None, None, None, None
+        return *only(needed, found), *[None] * 5
 
 
 def attention_with_maps(
-    q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, per_head: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_ids: Tensor | None,
+    key_bias: Tensor | None,
+    per_head: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out [B,H,M,d] in q's dtype, and the maps, float32."""
     slots = None
     if token_ids is not None:
         slots = slot_table(token_ids, k.shape[2])
     run = _Function.apply if differentiated(q, k, v) else _forward_op
-    return run(q, k, v, token_ids, slots, per_head, scale)[:2]
+    return run(q, k, v, token_ids, slots, key_bias, per_head, scale)[:2]

@@ -13,7 +13,7 @@ from .attention import fake_gradients, gradients, only
 
 # With a width of 0, bias is S [B,H,T,M]. Otherwise it is theta [B,H,T,r_y,r_x], width is that of the grid, and axes are
 # what `gaussian_bias.kernel_axes` gives.
-_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor bias, Tensor target_ids, Tensor pinned_ids"
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor bias, Tensor target_ids, Tensor pinned_ids, Tensor? key_bias"
 _SETTINGS = "float scale, float bias_scale, int width, float[] axes"
 
 
@@ -28,6 +28,7 @@ def _forward(
     bias: Tensor,
     target_ids: Tensor,
     pinned_ids: Tensor,
+    key_bias: Tensor | None,
     scale: float,
     bias_scale: float,
     width: int,
@@ -37,7 +38,9 @@ def _forward(
     from ...kernels import attention as kernels
 
     basis = _basis(bias, width, axes)
-    out, *lses = kernels.biased_attention(q, k, v, bias, target_ids, pinned_ids, scale, bias_scale, basis, with_lse)
+    out, *lses = kernels.biased_attention(
+        q, k, v, bias, target_ids, pinned_ids, key_bias, scale, bias_scale, basis, with_lse
+    )
     lse, plain_lse = (bias.new_empty(0) if x is None else x for x in lses)
     return out, lse, plain_lse
 
@@ -49,6 +52,7 @@ def _fake(
     bias: Tensor,
     target_ids: Tensor,
     pinned_ids: Tensor,
+    key_bias: Tensor | None,
     scale: float,
     bias_scale: float,
     width: int,
@@ -68,6 +72,7 @@ def _backward(
     bias: Tensor,
     target_ids: Tensor,
     pinned_ids: Tensor,
+    key_bias: Tensor | None,
     lse: Tensor,
     plain_lse: Tensor,
     scale: float,
@@ -81,7 +86,7 @@ def _backward(
     lses = (lse, plain_lse if pinned_ids.shape[-1] else None)
     basis = _basis(bias, width, axes)
     grads = kernels.biased_attention_backward(
-        grad_out, q, k, v, bias, target_ids, pinned_ids, *lses, scale, bias_scale, basis, needed
+        grad_out, q, k, v, bias, target_ids, pinned_ids, key_bias, *lses, scale, bias_scale, basis, needed
     )
     return gradients(grads, (q, k, v, bias))
 
@@ -106,15 +111,15 @@ class _BiasedAttention(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:6], *output[1:])
-        ctx.settings = inputs[6:]
+        ctx.save_for_backward(*inputs[:7], *output[1:])
+        ctx.settings = inputs[7:]
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         needed = list(ctx.needs_input_grad[:4])
-        return *only(needed, _backward_op(grad_out, *ctx.saved_tensors, *ctx.settings, needed)), *[None] * 6
+        return *only(needed, _backward_op(grad_out, *ctx.saved_tensors, *ctx.settings, needed)), *[None] * 7
 
 
 def biased_attention(
@@ -124,13 +129,14 @@ def biased_attention(
     bias: Tensor,
     target_ids: Tensor,
     pinned_ids: Tensor,
+    key_bias: Tensor | None,
     scale: float,
     bias_scale: float,
     width: int = 0,
     axes: tuple[float, ...] = (),
 ) -> Tensor:
     """out [B,H,M,d] in q's dtype, with bias_scale times the bias added to the scaled logits of the targets."""
-    arguments = (q, k, v, bias, target_ids, pinned_ids, scale, bias_scale, width, list(axes))
+    arguments = (q, k, v, bias, target_ids, pinned_ids, key_bias, scale, bias_scale, width, list(axes))
     if differentiated(q, k, v, bias):
         return _BiasedAttention.apply(*arguments)[0]
     return _forward_op(*arguments, False)[0]

@@ -15,18 +15,32 @@ _Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, target_ids: Tensor, pinned_ids: Tensor, scale: float, with_square: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    target_ids: Tensor,
+    pinned_ids: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+    with_square: bool,
 ) -> _Statistics:
     from ...kernels import attention as kernels
 
     rest_out, rest_lse, logits, square, pinned_logits = kernels.target_statistics(
-        q, k, v, target_ids, pinned_ids, scale, with_square
+        q, k, v, target_ids, pinned_ids, key_bias, scale, with_square
     )
     return rest_out, rest_lse, logits, rest_lse.new_empty(0) if square is None else square, pinned_logits
 
 
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, target_ids: Tensor, pinned_ids: Tensor, scale: float, with_square: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    target_ids: Tensor,
+    pinned_ids: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+    with_square: bool,
 ) -> _Statistics:
     batch, heads, image_tokens, _ = q.shape
     rows = q.new_empty(batch, heads, image_tokens, dtype=torch.float32)
@@ -47,23 +61,23 @@ def _given(x: Tensor | None) -> Tensor | None:
 def _backward(*arguments: Any) -> list[Tensor]:
     from ...kernels import attention_backward as kernels
 
-    *grads, q, k, v, target_ids, pinned_ids, rest_lse, logits, square, scale, needed = arguments
+    *grads, q, k, v, target_ids, pinned_ids, key_bias, rest_lse, logits, square, scale, needed = arguments
     found = kernels.target_statistics_backward(
-        *map(_given, grads), q, k, v, target_ids, pinned_ids, rest_lse, logits, _given(square), scale, needed
+        *map(_given, grads), q, k, v, target_ids, pinned_ids, key_bias, rest_lse, logits, _given(square), scale, needed
     )
     return gradients(found, (q, k, v))
 
 
 _forward_op = opaque(
-    "target_statistics_triton(Tensor q, Tensor k, Tensor v, Tensor target_ids, Tensor pinned_ids, float scale, "
-    "bool with_square) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "target_statistics_triton(Tensor q, Tensor k, Tensor v, Tensor target_ids, Tensor pinned_ids, "
+    "Tensor? key_bias, float scale, bool with_square) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
 )
 _backward_op = opaque(
     "target_statistics_triton_backward(Tensor? grad_out, Tensor? grad_lse, Tensor? grad_logits, Tensor? grad_square, "
     "Tensor? grad_pinned, Tensor q, Tensor k, Tensor v, Tensor target_ids, Tensor pinned_ids, "
-    "Tensor rest_lse, Tensor logits, Tensor square, float scale, bool[] needed) -> Tensor[]",
+    "Tensor? key_bias, Tensor rest_lse, Tensor logits, Tensor square, float scale, bool[] needed) -> Tensor[]",
     _backward,
     lambda *arguments: fake_gradients(list(arguments[5:8]), arguments[-1]),
 )
@@ -84,14 +98,21 @@ class _TargetStatistics(Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(x is None for x in grads):
-            return (None,) * 7
+            return (None,) * 8
         needed = list(ctx.needs_input_grad[:3])
-        return *only(needed, _backward_op(*grads, *ctx.saved_tensors, ctx.scale, needed)), None, None, None, None
+        return *only(needed, _backward_op(*grads, *ctx.saved_tensors, ctx.scale, needed)), *[None] * 5
 
 
 def target_statistics(
-    q: Tensor, k: Tensor, v: Tensor, target_ids: Tensor, pinned_ids: Tensor, scale: float, with_square: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    target_ids: Tensor,
+    pinned_ids: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+    with_square: bool,
 ) -> _Statistics:
     """rest_out, rest_lse, logits, rest_square (empty unless asked for) and pinned_logits, all float32."""
     run = _TargetStatistics.apply if differentiated(q, k, v) else _forward_op
-    return run(q, k, v, target_ids, pinned_ids, scale, with_square)
+    return run(q, k, v, target_ids, pinned_ids, key_bias, scale, with_square)
