@@ -8,6 +8,7 @@ targets' logits are at hand. The keys and values of one prompt, in half precisio
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -306,6 +307,11 @@ Basis = tuple[int, int, int, float, float, float, float, float, float]
 NO_BASIS: Basis = (1, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
+def basis_of(bias: Tensor, width: int, axes: Sequence[float]) -> Basis | None:
+    """The basis of theta [B,H,T,r_y,r_x] on a grid of that width; None for a bias S [B,H,T,M], with a width of 0."""
+    return (width, *bias.shape[3:], *axes) if width else None  # type: ignore[return-value]
+
+
 def _forward(
     form: Any,
     q: Tensor,
@@ -436,11 +442,13 @@ def biased_attention(
     key_bias: Tensor | None,
     scale: float,
     bias_scale: float,
-    basis: Basis | None = None,
-    with_lse: bool = True,
+    width: int,
+    axes: Sequence[float],
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """out [B,H,M,d], and for the backward pass the logsumexp with the bias and, where there are pinned columns, without
-    it. `bias` is S [B,H,T,M], or with `basis` theta [B,H,T,r_y,r_x]; float32."""
+    it. `bias` is S [B,H,T,M] or, with the `width` of the grid and its `axes`, theta [B,H,T,r_y,r_x]; float32."""
+    basis = basis_of(bias, width, axes)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if with_lse else None
     plain_lse = torch.empty_like(lse) if lse is not None and pinned_ids.shape[-1] else None

@@ -591,26 +591,27 @@ def _select_fwd_kernel(
 
 
 def regulate(
-    statistics: tuple[Tensor, Tensor, Tensor | None],
+    logits: Tensor,
+    rest_lse: Tensor,
+    rest_square: Tensor | None,
     theta: Tensor,
     previous: Tensor | None,
+    strength_tensor: Tensor | None,
     grid: Sequence[int],
     axes: Sequence[float],
     bias_scale: float,
     ema: float,
     strength: float,
-    strength_tensor: Tensor | None,
     steps: int,
     step_size: float,
-    whole_batch: bool,
+    select: str,
     *aim: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(bias [B,H,T,M], theta, losses [steps,B,H]), all float32, from `statistics` (logits, rest_lse, rest_square).
+    """(bias [B,H,T,M], theta, losses [steps,B,H]), all float32.
 
     `axes`: see `_gaussian`, along y and then x. `aim`: see `Aim.of`. The bias is multiplied by `strength` and by
     `strength_tensor`, if that is given; where it is zero, both kernels see so on the device, and nothing is descended.
     """
-    logits, rest_lse, rest_square = statistics
     settings = Aim.of(logits.shape[3], *aim)
     batch, heads, targets, tokens = logits.shape
     ry, rx = theta.shape[3:]
@@ -677,7 +678,7 @@ def regulate(
         0 if previous is None else steps,
         strength * bias_scale,
         ema,
-        BATCH=whole_batch,
+        BATCH=select == "batch",
         AVERAGED=ema > 0,
         T_BLOCK=triton.next_power_of_2(targets),
     )

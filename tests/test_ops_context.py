@@ -80,7 +80,9 @@ def test_attention_with_context_gradient(impl, dtype, m, n, d, masked):
 @pytest.mark.parametrize("d", [40, 64, 160])
 def test_a_program_goes_over_several_tiles(d, programs, monkeypatch):
     """All of them in one program, and three parts of three tiles, the last one shorter, merged by twos."""
-    launch, kernels = (importlib.import_module(f"attnctl_fast.kernels.{x}") for x in ("_launch", "context_gradient"))
+    launch, kernels = (
+        importlib.import_module(f"attnctl_fast.kernels.{x}") for x in ("_launch", "attention_with_context_gradient")
+    )
     monkeypatch.setattr(kernels, "MERGED", 2)
     use = launch.read_table("default")["context_gradient_fwd"][0]["use"]
     with launch.forced({"context_gradient_fwd": [{"use": {**use, "BLOCK_M": 16, "PROGRAMS": programs}}]}):

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from attnctl_fast import ops
-from attnctl_fast.ops._triton.attention_with_maps import slot_table
+from attnctl_fast.ops.attention_with_maps import slot_table
 from attnctl_fast.ops.gaussian_bias import kernel_axes
 
 GRID = (4, 6)
@@ -34,7 +34,7 @@ LOSS = ("official", 0.9, 0.9, None, 80.0, 0.09)
 # The similarities of maps [2,4,24]: grid, taps; and with the variant and weight of their loss.
 SMOOTH = (list(GRID), [0.2, 0.6, 0.2])
 SIMILAR = (*SMOOTH, "cosine", 0.2)
-SOLVER = (list(GRID), [1.0, 1.0], "official", 1.0, 0.25, 0.9, None, 3, 100.0, "sample")
+SOLVER = (list(GRID), [1.0, 1.0], "official", 1.0, 0.25, 0.9, 3, 100.0, "sample")
 
 
 def map_inputs(bias):
@@ -75,12 +75,12 @@ def registered(grad: bool, strided: bool = True):
     return {
         "attention": [
             (*given, *columns, x, 0.3)
-            for columns in ((None, None), (ids, None), (ids, bias.detach()), (pins, bias.detach()))
+            for columns in ((None, None), (None, ids), (bias.detach(), ids), (bias.detach(), pins))
             for x in (None, keyed)
         ],
         "attention_reference": [(q, k, v, ids, 0.3, None), (q, k, v, ids, 0.3, keyed)],
         "attention_backward": [
-            (torch.ones_like(q), g, *given, ids, x, y, *after, 0.3, needed)
+            (torch.ones_like(q), g, *given, x, ids, y, 0.3, *after, needed)
             for g, x, y, needed in (
                 (None, None, None, [True, True, True, False]),
                 (ones, None, keyed, [True, False, True, False]),
@@ -96,7 +96,7 @@ def registered(grad: bool, strided: bool = True):
             (q, k, v, rand(2, 24), 0.3, keyed),
         ],
         "attention_with_maps": [
-            (*given, tokens, x, per_head, keep, 0.3)
+            (*given, tokens, x, per_head, 0.3, keep)
             for tokens, x, per_head, keep in (
                 (ids, None, False, True),
                 (pins, keyed, True, False),
@@ -104,8 +104,8 @@ def registered(grad: bool, strided: bool = True):
             )
         ],
         "attention_with_maps_backward": [
-            (torch.ones_like(q), None, *given, None, keyed, q.new_empty(0), False, 0.3, [True, True, True]),
-            (None, ones, *given, ids, None, kept, False, 0.3, [True, False, False]),
+            (torch.ones_like(q), None, *given, None, keyed, False, 0.3, q.new_empty(0), [True, True, True]),
+            (None, ones, *given, ids, None, False, 0.3, kept, [True, False, False]),
         ],
         "attention_with_maps_reference": [
             (q, k, v, tokens, per_head, 0.3, x) for tokens, per_head, x in ((ids, False, None), (None, True, keyed))
@@ -118,41 +118,44 @@ def registered(grad: bool, strided: bool = True):
         "biased_attention": [(q, k, v, bias, ids, pins, 0.3, x) for x in (None, keyed)],
         "biased_attention_reference": [(q, k, v, bias, ids, pins, 0.3, x) for x in (None, keyed)],
         "gaussian_bias": [(theta.detach(), *basis)],
-        "gaussian_bias_backward": [(bias.detach(), *basis)],
+        "gaussian_bias_backward": [(bias.detach(), theta.detach(), *basis, [True])],
         "gaussian_bias_reference": [(theta, rand(1, 2, 4, 6))],
         "region_attention": [(*region, x) for x in (None, keyed)],
         "region_attention_reference": [(*region, x) for x in (None, keyed)],
         "regulation_loss": [
-            (logits, rest_lse, None, bias, theta, *LOSS),
-            (logits, rest_lse, square, bias, None, *paper),
+            (*(t if t is None else t.detach() for t in arguments), *terms)
+            for arguments, terms in (
+                ((logits, rest_lse, None, bias, theta), LOSS),
+                ((logits, rest_lse, square, bias, None), paper),
+            )
         ],
         "regulation_loss_reference": [(logits, rest_lse, square, bias, theta, *paper)],
         "regulation_loss_backward": [
-            (ones[..., 0], *(t if t is None else t.detach() for t in arguments), *terms, of_statistics)
-            for arguments, terms, of_statistics in (
-                ((logits, rest_lse, None, bias, theta), LOSS, False),
-                ((logits, rest_lse, square, bias, None), paper, False),
-                ((logits, rest_lse, square, bias, None), paper, True),
+            (ones[..., 0], *(t if t is None else t.detach() for t in arguments), *terms, needed)
+            for arguments, terms, needed in (
+                ((logits, rest_lse, None, bias, theta), LOSS, [False, False, False, True, True]),
+                ((logits, rest_lse, square, bias, None), paper, [False, False, False, True, False]),
+                ((logits, rest_lse, square, bias, None), paper, [True, True, True, True, False]),
             )
         ],
         "regulate": [
-            (*solver, None, theta.detach(), None, *SOLVER, *LOSS),
-            (*solver, square.detach(), theta.detach(), theta.detach(), *SOLVER[:6], ones[0, 0, 0], *SOLVER[7:], *paper),
-            (*solver, None, theta.detach(), None, *SOLVER[:6], 0 * ones[0, 0, 0], *SOLVER[7:], *LOSS),
+            (*solver, None, theta.detach(), None, None, *SOLVER, *LOSS),
+            (*solver, square.detach(), theta.detach(), theta.detach(), ones[0, 0, 0], *SOLVER, *paper),
+            (*solver, None, theta.detach(), None, 0 * ones[0, 0, 0], *SOLVER, *LOSS),
         ],
-        "regulate_reference": [(*solver, None, theta.detach(), None, *SOLVER, *LOSS)],
+        "regulate_reference": [(*solver, None, theta.detach(), None, None, *SOLVER, *LOSS)],
         "smooth_maps": [(maps, *SMOOTH), (maps, list(GRID), [1.0])],
-        "smooth_maps_backward": [(maps, *SMOOTH)],
+        "smooth_maps_backward": [(maps, maps, *SMOOTH, [True])],
         "smooth_maps_reference": [(bias.flatten(1, 2), *SMOOTH)],
         "map_similarity": [(maps,)],
-        "map_similarity_backward": [(text, maps, text, maps[..., 0])],
+        "map_similarity_backward": [(text, maps, text, maps[..., 0], [True])],
         "map_similarity_reference": [(bias.flatten(1, 2),)],
         "similarity_loss": [
             (maps, text, None, *SIMILAR, False),
             (maps, text, lengths, *SIMILAR, True),
             (maps.mT.contiguous().mT, text, None, list(GRID), [1.0], "cosine", 0.2, True),
         ],
-        "similarity_loss_backward": [(maps[:, 0, 0], maps, text, *SMOOTH)],
+        "similarity_loss_backward": [(maps[:, 0, 0], maps, text, None, *SIMILAR, maps, text, [True])],
         "similarity_loss_reference": [(bias.flatten(1, 2), text, lengths, *SIMILAR)],
     }
 
@@ -178,8 +181,8 @@ def kernels(strided: bool = True):
     return {
         "attention_triton": [(q, k, v, None, 0.3), (*halves, keyed, 0.3)],
         "attention_triton_backward": [
-            (out, None, *halves, None, rest_lse, 0.3, [True, True, True]),
-            (out, rest_lse, *halves, keyed, rest_lse, 0.3, [False, True, False]),
+            (out, None, *halves, None, 0.3, rest_lse, [True, True, True]),
+            (None, rest_lse, *halves, keyed, 0.3, rest_lse, [False, True, False]),
         ],
         "attention_with_context_gradient_triton": [
             (*halves, None, None, 0.3),
@@ -190,9 +193,13 @@ def kernels(strided: bool = True):
             (q, k, v, pins, slot_table(pins, 9), keyed, True, 0.3),
             (*halves, None, None, keyed, False, 0.3),
         ],
+        "attention_with_context_gradient_triton_backward": [
+            (q, k, q, k, v, rand(2, 24), keyed, 0.3, rest_lse, k[..., 0].contiguous(), [True] * 4),
+            (None, k, *halves, None, None, 0.3, rest_lse, k[..., 0].contiguous(), [True, False, True, False]),
+        ],
         "attention_with_maps_triton_backward": [
-            (out, None, *halves, None, None, rest_lse, 0.3, [True, True, True]),
-            (None, ones_of_maps, *halves, slot_table(ids, 9), keyed, rest_lse, 0.3, [True, False, True]),
+            (out, None, *halves, None, None, None, False, 0.3, rest_lse, [True, True, True]),
+            (None, ones_of_maps, *halves, ids, slot_table(ids, 9), keyed, False, 0.3, rest_lse, [True, False, True]),
         ],
         "context_pull_triton": [
             (k.float(), k, ones[0, 0], ones[0], rand(2, k.shape[2]), 0.1, True),
@@ -209,8 +216,22 @@ def kernels(strided: bool = True):
             (q, k, v, ids, none, keyed, 0.3, False),
         ],
         "target_statistics_triton_backward": [
-            (*upstream, *halves, ids, pins, keyed, rest_lse, logits, square, 0.3, [True, True, True]),
-            (None, rest_lse, *[None] * 3, *halves, ids, none, None, rest_lse, logits, empty, 0.3, [True, False, False]),
+            (*upstream, *halves, ids, pins, keyed, 0.3, True, rest_lse, logits, square, [True, True, True]),
+            (
+                None,
+                rest_lse,
+                *[None] * 3,
+                *halves,
+                ids,
+                none,
+                None,
+                0.3,
+                False,
+                rest_lse,
+                logits,
+                empty,
+                [True, False, False],
+            ),
         ],
         "biased_attention_triton": [
             (*halves, *spanned, *given, True),
@@ -218,12 +239,12 @@ def kernels(strided: bool = True):
             (q, k, v, theta, ids, none, None, *gaussians, True),
         ],
         "biased_attention_triton_backward": [
-            (out, *halves, *spanned, rest_lse, rest_lse, *given, [True, False, False, True]),
-            (out, *halves, bias, ids, none, keyed, rest_lse, empty, *given, [False, False, False, True]),
-            (out, *halves, *by_theta, rest_lse, rest_lse, *gaussians, [True] * 4),
+            (out, *halves, *spanned, *given, rest_lse, rest_lse, [True, False, False, True]),
+            (out, *halves, bias, ids, none, keyed, *given, rest_lse, empty, [False, False, False, True]),
+            (out, *halves, *by_theta, *gaussians, rest_lse, rest_lse, [True] * 4),
         ],
         "gaussian_bias_triton": [(theta, list(GRID), axes), (theta.half(), list(GRID), axes)],
-        "gaussian_bias_triton_backward": [(bias, list(GRID), list(theta.shape[3:]), axes)],
+        "gaussian_bias_triton_backward": [(bias, theta, list(GRID), axes, [True])],
         "merge_targets_triton": [merge, (*merge[:3], logits[:, :, :0], v, None, ids, none)],
         "merge_targets_triton_backward": [
             (out, *merge, [True] * 6),
@@ -235,19 +256,21 @@ def kernels(strided: bool = True):
             (ones, *paper, *paper_terms, [True, True, True, True, False]),
         ],
         "regulate_triton": [
-            (logits, rest_lse, None, theta, None, *solver, *terms),
-            (logits, rest_lse, square, theta, theta, *solver[:5], ones[0, 0], *solver[6:], *paper_terms),
+            (logits, rest_lse, None, theta, None, None, *solver, *terms),
+            (logits, rest_lse, square, theta, theta, ones[0, 0], *solver, *paper_terms),
         ],
         "smooth_maps_triton": [(maps, *SMOOTH), (maps.half(), *SMOOTH)],
-        "smooth_maps_triton_backward": [(maps, *SMOOTH, torch.float16)],
+        "smooth_maps_triton_backward": [(maps, maps.half(), *SMOOTH, [True])],
         "map_similarity_triton": [(maps,), (maps.half(),)],
-        "map_similarity_triton_backward": [(similar, maps.half(), similar.contiguous(), maps[..., 0].contiguous())],
+        "map_similarity_triton_backward": [
+            (similar, maps.half(), similar.contiguous(), maps[..., 0].contiguous(), [True])
+        ],
         "similarity_loss_triton": [
             (maps, similar, None, *SIMILAR, False),
             (maps.half(), similar, lengths, *SMOOTH, "absolute", 1.0, True),
         ],
         "similarity_loss_triton_backward": [
-            (maps[:, 0, 0], maps, similar.contiguous(), *SMOOTH, torch.float16),
+            (maps[:, 0, 0], maps.half(), similar, None, *SIMILAR, maps, similar.contiguous(), [True]),
         ],
     }
 

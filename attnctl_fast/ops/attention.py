@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
-from ._library import composite, differentiated, may_hold_map, once_differentiable, opaque, without_autocast
-from ._triton import attention as _triton
+from ._library import composite, differentiable, differentiated, launcher, may_hold_map, without_autocast
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -164,8 +161,8 @@ def _fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    ids: Tensor | None,
     bias: Tensor | None,
+    ids: Tensor | None,
     key_bias: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -179,8 +176,8 @@ def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    ids: Tensor | None,
     bias: Tensor | None,
+    ids: Tensor | None,
     key_bias: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -201,72 +198,52 @@ def _forward(
 
 
 def _backward(
-    grad_out: Tensor,
+    grad_out: Tensor | None,
     grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    ids: Tensor | None,
     bias: Tensor | None,
+    ids: Tensor | None,
     key_bias: Tensor | None,
+    scale: float,
     out: Tensor,
     lse: Tensor,
-    scale: float,
     needed: Sequence[bool],
-) -> list[Tensor]:
-    """Gradients of q, k, v and the bias; an empty tensor for one that is not needed."""
+) -> list[Tensor | None]:
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     lse = lse.masked_fill(lse.isneginf(), 0.0)
-    found = [q.new_empty(0) for _ in needed]
+    found: list[Tensor | None] = [None] * 4
     if any(needed[:3]):
         mask = _mask(q, k, ids, bias, key_bias)
         given = (grad_out, grad_lse, q, k, v, out, lse, mask, scale)
         gradients = _fused_backward(*given) if q.device.type == "cpu" else _dense_backward(*given, needed)
-        found[:3] = [x.contiguous() if wanted else x.new_empty(0) for x, wanted in zip(gradients, needed, strict=False)]
+        found[:3] = [x.contiguous() if wanted else None for x, wanted in zip(gradients, needed, strict=False)]
     if needed[3]:
         assert ids is not None and bias is not None
         found[3] = _bias_gradient(grad_out, grad_lse, q, k, v, ids, bias, key_bias, out, lse, scale)
     return found
 
 
-attention_op = opaque(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? ids, Tensor? bias, Tensor? key_bias, float scale) "
+attention_op = differentiable(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? ids, Tensor? key_bias, float scale) "
     "-> (Tensor, Tensor)",
     without_autocast(_forward),
     _fake,
-)
-attention_backward_op = opaque(
-    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? ids, Tensor? bias, "
-    "Tensor? key_bias, Tensor out, Tensor lse, float scale, bool[] needed) -> Tensor[]",
     without_autocast(_backward),
-    lambda grad_out, grad_lse, q, k, v, ids, bias, key_bias, out, lse, scale, needed: [
-        x.new_empty(x.shape) if x is not None and wanted else q.new_empty(0)
-        for x, wanted in zip((q, k, v, bias), needed, strict=True)
-    ],
+    leaves=4,
+    results=2,
+    saves=(0, 1),
 )
-
-
-class _Attention(Function):
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return attention_op(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.scale = inputs
-        ctx.save_for_backward(*tensors, *output)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_out is None and grad_lse is None:
-            return (None,) * 7
-        *tensors, out, lse = ctx.saved_tensors
-        q, k, v, _, bias, _, _ = ctx.needs_input_grad
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        found = attention_backward_op(grad_out, grad_lse, *tensors, out, lse, ctx.scale, [q, k, v, bias])
-        dq, dk, dv, dbias = (x if given else None for x, given in zip(found, (q, k, v, bias), strict=True))
-        return dq, dk, dv, None, dbias, None, None
+_attention_triton = differentiable(
+    "attention_triton(Tensor q, Tensor k, Tensor v, Tensor? key_bias, float scale) -> (Tensor, Tensor)",
+    launcher("attention", "attention"),
+    lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)),
+    launcher("attention_backward", "attention_backward"),
+    leaves=3,
+    results=2,
+    saves=(1,),
+)
 
 
 @without_autocast
@@ -303,11 +280,11 @@ def attend(
     gradient, costs more than the last digit.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    if not differentiated(q, k, v, bias):
-        return attention_op(q.to(wide), k.to(wide), v.to(wide), ids, bias, key_bias, scale)
-    # Views, for torch.compile takes no tensor twice.
-    q, k, v = (x.to(wide).view_as(x) for x in (q, k, v))
-    return _Attention.apply(q, k, v, ids, bias, key_bias, scale)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    if differentiated(q, k, v, bias):
+        # Views, for torch.compile takes no tensor twice.
+        q, k, v = (x.view_as(x) for x in (q, k, v))
+    return attention_op(q, k, v, bias, ids, key_bias, scale)
 
 
 def attend_only(
@@ -381,7 +358,7 @@ def attention(
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
     if impl == "triton":
         check_kernel_limits(q)
-        out, lse = _triton.attention(q, k, v, key_bias, scale)
+        out, lse = _attention_triton(q, k, v, key_bias, scale)
     elif impl == "eager" and not return_lse:
         return attend_only(q, k, v, None, None, scale, key_bias)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,8 +11,7 @@ from torch import Tensor
 from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
-from ._library import composite, differentiated, opaque, without_autocast
-from ._triton import attention_with_context_gradient as _triton
+from ._library import composite, differentiable, differentiated, launcher, opaque, without_autocast
 from .attention import attend
 
 # Numbers of the map that are held at a time: about what the caches of two cores hold in float32.
@@ -110,6 +110,62 @@ _forward_op = opaque(
 )
 
 
+_attention_backward = launcher("attention_backward", "attention_backward")
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _triton_backward(
+    grad_out: Tensor | None,
+    grad_update: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    lse: Tensor,
+    column_lse: Tensor,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Each result is an attention, and so are their gradients."""
+    dq = dk = dv = dweight = None
+    if grad_out is not None and any(needed[:3]):
+        dq, dk, dv = _attention_backward(grad_out, None, q, k, v, key_bias, scale, lse, needed[:3])
+    if grad_update is not None and (needed[0] or needed[1] or needed[3]):
+        wanted = [needed[1], needed[0], needed[0] or needed[3]]
+        # The logsumexp of a masked column is +inf: nothing of its row has a weight.
+        of_keys, of_queries, of_values = _attention_backward(
+            grad_update.to(q.dtype), None, k, q, weighted(q, weight), None, scale, column_lse, wanted
+        )
+        dk = _sum(dk, of_keys)
+        if needed[3]:
+            dweight = (q.float() * of_values.float()).sum((1, 3))
+        if needed[0]:
+            dq = _sum(_sum(dq, of_queries), weighted(of_values, weight))
+    return [dq, dk, dv, dweight]
+
+
+def _triton_fake(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, ...]:
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty(q.shape), lse.new_empty(k.shape), lse, lse.new_empty(k.shape[:3])
+
+
+_triton = differentiable(
+    "attention_with_context_gradient_triton(Tensor q, Tensor k, Tensor v, Tensor? query_weight, Tensor? key_bias, "
+    "float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    launcher("attention_with_context_gradient", "attention_with_context_gradient"),
+    _triton_fake,
+    _triton_backward,
+    leaves=4,
+    results=2,
+    saves=(2, 3),
+    reach=((0, 1), (0, 1), (0,), (1,)),
+)
+
+
 def _eager(
     q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float, key_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -176,7 +232,7 @@ def attention_with_context_gradient(
     query_weight = check_query_weight(query_weight, q)
     if impl == "triton":
         check_kernel_limits(q)
-        return _triton.attention_with_context_gradient(q, k, v, query_weight, key_bias, scale)
+        return _triton(q, k, v, query_weight, key_bias, scale)
     run = attention_with_context_gradient_reference if impl == "reference" else _eager
     out, update = run(q, k, v, query_weight, scale, key_bias)
     return out.to(q.dtype), update

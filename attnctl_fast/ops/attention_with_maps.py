@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import reference
 from .._impl import resolve
 from .._validate import TokenIds, check_kernel_limits, check_key_bias, check_qkv, check_scale, check_tokens
-from ._library import composite, differentiated, may_hold_map, once_differentiable, opaque, without_autocast
-from ._triton import attention_with_maps as _triton
+from ._library import composite, differentiable, launcher, may_hold_map, without_autocast
 
 # Numbers of the map that are held at a time: about what the caches of two cores hold in float32.
 TILE = 1 << 19
@@ -63,9 +61,11 @@ def _forward(
     token_ids: Tensor | None,
     key_bias: Tensor | None,
     per_head: bool,
-    keep: bool,
     scale: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the maps, and to `keep` them where they may be held, all probabilities [B,H,M,N]."""
+    keep = keep and may_hold_map(q, k)
     out, maps, kept = _empty(q, k, token_ids, per_head, keep)
     for b, rows in _tiles(q, k, keep):
         p = _probabilities(q[b, :, rows], k[b], _of(key_bias, b), scale, kept[b, :, rows] if keep else None)
@@ -104,15 +104,14 @@ def _backward(
     v: Tensor,
     token_ids: Tensor | None,
     key_bias: Tensor | None,
-    kept: Tensor,
     per_head: bool,
     scale: float,
+    kept: Tensor,
     needed: Sequence[bool],
-) -> list[Tensor]:
-    """Gradients of q, k and v, an empty tensor for one that is not needed, from probabilities that were kept or are
-    made again."""
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if needed[0] else q.new_empty(0)
-    dk, dv = (x.new_zeros(x.shape) if wanted else x.new_empty(0) for x, wanted in zip((k, v), needed[1:], strict=True))
+) -> list[Tensor | None]:
+    """From probabilities that were kept or are made again."""
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk, dv = (x.new_zeros(x.shape if wanted else 0) for x, wanted in zip((k, v), needed[1:], strict=True))
     if grad_maps is not None and not per_head:
         grad_maps = grad_maps / q.shape[1]
     for b, rows in _tiles(q, k, kept.numel() > 0):
@@ -147,54 +146,54 @@ def _backward(
             torch.mul(grad_logits @ k[b], scale, out=dq[b, :, rows])
         if needed[1]:
             dk[b].baddbmm_(grad_logits.mT, queries, alpha=scale)
-    return [dq, dk, dv]
+    return [x if wanted else None for x, wanted in zip((dq, dk, dv), needed, strict=True)]
 
 
-_forward_op = opaque(
-    "attention_with_maps(Tensor q, Tensor k, Tensor v, Tensor? token_ids, Tensor? key_bias, bool per_head, bool keep, "
-    "float scale) -> (Tensor, Tensor, Tensor)",
+def slot_table(token_ids: Tensor, tokens: int) -> Tensor:
+    """Which of `token_ids` [n] or [B,n] each of the context's tokens is, -1 for none: int32 [1 or B, tokens + 1], the
+    last column for padded ids."""
+    ids = token_ids if token_ids.ndim == 2 else token_ids.unsqueeze(0)
+    table = torch.full((ids.shape[0], tokens + 1), -1, dtype=torch.int32, device=ids.device)
+    slots = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device).expand_as(ids)
+    return table.scatter_(1, torch.where(ids < 0, tokens, ids), slots)
+
+
+# No map depends on v.
+_REACH = ((0, 1), (0, 1), (0,))
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? token_ids, {}Tensor? key_bias, bool per_head, float scale) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_eager_op = differentiable(
+    "attention_with_maps" + _SCHEMA.format(""),
     _forward,
-    lambda q, k, v, token_ids, key_bias, per_head, keep, scale: _empty(q, k, token_ids, per_head, keep),
-)
-_backward_op = opaque(
-    "attention_with_maps_backward(Tensor? grad_out, Tensor? grad_maps, Tensor q, Tensor k, Tensor v, "
-    "Tensor? token_ids, Tensor? key_bias, Tensor kept, bool per_head, float scale, bool[] needed) -> Tensor[]",
+    lambda q, k, v, ids, key_bias, per_head, scale, keep: _empty(q, k, ids, per_head, keep and may_hold_map(q, k)),
     _backward,
-    lambda grad_out, grad_maps, q, k, v, token_ids, key_bias, kept, per_head, scale, needed: [
-        x.new_empty(x.shape) if wanted else x.new_empty(0) for x, wanted in zip((q, k, v), needed, strict=True)
-    ],
+    leaves=3,
+    results=2,
+    saves=(2,),
+    reach=_REACH,
+    keeps=True,
 )
 
 
-class _Function(Function):
-    @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        token_ids: Tensor | None,
-        key_bias: Tensor | None,
-        per_head: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward_op(q, k, v, token_ids, key_bias, per_head, may_hold_map(q, k), scale)
+def _triton_fake(
+    q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, slots: Any, key_bias: Any, per_head: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, maps, _ = _empty(q, k, token_ids, per_head, False)
+    return out, maps.to(torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        *tensors, ctx.per_head, ctx.scale = inputs
-        ctx.save_for_backward(*tensors, output[2])
-        ctx.mark_non_differentiable(output[2])
-        ctx.set_materialize_grads(False)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad_out is None and grad_maps is None:
-            return (None,) * 7
-        needed = list(ctx.needs_input_grad[:3])
-        needed[2] = needed[2] and grad_out is not None  # no map depends on v
-        found = _backward_op(grad_out, grad_maps, *ctx.saved_tensors, ctx.per_head, ctx.scale, needed)
-        return *(x if wanted else None for x, wanted in zip(found, needed, strict=True)), None, None, None, None
+_triton = differentiable(
+    "attention_with_maps_triton" + _SCHEMA.format("Tensor? slots, "),
+    launcher("attention_with_maps", "attention_with_maps"),
+    _triton_fake,
+    launcher("attention_backward", "attention_with_maps_backward"),
+    leaves=3,
+    results=2,
+    saves=(2,),
+    reach=_REACH,
+)
 
 
 def _eager(
@@ -207,12 +206,7 @@ def _eager(
     key_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = q.to(wide), k.to(wide), v.to(wide)
-    if differentiated(q, k, v):
-        out, maps, _ = _Function.apply(q, k, v, token_ids, key_bias, per_head, scale)
-    else:
-        out, maps, _ = _forward_op(q, k, v, token_ids, key_bias, per_head, False, scale)
-    return out, maps
+    return _eager_op(q.to(wide), k.to(wide), v.to(wide), token_ids, key_bias, per_head, scale)
 
 
 def attention_with_maps(
@@ -257,7 +251,8 @@ def attention_with_maps(
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
     if impl == "triton":
         check_kernel_limits(q)
-        return _triton.attention_with_maps(q, k, v, ids, key_bias, reduce == "none", scale)
+        slots = None if ids is None else slot_table(ids, k.shape[2])
+        return _triton(q, k, v, ids, slots, key_bias, reduce == "none", scale)
     run = attention_with_maps_reference if impl == "reference" else _eager
     out, maps = run(q, k, v, ids, reduce == "none", scale, key_bias)
     return out.to(q.dtype), maps

@@ -11,11 +11,18 @@ from torch import Tensor
 
 from .._impl import resolve
 from .._validate import check_kernel_limits
-from ._library import differentiated
-from ._triton import context_update as _triton
+from ._library import differentiated, launcher, opaque
 
 CONVENTIONS = ("official", "paper")
 KeyProjection: TypeAlias = Tensor | Callable[[Tensor], Tensor]
+
+# The increment before its projection.
+_pull_triton = opaque(
+    "context_pull_triton(Tensor update, Tensor k, Tensor gamma_attn, Tensor gamma_norm, Tensor? token_weight, "
+    "float alpha, bool halved) -> Tensor",
+    launcher("context_update", "context_pull"),
+    lambda update, k, *_: k.new_empty(k.shape[0], k.shape[2], k.shape[1] * k.shape[3]),
+)
 
 
 def flat_keys(k: Tensor) -> Tensor:
@@ -163,7 +170,7 @@ def context_update(
     if resolve(impl, k.device) == "triton" and not differentiated(*tensors):
         check_kernel_limits(k)
         gammas = [x if isinstance(x, Tensor) else torch.full((), x, device=k.device) for x in (gamma_attn, gamma_norm)]
-        pull = _triton.context_pull(update, k, *gammas, token_weight, alpha, halved)
+        pull = _pull_triton(update, k, *gammas, token_weight, alpha, halved)
     else:
         pull = _pull(update, k, gamma_attn, gamma_norm, token_weight, alpha, halved)
     return project_back(pull, to_k, k.dtype)

@@ -8,8 +8,7 @@ from torch import Tensor
 from .. import reference
 from .._impl import resolve
 from .._validate import check_dtype, check_kernel_limits, check_key_bias, check_qkv, check_scale
-from ._library import composite, differentiated
-from ._triton import region_attention as _triton
+from ._library import composite, differentiated, launcher, opaque
 
 # Logits that are in memory at once: on a CPU what its caches hold.
 LOGITS = {"cpu": 1 << 19}
@@ -63,6 +62,14 @@ _SCHEMA = (
 )
 region_attention_reference = composite(f"region_attention_reference{_SCHEMA}", reference.region_attention)
 region_attention_eager = composite(f"region_attention{_SCHEMA}", _eager)
+
+
+_triton = opaque(
+    "region_attention_triton(Tensor q, Tensor k, Tensor v, Tensor row_regions, Tensor column_regions, Tensor weight, "
+    "Tensor? key_bias, float scale) -> Tensor",
+    launcher("region_attention", "region_attention"),
+    lambda q, *_: q.new_empty(q.shape),
+)
 
 
 def _check_regions(name: str, regions: Tensor, q: Tensor, tokens: int) -> None:
@@ -130,7 +137,7 @@ def region_attention(
             raise ValueError(
                 "region_attention has no gradient by the Triton kernels; use impl='eager', or torch.no_grad()"
             )
-        return _triton.region_attention(q, k, v, row_regions, column_regions, weight, key_bias, scale)
+        return _triton(q, k, v, row_regions, column_regions, weight, key_bias, scale)
     run = region_attention_reference if impl == "reference" else region_attention_eager
     out = run(q.to(wide), k.to(wide), v.to(wide), row_regions, column_regions, weight, scale, key_bias)
     return out.to(q.dtype)

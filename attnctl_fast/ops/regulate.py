@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import reference
 from .._impl import resolve
 from .._validate import check_grid
-from ._library import NAMESPACE
+from ._library import launcher, opaque
 from ._objective import (
     Array,
     Distance,
@@ -27,7 +27,6 @@ from ._objective import (
     softmax_backward_,
     tensor,
 )
-from ._triton.regulate import regulate as regulate_triton_op
 from .gaussian_bias import Sigma, basis_axes, check_theta, full_basis, kept_axis_basis, kernel_axes
 from .target_statistics import TargetStatistics, check_statistics
 
@@ -157,31 +156,25 @@ def _at_strength(
     return torch.where(off, 0.0, strength * bias), torch.where(off, start, kept), losses.masked_fill(off, 0.0)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::regulate", mutates_args=())
-def regulate_op(
+def _eager(
     logits: Tensor,
     rest_lse: Tensor,
     rest_square: Tensor | None,
     theta: Tensor,
     previous: Tensor | None,
+    strength_tensor: Tensor | None,
     grid: Sequence[int],
     sigma: Sequence[float],
     centres: str,
     bias_scale: float,
     ema: float,
     strength: float,
-    strength_tensor: Tensor | None,
     steps: int,
     step_size: float,
     select: str,
-    objective: str,
-    quantile: float,
-    level: float,
-    mass: float | None,
-    mass_weight: float,
-    penalty: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    aim = Objective(objective, quantile, level, mass, mass_weight, penalty)
+    *aim: Any,
+) -> _Results:
+    objective = Objective(*aim)
     axis_y, axis_x, _, _ = basis_axes((grid[0], grid[1]), (sigma[0], sigma[1]), centres)
     bases = (
         kept_axis_basis(grid[0], tuple(axis_y), sigma[0], logits.dtype, logits.device),
@@ -192,13 +185,13 @@ def regulate_op(
     def solve(strength: float) -> _Results:
         with np.errstate(all="ignore"):
             maps, rest, square, initial, before = arrays(*flat)
-            basis_y, basis_x = arrays(*bases)
-            losses, thetas = descend(maps, rest, square, initial, (basis_y, basis_x), bias_scale, steps, step_size, aim)
+            axes = basis_y, basis_x = tuple(arrays(*bases))
+            losses, thetas = descend(maps, rest, square, initial, axes, bias_scale, steps, step_size, objective)
             losses = losses.reshape(steps, *logits.shape[:2])
             kept = keep_best(losses, thetas.reshape(steps, *theta.shape), select)
             average = kept.reshape(initial.shape)
             if ema > 0:
-                before = thetas[0] if before is None else Terms(maps, aim).only_real(before)
+                before = thetas[0] if before is None else Terms(maps, objective).only_real(before)
                 average = average + ema * (before - average)
             bias = _span(average, basis_y, basis_x, strength * bias_scale).reshape(maps.shape)
         return tensor(bias).view(logits.shape), tensor(kept), tensor(losses)
@@ -207,84 +200,50 @@ def regulate_op(
     return _at_strength(solve, given, logits, theta, previous, steps)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::regulate_reference", mutates_args=())
-def regulate_reference_op(
+def _reference(
     logits: Tensor,
     rest_lse: Tensor,
     rest_square: Tensor | None,
     theta: Tensor,
     previous: Tensor | None,
+    strength_tensor: Tensor | None,
     grid: Sequence[int],
     sigma: Sequence[float],
     centres: str,
     bias_scale: float,
     ema: float,
     strength: float,
-    strength_tensor: Tensor | None,
     steps: int,
     step_size: float,
     select: str,
     objective: str,
-    quantile: float,
-    level: float,
-    mass: float | None,
-    mass_weight: float,
-    penalty: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *terms: Any,
+) -> _Results:
     basis = full_basis((grid[0], grid[1]), (sigma[0], sigma[1]), centres, logits)
+    tensors = (logits, rest_lse, rest_square, theta, previous)
 
     def solve(strength: float) -> _Results:
-        return reference.regulate(
-            logits,
-            rest_lse,
-            rest_square,
-            theta,
-            previous,
-            basis,
-            bias_scale,
-            ema,
-            strength,
-            objective,
-            steps,
-            step_size,
-            select,
-            quantile,
-            level,
-            mass,
-            mass_weight,
-            penalty,
-        )
+        settings = (bias_scale, ema, strength, objective, steps, step_size, select, *terms)
+        return reference.regulate(*tensors, basis, *settings)
 
     given = strength if strength_tensor is None else strength_tensor
     return _at_strength(solve, given, logits, theta, previous, steps)
 
 
-def _fake(  # type: ignore[no-untyped-def]
-    logits,
-    rest_lse,
-    rest_square,
-    theta,
-    previous,
-    grid,
-    sigma,
-    centres,
-    bias_scale,
-    ema,
-    strength,
-    strength_tensor,
-    steps,
-    *rest,
-):
-    contiguous = torch.contiguous_format
-    return (
-        torch.empty_like(logits, memory_format=contiguous),
-        torch.empty_like(theta, memory_format=contiguous),
-        logits.new_empty(steps, *logits.shape[:2]),
-    )
+def _fake(logits: Tensor, rest_lse: Tensor, rest_square: Tensor | None, theta: Tensor, *rest: Any) -> _Results:
+    steps = rest[-9]
+    return logits.new_empty(logits.shape), theta.new_empty(theta.shape), logits.new_empty(steps, *logits.shape[:2])
 
 
-regulate_op.register_fake(_fake)
-regulate_reference_op.register_fake(_fake)
+_SCHEMA = (
+    "(Tensor logits, Tensor rest_lse, Tensor? rest_square, Tensor theta, Tensor? previous, Tensor? strength_tensor, "
+    "int[] grid, {}, float bias_scale, float ema, float strength, int steps, float step_size, str select, "
+    "str objective, float quantile, float level, float? mass, float mass_weight, float penalty) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_eager_op = opaque("regulate" + _SCHEMA.format("float[] sigma, str centres"), _eager, _fake)
+_reference_op = opaque("regulate_reference" + _SCHEMA.format("float[] sigma, str centres"), _reference, _fake)
+_triton_op = opaque("regulate_triton" + _SCHEMA.format("float[] axes"), launcher("regulate", "regulate"), _fake)
 
 
 def _check_kernel_limits(logits: Tensor, grid: tuple[int, int], centres: tuple[int, ...]) -> None:
@@ -399,12 +358,11 @@ def regulate(
             )
     impl = resolve(impl, logits.device)
     square = stats.rest_square if objective == "paper" else None
-    *detached, factor = (
-        x if x is None else x.detach() for x in (logits, stats.rest_lse, square, theta, previous, factor)
-    )
-    settings = (bias_scale, ema, strength, factor, steps, step_size, select, aim.name, *aim.terms)
+    tensors = (logits, stats.rest_lse, square, theta, previous, factor)
+    detached = [x if x is None else x.detach() for x in tensors]
+    settings = (bias_scale, ema, strength, steps, step_size, select, aim.name, *aim.terms)
     if impl == "triton":
         _check_kernel_limits(logits, grid, shape[3:])
-        return Regulation(*regulate_triton_op(*detached, list(grid), kernel_axes(grid, sigma, centres), *settings))
-    run = regulate_reference_op if impl == "reference" else regulate_op
+        return Regulation(*_triton_op(*detached, list(grid), kernel_axes(grid, sigma, centres), *settings))
+    run = _reference_op if impl == "reference" else _eager_op
     return Regulation(*run(*detached, list(grid), [sigma_y, sigma_x], centres, *settings))

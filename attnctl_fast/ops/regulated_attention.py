@@ -16,8 +16,7 @@ from .._validate import (
     check_scale,
     check_targets,
 )
-from ._triton import biased_attention as _triton
-from .biased_attention import biased_attention
+from .biased_attention import biased_attention, biased_attention_triton
 from .gaussian_bias import Sigma, basis_shape, check_theta, gaussian_bias, kernel_axes
 
 
@@ -65,9 +64,9 @@ def regulated_attention(
         key_bias = check_key_bias(key_bias, k)
         scale = check_scale(scale, q.shape[3])
         check_kernel_limits(q, targets.shape[-1] + pinned.shape[-1])
-        axes = tuple(kernel_axes(grid, sigma, centres))
+        axes = kernel_axes(grid, sigma, centres)
         inside = scale if bias_inside_scale else 1.0
-        return _triton.biased_attention(q, k, v, theta, targets, pinned, key_bias, scale, inside, grid[1], axes)
+        return biased_attention_triton(q, k, v, theta, targets, pinned, key_bias, scale, inside, grid[1], axes)
     bias = gaussian_bias(theta, grid, sigma=sigma, centres=centres, impl=impl)
     return biased_attention(
         q,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from .. import reference
 from .._impl import resolve
 from .._validate import TokenIds, check_kernel_limits, check_key_bias, check_qkv, check_scale, check_targets
 from ..reference import NO_COLUMNS
-from ._library import composite
-from ._triton import target_statistics as _triton
+from ._library import composite, differentiable, launcher, made
 from .attention import attention_without, gather_columns, gather_key_bias
 
 
@@ -42,9 +41,9 @@ rest_square_reference = composite(f"rest_square_reference{_COLUMNS}", reference.
 
 
 def joint_lse(rest_lse: Tensor, logits: Tensor) -> Tensor:
-    """The logsumexp over all columns, [B,H,M]; NO_COLUMNS where all are masked. In one call: that of padded targets
-    alone has no gradient."""
-    return torch.cat([logits, rest_lse.clamp(min=NO_COLUMNS).unsqueeze(2)], 2).logsumexp(2)
+    """The logsumexp over all columns, [B,H,M]. In one call: that of padded targets alone has no gradient. Nor has one
+    of nothing but -inf, so `rest_lse` must be at least NO_COLUMNS."""
+    return torch.cat([logits, rest_lse.unsqueeze(2)], 2).logsumexp(2)
 
 
 def check_statistics(stats: TargetStatistics) -> None:
@@ -78,6 +77,32 @@ def _rest_square(
     double_bias = None if key_bias is None else 2 * key_bias
     _, double_lse = attention_without(q, k, k, target_ids, 2 * scale, impl, double_bias)
     return torch.exp(double_lse - 2 * lse)
+
+
+_launch = launcher("attention", "target_statistics")
+
+
+def _triton_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    rest_out, rest_lse, logits, square, pinned_logits = _launch(*arguments)
+    return rest_out, rest_lse, logits, made(square, rest_lse), pinned_logits
+
+
+def _triton_fake(q: Tensor, k: Tensor, v: Tensor, targets: Tensor, pinned: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    rows = q.new_empty(q.shape[:3], dtype=torch.float32)
+    logits, pinned_logits = (rows.new_empty(*q.shape[:2], x.shape[-1], q.shape[2]) for x in (targets, pinned))
+    return rows.new_empty(q.shape), rows, logits, rows.new_empty(rows.shape if rest[-1] else 0), pinned_logits
+
+
+_triton = differentiable(
+    "target_statistics_triton(Tensor q, Tensor k, Tensor v, Tensor target_ids, Tensor pinned_ids, Tensor? key_bias, "
+    "float scale, bool with_square) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _triton_forward,
+    _triton_fake,
+    launcher("attention_backward", "target_statistics_backward"),
+    leaves=3,
+    results=5,
+    saves=(1, 2, 3),
+)
 
 
 def target_statistics(
@@ -122,13 +147,14 @@ def target_statistics(
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
     if impl == "triton":
         check_kernel_limits(q, targets.shape[-1] + pinned.shape[-1])
-        found = _triton.target_statistics(q, k, v, targets, pinned, key_bias, scale, with_square)
-        return TargetStatistics(*found[:3], found[3] if with_square else None, found[4] if pinned.shape[-1] else None)
+        rest_out, rest_lse, logits, square, of_pinned = _triton(q, k, v, targets, pinned, key_bias, scale, with_square)
+        square, of_pinned = square if with_square else None, of_pinned if pinned.shape[-1] else None
+        return TargetStatistics(rest_out, rest_lse, logits, square, of_pinned)
     columns = target_logits_reference if impl == "reference" else target_logits_op
     rest_out, rest_lse = attention_without(q, k, v, targets, scale, impl, key_bias)
     logits = columns(q, k, targets, scale, key_bias)
     square = None
     if with_square:
-        square = _rest_square(q, k, targets, joint_lse(rest_lse, logits), scale, impl, key_bias)
+        square = _rest_square(q, k, targets, joint_lse(rest_lse.clamp(min=NO_COLUMNS), logits), scale, impl, key_bias)
     pinned_logits = columns(q, k, pinned, scale, key_bias) if pinned.shape[-1] else None
     return TargetStatistics(rest_out, rest_lse, logits, square, pinned_logits)

@@ -201,7 +201,7 @@ def _context_gradient_merge_kernel(
 def attention_with_context_gradient(
     q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, key_bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out [B,H,M,d] in q's dtype and its lse [B,H,M]; the update [B,H,N,d] and the lse [B,H,N] of the columns; float32.
+    """out [B,H,M,d] in q's dtype; in float32 the update [B,H,N,d], the lse [B,H,M] and that of the columns, [B,H,N].
 
     `query_weight`: [B,M], and `key_bias`: [B,N], float32, or None. A masked column has an update of 0, an lse of +inf.
     """
@@ -216,7 +216,8 @@ def attention_with_context_gradient(
             masked = key_bias.isneginf().unsqueeze(1)
             update.masked_fill_(masked.unsqueeze(-1), 0.0)
             column_lse.masked_fill_(masked, torch.inf)
-        return *attention(q, k, v, key_bias, scale), update, column_lse
+        out, lse = attention(q, k, v, key_bias, scale)
+        return out, update, lse, column_lse
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     if query_weight is not None:
         query_weight = unit_stride(query_weight)
@@ -283,4 +284,4 @@ def attention_with_context_gradient(
             D1=max(triton.next_power_of_2(d), 16),
             BLOCK_PARTS=MERGED,
         )
-    return out, lse, update, column_lse
+    return out, update, lse, column_lse
