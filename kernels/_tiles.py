@@ -165,7 +165,7 @@ def one_if_zero(total):
 def rest_of(lse):
     """The logsumexp of the rest as a number: where the rest has no columns and no target is real, -inf would be
     subtracted from itself."""
-    return tl.where(lse == float("-inf"), NO_COLUMNS, lse)
+    return tl.maximum(lse, NO_COLUMNS, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -169,6 +169,7 @@ def _context_gradient_merge_kernel(
     parts,
     D: tl.constexpr,
     D1: tl.constexpr,
+    MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
@@ -193,8 +194,14 @@ def _context_gradient_merge_kernel(
         x = tl.load(parts_ptr + source[:, :, None] * D + places[None, None, :], mask=mask, other=0.0)
         acc = acc * shrink[:, None] + tl.sum(grow[:, :, None] * x, 0)
         top = highest
-    lse = tl.where(total == 0.0, float("inf"), (finite_or_zero(top) + tl.log2(total)) * LN_2)
-    store_piece(update_ptr + row * N * D, acc / one_if_zero(total)[:, None], columns, taken, D, D, 0, D1)
+    kept = taken
+    if MASKED:
+        kept = taken & (total != 0.0)
+    total = tl.where(kept, total, 1.0)
+    store_piece(update_ptr + row * N * D, acc / total[:, None], columns, taken, D, D, 0, D1)
+    lse = (finite_or_zero(top) + tl.log2(total)) * LN_2
+    if MASKED:
+        lse = tl.where(kept, lse, float("inf"))
     tl.store(lse_ptr + row * N + columns, lse, mask=taken)
 
 
@@ -282,6 +289,7 @@ def attention_with_context_gradient(
             parts,
             D=d,
             D1=max(triton.next_power_of_2(d), 16),
+            MASKED=key_bias is not None,
             BLOCK_PARTS=MERGED,
         )
     return out, update, lse, column_lse

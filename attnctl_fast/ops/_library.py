@@ -189,17 +189,17 @@ def differentiable(
 
 
 def launcher(file: str, name: str) -> Callable[..., Any]:
-    """The launcher `name` of kernels/`file`.py, which is imported when it is first called: Triton may be missing."""
+    """Return the launcher `name` of kernels/`file`.py, imported when it is first called: Triton may be missing."""
 
     @functools.cache
     def found() -> Callable[..., Any]:
         return getattr(importlib.import_module(f"...kernels.{file}", __name__), name)
 
-    return lambda *arguments, **how: found()(*arguments, **how)
+    return lambda *arguments: found()(*arguments)
 
 
 def made(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """`x` as an operation can return it: empty, and of the dtype of `like`, for None."""
+    """Return `x` as an operation can: empty, and of the dtype of `like`, for None."""
     return like.new_empty(0) if x is None else x
 
 
