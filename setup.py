@@ -39,7 +39,6 @@ setup(
         "attnctl_fast.kernels",
         "attnctl_fast.methods",
         "attnctl_fast.ops",
-        "attnctl_fast.ops._triton",
         "attnctl_fast.shapes",
     ],
     package_dir={"attnctl_fast.kernels": "kernels"},

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -53,9 +51,9 @@ def resolve(impl: str | None, device: torch.device) -> str:
     return chosen
 
 
-@contextmanager
-def use(impl: str) -> Iterator[None]:
-    """Make `impl` the default of every operation inside the `with` block, in the whole process.
+class use:
+    """Make `impl` the default of every operation in the whole process: inside a `with` block, or as a plain statement
+    from then on.
 
     Args:
         impl: `"triton"` (the kernels, the default on CUDA and ROCm; no float64), `"eager"` (closed forms in PyTorch,
@@ -64,10 +62,16 @@ def use(impl: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown implementation, or `triton` where Triton is not installed.
     """
-    global _default, _source
-    before = _default, _source
-    _default, _source = _checked(impl, "impl"), "impl"
-    try:
-        yield
-    finally:
-        _default, _source = before
+
+    def __init__(self, impl: str) -> None:
+        self._impl = _checked(impl, "impl")
+        self._before = _default, _source
+        self.__enter__()
+
+    def __enter__(self) -> None:
+        global _default, _source
+        _default, _source = self._impl, "impl"
+
+    def __exit__(self, *_: object) -> None:
+        global _default, _source
+        _default, _source = self._before

@@ -140,6 +140,32 @@ def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
+def check_key_bias(key_bias: Tensor | None, k: Tensor, name: str = "key_bias") -> Tensor | None:
+    """`key_bias` [B,N] in float32, or float64 for float64 keys [B,H,N,d].
+
+    Values are read and checked where that costs no synchronisation: on a CPU, outside of tracing.
+
+    Raises:
+        ValueError: another shape or device, no floating-point tensor, NaN or +inf, or one that requires a gradient.
+    """
+    if key_bias is None:
+        return None
+    shape = (k.shape[0], k.shape[2])
+    if tuple(key_bias.shape) != shape or not key_bias.dtype.is_floating_point:
+        raise ValueError(
+            f"{name} is {key_bias.dtype} of shape {tuple(key_bias.shape)}; it must be a float tensor "
+            f"[batch, text tokens] = {list(shape)}, added to the logits: 0 keeps a column, -inf masks it"
+        )
+    if key_bias.device != k.device:
+        raise ValueError(f"{name} is on {key_bias.device} but k is on {k.device}; move it there")
+    if key_bias.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, but is a constant; pass {name}.detach()")
+    readable = key_bias.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and not isinstance(key_bias, FakeTensor) and not (key_bias < torch.inf).all():
+        raise ValueError(f"{name} holds NaN or +inf; every number must be finite, or -inf to mask its column")
+    return key_bias.to(torch.promote_types(k.dtype, torch.float32))
+
+
 def check_grid(grid: tuple[int, int], image_tokens: int | None = None) -> tuple[int, int]:
     """(height, width) as two positive ints, with height*width == image_tokens where that is given."""
     try:

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# A logsumexp of no columns that, unlike -inf, can be subtracted from itself.
+NO_COLUMNS = -1e30
+
 
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -23,13 +26,21 @@ def _one_hot(ids: Tensor, batch: int, tokens: int) -> Tensor:
     return ids.expand(batch, -1).unsqueeze(-1) == torch.arange(tokens, device=ids.device)
 
 
-def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    return scale * (_wide(q) @ _wide(k).mT)
+def _logits(q: Tensor, k: Tensor, scale: float, key_bias: Tensor | None = None) -> Tensor:
+    """scale q k^T, with `key_bias` [B,N] added to the columns: -inf masks one."""
+    logits = scale * (_wide(q) @ _wide(k).mT)
+    return logits if key_bias is None else logits + key_bias[:, None, None, :]
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """softmax over the last dimension, with zeros for a row whose logits are all -inf."""
+    empty = (logits == -torch.inf).all(-1, keepdim=True)
+    return torch.where(empty, 0.0, torch.where(empty, 0.0, logits).softmax(-1))
 
 
 def _joint_lse(rest_lse: Tensor, logits: Tensor) -> Tensor:
-    """The logsumexp over the rest [B,H,M] and the targets [B,H,T,M]."""
-    return torch.cat([logits, rest_lse.unsqueeze(2)], 2).logsumexp(2)
+    """The logsumexp over the rest [B,H,M] and the targets [B,H,T,M]; where all are -inf, `NO_COLUMNS`."""
+    return torch.cat([logits, rest_lse.clamp(min=NO_COLUMNS).unsqueeze(2)], 2).logsumexp(2)
 
 
 def _normalise(logits: Tensor, lse: Tensor) -> Tensor:
@@ -37,20 +48,29 @@ def _normalise(logits: Tensor, lse: Tensor) -> Tensor:
     return torch.exp(logits - torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: float, key_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v over the columns that are not excluded, and the logsumexp of each row's logits."""
     excluded = _one_hot(excluded_ids, k.shape[0], k.shape[2]).any(1)
-    logits = _logits(q, k, scale).masked_fill(excluded[:, None, None, :], -torch.inf)
-    lse = logits.logsumexp(-1)
+    logits = _logits(q, k, scale, key_bias).masked_fill(excluded[:, None, None, :], -torch.inf)
+    empty = (logits == -torch.inf).all(-1)
+    lse = torch.where(empty, -torch.inf, torch.where(empty.unsqueeze(-1), 0.0, logits).logsumexp(-1))
     return _normalise(logits, lse) @ _wide(v), lse
 
 
 def attention_with_maps(
-    q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, per_head: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_ids: Tensor | None,
+    per_head: bool,
+    scale: float,
+    key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(l) v, and the columns of softmax(l) that `token_ids` names, all for None: [B,H,n,M], or [B,n,M] as their
     mean over the heads; zeros for a padded token (MATH.md section 4)."""
-    probabilities = _logits(q, k, scale).softmax(-1)
+    probabilities = _softmax(_logits(q, k, scale, key_bias))
     maps = probabilities.mT
     if token_ids is not None:
         ids = token_ids.expand(k.shape[0], -1)
@@ -60,46 +80,69 @@ def attention_with_maps(
 
 
 def attention_with_context_gradient(
-    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float, key_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """softmax(l) v, and softmax over image tokens of l^T times the weighted queries (MATH.md section 2)."""
+    """softmax(l) v, and softmax over image tokens of l^T times the weighted queries (MATH.md section 2), zeros for a
+    masked column; nothing else of a column's bias changes that softmax."""
     logits, queries = _logits(q, k, scale), _wide(q)
     if query_weight is not None:
         queries = queries * query_weight[:, None, :, None]
-    return logits.softmax(-1) @ _wide(v), logits.mT.softmax(-1) @ queries
+    update = logits.mT.softmax(-1) @ queries
+    if key_bias is not None:
+        update = update.masked_fill((key_bias == -torch.inf)[:, None, :, None], 0.0)
+    return _softmax(_logits(q, k, scale, key_bias)) @ _wide(v), update
 
 
 def composed_attention(
-    q: Tensor, ks: Sequence[Tensor], vs: Sequence[Tensor], shares: Sequence[float], scale: float
+    q: Tensor,
+    ks: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    shares: Sequence[float],
+    scale: float,
+    key_biases: Sequence[Tensor | None],
 ) -> Tensor:
     """The attention to every context, summed by their shares (MATH.md section 2, CACAO)."""
-    return sum(w * (_logits(q, k, scale).softmax(-1) @ _wide(v)) for k, v, w in zip(ks, vs, shares, strict=True))  # type: ignore[return-value]
+    contexts = zip(ks, vs, shares, key_biases, strict=True)
+    return sum(w * (_softmax(_logits(q, k, scale, bias)) @ _wide(v)) for k, v, w, bias in contexts)  # type: ignore[return-value]
 
 
 def region_attention(
-    q: Tensor, k: Tensor, v: Tensor, row_regions: Tensor, column_regions: Tensor, weight: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_regions: Tensor,
+    column_regions: Tensor,
+    weight: Tensor,
+    scale: float,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Logits pulled to their row's maximum where row and column share a region, to its minimum elsewhere (arXiv
-    2308.12964)."""
-    logits = _logits(q, k, scale)
+    2308.12964); masked columns are neither, and stay masked."""
+    masked = torch.zeros(k.shape[0], 1, 1, k.shape[2], dtype=torch.bool, device=k.device)
+    if key_bias is not None:
+        masked = (key_bias == -torch.inf)[:, None, None, :]
+        key_bias = key_bias.masked_fill(key_bias == -torch.inf, 0.0)
+    logits = _logits(q, k, scale, key_bias)
     shared = (row_regions[:, None, :, None] & column_regions[:, None, None, :]) != 0
-    above = logits.amax(-1, keepdim=True) - logits
-    below = logits - logits.amin(-1, keepdim=True)
+    # Where nothing is left there are no extremes, and nobody sees these.
+    left_out = masked & ~masked.all(-1, keepdim=True)
+    above = logits.masked_fill(left_out, -torch.inf).amax(-1, keepdim=True) - logits
+    below = logits - logits.masked_fill(left_out, torch.inf).amin(-1, keepdim=True)
     moved = logits + weight[:, None, :, None] * torch.where(shared, above, -below)
-    return moved.softmax(-1) @ _wide(v)
+    return _softmax(moved.masked_fill(masked, -torch.inf)) @ _wide(v)
 
 
-def target_logits(q: Tensor, k: Tensor, target_ids: Tensor, scale: float) -> Tensor:
-    """The target columns of scale q k^T, one map per token: [B,H,T,M]; -inf for a padded target."""
-    logits = _logits(q, k, scale).mT
+def target_logits(q: Tensor, k: Tensor, target_ids: Tensor, scale: float, key_bias: Tensor | None = None) -> Tensor:
+    """The target columns of the logits, one map per token: [B,H,T,M]; -inf for a padded target."""
+    logits = _logits(q, k, scale, key_bias).mT
     ids = target_ids.expand(k.shape[0], -1)
     rows = ids.clamp(min=0)[:, None, :, None].expand(-1, logits.shape[1], -1, logits.shape[3])
     return logits.gather(2, rows).masked_fill((ids < 0)[:, None, :, None], -torch.inf)
 
 
-def rest_square(q: Tensor, k: Tensor, target_ids: Tensor, scale: float) -> Tensor:
+def rest_square(q: Tensor, k: Tensor, target_ids: Tensor, scale: float, key_bias: Tensor | None = None) -> Tensor:
     """c_m, the sum of squared probabilities over the columns that are not targets: [B,H,M] (MATH.md section 1)."""
-    probabilities = _logits(q, k, scale).softmax(-1)
+    probabilities = _softmax(_logits(q, k, scale, key_bias))
     targets = _one_hot(target_ids, k.shape[0], k.shape[2]).any(1)
     return probabilities.masked_fill(targets[:, None, None, :], 0.0).square().sum(-1)
 
@@ -128,17 +171,24 @@ def gaussian_bias(theta: Tensor, basis: Tensor) -> Tensor:
 
 
 def biased_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, target_ids: Tensor, pinned_ids: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    target_ids: Tensor,
+    pinned_ids: Tensor,
+    scale: float,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Attention with `bias` [B,H,T,M] added to the scaled logits of the target columns; pinned columns keep their
     unbiased probabilities, and rows are not renormalised."""
-    logits = _logits(q, k, scale)
+    logits = _logits(q, k, scale, key_bias)
     columns = _one_hot(target_ids, k.shape[0], k.shape[2])
     biased = logits
     for t in range(bias.shape[2]):
         biased = torch.where(columns[:, t][:, None, None, :], biased + bias[:, :, t].unsqueeze(-1), biased)
     pinned = _one_hot(pinned_ids, k.shape[0], k.shape[2]).any(1)[:, None, None, :]
-    probabilities = torch.where(pinned, logits.softmax(-1), biased.softmax(-1))
+    probabilities = torch.where(pinned, _softmax(logits), _softmax(biased))
     return (probabilities @ _wide(v)).to(v.dtype)
 
 
@@ -158,7 +208,7 @@ def merge_targets(
     plain_lse, lse = _joint_lse(rest_lse, logits), _joint_lse(rest_lse, z)
     columns = _one_hot(target_ids, v.shape[0], v.shape[2]).to(logits.dtype)
     pins = _one_hot(pinned_ids, v.shape[0], v.shape[2]).to(logits.dtype)
-    out = torch.exp(rest_lse - lse).unsqueeze(-1) * _wide(rest_out)
+    out = torch.exp(rest_lse.clamp(min=NO_COLUMNS) - lse).unsqueeze(-1) * _wide(rest_out)
     out = out + torch.exp(z - lse.unsqueeze(2)).mT @ (columns[:, None] @ _wide(v))
     restored = torch.exp(pinned_logits - plain_lse.unsqueeze(2)) - torch.exp(pinned_logits - lse.unsqueeze(2))
     return (out + restored.mT @ (pins[:, None] @ _wide(v))).to(v.dtype)

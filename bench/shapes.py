@@ -113,7 +113,7 @@ _ALL = (
         "step, weighted",
     ),
     *("plain, gradients", "statistics, gradients", "biased, gradients", "regulated, gradients", "merge, gradients"),
-    *("biased, bias gradient", "regulated, theta gradient"),
+    *("biased, bias gradient", "regulated, theta gradient", "keyed", "keyed, gradients"),
     *("maps, all", "maps, all, gradients", "maps, each head", "maps, gradients", "maps, query gradient"),
     "maps and output, query gradient",
 )
@@ -124,7 +124,7 @@ _COMPILED = [
     (torch.float16, Layer("", 8, (64, 64), 40), _MOST),
     (torch.float16, Layer("", 8, (32, 32), 80), _MOST),
     (torch.float16, Layer("", 8, (16, 16), 160), _MOST),
-    (torch.float16, Layer("", 20, (32, 32), 64, tokens=154), ("plain", "statistics", "regulated", "maps")),
+    (torch.float16, Layer("", 20, (32, 32), 64, tokens=154), ("plain", "statistics", "regulated", "maps", "keyed")),
     (torch.bfloat16, Layer("", 20, (32, 32), 64), _SOME),
     (torch.float32, Layer("", 20, (16, 16), 64), _SOME),
     (torch.float32, Layer("", 8, (16, 16), 160), _SOME),
@@ -136,6 +136,7 @@ _SOLVED = [
     *((Layer("", 8, (side, side), 64, targets=8), ("official", "official, loss")) for side in (16, 32, 64)),
     (Layer("", 8, (16, 16), 64), ("paper", "paper, loss", "paper, all gradients", "basis")),
     *((Layer("", 8, (side, side), 64), ("paper",)) for side in (32, 64)),
+    *((Layer("", 8, (side, side), 64), ("official, strength",)) for side in (16, 32, 64)),
 ]
 
 
@@ -200,6 +201,25 @@ def attention_cases(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], 
         rows, columns = (torch.ones(layer.batch, x.shape[2], dtype=torch.int32) for x in (q, k))
         return ops.region_attention(q, k, v, rows, columns, rows.float(), impl="triton")
 
+    def keyed(q: Tensor, k: Tensor, v: Tensor, differentiable: bool = True) -> Any:
+        """Every operation with a key bias; `differentiable`: all but the one without a gradient."""
+        key_bias = torch.zeros(layer.batch, layer.tokens)
+        how: dict[str, Any] = {"key_bias": key_bias, "impl": "triton"}
+        edit: dict[str, Any] = {"pinned_ids": pinned, **how}
+        rows, columns = (torch.ones(layer.batch, x.shape[2], dtype=torch.int32) for x in (q, k))
+        found = [
+            ops.attention(q, k, v, **how),
+            *ops.target_statistics(q, k, v, ids, with_square=True, **edit),
+            ops.regulated_attention(q, k, v, theta, ids, layer.grid, **edit),
+            *ops.attention_with_context_gradient(q, k, v, **how),
+            *ops.attention_with_maps(q, k, v, ids, **how),
+        ]
+        if not differentiable:
+            ops.biased_attention(q, k, v, bias, ids, **edit)
+            ops.composed_attention(q, [k, k], [v, v], [1.0, 0.5], key_bias=[key_bias, None], impl="triton")
+            ops.region_attention(q, k, v, rows, columns, rows.float(), **how)
+        return tuple(found)
+
     mask = torch.ones(layer.image_tokens)
     forms: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         "plain": (plain, (q, k, v)),
@@ -218,6 +238,8 @@ def attention_cases(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], 
         "statistics, square": partial(statistics, q, k, v, True),
         "context, masked": partial(context, q, k, v, mask),
         "region": partial(region, q, k, v),
+        "keyed": partial(keyed, q, k, v, False),
+        "keyed, gradients": partial(differentiated, keyed, q, k, v),
         "step": partial(step, k),
         "step, weighted": partial(step, k, torch.ones(layer.batch, layer.tokens), "paper"),
         "maps, each head": partial(maps, q, k, v, ids, "none"),
@@ -234,10 +256,11 @@ def solver_cases(layer: Layer) -> dict[str, Callable[[], Any]]:
     lse = torch.empty(layer.batch, layer.heads, layer.image_tokens)
     made = ops.TargetStatistics(torch.empty_like(q, dtype=torch.float32), lse, logits, torch.empty_like(lse), None)
 
-    def solve(objective: str) -> None:
+    def solve(objective: str, strength: float | Tensor = 1.0) -> None:
         """Alone, and as a method does that knows the weights of the step before."""
+        how: dict[str, Any] = {"theta": theta, "strength": strength, "objective": objective, "impl": "triton"}
         for previous, ema in ((None, 0.0), (theta, 0.25)):
-            ops.regulate(made, layer.grid, theta=theta, previous=previous, ema=ema, objective=objective, impl="triton")
+            ops.regulate(made, layer.grid, previous=previous, ema=ema, **how)
 
     def loss(objective: str, differentiated: bool) -> None:
         """Forward, and the gradient of the bias or of everything."""
@@ -252,6 +275,7 @@ def solver_cases(layer: Layer) -> dict[str, Callable[[], Any]]:
     cases: dict[str, Callable[[], Any]] = {"basis": basis}
     for objective in ("official", "paper"):
         cases[objective] = partial(solve, objective)
+        cases[f"{objective}, strength"] = partial(solve, objective, torch.ones(()))
         cases[f"{objective}, loss"] = partial(loss, objective, False)
         cases[f"{objective}, all gradients"] = partial(loss, objective, True)
     return cases

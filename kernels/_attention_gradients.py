@@ -18,6 +18,7 @@ from ._tiles import (
     finite_or_zero,
     is_named,
     load_ids,
+    load_key_bias,
     load_pieces,
     row_dots,
     slots_of,
@@ -143,6 +144,7 @@ def _attention_bwd_rows_kernel(
     target_ptr,
     pinned_ptr,
     bias_ptr,
+    key_bias_ptr,
     lse_ptr,
     plain_lse_ptr,
     logits_ptr,
@@ -250,7 +252,11 @@ def _attention_bwd_rows_kernel(
         mask = inside[:, None] & is_target[None, :]
         given = tl.load(logits_ptr + head * T + places, mask=mask, other=float("-inf"))  # [BLOCK_M, COLUMNS]
         top = tl.maximum(given_lse, tl.max(given, 1))
+        if key_bias_ptr is not None:
+            top = finite_or_zero(top)
         plain_lse = top + tl.log(exp(given_lse - top) + tl.sum(exp(given - top[:, None]), 1))
+        if key_bias_ptr is not None:
+            plain_lse = finite_or_zero(plain_lse)
         tl.store(plain_lse_ptr + head + rows, plain_lse, mask=inside)
     elif PINNED:
         plain_lse = tl.load(plain_lse_ptr + head + rows, mask=inside, other=0.0)
@@ -290,7 +296,10 @@ def _attention_bwd_rows_kernel(
             if grad_maps_ptr is not None:
                 slots = slots_of(slot_ptr, columns, valid)
                 products += map_weight * _map_gradient(grad_maps_ptr, slots, rows, inside, M, False)
-            weights = exp(tl.where(free[None, :], scale * logits, float("-inf")) - lse[:, None])
+            logits = tl.where(free[None, :], scale * logits, float("-inf"))
+            if key_bias_ptr is not None:
+                logits += load_key_bias(key_bias_ptr, b, N, columns, free)[None, :]
+            weights = exp(logits - lse[:, None])
             delta += tl.sum(weights * products, 1)
     if grad_lse_ptr is not None:
         delta -= tl.load(grad_lse_ptr + head + rows, mask=inside, other=0.0)
@@ -301,6 +310,8 @@ def _attention_bwd_rows_kernel(
             q1, q2, q_ptr, rows, inside, stride_qm, ks1, ks2, k_ptr, ids, named, stride_kn, D, D2, CHUNKED
         )
         special = tl.where(named[None, :], scale * special, float("-inf"))  # [BLOCK_M, COLUMNS]
+        if key_bias_ptr is not None:
+            special += load_key_bias(key_bias_ptr, b, N, ids, named)[None, :]
         special_products = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
         bias = special_products
         if FORM == BIASED:
@@ -397,6 +408,8 @@ def _attention_bwd_rows_kernel(
                     q1, q2, q_ptr, rows, inside, stride_qm, k1, k2, k_ptr, columns, valid, stride_kn, D, D2, CHUNKED
                 )
                 logits = tl.where(free[None, :], scale * logits, float("-inf"))  # [BLOCK_M, BLOCK_N]
+                if key_bias_ptr is not None:
+                    logits += load_key_bias(key_bias_ptr, b, N, columns, free)[None, :]
                 products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 if grad_out_ptr is not None:
                     v1, v2 = load_pieces(v_ptr, columns, valid, stride_vn, D, D1, D2, DOT)
@@ -458,6 +471,7 @@ def _attention_bwd_columns_kernel(
     target_ptr,
     pinned_ptr,
     bias_ptr,
+    key_bias_ptr,
     lse_ptr,
     plain_lse_ptr,
     square_ptr,
@@ -556,6 +570,8 @@ def _attention_bwd_columns_kernel(
         if slot_ptr is not None:
             slot_ptr += b * stride_slot
         map_slots = slots_of(slot_ptr, columns, taken)
+    if key_bias_ptr is not None:
+        added = load_key_bias(key_bias_ptr, b, N, columns, taken)
 
     k1, k2 = load_pieces(k_ptr, columns, taken, stride_kn, D, D1, D2, DOT)  # [BLOCK_N, D1], [BLOCK_N, D2]
     if DK:
@@ -580,6 +596,8 @@ def _attention_bwd_columns_kernel(
             k1, k2, k_ptr, columns, taken, stride_kn, q1, q2, q_ptr, rows, inside, stride_qm, D, D2, CHUNKED
         )
         logits = tl.where(taken[:, None] & inside[None, :], scale * logits, float("-inf"))  # [BLOCK_N, BLOCK_M]
+        if key_bias_ptr is not None:
+            logits += added[:, None]
         lse = finite_or_zero(tl.load(lse_ptr + head + rows, mask=inside, other=0.0))
         plain_lse = lse
         delta = lse

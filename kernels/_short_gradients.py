@@ -6,7 +6,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._tiles import LOG2_E, add_weighted, aligned, load_pieces, row_dots, slots_of, store_piece, store_pieces
+from ._tiles import (
+    LOG2_E,
+    add_weighted,
+    aligned,
+    finite_or_zero,
+    load_key_bias,
+    load_pieces,
+    row_dots,
+    slots_of,
+    store_piece,
+    store_pieces,
+)
 
 _STRIDES = ["gb", "gh", "gm", "qb", "qh", "qm", "kb", "kh", "kn", "vb", "vh", "vn", "slot", "mb", "mh"]
 
@@ -20,6 +31,7 @@ def _attention_bwd_short_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    key_bias_ptr,
     lse_ptr,
     dq_ptr,
     dk_ptr,
@@ -82,6 +94,8 @@ def _attention_bwd_short_kernel(
         if slot_ptr is not None:
             slot_ptr += b * stride_slot
         slots = slots_of(slot_ptr, columns, taken)
+    if key_bias_ptr is not None:
+        added = load_key_bias(key_bias_ptr, b, N, columns, taken) * LOG2_E
     dk1 = tl.zeros([N1, D1], tl.float32)
     dk2 = tl.zeros([N1, D2 if D2 > 0 else 16], tl.float32)
     dv1, dv2 = dk1, dk2
@@ -93,7 +107,11 @@ def _attention_bwd_short_kernel(
         inside = rows < M
         q1, q2 = load_pieces(q_ptr, rows, inside, stride_qm, D, D1, D2, DOT)  # [BLOCK_M, D1], [BLOCK_M, D2]
         lse = tl.load(lse_ptr + head + rows, mask=inside, other=0.0) * LOG2_E
-        weights = tl.exp2(row_dots(k1, k2, q1, q2, D2) * (scale * LOG2_E) - lse[None, :])
+        logits = row_dots(k1, k2, q1, q2, D2) * (scale * LOG2_E)
+        if key_bias_ptr is not None:
+            logits += added[:, None]
+            lse = finite_or_zero(lse)
+        weights = tl.exp2(logits - lse[None, :])
         weights = tl.where(taken[:, None], weights, 0.0)  # [N1, BLOCK_M]
         products = tl.zeros([N1, BLOCK_M], tl.float32)
         if grad_maps_ptr is not None:

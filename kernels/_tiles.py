@@ -8,6 +8,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+NO_COLUMNS = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -146,6 +147,25 @@ def exp(x):
     """exp(x) for softmaxes, 0 below 1e-38. NVIDIA's unit takes powers of 2 alone; `tl.exp` adds three instructions
     that only keep denormal results."""
     return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def load_key_bias(ptr, b, N, columns, taken):
+    """What is added to the logits of `columns`, from [B,N] float32; zeros where they are not `taken`."""
+    return tl.load(ptr + b * N + columns, mask=taken, other=0.0)
+
+
+@triton.jit
+def one_if_zero(total):
+    """A row's sum of weights as what to divide by: all of them are 0 where every column is masked."""
+    return tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
+def rest_of(lse):
+    """The logsumexp of the rest as a number: where the rest has no columns and no target is real, -inf would be
+    subtracted from itself."""
+    return tl.maximum(lse, NO_COLUMNS, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

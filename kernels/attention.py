@@ -8,6 +8,7 @@ targets' logits are at hand. The keys and values of one prompt, in half precisio
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from ._tiles import (
     finite_or_zero,
     is_named,
     load_ids,
+    load_key_bias,
     load_pieces,
+    one_if_zero,
     row_dots,
     row_products,
     store_pieces,
@@ -61,6 +64,7 @@ def _attention_fwd_kernel(
     target_ptr,
     pinned_ptr,
     bias_ptr,
+    key_bias_ptr,
     out_ptr,
     lse_ptr,
     logits_ptr,
@@ -138,6 +142,8 @@ def _attention_fwd_kernel(
             free1 = free1 & ~is_named(columns1, target_ids)
         ka1, ka2 = load_pieces(k_ptr, columns1, columns1 < N, stride_kn, D, D1, D2, DOT)
         va1, va2 = load_pieces(v_ptr, columns1, columns1 < N, stride_vn, D, D1, D2, DOT)
+        if key_bias_ptr is not None:
+            added1 = load_key_bias(key_bias_ptr, b, N, columns1, columns1 < N)
         if N2 > 0:
             columns2 = N1 + tl.arange(0, N2)
             free2 = columns2 < N
@@ -145,6 +151,8 @@ def _attention_fwd_kernel(
                 free2 = free2 & ~is_named(columns2, target_ids)
             kb1, kb2 = load_pieces(k_ptr, columns2, columns2 < N, stride_kn, D, D1, D2, DOT)
             vb1, vb2 = load_pieces(v_ptr, columns2, columns2 < N, stride_vn, D, D1, D2, DOT)
+            if key_bias_ptr is not None:
+                added2 = load_key_bias(key_bias_ptr, b, N, columns2, columns2 < N)
 
     first = tl.program_id(0) * tiles
     for tile in range(first, tl.minimum(first + tiles, tl.cdiv(M, BLOCK_M))):
@@ -159,6 +167,8 @@ def _attention_fwd_kernel(
             special = scale * row_products(
                 q1, q2, q_ptr, rows, inside, stride_qm, k_ptr, ids, named, stride_kn, D, D1, D2, DOT
             )  # [BLOCK_M, COLUMNS]
+            if key_bias_ptr is not None:
+                special += load_key_bias(key_bias_ptr, b, N, ids, named)[None, :]
         acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
         acc2 = acc1
         if D2 > 0:
@@ -166,9 +176,13 @@ def _attention_fwd_kernel(
 
         if ON_CHIP:
             la = _free_logits(q1, q2, ka1, ka2, free1, scale, D2)  # [BLOCK_M, N1]
+            if key_bias_ptr is not None:
+                la += added1[None, :]
             maximum = tl.max(la, 1)
             if N2 > 0:
                 lb = _free_logits(q1, q2, kb1, kb2, free2, scale, D2)  # [BLOCK_M, N2]
+                if key_bias_ptr is not None:
+                    lb += added2[None, :]
                 maximum = tl.maximum(maximum, tl.max(lb, 1))
             highest = finite_or_zero(maximum)
             pa = exp(la - highest[:, None])
@@ -193,6 +207,8 @@ def _attention_fwd_kernel(
                     q1, q2, q_ptr, rows, inside, stride_qm, k_ptr, columns, columns < N, stride_kn, D, D1, D2, DOT
                 )
                 logits = tl.where(free[None, :], scale * logits, float("-inf"))  # [BLOCK_M, N1]
+                if key_bias_ptr is not None:
+                    logits += load_key_bias(key_bias_ptr, b, N, columns, free)[None, :]
                 v1, v2 = load_pieces(v_ptr, columns, columns < N, stride_vn, D, D1, D2, DOT)
                 before = maximum
                 maximum = tl.maximum(before, tl.max(logits, 1))
@@ -211,10 +227,12 @@ def _attention_fwd_kernel(
             plain = tl.where((named & is_target)[None, :], special, float("-inf"))
             plain_top = finite_or_zero(tl.maximum(maximum, tl.max(plain, 1)))
             plain_total = total * exp(maximum - plain_top) + tl.sum(exp(plain - plain_top[:, None]), 1)
+            if key_bias_ptr is not None:
+                plain_total = one_if_zero(plain_total)
 
         if FORM < BIASED:
             tl.store(lse_ptr + head + rows, highest + tl.log(total), mask=inside)
-            norm = 1.0 / tl.where(total == 0.0, 1.0, total)
+            norm = 1.0 / one_if_zero(total)
         if FORM == STATISTICS:
             if square_ptr is not None:
                 share = exp(maximum - plain_top) / plain_total
@@ -254,6 +272,8 @@ def _attention_fwd_kernel(
             weights = exp(edited - top[:, None])  # [BLOCK_M, COLUMNS]
             shrink = exp(maximum - top)
             total = total * shrink + tl.sum(weights, 1)
+            if key_bias_ptr is not None:
+                total = one_if_zero(total)
             norm = 1.0 / total
             weights *= norm[:, None]
             if PINNED:
@@ -287,6 +307,11 @@ Basis = tuple[int, int, int, float, float, float, float, float, float]
 NO_BASIS: Basis = (1, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
+def basis_of(bias: Tensor, width: int, axes: Sequence[float]) -> Basis | None:
+    """The basis of theta [B,H,T,r_y,r_x] on a grid of that width; None for a bias S [B,H,T,M], with a width of 0."""
+    return (width, *bias.shape[3:], *axes) if width else None  # type: ignore[return-value]
+
+
 def _forward(
     form: Any,
     q: Tensor,
@@ -294,6 +319,7 @@ def _forward(
     v: Tensor,
     out: Tensor,
     lse: Tensor | None,
+    key_bias: Tensor | None,
     scale: float,
     target_ids: Tensor | None = None,
     pinned_ids: Tensor | None = None,
@@ -326,6 +352,7 @@ def _forward(
         target_ids,
         pinned_ids,
         bias,
+        None if key_bias is None else key_bias.contiguous(),
         out,
         lse,
         logits,
@@ -360,16 +387,25 @@ def _forward(
     )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """out [B,H,M,d] in `dtype`, by default q's, and lse [B,H,M] float32."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """out [B,H,M,d] in `dtype`, by default q's, and lse [B,H,M] float32. `key_bias`: [B,N], float32, or None."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format, dtype=dtype)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    _forward(PLAIN, unit_stride(q), unit_stride(k), unit_stride(v), out, lse, scale)
+    _forward(PLAIN, unit_stride(q), unit_stride(k), unit_stride(v), out, lse, key_bias, scale)
     return out, lse
 
 
 def target_statistics(
-    q: Tensor, k: Tensor, v: Tensor, target_ids: Tensor, pinned_ids: Tensor, scale: float, with_square: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    target_ids: Tensor,
+    pinned_ids: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+    with_square: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """rest_out, rest_lse, logits, rest_square or None, and pinned_logits [B,H,P,M]; all float32."""
     batch, heads, image_tokens, d = q.shape
@@ -385,6 +421,7 @@ def target_statistics(
         unit_stride(v),
         maps,
         rest_lse,
+        key_bias,
         scale,
         target_ids,
         pinned_ids,
@@ -402,13 +439,16 @@ def biased_attention(
     bias: Tensor,
     target_ids: Tensor,
     pinned_ids: Tensor,
+    key_bias: Tensor | None,
     scale: float,
     bias_scale: float,
-    basis: Basis | None = None,
-    with_lse: bool = True,
+    width: int,
+    axes: Sequence[float],
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """out [B,H,M,d], and for the backward pass the logsumexp with the bias and, where there are pinned columns, without
-    it. `bias` is S [B,H,T,M], or with `basis` theta [B,H,T,r_y,r_x]; float32."""
+    it. `bias` is S [B,H,T,M] or, with the `width` of the grid and its `axes`, theta [B,H,T,r_y,r_x]; float32."""
+    basis = basis_of(bias, width, axes)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if with_lse else None
     plain_lse = torch.empty_like(lse) if lse is not None and pinned_ids.shape[-1] else None
@@ -419,6 +459,7 @@ def biased_attention(
         unit_stride(v),
         out,
         lse,
+        key_bias,
         scale,
         target_ids,
         pinned_ids,

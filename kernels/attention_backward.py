@@ -17,7 +17,7 @@ from torch import Tensor
 from ._attention_gradients import _attention_bwd_columns_kernel, _attention_bwd_rows_kernel
 from ._launch import config, dot_dtype, launch, pieces, unit_stride
 from ._short_gradients import _attention_bwd_short_kernel
-from .attention import BIASED, NO_BASIS, PLAIN, REGULATED, STATISTICS, Basis, align_of
+from .attention import BIASED, NO_BASIS, PLAIN, REGULATED, STATISTICS, Basis, align_of, basis_of
 
 
 class _Pass(NamedTuple):
@@ -43,6 +43,7 @@ class _Pass(NamedTuple):
     grad_maps: Tensor | None = None
     slots: Tensor | None = None
     bias: Tensor | None = None
+    key_bias: Tensor | None = None
     bias_scale: float = 1.0
     basis: Basis = NO_BASIS
 
@@ -136,6 +137,7 @@ def _short(
         x.q,
         x.k,
         x.v,
+        x.key_bias,
         x.lse,
         dq,
         dk,
@@ -190,6 +192,7 @@ def _rows(
         x.target_ids,
         x.pinned_ids,
         x.bias,
+        x.key_bias,
         x.lse,
         x.plain_lse,
         x.logits,
@@ -252,6 +255,7 @@ def _columns(
             x.target_ids,
             x.pinned_ids,
             x.bias,
+            x.key_bias,
             x.lse,
             x.plain_lse,
             x.square,
@@ -281,13 +285,14 @@ def _flat(x: Tensor | None) -> Tensor | None:
 
 
 def attention_backward(
-    grad_out: Tensor,
+    grad_out: Tensor | None,
     grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse: Tensor,
+    key_bias: Tensor | None,
     scale: float,
+    lse: Tensor,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dq, dk and dv in the dtype of q, contiguous; None for each that is not `needed`."""
@@ -298,8 +303,9 @@ def attention_backward(
         unit_stride(v),
         scale,
         lse.contiguous(),
-        unit_stride(grad_out),
+        torch.zeros_like(q) if grad_out is None else unit_stride(grad_out),
         _flat(grad_lse),
+        key_bias=_flat(key_bias),
     )
     return _backward(given, [*needed, False])[:3]
 
@@ -310,13 +316,16 @@ def attention_with_maps_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    token_ids: Tensor | None,
     slots: Tensor | None,
-    lse: Tensor,
+    key_bias: Tensor | None,
+    per_head: bool,
     scale: float,
+    lse: Tensor,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dq, dk and dv in the dtype of q, contiguous; None for each that is not `needed`. `slots` as in
-    attention_maps.py."""
+    attention_with_maps.py."""
     given = _Pass(
         PLAIN,
         unit_stride(q),
@@ -327,6 +336,7 @@ def attention_with_maps_backward(
         None if grad_out is None else unit_stride(grad_out),
         grad_maps=_flat(grad_maps),
         slots=slots,
+        key_bias=_flat(key_bias),
     )
     return _backward(given, [*needed, False])[:3]
 
@@ -342,15 +352,19 @@ def target_statistics_backward(
     v: Tensor,
     target_ids: Tensor,
     pinned_ids: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+    with_square: bool,
     rest_lse: Tensor,
     logits: Tensor,
-    square: Tensor | None,
-    scale: float,
+    square: Tensor,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dq, dk and dv in the dtype of q, contiguous; None for each that is not `needed`."""
+    """dq, dk and dv in the dtype of q, contiguous; None for each that is not `needed`. The gradients of a square that
+    was not asked for, and of logits of no pinned tokens, may be empty."""
     lse = rest_lse.contiguous()
-    with_square = square is not None and grad_square is not None
+    with_square = with_square and grad_square is not None
+    grad_pinned = grad_pinned if pinned_ids.shape[-1] else None
     given = _Pass(
         STATISTICS,
         unit_stride(q),
@@ -369,6 +383,7 @@ def target_statistics_backward(
         grad_pinned=_flat(grad_pinned),
         square=_flat(square) if with_square else None,
         grad_square=_flat(grad_square) if with_square else None,
+        key_bias=_flat(key_bias),
     )
     return _backward(given, [*needed, False])[:3]
 
@@ -381,15 +396,18 @@ def biased_attention_backward(
     bias: Tensor,
     target_ids: Tensor,
     pinned_ids: Tensor,
-    lse: Tensor,
-    plain_lse: Tensor | None,
+    key_bias: Tensor | None,
     scale: float,
     bias_scale: float,
-    basis: Basis | None,
+    width: int,
+    axes: Sequence[float],
+    lse: Tensor,
+    plain_lse: Tensor,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dq, dk, dv in the dtype of q, and the float32 gradient of `bias`, which is S or with `basis` theta; contiguous,
-    None for each that is not `needed`."""
+    """dq, dk, dv in the dtype of q, and the float32 gradient of `bias`, which is as for `biased_attention`; contiguous,
+    None for each that is not `needed`. `plain_lse` counts only where there are pinned columns."""
+    basis = basis_of(bias, width, axes)
     given = _Pass(
         BIASED if basis is None else REGULATED,
         unit_stride(q),
@@ -400,8 +418,9 @@ def biased_attention_backward(
         unit_stride(grad_out),
         target_ids=target_ids,
         pinned_ids=pinned_ids,
-        plain_lse=_flat(plain_lse),
+        plain_lse=_flat(plain_lse) if pinned_ids.shape[-1] else None,
         bias=bias.contiguous(),
+        key_bias=_flat(key_bias),
         bias_scale=bias_scale,
         basis=basis or NO_BASIS,
     )

@@ -10,7 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import config, dot_dtype, launch, pieces, unit_stride
-from ._tiles import add_weighted, aligned, exp, finite_or_zero, load_pieces, row_products, store_pieces
+from ._tiles import (
+    add_weighted,
+    aligned,
+    exp,
+    finite_or_zero,
+    load_key_bias,
+    load_pieces,
+    one_if_zero,
+    row_products,
+    store_pieces,
+)
 from .attention import align_of
 
 
@@ -19,6 +29,7 @@ def _composed_attention_fwd_kernel(
     q_ptr,
     k_ptrs,
     v_ptrs,
+    key_bias_ptrs,
     shares,
     out_ptr,
     lse_ptr,
@@ -77,6 +88,8 @@ def _composed_attention_fwd_kernel(
                 q1, q2, q_ptr, rows, inside, stride_qm, k_ptr, columns, valid, stride_kn, D, D1, D2, DOT
             )
             logits = tl.where(valid[None, :], scale * logits, float("-inf"))  # [BLOCK_M, BLOCK_N]
+            if key_bias_ptrs is not None:
+                logits += load_key_bias(key_bias_ptrs[context], b, N, columns, valid)[None, :]
             v1, v2 = load_pieces(v_ptr, columns, valid, stride_vn, D, D1, D2, DOT)
             before = maximum
             maximum = tl.maximum(before, tl.max(logits, 1))
@@ -88,19 +101,27 @@ def _composed_attention_fwd_kernel(
             if D2 > 0:
                 acc2 *= shrink[:, None]
             acc1, acc2 = add_weighted(acc1, acc2, p, v1, v2, D2, DOT)
+        lse = finite_or_zero(maximum) + tl.log(total)
+        if key_bias_ptrs is not None:
+            total = one_if_zero(total)
         norm = shares[context] / total
         out1 += acc1 * norm[:, None]
         if D2 > 0:
             out2 += acc2 * norm[:, None]
-        lse = finite_or_zero(maximum) + tl.log(total)
         tl.store(lse_ptr + (context * tl.num_programs(1)).to(tl.int64) * M + head + rows, lse, mask=inside)
     store_pieces(out_ptr + head * D, out1, out2, rows, inside, D, D, D1, D2)
 
 
 def composed_attention(
-    q: Tensor, ks: Sequence[Tensor], vs: Sequence[Tensor], shares: Sequence[float], scale: float
+    q: Tensor,
+    ks: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    key_biases: Sequence[Tensor],
+    shares: Sequence[float],
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """out [B,H,M,d] in q's dtype and the lse [C,B,H,M], float32, of C contexts."""
+    """out [B,H,M,d] in q's dtype and the lse [C,B,H,M], float32, of C contexts. `key_biases`: [B,N_i] each, float32, or
+    none at all."""
     q = unit_stride(q)
     ks, vs = tuple(map(unit_stride, ks)), tuple(map(unit_stride, vs))
     batch, heads, image_tokens, d = q.shape
@@ -117,6 +138,7 @@ def composed_attention(
         q,
         ks,
         vs,
+        tuple(x.contiguous() for x in key_biases) if key_biases else None,
         tuple(shares),
         out,
         lse,

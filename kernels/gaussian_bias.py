@@ -111,8 +111,11 @@ def gaussian_bias(theta: Tensor, grid: tuple[int, int], axes: list[float]) -> Te
     return out
 
 
-def gaussian_bias_backward(grad: Tensor, grid: tuple[int, int], centres: tuple[int, int], axes: list[float]) -> Tensor:
+def gaussian_bias_backward(
+    grad: Tensor, theta: Tensor, grid: tuple[int, int], axes: list[float], needed: list[bool]
+) -> list[Tensor]:
     """d_theta [B,H,T,ry,rx] of the gradient by S, in its dtype."""
+    centres = theta.shape[3:]
     use = config("gaussian_bias_bwd", grad.device, height=grid[0], width=grid[1])
     tiles, maps = _grid(use, grid, math.prod(grad.shape[:-1]))
     dtype = grad.dtype if tiles == 1 else torch.float32
@@ -128,4 +131,4 @@ def gaussian_bias_backward(grad: Tensor, grid: tuple[int, int], centres: tuple[i
         *centres,
         *axes,
     )
-    return parts[0] if tiles == 1 else parts.sum(0).to(grad.dtype)
+    return [parts[0] if tiles == 1 else parts.sum(0).to(grad.dtype)]

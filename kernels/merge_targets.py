@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import config, launch, pieces, unit_stride
-from ._tiles import load_ids, load_pieces, store_pieces
+from ._tiles import load_ids, load_pieces, rest_of, store_pieces
 
 _STRIDES = ["vb", "vh", "vn", "gb", "gh", "gm", "target", "pinned"]
 _RUN_TIME = [*(f"stride_{name}" for name in _STRIDES), "H", "M", "T", "P", "blocks"]
@@ -123,7 +123,7 @@ def _merge_targets_fwd_kernel(
     pinned_ptr += b * stride_pinned
     start = head * T * M
 
-    rest = tl.load(rest_lse_ptr + head * M + rows, mask=inside, other=0.0).to(tl.float32)
+    rest = rest_of(tl.load(rest_lse_ptr + head * M + rows, mask=inside, other=0.0).to(tl.float32))
     top, total = _top_and_total(rest, logits_ptr, bias_ptr, target_ptr, start, rows, inside, M, T)
     acc1, acc2 = load_pieces(rest_out_ptr + head * M * D, rows, inside, D, D, D1, D2, tl.float32)
     weight = tl.exp(rest - top) / total
@@ -201,7 +201,7 @@ def _merge_targets_bwd_kernel(
     start = head * T * M
     pinned_start = head * P * M
 
-    rest = tl.load(rest_lse_ptr + head * M + rows, mask=inside, other=0.0).to(tl.float32)
+    rest = rest_of(tl.load(rest_lse_ptr + head * M + rows, mask=inside, other=0.0).to(tl.float32))
     top, total = _top_and_total(rest, logits_ptr, bias_ptr, target_ptr, start, rows, inside, M, T)
     rest_weight = tl.exp(rest - top) / total
     grad1, grad2 = load_pieces(grad_ptr + b * stride_gb + h * stride_gh, rows, inside, stride_gm, D, D1, D2, tl.float32)

@@ -9,7 +9,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import config, dot_dtype, launch, pieces, unit_stride
-from ._tiles import LOG2_E, add_weighted, aligned, load_pieces, row_products, store_pieces
+from ._tiles import (
+    LOG2_E,
+    add_weighted,
+    aligned,
+    finite_or_zero,
+    load_key_bias,
+    load_pieces,
+    one_if_zero,
+    row_products,
+    store_pieces,
+)
 from .attention import align_of
 
 _RUN_TIME = [f"stride_{x}{dimension}" for x, last in (("q", "m"), ("k", "n"), ("v", "n")) for dimension in "bh" + last]
@@ -23,6 +33,7 @@ def _region_attention_fwd_kernel(
     row_regions_ptr,
     column_regions_ptr,
     weight_ptr,
+    key_bias_ptr,
     out_ptr,
     stride_qb,
     stride_qh,
@@ -70,12 +81,19 @@ def _region_attention_fwd_kernel(
         products = row_products(
             q1, q2, q_ptr, rows, inside, stride_qm, k_ptr, columns, columns < N, stride_kn, D, D1, D2, DOT
         )  # [BLOCK_M, BLOCK_N]
-        high = tl.maximum(high, tl.max(products, 1))
-        low = tl.minimum(low, tl.min(products, 1))
+        if key_bias_ptr is None:
+            high = tl.maximum(high, tl.max(products, 1))
+            low = tl.minimum(low, tl.min(products, 1))
+        else:
+            added = load_key_bias(key_bias_ptr, b, N, columns, columns < N) * LOG2_E
+            logits = products * (scale * LOG2_E) + added[None, :]
+            high = tl.maximum(high, tl.max(logits, 1))
+            low = tl.minimum(low, tl.min(tl.where(added[None, :] > float("-inf"), logits, float("inf")), 1))
 
     # From here on logits are logarithms to base 2. A negative scale swaps the extremes.
     scale *= LOG2_E
-    high, low = tl.maximum(high * scale, low * scale), tl.minimum(high * scale, low * scale)
+    if key_bias_ptr is None:
+        high, low = tl.maximum(high * scale, low * scale), tl.minimum(high * scale, low * scale)
     row_regions = tl.load(row_regions_ptr + b * M + rows, mask=inside, other=0)
     weight = tl.load(weight_ptr + b * M + rows, mask=inside, other=0.0)
     kept, high, low = (1.0 - weight) * scale, weight * high, weight * low
@@ -94,17 +112,26 @@ def _region_attention_fwd_kernel(
         column_regions = tl.load(column_regions_ptr + b * N + columns, mask=valid, other=0)
         shared = (row_regions[:, None] & column_regions[None, :]) != 0
         logits = kept[:, None] * products + tl.where(shared, high[:, None], low[:, None])
+        if key_bias_ptr is not None:
+            added = load_key_bias(key_bias_ptr, b, N, columns, valid) * LOG2_E
+            valid = valid & (added > float("-inf"))
+            logits += (1.0 - weight)[:, None] * added[None, :]
         logits = tl.where(valid[None, :], logits, float("-inf"))
         v1, v2 = load_pieces(v_ptr, columns, valid, stride_vn, D, D1, D2, DOT)
         before = maximum
         maximum = tl.maximum(before, tl.max(logits, 1))
-        shrink = tl.exp2(before - maximum)
-        p = tl.exp2(logits - maximum[:, None])
+        highest = maximum
+        if key_bias_ptr is not None:
+            highest = finite_or_zero(maximum)
+        shrink = tl.exp2(before - highest)
+        p = tl.exp2(logits - highest[:, None])
         total = total * shrink + tl.sum(p, 1)
         acc1 *= shrink[:, None]
         if D2 > 0:
             acc2 *= shrink[:, None]
         acc1, acc2 = add_weighted(acc1, acc2, p, v1, v2, D2, DOT)
+    if key_bias_ptr is not None:
+        total = one_if_zero(total)
     acc1 /= total[:, None]
     if D2 > 0:
         acc2 /= total[:, None]
@@ -112,9 +139,16 @@ def _region_attention_fwd_kernel(
 
 
 def region_attention(
-    q: Tensor, k: Tensor, v: Tensor, row_regions: Tensor, column_regions: Tensor, weight: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_regions: Tensor,
+    column_regions: Tensor,
+    weight: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
 ) -> Tensor:
-    """out [B,H,M,d] in q's dtype."""
+    """out [B,H,M,d] in q's dtype. `key_bias`: [B,N], float32, or None."""
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     batch, heads, image_tokens, d = q.shape
     tokens = k.shape[2]
@@ -132,6 +166,7 @@ def region_attention(
         row_regions.contiguous(),
         column_regions.contiguous(),
         weight.contiguous(),
+        None if key_bias is None else key_bias.contiguous(),
         out,
         *q.stride()[:3],
         *k.stride()[:3],

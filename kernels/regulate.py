@@ -30,7 +30,7 @@ from ._objective import (
     shares,
     survey,
 )
-from ._tiles import finite_or_zero
+from ._tiles import finite_or_zero, rest_of
 
 _SIZES = ["stride_scratch", "T", "height", "width", "ry", "rx", "steps", "rank"]
 
@@ -344,6 +344,7 @@ def _regulate_fwd_kernel(
     square_ptr,
     theta_ptr,
     previous_ptr,
+    strength_ptr,
     losses_ptr,
     thetas_ptr,
     scratch_ptr,
@@ -397,8 +398,20 @@ def _regulate_fwd_kernel(
     if not PAPER:
         shrink = 2.0 * step_size * penalty / centres
 
-    rest = tl.load(rest_ptr + row * M + places, mask=inside, other=0.0)  # [CELLS]
+    rest = rest_of(tl.load(rest_ptr + row * M + places, mask=inside, other=0.0))  # [CELLS]
     reals, count, plain_top, plain_scale = survey(logits_ptr, rest, T, M, places, inside, PAPER, GROUP)
+    if strength_ptr is not None:  # noqa: SIM102 - the first is for the compiler, the second for the device
+        if tl.load(strength_ptr).to(tl.float32) == 0:
+            start_ptr = theta_ptr
+            if previous_ptr is not None:
+                start_ptr = previous_ptr
+            for first in range(0, T, GROUP):
+                offsets, exists, slot = _centres(first, T, ry, rx, RY, RX, GROUP)
+                theta = _load_start(start_ptr, offsets, exists, slot, shares(reals, first, count, GROUP), GROUP)
+                tl.store(thetas_ptr + offsets, theta, mask=exists)
+            for step in range(steps):
+                tl.store(losses_ptr + step * rows, 0.0)
+            return
     aim = (rank, fraction, level, goal(mass, count, GIVEN_MASS), mass_weight)
     plain_rest, kappa = rest, rest
     if PAPER:
@@ -502,6 +515,7 @@ def _regulate_fwd_kernel(
 def _select_fwd_kernel(
     losses_ptr,
     thetas_ptr,
+    strength_ptr,
     bias_ptr,
     kept_ptr,
     H,
@@ -560,9 +574,14 @@ def _select_fwd_kernel(
             previous_ptr, places, width, T, ry, rx, start_y, step_y, rest_y, start_x, step_x, rest_x, T_BLOCK
         )
         bias += ema * (before - bias)
+    bias *= factor
+    if strength_ptr is not None:
+        # At zero, `before` is memory that nothing was written to.
+        strength = tl.load(strength_ptr).to(tl.float32)
+        bias = tl.where(strength == 0, 0.0, strength * bias)
     t = tl.arange(0, T_BLOCK)[:, None]
     bias_ptr += row.to(tl.int64) * T * M
-    tl.store(bias_ptr + t * M + places[None, :], factor * bias, mask=(t < T) & (places < M)[None, :])
+    tl.store(bias_ptr + t * M + places[None, :], bias, mask=(t < T) & (places < M)[None, :])
     kept_ptr += row.to(tl.int64) * size
     if tl.program_id(0) == 0:
         for start in range(0, size, BLOCK_M):
@@ -572,9 +591,12 @@ def _select_fwd_kernel(
 
 
 def regulate(
-    statistics: tuple[Tensor, Tensor, Tensor | None],
+    logits: Tensor,
+    rest_lse: Tensor,
+    rest_square: Tensor | None,
     theta: Tensor,
     previous: Tensor | None,
+    strength_tensor: Tensor | None,
     grid: Sequence[int],
     axes: Sequence[float],
     bias_scale: float,
@@ -582,14 +604,14 @@ def regulate(
     strength: float,
     steps: int,
     step_size: float,
-    whole_batch: bool,
+    select: str,
     *aim: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(bias [B,H,T,M], theta, losses [steps,B,H]), all float32, from `statistics` (logits, rest_lse, rest_square).
+    """(bias [B,H,T,M], theta, losses [steps,B,H]), all float32.
 
-    `axes`: see `_gaussian`, along y and then x. `aim`: see `Aim.of`.
+    `axes`: see `_gaussian`, along y and then x. `aim`: see `Aim.of`. The bias is multiplied by `strength` and by
+    `strength_tensor`, if that is given; where it is zero, both kernels see so on the device, and nothing is descended.
     """
-    logits, rest_lse, rest_square = statistics
     settings = Aim.of(logits.shape[3], *aim)
     batch, heads, targets, tokens = logits.shape
     ry, rx = theta.shape[3:]
@@ -617,6 +639,7 @@ def regulate(
         None if rest_square is None else rest_square.contiguous(),
         theta.contiguous(),
         None if previous is None else previous.contiguous(),
+        strength_tensor,
         losses,
         thetas,
         logits.new_empty(batch * heads, scratch) if scratch else losses,
@@ -642,6 +665,7 @@ def regulate(
         use,
         losses,
         thetas,
+        strength_tensor,
         bias,
         kept,
         heads,
@@ -654,7 +678,7 @@ def regulate(
         0 if previous is None else steps,
         strength * bias_scale,
         ema,
-        BATCH=whole_batch,
+        BATCH=select == "batch",
         AVERAGED=ema > 0,
         T_BLOCK=triton.next_power_of_2(targets),
     )

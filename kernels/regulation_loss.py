@@ -29,7 +29,7 @@ from ._objective import (
     store_maps,
     survey,
 )
-from ._tiles import finite_or_zero
+from ._tiles import finite_or_zero, rest_of
 
 _SIZES = ["T", "M", "centres", "rank"]
 
@@ -111,7 +111,7 @@ def _regulation_loss_fwd_kernel(
     inside = places < M
     logits_ptr += row * T * M
     bias_ptr += row * T * M
-    rest = tl.load(rest_ptr + row * M + places, mask=inside, other=0.0)  # [CELLS]
+    rest = rest_of(tl.load(rest_ptr + row * M + places, mask=inside, other=0.0))  # [CELLS]
     reals, count, plain_top, plain_scale = survey(logits_ptr, rest, T, M, places, inside, PAPER, GROUP)
     aim = (rank, fraction, level, goal(mass, count, GIVEN_MASS), mass_weight)
     top, scale, squares = _edited_softmax(
@@ -175,7 +175,7 @@ def _regulation_loss_bwd_kernel(
     bias_ptr += row * T * M
     grad_bias_ptr += row * T * M
     outer = tl.load(grad_ptr + row)
-    rest = tl.load(rest_ptr + row * M + places, mask=inside, other=0.0)  # [CELLS]
+    rest = rest_of(tl.load(rest_ptr + row * M + places, mask=inside, other=0.0))  # [CELLS]
     reals, count, plain_top, plain_scale = survey(logits_ptr, rest, T, M, places, inside, PAPER, GROUP)
     aim = (rank, fraction, level, goal(mass, count, GIVEN_MASS), mass_weight)
     top, scale, squares = _edited_softmax(
@@ -276,20 +276,33 @@ def _contiguous(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in inputs]
 
 
-def regulation_loss(inputs: Sequence[Tensor | None], *aim: Any) -> Tensor:
-    """loss [B,H] of `inputs`: logits, rest_lse, rest_square, bias, theta, all float32. `aim`: see `Aim.of`."""
-    rest_lse = inputs[1]
-    assert rest_lse is not None
+def regulation_loss(
+    logits: Tensor,
+    rest_lse: Tensor,
+    rest_square: Tensor | None,
+    bias: Tensor,
+    theta: Tensor | None,
+    *aim: Any,
+) -> Tensor:
+    """loss [B,H], of float32 inputs. `aim`: see `Aim.of`."""
     loss = rest_lse.new_empty(rest_lse.shape[:2])
-    _run(_regulation_loss_fwd_kernel, "regulation_loss_fwd", _contiguous(inputs), [], [loss], aim)
+    inputs = _contiguous((logits, rest_lse, rest_square, bias, theta))
+    _run(_regulation_loss_fwd_kernel, "regulation_loss_fwd", inputs, [], [loss], aim)
     return loss
 
 
 def regulation_loss_backward(
-    grad: Tensor, inputs: Sequence[Tensor | None], needed: Sequence[bool], *aim: Any
+    grad: Tensor,
+    logits: Tensor,
+    rest_lse: Tensor,
+    rest_square: Tensor | None,
+    bias: Tensor,
+    theta: Tensor | None,
+    *settings: Any,
 ) -> list[Tensor | None]:
-    """Gradients by those `inputs` of `regulation_loss` that are `needed`, None for the others."""
-    tensors = _contiguous(inputs)
+    """Gradients by those inputs that are needed, as the last of `settings` says; None for the others."""
+    *aim, needed = settings
+    tensors = _contiguous((logits, rest_lse, rest_square, bias, theta))
     made = [needed[0], needed[1], needed[2], True, needed[4]]  # the bias's also holds what one turn leaves for the next
     gradients = [torch.empty_like(x) if wanted else None for x, wanted in zip(tensors, made, strict=True)]
     _run(_regulation_loss_bwd_kernel, "regulation_loss_bwd", tensors, [grad.contiguous()], gradients, aim)

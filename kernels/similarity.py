@@ -443,9 +443,11 @@ def map_similarity(maps: Tensor) -> tuple[Tensor, Tensor]:
     return matrix, inverse
 
 
-def map_similarity_backward(grad: Tensor, maps: Tensor, similarity: Tensor, inverse: Tensor) -> Tensor:
+def map_similarity_backward(
+    grad: Tensor, maps: Tensor, similarity: Tensor, inverse: Tensor, needed: Sequence[bool]
+) -> list[Tensor]:
     """The gradient of maps, in their dtype; `similarity` and `inverse`: from `map_similarity`."""
-    return _backward(grad, maps, similarity, inverse, (1, maps.shape[2]), [1.0], maps.dtype)
+    return [_backward(grad, maps, similarity, inverse, (1, maps.shape[2]), [1.0], maps.dtype)]
 
 
 def similarity_loss(
@@ -470,7 +472,17 @@ def similarity_loss(
 
 
 def similarity_loss_backward(
-    grad: Tensor, smoothed: Tensor, matrix: Tensor, grid: Sequence[int], taps: Sequence[float], dtype: torch.dtype
-) -> Tensor:
-    """The gradient of maps, in `dtype`; `smoothed` and `matrix`: from `similarity_loss`."""
-    return _backward(grad, smoothed, matrix, None, grid, taps, dtype)
+    grad: Tensor,
+    maps: Tensor,
+    text: Tensor,
+    lengths: Tensor | None,
+    grid: Sequence[int],
+    taps: Sequence[float],
+    variant: str,
+    weight: float,
+    smoothed: Tensor,
+    matrix: Tensor,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """The gradient of maps, in their dtype; `smoothed` and `matrix`: from `similarity_loss`."""
+    return [_backward(grad, smoothed, matrix, None, grid, taps, maps.dtype)]

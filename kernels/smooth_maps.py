@@ -68,3 +68,10 @@ def smooth_maps(
         RADIUS=len(taps) // 2,
     )
     return out
+
+
+def smooth_maps_backward(
+    grad: Tensor, maps: Tensor, grid: Sequence[int], taps: Sequence[float], needed: Sequence[bool]
+) -> list[Tensor]:
+    """The gradient of `maps`, in their dtype."""
+    return [smooth_maps(grad, grid, taps, True, maps.dtype)]

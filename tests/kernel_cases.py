@@ -45,7 +45,8 @@ def fenced(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs. `ids`: one row for all samples, or one per sample; `raised`: amplitude of the bias."""
+    """One set of inputs. `ids`: one row for all samples, or one per sample; `raised`: amplitude of the bias; `keyed`:
+    with a key_bias that masks some columns of every sample and all of the last one of three."""
 
     m: int = 64
     n: int = 20
@@ -59,6 +60,7 @@ class Case:
     raised: float = 3.0
     strided: bool = False
     sigma: float | None = None
+    keyed: bool = False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -82,6 +84,13 @@ class Case:
     def basis(self) -> dict[str, object]:
         return {"grid": self.grid, "sigma": self.sigma}
 
+    def _key_bias(self) -> Tensor:
+        key_bias = 2 * randn(1, 1, self.batch, self.n, dtype=torch.float32, seed=11)[0, 0]
+        key_bias[:, 2::5] = -torch.inf
+        if self.batch > 2:
+            key_bias[-1] = -torch.inf
+        return key_bias
+
     def tensors(self) -> Tensors:
         """Every operation's inputs by name, the statistics as float64 gives them for these q, k and v."""
         made = dict(zip("qkv", self._qkv(), strict=True))
@@ -91,8 +100,11 @@ class Case:
         theta = self.raised * (rand(self.batch, self.heads, targets, *shape, seed=6) - 0.3)
         made["bias"] = bias.masked_fill(padded, torch.nan)
         made["theta"] = theta.masked_fill(padded.unsqueeze(-1), torch.nan)
+        if self.keyed:
+            made["key_bias"] = self._key_bias()
         wide = (made[name].double() for name in "qkv")
-        statistics = ops.target_statistics(*wide, **self.edit, with_square=True, impl="reference")
+        how = {"with_square": True, "key_bias": made.get("key_bias"), "impl": "reference"}
+        statistics = ops.target_statistics(*wide, **self.edit, **how)
         made |= {name: x.float() for name, x in statistics._asdict().items() if x is not None}
         made |= self._maps()
         made["share"] = rand(self.batch, self.m, seed=10)
@@ -137,31 +149,36 @@ class Operation(NamedTuple):
 
 
 def _attention(case: Case, impl: str, t: Tensors) -> Tensors:
-    out, lse = ops.attention(t["q"], t["k"], t["v"], return_lse=True, impl=impl)
+    out, lse = ops.attention(t["q"], t["k"], t["v"], key_bias=t.get("key_bias"), return_lse=True, impl=impl)
     return {"out": out, "lse": lse}
 
 
 def _target_statistics(case: Case, impl: str, t: Tensors) -> Tensors:
-    stats = ops.target_statistics(t["q"], t["k"], t["v"], **case.edit, with_square=True, impl=impl)
+    how = {**case.edit, "key_bias": t.get("key_bias"), "with_square": True, "impl": impl}
+    stats = ops.target_statistics(t["q"], t["k"], t["v"], **how)
     return {name: x for name, x in stats._asdict().items() if x is not None}
 
 
 def _attention_with_maps(case: Case, impl: str, t: Tensors) -> Tensors:
-    out, maps = ops.attention_with_maps(t["q"], t["k"], t["v"], case.edit["target_ids"], impl=impl)
+    how = {"key_bias": t.get("key_bias"), "impl": impl}
+    out, maps = ops.attention_with_maps(t["q"], t["k"], t["v"], case.edit["target_ids"], **how)
     return {"out": out, "maps": maps}
 
 
 def _region_attention(case: Case, impl: str, t: Tensors) -> Tensors:
-    return {"out": ops.region_attention(t["q"], t["k"], t["v"], *case.regions, t["share"], impl=impl)}
+    how = {"key_bias": t.get("key_bias"), "impl": impl}
+    return {"out": ops.region_attention(t["q"], t["k"], t["v"], *case.regions, t["share"], **how)}
 
 
 def _biased_attention(case: Case, impl: str, t: Tensors) -> Tensors:
-    return {"out": ops.biased_attention(t["q"], t["k"], t["v"], t["bias"], **case.edit, impl=impl)}
+    how = {**case.edit, "key_bias": t.get("key_bias"), "impl": impl}
+    return {"out": ops.biased_attention(t["q"], t["k"], t["v"], t["bias"], **how)}
 
 
 def _regulated_attention(case: Case, impl: str, t: Tensors) -> Tensors:
     inputs = (t["q"], t["k"], t["v"], t["theta"])
-    return {"out": ops.regulated_attention(*inputs, **case.edit, **case.basis, impl=impl)}
+    how = {**case.edit, **case.basis, "key_bias": t.get("key_bias"), "impl": impl}
+    return {"out": ops.regulated_attention(*inputs, **how)}
 
 
 def _gaussian_bias(case: Case, impl: str, t: Tensors) -> Tensors:
@@ -242,23 +259,32 @@ def plain(name: str, case: Case, t: Tensors, parts: int = 1) -> Tensors:
         gone = [set(row) for row in case.rows(case.ids)]
         kept = [[i for i in range(case.n) if i not in row] for row in gone]
         rest = [
-            _attended(t["q"][i], t["k"][i, :, columns], t["v"][i, :, columns], parts) for i, columns in enumerate(kept)
+            _attended(t["q"][i], t["k"][i, :, columns], t["v"][i, :, columns], _of_columns(t, i, columns), parts)
+            for i, columns in enumerate(kept)
         ]
         return {**outputs, "rest_out": torch.stack(rest)}
     if name in ("attention", "attention_with_maps"):
-        return {**outputs, "out": _attended(t["q"], t["k"], t["v"], parts)}
+        return {**outputs, "out": _attended(t["q"], t["k"], t["v"], _of_columns(t, None), parts)}
     bias = t["bias"] if name == "biased_attention" else ops.gaussian_bias(t["theta"], **case.basis, impl="reference")
     samples = []
     for i, (ids, pinned) in enumerate(zip(case.rows(case.ids), case.rows(case.pinned), strict=True)):
         real = [t for t, token in enumerate(ids) if token >= 0]
         inputs = (t["q"][i], t["k"][i], t["v"][i], bias[i][:, real], [ids[t] for t in real])
-        samples.append(full_softmax_output(*inputs, [token for token in pinned if token >= 0], case.scale))
+        pins = [token for token in pinned if token >= 0]
+        samples.append(full_softmax_output(*inputs, pins, case.scale, _of_columns(t, i)))
     return {"out": torch.stack(samples)}
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, parts: int) -> Tensor:
+def _of_columns(t: Tensors, sample: int | None, columns: Sequence[int] | slice = slice(None)) -> Tensor | float:
+    """The key_bias of one sample's columns, or as [B,1,1,N]; 0 where there is none."""
+    if "key_bias" not in t:
+        return 0.0
+    return t["key_bias"][:, None, None, :] if sample is None else t["key_bias"][sample, columns]
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | float, parts: int) -> Tensor:
     logits = sum(a @ b.mT for a, b in zip(q.chunk(parts, -1), k.chunk(parts, -1), strict=True))
-    weights = (q.shape[-1] ** -0.5 * logits).softmax(-1)
+    weights = torch._safe_softmax((q.shape[-1] ** -0.5 * logits + key_bias).to(q.dtype), -1)
     return torch.cat([weights @ part for part in v.chunk(parts, -1)], -1)
 
 
@@ -352,20 +378,22 @@ def _carried(name: str, case: Case, t: Tensors, grads: Tensors | None) -> Tensor
         joint = torch.cat([t["logits"] + bias, t["rest_lse"].unsqueeze(2)], 2)
         lse = joint.logsumexp(2)
         if grads is None:
-            return {"out": carried_by_lse(lse, t["v"])}
-        off = torch.finfo(torch.float32).eps * lse.abs() * (t["rest_lse"] - lse).exp()
+            return {"out": carried_by_lse(lse, t["v"]).nan_to_num(posinf=0.0)}
+        off = torch.finfo(torch.float32).eps * (lse.abs() * (t["rest_lse"] - lse).exp()).nan_to_num()
         return {"rest_out": off * grads["out"].double().abs().amax(-1)}
     if name == "attention_with_maps":
         inputs, rows = (t["q"], t["k"]), case.rows(case.ids)
         if grads is None:
-            return {"maps": carried_to_maps(*inputs, rows, "mean", case.scale)} if _by_lse(case) else {}
-        return carried_through_maps(*inputs, t["v"], grads["out"], grads["maps"], rows, case.scale)
+            given = (rows, "mean", case.scale, t.get("key_bias"))
+            return {"maps": carried_to_maps(*inputs, *given)} if _by_lse(case) else {}
+        given = (grads["out"], grads["maps"], rows, case.scale, t.get("key_bias"))
+        return carried_through_maps(*inputs, t["v"], *given)
     if name not in ATTENTION or grads is None:
         return {}
     grad_out = grads.get("out", grads.get("rest_out"))
     inputs = (t["q"], t["k"], t["v"], grad_out, case.scale)
     if name in ("attention", "target_statistics"):
-        return carried_to_gradients(*inputs)
+        return carried_to_gradients(*inputs, key_bias=t.get("key_bias"))
     bias = t["bias"] if name == "biased_attention" else ops.gaussian_bias(t["theta"], **case.basis, impl="reference")
     columns = torch.zeros(case.batch, bias.shape[2], case.n, dtype=torch.float64, device=DEVICE)
     for i, row in enumerate(case.rows(case.ids)):
@@ -374,7 +402,7 @@ def _carried(name: str, case: Case, t: Tensors, grads: Tensors | None) -> Tensor
                 columns[i, slot, token] = 1
             else:
                 bias[i, :, slot] = 0
-    carried = carried_to_gradients(*inputs, bias.mT @ columns[:, None])
+    carried = carried_to_gradients(*inputs, bias.mT @ columns[:, None], t.get("key_bias"))
     off = (carried.pop("logits") @ columns.mT[:, None]).mT  # [B,H,T,M]
     if name == "biased_attention":
         return {**carried, "bias": off.amax(-1)}

@@ -110,15 +110,21 @@ def carried_by_lse(lse: Tensor, values: Tensor) -> Tensor:
 
 
 def carried_to_gradients(
-    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, scale: float, added: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_out: Tensor,
+    scale: float,
+    added: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The same for the gradients: dv = P^T dO and dl = P (dP - rowsum(P dP)) with every P off by that.
 
     `added` [B,H,M,N]: what an edit adds to the logits; with it come the logits' own errors, and both softmaxes count,
-    that of the edited logits and that of the others, which pinned columns keep.
+    that of the edited logits and that of the others, which pinned columns keep. `key_bias` [B,N] is part of both.
     """
     q, k, v, grad_out = (x.detach().double() for x in (q, k, v, grad_out))
-    logits = scale * (q @ k.mT)
+    logits = with_key_bias(scale * (q @ k.mT), key_bias)
     slope = 2 * (grad_out @ v.mT).abs().amax(-1, keepdim=True)
     off = sum(_off_by_lse(x) for x in ([logits] if added is None else [logits, logits + added]))
     off_logits = slope * off
@@ -131,9 +137,15 @@ def carried_to_gradients(
     return errors if added is None else {**errors, "logits": off_logits}
 
 
+def with_key_bias(logits: Tensor, key_bias: Tensor | None) -> Tensor:
+    """`logits` [B,H,M,N] with `key_bias` [B,N] added, if there is one, in their dtype."""
+    return logits if key_bias is None else logits + key_bias[:, None, None, :].to(logits.dtype)
+
+
 def _off_by_lse(logits: Tensor) -> Tensor:
-    """The error of softmax(logits) that the rounding of the logsumexp makes."""
-    return torch.finfo(torch.float32).eps * logits.logsumexp(-1, keepdim=True).abs() * logits.softmax(-1)
+    """The error of softmax(logits) that the rounding of the logsumexp makes; none where all are -inf."""
+    off = torch.finfo(torch.float32).eps * logits.logsumexp(-1, keepdim=True).abs() * logits.softmax(-1)
+    return off.nan_to_num()
 
 
 def chosen_maps(probabilities: Tensor, rows: Sequence[Sequence[int]] | None, reduce: str) -> Tensor:
@@ -146,9 +158,17 @@ def chosen_maps(probabilities: Tensor, rows: Sequence[Sequence[int]] | None, red
     return maps.mean(1) if reduce == "mean" else maps
 
 
-def carried_to_maps(q: Tensor, k: Tensor, rows: Sequence[Sequence[int]] | None, reduce: str, scale: float) -> Tensor:
+def carried_to_maps(
+    q: Tensor,
+    k: Tensor,
+    rows: Sequence[Sequence[int]] | None,
+    reduce: str,
+    scale: float,
+    key_bias: Tensor | None = None,
+) -> Tensor:
     """`carried_by_lse` of probabilities that are made from a logsumexp."""
-    return chosen_maps(_off_by_lse(scale * (q.double() @ k.double().mT)), rows, reduce).amax(-1)
+    logits = with_key_bias(scale * (q.double() @ k.double().mT), key_bias)
+    return chosen_maps(_off_by_lse(logits), rows, reduce).amax(-1)
 
 
 def carried_through_maps(
@@ -159,10 +179,11 @@ def carried_through_maps(
     grad_maps: Tensor | None,
     rows: Sequence[Sequence[int]] | None,
     scale: float,
+    key_bias: Tensor | None = None,
 ) -> dict[str, Tensor | float]:
     """`carried_to_gradients` of attention and its maps, which are the output for values that are one-hot columns."""
     if grad_maps is None:
-        return carried_to_gradients(q, k, v, grad_out, scale)
+        return carried_to_gradients(q, k, v, grad_out, scale, key_bias=key_bias)
     (batch, heads), tokens = k.shape[:2], k.shape[2]
     ids = torch.tensor([range(tokens)] * batch if rows is None else rows, device=q.device)
     columns = (ids.unsqueeze(1) == torch.arange(tokens, device=q.device).unsqueeze(-1)).double()  # [B,N,n]
@@ -171,9 +192,11 @@ def carried_through_maps(
     values, grads = [columns.unsqueeze(1).expand(-1, heads, -1, -1)], [grad_maps.mT.double()]
     if grad_out is not None:
         values, grads = [v.double(), *values], [grad_out.double(), *grads]
-    carried = carried_to_gradients(q, k, torch.cat(values, -1), torch.cat(grads, -1), scale)
+    carried = carried_to_gradients(q, k, torch.cat(values, -1), torch.cat(grads, -1), scale, key_bias=key_bias)
     # Only the gradient of the output reaches v.
-    return {**carried, "v": 0.0 if grad_out is None else carried_to_gradients(q, k, v, grad_out, scale)["v"]}
+    if grad_out is None:
+        return {**carried, "v": 0.0}
+    return {**carried, "v": carried_to_gradients(q, k, v, grad_out, scale, key_bias=key_bias)["v"]}
 
 
 def assert_rows_close(
@@ -217,12 +240,20 @@ def assert_right(
 
 
 def full_softmax_output(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, ids: list[int], pinned: list[int], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    ids: list[int],
+    pinned: list[int],
+    scale: float,
+    key_bias: Tensor | float = 0.0,
 ) -> Tensor:
-    """Plain PyTorch in the inputs' dtype: full logits, bias added on columns, pinned columns put back."""
-    logits = scale * (q @ k.mT)
+    """Plain PyTorch in the inputs' dtype: full logits, `key_bias` [N] added to all columns and `bias` to some, pinned
+    columns put back; zeros where all are masked."""
+    logits = (scale * (q @ k.mT) + key_bias).to(q.dtype)
     edited = logits.clone()
     edited[..., ids] += bias.mT.to(q.dtype)
-    probabilities = edited.softmax(-1).clone()
-    probabilities[..., pinned] = logits.softmax(-1)[..., pinned]
+    probabilities = torch._safe_softmax(edited, -1).clone()
+    probabilities[..., pinned] = torch._safe_softmax(logits, -1)[..., pinned]
     return probabilities @ v

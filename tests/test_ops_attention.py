@@ -89,16 +89,14 @@ def test_attention_gradients(impl, dtype, sharp):
 def test_only_wanted_gradients_are_made(monkeypatch):
     module = importlib.import_module("attnctl_fast.ops.attention")
     monkeypatch.setattr(importlib.import_module("attnctl_fast.ops._library"), "LARGEST_MAP", 0)
-    asked = []
-    backward = module.attention_backward_op
-    monkeypatch.setattr(module, "attention_backward_op", lambda *args: asked.append(args[-1]) or backward(*args))
     q, k, v = attention_inputs(1, 2, 16, 9, 8, torch.float32)
-    ops.attention(q.requires_grad_(), k, v, impl="eager").sum().backward()
-    assert asked == [[True, False, False, False]]
     bias = torch.zeros(1, 2, 1, 16, device=DEVICE, requires_grad=True)
-    # The bias alone needs no backward pass of the attention, whichever form it takes.
-    ops.biased_attention(q.detach(), k, v, bias, [3], impl="eager").sum().backward()
-    assert len(asked) == 1
+    with _Asked() as asked:
+        ops.attention(q.requires_grad_(), k, v, impl="eager").sum().backward()
+        assert asked.needed == [[True, False, False, False]]
+        # The bias alone needs no backward pass of the attention, whichever form it takes.
+        ops.biased_attention(q.detach(), k, v, bias, [3], impl="eager").sum().backward()
+        assert len(asked.needed) == 1
     monkeypatch.undo()
     monkeypatch.setattr(module, "_cpu_backward", None)
     ops.biased_attention(q.detach(), k, v, bias, [3], impl="eager").sum().backward()
@@ -445,21 +443,35 @@ def test_the_form_for_accelerators_equals_the_cpus(excluded):
     module = importlib.import_module("attnctl_fast.ops.attention")
     q, k, v = (x.cpu() for x in attention_inputs(2, 2, 16, 9, 8, torch.float64))
     ids = torch.tensor(excluded, dtype=torch.int64)
-    mask = module._mask(q, k, ids, None)
-    out, lse = module.attention_op(q, k, v, ids, None, 0.3)
+    mask = module._mask(q, k, ids, None, None)
+    out, lse = module.attention_op(q, k, v, None, ids, None, 0.3)
     for ours, expected in zip(module._dense_forward(q, k, v, mask, 0.3), (out, lse), strict=True):
         torch.testing.assert_close(ours, expected)
     finite = lse.masked_fill(lse.isneginf(), 0.0)
     for grad_lse in (None, randn(2, 2, 16, 1, dtype=torch.float64, seed=5)[..., 0].cpu()):
         grad_out = randn(2, 2, 16, 8, dtype=torch.float64, seed=4).cpu()
         every = [True, True, True, False]
-        fused = module.attention_backward_op(grad_out, grad_lse, q, k, v, ids, None, out, lse, 0.3, every)[:3]
+        backward = torch.ops.attnctl_fast.attention_backward
+        fused = backward(grad_out, grad_lse, q, k, v, None, ids, None, 0.3, out, lse, every)[:3]
         for needed in ([True, True, True], [True, False, False], [False, True, True], [False, False, True]):
             with _Products() as products:
                 dense = module._dense_backward(grad_out, grad_lse, q, k, v, out, finite, mask, 0.3, needed)
             assert products.count == 1 + (needed[0] or needed[1]) + sum(needed)
             for ours, expected, wanted in zip(dense, fused, needed, strict=True):
                 torch.testing.assert_close(ours, expected if wanted else expected.new_empty(0))
+
+
+class _Asked(TorchDispatchMode):
+    """Collects which gradients attention's backward operation is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.needed = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name() == "attnctl_fast::attention_backward":
+            self.needed.append(args[-1])
+        return function(*args, **(kwargs or {}))
 
 
 class _Products(TorchDispatchMode):
@@ -515,7 +527,7 @@ def test_one_tile_of_the_map_is_made_for_both_softmaxes():
     module = importlib.import_module("attnctl_fast.ops.attention_with_context_gradient")
     q, k, v = attention_inputs(2, 4, 4096, 300, 8, torch.float32)
     with _LargestTensor() as ours:
-        assert module._shared_map(q, k, v, rand(2, 4096), 0.3) is not None
+        assert module._shared_map(q, k, v, rand(2, 4096), 0.3, None) is not None
     assert ours.bytes <= 4 * module.TILE < 4 * 4 * 4096 * 300 / 4
 
 
@@ -537,3 +549,18 @@ def test_use_and_environment_choose_the_implementation(monkeypatch):
         raise RuntimeError("inside")
     ops.attention(q, k, v)
     assert len(called) == 1
+
+
+def test_use_as_a_plain_statement(monkeypatch):
+    """Checked at once, and in force from then on."""
+    module = importlib.import_module("attnctl_fast._impl")
+    monkeypatch.setattr(module, "_default", None)
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match="impl is 'no such'; it must be one of"):
+        use("no such")
+    assert module.resolve(None, cpu) == "eager"
+    use("reference")
+    assert module.resolve(None, cpu) == "reference"
+    with use("eager"):
+        assert module.resolve(None, cpu) == "eager"
+    assert module.resolve(None, cpu) == "reference"

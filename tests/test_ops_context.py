@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,7 +80,9 @@ def test_attention_with_context_gradient(impl, dtype, m, n, d, masked):
 @pytest.mark.parametrize("d", [40, 64, 160])
 def test_a_program_goes_over_several_tiles(d, programs, monkeypatch):
     """All of them in one program, and three parts of three tiles, the last one shorter, merged by twos."""
-    launch, kernels = (importlib.import_module(f"attnctl_fast.kernels.{x}") for x in ("_launch", "context_gradient"))
+    launch, kernels = (
+        importlib.import_module(f"attnctl_fast.kernels.{x}") for x in ("_launch", "attention_with_context_gradient")
+    )
     monkeypatch.setattr(kernels, "MERGED", 2)
     use = launch.read_table("default")["context_gradient_fwd"][0]["use"]
     with launch.forced({"context_gradient_fwd": [{"use": {**use, "BLOCK_M": 16, "PROGRAMS": programs}}]}):
@@ -115,7 +119,7 @@ def test_eager_with_logits_of_any_size(name, monkeypatch):
     q, k, v, weight = make(*attention_inputs(2, 2, 333, 77, 40, torch.float32, strided=True), 0.5 + rand(2, 333))
     scale = q.shape[-1] ** -0.5
     if DEVICE.type == "cpu":
-        assert (module._shared_map(q, k, v, weight, scale) is not None) == shared
+        assert (module._shared_map(q, k, v, weight, scale, None) is not None) == shared
     out, update = ops.attention_with_context_gradient(q, k, v, query_weight=weight, impl="eager")
     assert_right(out, plain_out, q, k, v)
     assert_right(update, plain_update, q, k, q, weight, what="update")
@@ -353,6 +357,91 @@ def test_only_a_bare_linear_module_is_its_weight(change, factor, called, monkeyp
         found = ops.context_update(update, k, module, **how)
     torch.testing.assert_close(found, expected)
     assert len(calls) == called
+
+
+STORED_AS_FLOAT8 = """
+import torch
+from attnctl_fast import ops
+from diffusers.hooks import apply_layerwise_casting
+
+device = torch.device({device!r})
+projection = torch.nn.Linear(5, 24, bias=False).to(device, torch.bfloat16)
+weight = projection.weight.detach().to(torch.float8_e4m3fn).to(torch.bfloat16)
+storage = {{"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.bfloat16}}
+apply_layerwise_casting(torch.nn.Sequential(projection), **storage, skip_modules_pattern=())
+k, update = torch.randn(2, 3, 9, 8, device=device).bfloat16(), torch.randn(2, 3, 9, 8, device=device)
+
+def step(projection, update):
+    return ops.context_update(update, k, projection, gamma_attn=0.3, gamma_norm=0.7)
+
+for mode in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+    with mode:
+        for run in (step, torch.compile(step, backend="aot_eager")):
+            found = run(projection, update)
+            assert found.dtype == torch.bfloat16 and projection.weight.dtype == torch.float8_e4m3fn
+            torch.testing.assert_close(found, step(weight, update))
+leaves = [update.clone().requires_grad_() for _ in range(2)]
+for leaf, given in zip(leaves, (projection, weight)):
+    step(given, leaf).sum().backward()
+torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+print("done")
+"""
+
+
+def test_weights_that_are_only_stored_as_float8():
+    """diffusers casts them for each call. In a process of its own: torch.func dies of that by a segmentation fault."""
+    pytest.importorskip("diffusers")
+    code = STORED_AS_FLOAT8.format(device=DEVICE.type)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "done", (done.returncode, done.stderr)
+
+
+def _adapted():
+    """A projection that is called, on the CPU."""
+    return torch.nn.Sequential(torch.nn.Linear(5, 7, bias=False), torch.nn.Linear(7, 24, bias=False))
+
+
+def test_an_offloaded_module_is_loaded_for_the_call():
+    accelerate = pytest.importorskip("accelerate")
+    module = _adapted()
+    module.in_features = 5
+    k, update = (randn(2, 3, 9, 8, dtype=torch.float32, seed=s) for s in (1, 2))
+    how = {"gamma_attn": 0.3, "gamma_norm": 0.7}
+    expected = ops.context_update(update, k, (module[1].weight @ module[0].weight).detach().to(DEVICE), **how)
+    accelerate.cpu_offload(module, DEVICE)
+    assert module[0].weight.is_meta
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        with mode:
+            torch.testing.assert_close(ops.context_update(update, k, module, **how), expected)
+    assert module[0].weight.is_meta
+
+
+def test_a_module_made_in_inference_mode():
+    with torch.inference_mode():
+        module = _adapted().to(DEVICE)
+    module.in_features = 5
+    k, update = (randn(2, 3, 9, 8, dtype=torch.float32, seed=s) for s in (1, 2))
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            weight = module[1].weight @ module[0].weight
+            expected, found = (
+                ops.context_update(update, k, x, gamma_attn=0.3, gamma_norm=0.7) for x in (weight, module)
+            )
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_module_projects_is_differentiable(compiled):
+    module = _adapted().to(DEVICE, torch.float64)
+    module.in_features = 5
+    k, update = (randn(2, 3, 9, 8, dtype=torch.float64, seed=s).requires_grad_() for s in (1, 2))
+
+    def step(update, k):
+        return ops.context_update(update, k, module, gamma_attn=0.3, gamma_norm=0.7, impl="eager")
+
+    torch.compiler.reset()
+    run = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+    assert torch.autograd.gradcheck(run, (update, k), fast_mode=True)
 
 
 def test_released_convention_and_token_weights():

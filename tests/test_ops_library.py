@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from attnctl_fast import ops
-from attnctl_fast.ops._triton.attention_with_maps import slot_table
+from attnctl_fast.ops.attention_with_maps import slot_table
 from attnctl_fast.ops.gaussian_bias import kernel_axes
 
 GRID = (4, 6)
@@ -48,6 +48,13 @@ def regions(q, k):
     return [1 + (x.detach()[:, 0, :, 0] > 0).int() for x in (q, k)]
 
 
+def key_bias(dtype=torch.float32):
+    """Of the context's 9 tokens: two masked in one sample, targets among the others."""
+    bias = randn(1, 1, 2, 9, dtype=dtype, seed=8)[0, 0]
+    bias[0, 6:8] = -torch.inf
+    return bias
+
+
 def registered(grad: bool, strided: bool = True):
     """(operation, arguments) for everything in torch.ops.attnctl_fast."""
     q, k, v, bias, theta = inputs(grad=grad, strided=strided)
@@ -64,78 +71,91 @@ def registered(grad: bool, strided: bool = True):
     solver = (logits.detach(), rest_lse.detach())
     maps, text, lengths = map_inputs(bias)
     region = (q, k, v, *regions(q, k), bias[:, 0, 0], 0.3)
+    keyed = key_bias()
     return {
         "attention": [
-            (*given, *columns, 0.3)
-            for columns in ((None, None), (ids, None), (ids, bias.detach()), (pins, bias.detach()))
+            (*given, *columns, x, 0.3)
+            for columns in ((None, None), (None, ids), (bias.detach(), ids), (bias.detach(), pins))
+            for x in (None, keyed)
         ],
-        "attention_reference": [(q, k, v, ids, 0.3)],
+        "attention_reference": [(q, k, v, ids, 0.3, None), (q, k, v, ids, 0.3, keyed)],
         "attention_backward": [
-            (torch.ones_like(q), g, *given, ids, x, *after, 0.3, needed)
-            for g, x, needed in (
-                (None, None, [True, True, True, False]),
-                (ones, None, [True, False, True, False]),
-                (ones, bias.detach(), [True, True, True, True]),
-                (None, bias.detach(), [False, False, False, True]),
+            (torch.ones_like(q), g, *given, x, ids, y, 0.3, *after, needed)
+            for g, x, y, needed in (
+                (None, None, None, [True, True, True, False]),
+                (ones, None, keyed, [True, False, True, False]),
+                (ones, bias.detach(), keyed, [True, True, True, True]),
+                (None, bias.detach(), None, [False, False, False, True]),
             )
         ],
         "attention_with_context_gradient": [
-            (*(x.detach() for x in (q, k, v)), weight, 0.3) for weight in (None, rand(2, 24))
+            (*(x.detach() for x in (q, k, v)), weight, x, 0.3) for weight, x in ((None, None), (rand(2, 24), keyed))
         ],
-        "attention_with_context_gradient_reference": [(q, k, v, None, 0.3), (q, k, v, rand(2, 24), 0.3)],
+        "attention_with_context_gradient_reference": [
+            (q, k, v, None, 0.3, None),
+            (q, k, v, rand(2, 24), 0.3, keyed),
+        ],
         "attention_with_maps": [
-            (*given, tokens, per_head, keep, 0.3)
-            for tokens, per_head, keep in ((ids, False, True), (pins, True, False), (None, False, False))
+            (*given, tokens, x, per_head, 0.3, keep)
+            for tokens, x, per_head, keep in (
+                (ids, None, False, True),
+                (pins, keyed, True, False),
+                (None, keyed, False, False),
+            )
         ],
         "attention_with_maps_backward": [
-            (torch.ones_like(q), None, *given, None, q.new_empty(0), False, 0.3, [True, True, True]),
-            (None, ones, *given, ids, kept, False, 0.3, [True, False, False]),
+            (torch.ones_like(q), None, *given, None, keyed, False, 0.3, q.new_empty(0), [True, True, True]),
+            (None, ones, *given, ids, None, False, 0.3, kept, [True, False, False]),
         ],
         "attention_with_maps_reference": [
-            (q, k, v, tokens, per_head, 0.3) for tokens, per_head in ((ids, False), (None, True))
+            (q, k, v, tokens, per_head, 0.3, x) for tokens, per_head, x in ((ids, False, None), (None, True, keyed))
         ],
-        "target_logits": [(q, k, ids, 0.3), (q, k, pins, 0.3)],
-        "target_logits_reference": [(q, k, ids, 0.3)],
-        "rest_square_reference": [(q, k, ids, 0.3)],
+        "target_logits": [(q, k, ids, 0.3, None), (q, k, pins, 0.3, keyed)],
+        "target_logits_reference": [(q, k, ids, 0.3, keyed)],
+        "rest_square_reference": [(q, k, ids, 0.3, keyed)],
         "merge_targets": [merge],
         "merge_targets_reference": [merge],
-        "biased_attention": [(q, k, v, bias, ids, pins, 0.3)],
-        "biased_attention_reference": [(q, k, v, bias, ids, pins, 0.3)],
+        "biased_attention": [(q, k, v, bias, ids, pins, 0.3, x) for x in (None, keyed)],
+        "biased_attention_reference": [(q, k, v, bias, ids, pins, 0.3, x) for x in (None, keyed)],
         "gaussian_bias": [(theta.detach(), *basis)],
-        "gaussian_bias_backward": [(bias.detach(), *basis)],
+        "gaussian_bias_backward": [(bias.detach(), theta.detach(), *basis, [True])],
         "gaussian_bias_reference": [(theta, rand(1, 2, 4, 6))],
-        "region_attention": [region],
-        "region_attention_reference": [region],
+        "region_attention": [(*region, x) for x in (None, keyed)],
+        "region_attention_reference": [(*region, x) for x in (None, keyed)],
         "regulation_loss": [
-            (logits, rest_lse, None, bias, theta, *LOSS),
-            (logits, rest_lse, square, bias, None, *paper),
+            (*(t if t is None else t.detach() for t in arguments), *terms)
+            for arguments, terms in (
+                ((logits, rest_lse, None, bias, theta), LOSS),
+                ((logits, rest_lse, square, bias, None), paper),
+            )
         ],
         "regulation_loss_reference": [(logits, rest_lse, square, bias, theta, *paper)],
         "regulation_loss_backward": [
-            (ones[..., 0], *(t if t is None else t.detach() for t in arguments), *terms, of_statistics)
-            for arguments, terms, of_statistics in (
-                ((logits, rest_lse, None, bias, theta), LOSS, False),
-                ((logits, rest_lse, square, bias, None), paper, False),
-                ((logits, rest_lse, square, bias, None), paper, True),
+            (ones[..., 0], *(t if t is None else t.detach() for t in arguments), *terms, needed)
+            for arguments, terms, needed in (
+                ((logits, rest_lse, None, bias, theta), LOSS, [False, False, False, True, True]),
+                ((logits, rest_lse, square, bias, None), paper, [False, False, False, True, False]),
+                ((logits, rest_lse, square, bias, None), paper, [True, True, True, True, False]),
             )
         ],
         "regulate": [
-            (*solver, None, theta.detach(), None, *SOLVER, *LOSS),
-            (*solver, square.detach(), theta.detach(), theta.detach(), *SOLVER, *paper),
+            (*solver, None, theta.detach(), None, None, *SOLVER, *LOSS),
+            (*solver, square.detach(), theta.detach(), theta.detach(), ones[0, 0, 0], *SOLVER, *paper),
+            (*solver, None, theta.detach(), None, 0 * ones[0, 0, 0], *SOLVER, *LOSS),
         ],
-        "regulate_reference": [(*solver, None, theta.detach(), None, *SOLVER, *LOSS)],
+        "regulate_reference": [(*solver, None, theta.detach(), None, None, *SOLVER, *LOSS)],
         "smooth_maps": [(maps, *SMOOTH), (maps, list(GRID), [1.0])],
-        "smooth_maps_backward": [(maps, *SMOOTH)],
+        "smooth_maps_backward": [(maps, maps, *SMOOTH, [True])],
         "smooth_maps_reference": [(bias.flatten(1, 2), *SMOOTH)],
         "map_similarity": [(maps,)],
-        "map_similarity_backward": [(text, maps, text, maps[..., 0])],
+        "map_similarity_backward": [(text, maps, text, maps[..., 0], [True])],
         "map_similarity_reference": [(bias.flatten(1, 2),)],
         "similarity_loss": [
             (maps, text, None, *SIMILAR, False),
             (maps, text, lengths, *SIMILAR, True),
             (maps.mT.contiguous().mT, text, None, list(GRID), [1.0], "cosine", 0.2, True),
         ],
-        "similarity_loss_backward": [(maps[:, 0, 0], maps, text, *SMOOTH)],
+        "similarity_loss_backward": [(maps[:, 0, 0], maps, text, None, *SIMILAR, maps, text, [True])],
         "similarity_loss_reference": [(bias.flatten(1, 2), text, lengths, *SIMILAR)],
     }
 
@@ -148,9 +168,10 @@ def kernels(strided: bool = True):
     rest_out, rest_lse, logits, square, pinned = (x.contiguous() for x in stats)
     merge = (rest_out, rest_lse, logits, pinned, v.half(), bias, ids, pins)
     axes = kernel_axes(GRID, 1.0, "official")
+    keyed = key_bias()
     out, empty = halves[0].contiguous(), bias.new_empty(0)
-    spanned, given = (bias, ids, pins), (0.3, 1.0, 0, [])
-    by_theta, gaussians = (theta, ids, pins), (0.3, 0.5, GRID[1], axes)
+    spanned, given = (bias, ids, pins, None), (0.3, 1.0, 0, [])
+    by_theta, gaussians = (theta, ids, pins, keyed), (0.3, 0.5, GRID[1], axes)
     paper, official = (logits, rest_lse, square, bias, None), (logits, rest_lse, None, bias, theta)
     terms, paper_terms = LOSS, ("paper", *LOSS[1:])
     solver = (list(GRID), axes, *SOLVER[3:])
@@ -158,44 +179,72 @@ def kernels(strided: bool = True):
     maps, similar, lengths = map_inputs(bias)
     ones, ones_of_maps = torch.ones(2, 2, device=DEVICE), torch.ones(2, 2, 24, device=DEVICE)
     return {
-        "attention_triton": [(q, k, v, 0.3), (*halves, 0.3)],
+        "attention_triton": [(q, k, v, None, 0.3), (*halves, keyed, 0.3)],
         "attention_triton_backward": [
-            (out, None, *halves, rest_lse, 0.3, [True, True, True]),
-            (out, rest_lse, *halves, rest_lse, 0.3, [False, True, False]),
+            (out, None, *halves, None, 0.3, rest_lse, [True, True, True]),
+            (None, rest_lse, *halves, keyed, 0.3, rest_lse, [False, True, False]),
         ],
-        "attention_with_context_gradient_triton": [(*halves, None, 0.3), (q, k, v, rand(2, 24), 0.3)],
+        "attention_with_context_gradient_triton": [
+            (*halves, None, None, 0.3),
+            (q, k, v, rand(2, 24), keyed, 0.3),
+        ],
         "attention_with_maps_triton": [
-            (*halves, ids, slot_table(ids, 9), False, 0.3),
-            (q, k, v, pins, slot_table(pins, 9), True, 0.3),
-            (*halves, None, None, False, 0.3),
+            (*halves, ids, slot_table(ids, 9), None, False, 0.3),
+            (q, k, v, pins, slot_table(pins, 9), keyed, True, 0.3),
+            (*halves, None, None, keyed, False, 0.3),
+        ],
+        "attention_with_context_gradient_triton_backward": [
+            (q, k, q, k, v, rand(2, 24), keyed, 0.3, rest_lse, k[..., 0].contiguous(), [True] * 4),
+            (None, k, *halves, None, None, 0.3, rest_lse, k[..., 0].contiguous(), [True, False, True, False]),
         ],
         "attention_with_maps_triton_backward": [
-            (out, None, *halves, None, rest_lse, 0.3, [True, True, True]),
-            (None, ones_of_maps, *halves, slot_table(ids, 9), rest_lse, 0.3, [True, False, True]),
+            (out, None, *halves, None, None, None, False, 0.3, rest_lse, [True, True, True]),
+            (None, ones_of_maps, *halves, ids, slot_table(ids, 9), keyed, False, 0.3, rest_lse, [True, False, True]),
         ],
         "context_pull_triton": [
             (k.float(), k, ones[0, 0], ones[0], rand(2, k.shape[2]), 0.1, True),
             (k.float(), k, ones[0, 0], ones[0, 1], None, 0.0, False),
         ],
-        "composed_attention_triton": [(*halves[:1], halves[1:2] * 2, halves[2:] * 2, [0.7, 0.3], 0.3)],
-        "region_attention_triton": [(*x, *regions(*x[:2]), bias[:, 0, 0], 0.3) for x in (halves, (q, k, v))],
-        "target_statistics_triton": [(*halves, ids, pins, 0.3, True), (q, k, v, ids, none, 0.3, False)],
+        "composed_attention_triton": [
+            (*halves[:1], halves[1:2] * 2, halves[2:] * 2, x, [0.7, 0.3], 0.3) for x in ([], [keyed] * 2)
+        ],
+        "region_attention_triton": [
+            (*x, *regions(*x[:2]), bias[:, 0, 0], y, 0.3) for x, y in ((halves, None), ((q, k, v), keyed))
+        ],
+        "target_statistics_triton": [
+            (*halves, ids, pins, None, 0.3, True),
+            (q, k, v, ids, none, keyed, 0.3, False),
+        ],
         "target_statistics_triton_backward": [
-            (*upstream, *halves, ids, pins, rest_lse, logits, square, 0.3, [True, True, True]),
-            (None, rest_lse, *[None] * 3, *halves, ids, none, rest_lse, logits, empty, 0.3, [True, False, False]),
+            (*upstream, *halves, ids, pins, keyed, 0.3, True, rest_lse, logits, square, [True, True, True]),
+            (
+                None,
+                rest_lse,
+                *[None] * 3,
+                *halves,
+                ids,
+                none,
+                None,
+                0.3,
+                False,
+                rest_lse,
+                logits,
+                empty,
+                [True, False, False],
+            ),
         ],
         "biased_attention_triton": [
             (*halves, *spanned, *given, True),
             (*halves, *by_theta, *gaussians, False),
-            (q, k, v, theta, ids, none, *gaussians, True),
+            (q, k, v, theta, ids, none, None, *gaussians, True),
         ],
         "biased_attention_triton_backward": [
-            (out, *halves, *spanned, rest_lse, rest_lse, *given, [True, False, False, True]),
-            (out, *halves, bias, ids, none, rest_lse, empty, *given, [False, False, False, True]),
-            (out, *halves, *by_theta, rest_lse, rest_lse, *gaussians, [True] * 4),
+            (out, *halves, *spanned, *given, rest_lse, rest_lse, [True, False, False, True]),
+            (out, *halves, bias, ids, none, keyed, *given, rest_lse, empty, [False, False, False, True]),
+            (out, *halves, *by_theta, *gaussians, rest_lse, rest_lse, [True] * 4),
         ],
         "gaussian_bias_triton": [(theta, list(GRID), axes), (theta.half(), list(GRID), axes)],
-        "gaussian_bias_triton_backward": [(bias, list(GRID), list(theta.shape[3:]), axes)],
+        "gaussian_bias_triton_backward": [(bias, theta, list(GRID), axes, [True])],
         "merge_targets_triton": [merge, (*merge[:3], logits[:, :, :0], v, None, ids, none)],
         "merge_targets_triton_backward": [
             (out, *merge, [True] * 6),
@@ -207,19 +256,21 @@ def kernels(strided: bool = True):
             (ones, *paper, *paper_terms, [True, True, True, True, False]),
         ],
         "regulate_triton": [
-            (logits, rest_lse, None, theta, None, *solver, *terms),
-            (logits, rest_lse, square, theta, theta, *solver, *paper_terms),
+            (logits, rest_lse, None, theta, None, None, *solver, *terms),
+            (logits, rest_lse, square, theta, theta, ones[0, 0], *solver, *paper_terms),
         ],
         "smooth_maps_triton": [(maps, *SMOOTH), (maps.half(), *SMOOTH)],
-        "smooth_maps_triton_backward": [(maps, *SMOOTH, torch.float16)],
+        "smooth_maps_triton_backward": [(maps, maps.half(), *SMOOTH, [True])],
         "map_similarity_triton": [(maps,), (maps.half(),)],
-        "map_similarity_triton_backward": [(similar, maps.half(), similar.contiguous(), maps[..., 0].contiguous())],
+        "map_similarity_triton_backward": [
+            (similar, maps.half(), similar.contiguous(), maps[..., 0].contiguous(), [True])
+        ],
         "similarity_loss_triton": [
             (maps, similar, None, *SIMILAR, False),
             (maps.half(), similar, lengths, *SMOOTH, "absolute", 1.0, True),
         ],
         "similarity_loss_triton_backward": [
-            (maps[:, 0, 0], maps, similar.contiguous(), *SMOOTH, torch.float16),
+            (maps[:, 0, 0], maps.half(), similar, None, *SIMILAR, maps, similar.contiguous(), [True]),
         ],
     }
 
@@ -252,7 +303,10 @@ def test_opcheck_of_kernels(name, strided):
         opcheck(getattr(torch.ops.attnctl_fast, name), arguments)
 
 
-def public(impl, ids=ids, pins=pins):
+KEYED = key_bias(torch.float64)
+
+
+def public(impl, ids=ids, pins=pins, key_bias=KEYED):
     """name -> function of (q, k, v, bias, theta), all differentiable but regulate."""
 
     def statistics(q, k, v, square=False):
@@ -268,6 +322,24 @@ def public(impl, ids=ids, pins=pins):
 
     def rest_square(q, k, v, bias, theta):
         return statistics(q, k, v, True).rest_square
+
+    def keyed(function, *others, **how):
+        """`function` of q, k and v with a key_bias; `others` choose its further arguments from bias and theta."""
+
+        def run(q, k, v, bias, theta):
+            chosen = (choose(bias, theta) for choose in others)
+            return function(q, k, v, *chosen, key_bias=key_bias, impl=impl, **how)
+
+        return run
+
+    def keyed_statistics(q, k, v, ids, **how):
+        return tuple(ops.target_statistics(q, k, v, ids, pinned_ids=pins, with_square=True, **how))
+
+    def keyed_composition(q, k, v, key_bias, **how):
+        return ops.composed_attention(q, [k, k], [v, v], [1.0, -0.4], key_bias=[key_bias, None], **how)
+
+    def keyed_region(q, k, v, bias, **how):
+        return ops.region_attention(q, k, v, *regions(q, k), bias[:, 0, 0], **how)
 
     def loss(objective):
         def run(q, k, v, bias, theta):
@@ -291,6 +363,17 @@ def public(impl, ids=ids, pins=pins):
 
     return {
         "attention": lambda q, k, v, bias, theta: ops.attention(q, k, v, return_lse=True, impl=impl),
+        "attention, keyed": keyed(ops.attention, return_lse=True),
+        "attention_with_maps, keyed": keyed(ops.attention_with_maps, lambda *_: ids),
+        "attention_with_context_gradient, keyed": keyed(ops.attention_with_context_gradient),
+        "biased_attention, keyed": keyed(ops.biased_attention, lambda bias, _: bias, lambda *_: ids, pinned_ids=pins),
+        "composed_attention, keyed": keyed(keyed_composition),
+        "context_energy, keyed": keyed(lambda q, k, v, **how: tuple(ops.context_energy(q, k, **how))),
+        "region_attention, keyed": keyed(keyed_region, lambda bias, _: bias),
+        "regulated_attention, keyed": keyed(
+            ops.regulated_attention, lambda _, theta: theta, lambda *_: ids, grid=GRID, pinned_ids=pins
+        ),
+        "target_statistics, keyed": keyed(keyed_statistics, lambda *_: ids),
         "attention_with_context_gradient": lambda q, k, v, bias, theta: ops.attention_with_context_gradient(
             q, k, v, query_weight=bias[:, 0, 0], impl=impl
         ),
@@ -327,13 +410,14 @@ FORWARD_ONLY = [
     ("eager", "regulate"),
     ("triton", "regulate"),
     ("triton", "region_attention"),
+    ("triton", "region_attention, keyed"),
 ]
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name != "regulate"])
 def test_gradcheck(name, impl):
-    # One sample has no padding here: -inf logits have no finite differences.
+    # No sample has padding here: -inf logits have no finite differences.
     function = public(impl, real_ids)[name]
     arguments = [x.detach().contiguous().requires_grad_() for x in inputs(torch.float64)]
     assert gradcheck(function, arguments, fast_mode=True)
@@ -418,7 +502,7 @@ def test_fake_tensors_have_the_real_shapes(name, impl, strided):
     real = public(impl)[name](*arguments)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) for x in arguments]
-        function = public(impl, mode.from_tensor(ids), mode.from_tensor(pins))[name]
+        function = public(impl, *map(mode.from_tensor, (ids, pins, KEYED)))[name]
         fake = function(*fakes)
     for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (fake, real)), strict=True):
         assert (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())

@@ -233,19 +233,21 @@ def test_the_softmax_is_never_held(impl, ids, monkeypatch):
     batch, heads, m, n, d = 1, 8, 256, 96, 8
     q, k, v = attention_inputs(batch, heads, m, n, d, torch.float32)
     tokens = None if ids is None else torch.tensor(ids, device=DEVICE)
-    name = "ops" if impl == "eager" else "ops._triton"
-    module = importlib.import_module(f"attnctl_fast.{name}.attention_with_maps")
+    module = importlib.import_module("attnctl_fast.ops.attention_with_maps")
     if impl == "eager":
         monkeypatch.setattr(module, "TILE", 1 << 14)
     with Largest() as largest:
         if impl == "eager":
-            out, maps, kept = module._forward(q, k, v, tokens, False, False, 0.3)
-            made = [tokens, kept, False]
+            out, maps, kept = module._forward(q, k, v, tokens, None, False, 0.3, False)
+            backward, made = module._backward, [tokens, None, False, 0.3, kept]
         else:
             slots = tokens if tokens is None else module.slot_table(tokens, n)
-            out, maps, *lse = module._forward(q, k, v, tokens, slots, False, 0.3)
-            made = [slots, *lse]
-        grads = module._backward(torch.ones_like(out), torch.ones_like(maps), q, k, v, *made, 0.3, [True] * 3)
+            settings = [tokens, slots, None, False, 0.3]
+            kernels = importlib.import_module("attnctl_fast.kernels.attention_with_maps")
+            out, maps, lse = kernels.attention_with_maps(q, k, v, *settings)
+            kernels = importlib.import_module("attnctl_fast.kernels.attention_backward")
+            backward, made = kernels.attention_with_maps_backward, [*settings, lse]
+        grads = backward(torch.ones_like(out), torch.ones_like(maps), q, k, v, *made, [True] * 3)
     assert all(x.numel() for x in grads)
     assert out.nbytes <= largest.size <= batch * heads * m * n * out.itemsize // 4
 

@@ -171,6 +171,75 @@ def test_the_bias_is_averaged_with_the_step_before(impl, objective):
     assert again.bias.isfinite().all() and (again.bias[1, :, 1] == 0).all()
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("targets", [2, 3])
+def test_strength_may_be_a_tensor(impl, targets):
+    """Equal to a number; at zero nothing is descended."""
+    ids = [[3, 5, 7][:targets], [4, -1, -1][:targets]]
+    stats, grid = statistics(2, ids=ids, impl=impl, dtype=widest(impl)), (16, 16)
+    theta, previous = initial(stats, grid), initial(stats, grid) + 1
+    how = {"theta": theta, "steps": 3, "ema": 0.25, "impl": impl}
+    for given in (previous, None):
+        for strength in (1.0, 0.5):
+            ours = ops.regulate(stats, grid, previous=given, strength=torch.tensor(strength, device=DEVICE), **how)
+            for a, b in zip(ours, ops.regulate(stats, grid, previous=given, strength=strength, **how), strict=True):
+                torch.testing.assert_close(a, b, atol=0, rtol=1e-6)
+        for zero in (torch.tensor(0.0, device=DEVICE), torch.tensor(-0.0, dtype=torch.bfloat16, device=DEVICE)):
+            off = ops.regulate(stats, grid, previous=given, strength=zero, **how)
+            start = (theta if given is None else given).clone()
+            start[1, :, 1:] = 0.0
+            assert (off.bias == 0).all() and (off.losses == 0).all() and torch.equal(off.theta, start)
+            assert off.losses.shape == (3, 2, stats.logits.shape[1])
+
+
+def test_an_accelerator_is_not_asked_for_the_strength():
+    """There the eager form descends, and leaves out what it found."""
+    module = importlib.import_module("attnctl_fast.ops.regulate")
+    stats, grid = statistics(2, ids=[[3, 5], [4, -1]]), (16, 16)
+    theta = initial(stats, grid)
+    found = ops.regulate(stats, grid, theta=theta, steps=3)
+
+    class Elsewhere:
+        """The logits, as if they lay on an accelerator."""
+
+        device, shape = torch.device("cuda"), stats.logits.shape
+
+        def __eq__(self, other):
+            return stats.logits == other
+
+    def run(strength):
+        return module._at_strength(lambda _: tuple(found), torch.tensor(strength), Elsewhere(), theta, None, 3)
+
+    bias, kept, losses = run(0.5)
+    assert torch.equal(bias, 0.5 * found.bias) and kept is not found.theta and torch.equal(kept, found.theta)
+    assert torch.equal(losses, found.losses)
+    bias, kept, losses = run(0.0)
+    start = theta.clone()
+    start[1, :, 1] = 0.0
+    assert (bias == 0).all() and (losses == 0).all() and torch.equal(kept, start)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_graph_serves_every_strength(impl):
+    stats, grid = statistics(2, ids=[[3, 5], [4, 1]], impl=impl, dtype=widest(impl)), (16, 16)
+    theta, graphs = initial(stats, grid), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def run(strength):
+        return ops.regulate(stats, grid, theta=theta, steps=2, strength=strength, impl=impl)
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend=count)
+    for strength in (1.0, 0.5, 0.0):
+        given = torch.tensor(strength, device=DEVICE)
+        torch.testing.assert_close(tuple(compiled(given)), tuple(run(given)))
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_what_a_bias_cannot_be_averaged_with_is_an_error(impl):
     stats = statistics(impl=impl, dtype=widest(impl))
@@ -180,6 +249,9 @@ def test_what_a_bias_cannot_be_averaged_with_is_an_error(impl):
         ({"previous": theta.half()}, "previous is torch.float16"),
         ({"ema": 1.5}, r"ema is 1.5; it must lie in \[0, 1\]"),
         ({"strength": torch.inf}, "strength is inf"),
+        ({"strength": torch.ones(1, device=DEVICE)}, r"strength is torch.float32 of shape \(1,\); it must be a float"),
+        ({"strength": torch.ones((), dtype=torch.int64, device=DEVICE)}, "strength is torch.int64"),
+        ({"strength": torch.ones((), device="meta")}, "strength is on meta but the statistics are on"),
     ):
         with pytest.raises(ValueError, match=message):
             ops.regulate(stats, (16, 16), theta=theta, impl=impl, **how)

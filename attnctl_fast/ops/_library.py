@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -72,9 +73,12 @@ class _Once(Function):
         )
 
 
-def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """For the backward of an autograd.Function, which must save the tensors that its gradients depend on: a second
-    derivative raises. PyTorch's decorator of this name lets it be wrong unless the gradients given depend on inputs."""
+def once_differentiable(
+    backward: Callable[..., tuple[Any, ...]], linear: bool = False
+) -> Callable[..., tuple[Any, ...]]:
+    """For the backward of an autograd.Function, which must save the tensors that its gradients depend on, none of them
+    where it is `linear`: a second derivative raises. PyTorch's decorator of this name lets it be wrong unless the
+    gradients given depend on inputs."""
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -82,7 +86,8 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
             found = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return found
-        causes = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
+        depends_on = grads if linear else (*ctx.saved_tensors, *grads)
+        causes = [x for x in depends_on if x is not None and x.requires_grad]
         made = [x for x in found if x is not None]
         if not causes or not made:
             return found
@@ -90,6 +95,112 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
         return tuple(x if x is None else next(passed) for x in found)
 
     return run
+
+
+def differentiable(
+    schema: str,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Sequence[torch.Tensor | None]],
+    *,
+    leaves: int,
+    results: int = 1,
+    saves: Sequence[int] = (),
+    reach: Sequence[Sequence[int]] | None = None,
+    keeps: bool = False,
+    linear: bool = False,
+) -> Callable[..., Any]:
+    """Register `forward` and `backward` as opaque operations, `<name>` and `<name>_backward`, and return a function
+    that runs the first, records the second for autograd where any leaf requires a gradient, and gives the results.
+
+    Args:
+        schema: of `<name>`, its tensors first. That of `<name>_backward` follows from it: the gradients of the results,
+            None where there is none; all arguments; the outputs that are saved; and which leaves need a gradient.
+        forward: makes the outputs.
+        fake: their shapes.
+        backward: takes what `<name>_backward` does and makes the gradients of the leaves, contiguous and in their
+            dtype; None for one that is not needed.
+        leaves: how many of the first arguments have a gradient.
+        results: how many of the first outputs are returned, and have one.
+        saves: which outputs `backward` reads.
+        reach: for each leaf, the results that depend on it; None: all on all.
+        keeps: whether the operation takes one more argument, `bool keep`: to make what only `saves` is for.
+        linear: whether the gradients do not depend on the inputs, which are then read for their shapes and dtypes only.
+    """
+    name, _, rest = schema.partition("(")
+    arguments, _, returned = rest.rpartition(") -> ")
+    tensors = sum(argument.strip().startswith("Tensor") for argument in arguments.split(","))
+    single = returned == "Tensor"
+    whole = single or returned.count("Tensor") == results
+    reached = [range(results)] * leaves if reach is None else reach
+    on, off = ((True,), (False,)) if keeps else ((), ())
+    given = [f"Tensor? grad_{i}" for i in range(results)]
+    kept = [f"Tensor saved_{i}" for i in saves]
+
+    def gradients(*values: Any) -> list[torch.Tensor]:
+        some = values[results]
+        return [some.new_empty(0) if x is None else x for x in backward(*values)]
+
+    def fake_gradients(*values: Any) -> list[torch.Tensor]:
+        some, inputs = values[results], values[results : results + leaves]
+        return [
+            x.new_empty(x.shape) if wanted else some.new_empty(0) for x, wanted in zip(inputs, values[-1], strict=True)
+        ]
+
+    forward_op = opaque(f"{name}({arguments}{', bool keep' if keeps else ''}) -> {returned}", forward, fake)
+    backward_op = opaque(
+        f"{name}_backward({', '.join([*given, arguments, *kept])}, bool[] needed) -> Tensor[]",
+        gradients,
+        fake_gradients,
+    )
+
+    def run_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        nothing = (None,) * (tensors + len(ctx.settings))
+        if all(x is None for x in grads[:results]):
+            return nothing
+        saved = ctx.saved_tensors
+        needed = [
+            wanted and any(grads[i] is not None for i in of_results)
+            for wanted, of_results in zip(ctx.needs_input_grad, reached, strict=False)
+        ]
+        found = backward_op(*grads[:results], *saved[:tensors], *ctx.settings, *saved[tensors:], needed)
+        return *(x if wanted else None for x, wanted in zip(found, needed, strict=True)), *nothing[leaves:]
+
+    class Differentiated(Function):
+        @staticmethod
+        def forward(*values: Any) -> Any:
+            return forward_op(*values, *on)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.save_for_backward(*inputs[:tensors], *(output[i] for i in saves))
+            ctx.settings = inputs[tensors:]
+            if not whole:
+                ctx.mark_non_differentiable(*output[results:])
+            ctx.set_materialize_grads(False)
+
+        backward = staticmethod(once_differentiable(run_backward, linear))
+
+    def run(*values: Any) -> Any:
+        output = Differentiated.apply(*values) if differentiated(*values[:leaves]) else forward_op(*values, *off)
+        return output if whole else output[0] if results == 1 else output[:results]
+
+    return run
+
+
+def launcher(file: str, name: str) -> Callable[..., Any]:
+    """Return the launcher `name` of kernels/`file`.py, imported when it is first called: Triton may be missing."""
+
+    @functools.cache
+    def found() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"...kernels.{file}", __name__), name)
+
+    return lambda *arguments: found()(*arguments)
+
+
+def made(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """Return `x` as an operation can: empty, and of the dtype of `like`, for None."""
+    return like.new_empty(0) if x is None else x
 
 
 def may_hold_map(q: torch.Tensor, k: torch.Tensor) -> bool:

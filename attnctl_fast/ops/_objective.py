@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .._validate import KERNEL_COLUMNS, check_kernel_dtype
+from ..reference import NO_COLUMNS
 
 Array: TypeAlias = Any
 
@@ -92,6 +93,13 @@ class Objective:
     @property
     def terms(self) -> tuple[float, float, float | None, float, float]:
         return self.quantile, self.level, self.mass, self.mass_weight, self.penalty
+
+
+def joined(logits: Array, rest_lse: Array) -> Array:
+    """The targets' logits [n,T,M] and, last, the rest's logsumexp [n,M]: [n,T+1,M]. A logsumexp of no columns is
+    finite there, for where no target is real either, -inf would be subtracted from itself."""
+    xp = namespace(logits)
+    return xp.concatenate([logits, xp.clip(rest_lse, NO_COLUMNS, None)[:, None]], 1)
 
 
 def softmax(logits: Array, out: Array) -> Array:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_kernel_limits, check_qkv, check_scale
-from ._library import composite, differentiated, may_hold_map, once_differentiable, opaque, without_autocast
-from ._triton import attention as _triton
+from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
+from ._library import composite, differentiable, differentiated, launcher, may_hold_map, without_autocast
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 attention_reference = composite(
-    "attention_reference(Tensor q, Tensor k, Tensor v, Tensor excluded_ids, float scale) -> (Tensor, Tensor)",
+    "attention_reference(Tensor q, Tensor k, Tensor v, Tensor excluded_ids, float scale, Tensor? key_bias) "
+    "-> (Tensor, Tensor)",
     reference.attention,
 )
 
@@ -33,20 +31,32 @@ def gather_columns(x: Tensor, ids: Tensor) -> Tensor:
     return x.gather(2, rows)
 
 
-def _mask(q: Tensor, k: Tensor, ids: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """What is added to the logits: `bias` [B,H,T,M] on the columns `ids`, [B,H,M,N]; without a bias -inf,
-    [B,1,M,N] without memory along M. None when there are no columns."""
-    if ids is None or ids.shape[-1] == 0:
-        return None
+def gather_key_bias(key_bias: Tensor, ids: Tensor) -> Tensor:
+    """The numbers of key_bias [B,N] that `ids` name: [B,T], as `gather_columns`."""
+    return key_bias.index_select(1, ids) if ids.ndim == 1 else key_bias.gather(1, ids.clamp(min=0))
+
+
+def _mask(q: Tensor, k: Tensor, ids: Tensor | None, bias: Tensor | None, key_bias: Tensor | None) -> Tensor | None:
+    """What is added to the logits: `key_bias` [B,N] on all columns, and `bias` [B,H,T,M] on the columns `ids`,
+    [B,H,M,N]; without a bias -inf, [B,1,M,N] without memory along M. None for nothing."""
     batch, tokens = k.shape[0], k.shape[2]
+    if ids is None or ids.shape[-1] == 0:
+        return None if key_bias is None else _of_every_row(key_bias, q)
     if bias is not None and ids.ndim == 1:
-        return q.new_zeros(*q.shape[:3], tokens).index_copy(3, ids, bias.mT)
+        mask = q.new_zeros(*q.shape[:3], tokens).index_copy(3, ids, bias.mT)
+        return mask if key_bias is None else mask + key_bias[:, None, None, :]
     spill = torch.where(ids < 0, tokens, ids).expand(batch, -1)
     if bias is None:
         mask = q.new_zeros(batch, tokens + 1).scatter_(1, spill, -torch.inf)[:, :tokens]
-        return mask[:, None, None, :].expand(-1, 1, q.shape[2], -1)
+        return _of_every_row(mask if key_bias is None else mask + key_bias, q)
     mask = q.new_zeros(*q.shape[:3], tokens + 1)
-    return mask.scatter(3, spill[:, None, None, :].expand(*q.shape[:3], -1), bias.mT)[..., :tokens]
+    mask = mask.scatter(3, spill[:, None, None, :].expand(*q.shape[:3], -1), bias.mT)[..., :tokens]
+    return mask if key_bias is None else mask + key_bias[:, None, None, :]
+
+
+def _of_every_row(mask: Tensor, q: Tensor) -> Tensor:
+    """`mask` [B,N] as [B,1,M,N]."""
+    return mask[:, None, None, :].expand(-1, 1, q.shape[2], -1)
 
 
 def _dense_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -118,12 +128,15 @@ def _bias_gradient(
     v: Tensor,
     ids: Tensor,
     bias: Tensor,
+    key_bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
     scale: float,
 ) -> Tensor:
     """P (dP - rowsum(dO O) + dlse) of the columns that have a bias, [B,H,T,M]."""
     logits = (scale * gather_columns(k, ids)) @ q.mT + bias
+    if key_bias is not None:
+        logits = logits + gather_key_bias(key_bias, ids)[:, None, :, None]
     row = (grad_out * out).sum(-1)
     row = row if grad_lse is None else row - grad_lse
     slope = gather_columns(v, ids) @ grad_out.mT - row.unsqueeze(2)
@@ -145,7 +158,13 @@ def _like(x: Tensor, result: Tensor) -> Tensor:
 
 
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, bias: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    ids: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _ = q.shape
     if q.device.type != "cpu":
@@ -154,14 +173,20 @@ def _fake(
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, bias: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    ids: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    mask = _mask(q, k, ids, bias)
+    mask = _mask(q, k, ids, bias, key_bias)
     if q.device.type != "cpu":
         out, lse = _dense_forward(q, k, v, mask, scale)
         return _like(q, out), lse
     out, lse = _cpu_forward(*_unit_stride(q, k, v), attn_mask=mask, scale=scale)
-    if mask is not None and bias is None:
+    if mask is not None and (bias is None or key_bias is not None):
         empty = mask[:, :, 0].isneginf().all(-1, keepdim=True)
         lse.masked_fill_(empty, -torch.inf)
     if not lse.all():
@@ -173,130 +198,151 @@ def _forward(
 
 
 def _backward(
-    grad_out: Tensor,
+    grad_out: Tensor | None,
     grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    ids: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    lse = lse.masked_fill(lse.isneginf(), 0.0)
+    found: list[Tensor | None] = [None] * 4
+    if any(needed[:3]):
+        mask = _mask(q, k, ids, bias, key_bias)
+        given = (grad_out, grad_lse, q, k, v, out, lse, mask, scale)
+        gradients = _fused_backward(*given) if q.device.type == "cpu" else _dense_backward(*given, needed)
+        found[:3] = [x.contiguous() if wanted else None for x, wanted in zip(gradients, needed, strict=False)]
+    if needed[3]:
+        assert ids is not None and bias is not None
+        found[3] = _bias_gradient(grad_out, grad_lse, q, k, v, ids, bias, key_bias, out, lse, scale)
+    return found
+
+
+attention_op = differentiable(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? ids, Tensor? key_bias, float scale) "
+    "-> (Tensor, Tensor)",
+    without_autocast(_forward),
+    _fake,
+    without_autocast(_backward),
+    leaves=4,
+    results=2,
+    saves=(0, 1),
+)
+_attention_triton = differentiable(
+    "attention_triton(Tensor q, Tensor k, Tensor v, Tensor? key_bias, float scale) -> (Tensor, Tensor)",
+    launcher("attention", "attention"),
+    lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)),
+    launcher("attention_backward", "attention_backward"),
+    leaves=3,
+    results=2,
+    saves=(1,),
+)
+
+
+@without_autocast
+def _held(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     ids: Tensor | None,
     bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    key_bias: Tensor | None,
     scale: float,
-    needed: Sequence[bool],
-) -> list[Tensor]:
-    """Gradients of q, k, v and the bias; an empty tensor for one that is not needed."""
-    lse = lse.masked_fill(lse.isneginf(), 0.0)
-    found = [q.new_empty(0) for _ in needed]
-    if any(needed[:3]):
-        mask = _mask(q, k, ids, bias)
-        given = (grad_out, grad_lse, q, k, v, out, lse, mask, scale)
-        gradients = _fused_backward(*given) if q.device.type == "cpu" else _dense_backward(*given, needed)
-        found[:3] = [x.contiguous() if wanted else x.new_empty(0) for x, wanted in zip(gradients, needed, strict=False)]
-    if needed[3]:
-        assert ids is not None and bias is not None
-        found[3] = _bias_gradient(grad_out, grad_lse, q, k, v, ids, bias, out, lse, scale)
-    return found
-
-
-attention_op = opaque(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? ids, Tensor? bias, float scale) -> (Tensor, Tensor)",
-    without_autocast(_forward),
-    _fake,
-)
-attention_backward_op = opaque(
-    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? ids, Tensor? bias, "
-    "Tensor out, Tensor lse, float scale, bool[] needed) -> Tensor[]",
-    without_autocast(_backward),
-    lambda grad_out, grad_lse, q, k, v, ids, bias, out, lse, scale, needed: [
-        x.new_empty(x.shape) if x is not None and wanted else q.new_empty(0)
-        for x, wanted in zip((q, k, v, bias), needed, strict=True)
-    ],
-)
-
-
-class _Attention(Function):
-    @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, bias: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        return attention_op(q, k, v, ids, bias, scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.scale = inputs
-        ctx.save_for_backward(*tensors, *output)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_out is None and grad_lse is None:
-            return (None,) * 6
-        *tensors, out, lse = ctx.saved_tensors
-        q, k, v, _, bias, _ = ctx.needs_input_grad
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        found = attention_backward_op(grad_out, grad_lse, *tensors, out, lse, ctx.scale, [q, k, v, bias])
-        dq, dk, dv, dbias = (x if given else None for x, given in zip(found, (q, k, v, bias), strict=True))
-        return dq, dk, dv, None, dbias, None
-
-
-@without_autocast
-def _held(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+) -> Tensor:
     """`attend` in differentiable operations, with the map in memory until the backward pass."""
-    mask = None if bias is None else _mask(q, k, ids, bias)
+    mask = None if bias is None and key_bias is None else _mask(q, k, ids, bias, key_bias)
     logits = (scale * q) @ k.mT
-    return (logits if mask is None else logits + mask).softmax(-1) @ v
+    if mask is not None:
+        logits = logits + mask
+    return (logits.softmax(-1) if key_bias is None else torch.ops.aten._safe_softmax(logits, -1)) @ v
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, bias: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ids: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) by the eager form; `ids` are left out where there is no bias [B,H,T,M], and have it where there is.
+    """(out, lse) by the eager form; `ids` are left out where there is no bias [B,H,T,M], and have it where there is;
+    `key_bias` [B,N] is added to all columns.
 
     Half-precision inputs are computed in float32, and both results are: rounding `out` before it is merged, or its
     gradient, costs more than the last digit.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    if not differentiated(q, k, v, bias):
-        return attention_op(q.to(wide), k.to(wide), v.to(wide), ids, bias, scale)
-    # Views, for torch.compile takes no tensor twice.
-    q, k, v = (x.to(wide).view_as(x) for x in (q, k, v))
-    return _Attention.apply(q, k, v, ids, bias, scale)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    if differentiated(q, k, v, bias):
+        # Views, for torch.compile takes no tensor twice.
+        q, k, v = (x.view_as(x) for x in (q, k, v))
+    return attention_op(q, k, v, bias, ids, key_bias, scale)
 
 
-def attend_only(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+def attend_only(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ids: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    key_bias: Tensor | None = None,
+) -> Tensor:
     """The output of `attend` in q's dtype, with or without a bias: on a CPU, where a map may be held, its gradients are
     faster from that."""
     if differentiated(q, k, v) and may_hold_map(q, k):
         wide = torch.promote_types(q.dtype, torch.float32)
-        return _held(q.to(wide), k.to(wide), v.to(wide), ids, bias, scale).to(q.dtype)
-    return attend(q, k, v, ids, bias, scale)[0].to(q.dtype)
+        return _held(q.to(wide), k.to(wide), v.to(wide), ids, bias, key_bias, scale).to(q.dtype)
+    return attend(q, k, v, ids, bias, scale, key_bias)[0].to(q.dtype)
 
 
 def attention_without(
-    q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor | None, scale: float, impl: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    excluded_ids: Tensor | None,
+    scale: float,
+    impl: str,
+    key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) over the columns that are not in `excluded_ids`, as `attend`; out 0 and lse -inf where no column is
     left."""
     if impl == "eager":
-        return attend(q, k, v, excluded_ids, None, scale)
+        return attend(q, k, v, excluded_ids, None, scale, key_bias)
     wide = torch.promote_types(q.dtype, torch.float32)
     ids = torch.empty(0, dtype=torch.int64, device=q.device) if excluded_ids is None else excluded_ids
-    return attention_reference(q.to(wide), k.to(wide), v.to(wide), ids, scale)
+    return attention_reference(q.to(wide), k.to(wide), v.to(wide), ids, scale, key_bias)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False, impl: str | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale q k^T) v.
+    """softmax(scale q k^T + key_bias) v.
 
-    Differentiable in q, k and v, through the output and through the logsumexp. NaN and inf propagate.
+    Differentiable in q, k and v, through the output and through the logsumexp. NaN and inf propagate. Where every
+    column is masked, the output and all gradients are 0 and the logsumexp is -inf.
 
     Args:
         q: queries `[B,H,M,d]`, float16, bfloat16, float32 or float64, any strides.
         k, v: keys and values `[B,H,N,d]`, of the dtype and device of q.
         scale: factor of the logits, 1/sqrt(d) by default.
+        key_bias: what is added to the scaled logits of every column, `[B,N]`, any float dtype, used in float32 (float64
+            for float64 inputs); -inf masks a column. A constant: it has no gradient.
         return_lse: also return the logsumexp of each row's scaled logits.
         impl: `"triton"`, `"eager"` or `"reference"`; None for the default (see `attnctl_fast.use`).
 
@@ -304,17 +350,18 @@ def attention(
         out `[B,H,M,d]` in q's dtype, or `(out, lse)` with lse `[B,H,M]` in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, an empty dimension, or (Triton) float64 or a head width
-            outside 8..256.
+        ValueError: shapes, dtypes or devices that do not fit, an empty dimension, a key_bias that requires a gradient
+            or holds NaN or +inf (read on a CPU only), or (Triton) float64 or a head width outside 8..256.
     """
     check_qkv(q, k, v)
+    key_bias = check_key_bias(key_bias, k)
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
     if impl == "triton":
         check_kernel_limits(q)
-        out, lse = _triton.attention(q, k, v, scale)
+        out, lse = _attention_triton(q, k, v, key_bias, scale)
     elif impl == "eager" and not return_lse:
-        return attend_only(q, k, v, None, None, scale)
+        return attend_only(q, k, v, None, None, scale, key_bias)
     else:
-        out, lse = attention_without(q, k, v, None, scale, impl)
+        out, lse = attention_without(q, k, v, None, scale, impl, key_bias)
         out = out.to(q.dtype)
     return (out, lse) if return_lse else out

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_kernel_limits, check_qkv, check_scale
-from ._library import composite, differentiated, opaque, without_autocast
-from ._triton import attention_with_context_gradient as _triton
+from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
+from ._library import composite, differentiable, differentiated, launcher, opaque, without_autocast
 from .attention import attend
 
 # Numbers of the map that are held at a time: about what the caches of two cores hold in float32.
@@ -21,8 +21,8 @@ TILE = 1 << 19
 LEAST_SUM, LARGEST_VALUE = 1e-20, 1e15
 
 attention_with_context_gradient_reference = composite(
-    "attention_with_context_gradient_reference(Tensor q, Tensor k, Tensor v, Tensor? query_weight, float scale) "
-    "-> (Tensor, Tensor)",
+    "attention_with_context_gradient_reference(Tensor q, Tensor k, Tensor v, Tensor? query_weight, float scale, "
+    "Tensor? key_bias) -> (Tensor, Tensor)",
     reference.attention_with_context_gradient,
 )
 
@@ -32,13 +32,18 @@ def weighted(q: Tensor, query_weight: Tensor | None) -> Tensor:
     return q if query_weight is None else q * query_weight[:, None, :, None].to(q.dtype)
 
 
+def without_masked(update: Tensor, key_bias: Tensor | None) -> Tensor:
+    """`update` [B,H,N,..] with zeros for masked columns."""
+    return update if key_bias is None else update.masked_fill(key_bias.isneginf()[:, None, :, None], 0.0)
+
+
 def _two_attentions(
-    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float, key_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    out, _ = attend(q, k, v, None, None, scale)
+    out, _ = attend(q, k, v, None, None, scale, key_bias)
     # softmax_m(l^T) (w Q) is attention as well, of the keys to the queries.
     update, _ = attend(k, q, weighted(q, query_weight), None, None, scale)
-    return out, update
+    return out, without_masked(update, key_bias)
 
 
 def _held(sums: Tensor) -> bool:
@@ -47,16 +52,19 @@ def _held(sums: Tensor) -> bool:
 
 
 def _shared_map(
-    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float, key_bias: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """Both results from one exp(l), a tile of image tokens at a time; None where that is not exact.
 
     With no maximum subtracted, one exponential is the numerator of both softmaxes; their sums tell whether float32 held
-    it.
+    it. What a column's bias multiplies its numerators by multiplies its values instead.
     """
     (batch, heads, tokens, width), text = q.shape, k.shape[2]
     step = -(-tokens // -(-heads * tokens * text // TILE))
     values = weighted(q, query_weight)
+    factors = None if key_bias is None else key_bias.exp().unsqueeze(-1)  # [B,N,1]
+    if factors is not None:
+        v = v * factors.unsqueeze(1)
     out, update = torch.empty_like(q), k.new_zeros(k.shape)
     columns = k.new_zeros(batch, heads, text, 1)
     numerators, products = q.new_empty(heads * step * text), q.new_empty(heads * step * width)
@@ -66,7 +74,7 @@ def _shared_map(
             e = numerators[: heads * length * text].view(heads, length, text)
             product = products[: heads * length * width].view(heads, length, width)
             torch.baddbmm(e, queries, k[b].mT, beta=0, alpha=scale, out=e).exp_()
-            rows = e.sum(-1, keepdim=True)
+            rows = e.sum(-1, keepdim=True) if factors is None else e @ factors[b]
             if not _held(rows):
                 return None
             torch.div(torch.bmm(e, v[b], out=product), rows, out=attended)
@@ -74,35 +82,99 @@ def _shared_map(
             update[b].baddbmm_(e.mT, pulls)
     update /= columns
     held = _held(columns) and float(torch.linalg.vector_norm(v)) < LARGEST_VALUE and math.isfinite(float(update.sum()))
-    return (out, update) if held else None
+    return (out, without_masked(update, key_bias)) if held else None
 
 
 @without_autocast
-def _forward(q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    found = _shared_map(q, k, v, query_weight, scale)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, key_bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    found = _shared_map(q, k, v, query_weight, scale, key_bias)
     if found is not None:
         return found
-    out, update = _two_attentions(q, k, v, query_weight, scale)
+    out, update = _two_attentions(q, k, v, query_weight, scale, key_bias)
     return out, update.contiguous()
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, key_bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), k.new_empty(k.shape)
 
 
 _forward_op = opaque(
-    "attention_with_context_gradient(Tensor q, Tensor k, Tensor v, Tensor? query_weight, float scale) "
-    "-> (Tensor, Tensor)",
+    "attention_with_context_gradient(Tensor q, Tensor k, Tensor v, Tensor? query_weight, Tensor? key_bias, "
+    "float scale) -> (Tensor, Tensor)",
     _forward,
     _fake,
 )
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+_attention_backward = launcher("attention_backward", "attention_backward")
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _triton_backward(
+    grad_out: Tensor | None,
+    grad_update: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    lse: Tensor,
+    column_lse: Tensor,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Each result is an attention, and so are their gradients."""
+    dq = dk = dv = dweight = None
+    if grad_out is not None and any(needed[:3]):
+        dq, dk, dv = _attention_backward(grad_out, None, q, k, v, key_bias, scale, lse, needed[:3])
+    if grad_update is not None and (needed[0] or needed[1] or needed[3]):
+        wanted = [needed[1], needed[0], needed[0] or needed[3]]
+        # The logsumexp of a masked column is +inf: nothing of its row has a weight.
+        of_keys, of_queries, of_values = _attention_backward(
+            grad_update.to(q.dtype), None, k, q, weighted(q, weight), None, scale, column_lse, wanted
+        )
+        dk = _sum(dk, of_keys)
+        if needed[3]:
+            dweight = (q.float() * of_values.float()).sum((1, 3))
+        if needed[0]:
+            dq = _sum(_sum(dq, of_queries), weighted(of_values, weight))
+    return [dq, dk, dv, dweight]
+
+
+def _triton_fake(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, ...]:
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty(q.shape), lse.new_empty(k.shape), lse, lse.new_empty(k.shape[:3])
+
+
+_triton = differentiable(
+    "attention_with_context_gradient_triton(Tensor q, Tensor k, Tensor v, Tensor? query_weight, Tensor? key_bias, "
+    "float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    launcher("attention_with_context_gradient", "attention_with_context_gradient"),
+    _triton_fake,
+    _triton_backward,
+    leaves=4,
+    results=2,
+    saves=(2, 3),
+    reach=((0, 1), (0, 1), (0,), (1,)),
+)
+
+
+def _eager(
+    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float, key_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     fused = q.device.type == "cpu" and not differentiated(q, k, v, query_weight)
-    return (_forward_op if fused else _two_attentions)(q, k, v, query_weight, scale)
+    if fused:
+        return _forward_op(q, k, v, query_weight, key_bias, scale)
+    return _two_attentions(q, k, v, query_weight, scale, key_bias)
 
 
 def check_query_weight(query_weight: Tensor | None, q: Tensor) -> Tensor | None:
@@ -127,14 +199,16 @@ def attention_with_context_gradient(
     *,
     query_weight: Tensor | None = None,
     scale: float | None = None,
+    key_bias: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention, and how its energy pulls on the keys: softmax(l) v and softmax_m(l^T) (w q) for l = scale q k^T.
 
     The first softmax runs over the text tokens, the second over the image tokens (arXiv 2306.09869, "Bayesian context
     update"; MATH.md section 2): `update` is minus the gradient of -sum_n logsumexp_m(l_mn) by the keys, over the scale.
-    `context_update` makes the increment of the context from it. Differentiable in q, k, v and query_weight, through
-    both results. NaN and inf propagate.
+    `context_update` makes the increment of the context from it. `key_bias` changes the output; of the update it only
+    makes masked columns zero, for a softmax over image tokens does not see what a column adds. Differentiable in q, k,
+    v and query_weight, through both results. NaN and inf propagate.
 
     Args:
         q: queries `[B,H,M,d]`, float16, bfloat16, float32 or float64, any strides.
@@ -142,6 +216,7 @@ def attention_with_context_gradient(
         query_weight: w, a weight per image token in the update, `[M]` or `[B,M]`, float: for inpainting the mask at the
             layer's grid. The output does not know of it.
         scale: factor of the logits, 1/sqrt(d) by default.
+        key_bias: added to the scaled logits, `[B,N]`, -inf for a masked column: as for `attention`.
         impl: `"triton"`, `"eager"` or `"reference"`; None for the default (see `attnctl_fast.use`).
 
     Returns:
@@ -152,11 +227,12 @@ def attention_with_context_gradient(
             outside 8..256.
     """
     check_qkv(q, k, v)
+    key_bias = check_key_bias(key_bias, k)
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
     query_weight = check_query_weight(query_weight, q)
     if impl == "triton":
         check_kernel_limits(q)
-        return _triton.attention_with_context_gradient(q, k, v, query_weight, scale)
+        return _triton(q, k, v, query_weight, key_bias, scale)
     run = attention_with_context_gradient_reference if impl == "reference" else _eager
-    out, update = run(q, k, v, query_weight, scale)
+    out, update = run(q, k, v, query_weight, scale, key_bias)
     return out.to(q.dtype), update

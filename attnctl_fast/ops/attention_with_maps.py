@@ -7,21 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import reference
 from .._impl import resolve
-from .._validate import TokenIds, check_kernel_limits, check_qkv, check_scale, check_tokens
-from ._library import composite, differentiated, may_hold_map, once_differentiable, opaque, without_autocast
-from ._triton import attention_with_maps as _triton
+from .._validate import TokenIds, check_kernel_limits, check_key_bias, check_qkv, check_scale, check_tokens
+from ._library import composite, differentiable, launcher, may_hold_map, without_autocast
 
 # Numbers of the map that are held at a time: about what the caches of two cores hold in float32.
 TILE = 1 << 19
 REDUCTIONS = ("mean", "none")
 
 attention_with_maps_reference = composite(
-    "attention_with_maps_reference(Tensor q, Tensor k, Tensor v, Tensor? token_ids, bool per_head, float scale) "
-    "-> (Tensor, Tensor)",
+    "attention_with_maps_reference(Tensor q, Tensor k, Tensor v, Tensor? token_ids, bool per_head, float scale, "
+    "Tensor? key_bias) -> (Tensor, Tensor)",
     reference.attention_with_maps,
 )
 
@@ -36,10 +34,18 @@ def _tiles(q: Tensor, k: Tensor, whole: bool) -> Iterator[tuple[int, slice]]:
             yield b, slice(start, min(start + step, image_tokens))
 
 
-def _probabilities(q: Tensor, k: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """[H,m,N] of one sample's queries [H,m,d] and keys [H,N,d], in `out` where it is given."""
-    logits = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale)  # nothing is added to the product
-    return torch._softmax(logits, -1, False, out=logits if out is None else out)
+def _probabilities(q: Tensor, k: Tensor, key_bias: Tensor | None, scale: float, out: Tensor | None = None) -> Tensor:
+    """[H,m,N] of one sample's queries [H,m,d], keys [H,N,d] and key_bias [N], in `out` where it is given."""
+    if key_bias is None:
+        logits = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale)  # nothing is added to the product
+    else:
+        logits = torch.baddbmm(key_bias, q, k.mT, alpha=scale)
+    found = torch._softmax(logits, -1, False, out=logits if out is None else out)
+    return found if key_bias is None else found.masked_fill_(key_bias.isneginf().all(), 0.0)
+
+
+def _of(key_bias: Tensor | None, b: int) -> Tensor | None:
+    return None if key_bias is None else key_bias[b]
 
 
 def _rows(token_ids: Tensor | None, b: int) -> Tensor | None:
@@ -49,11 +55,20 @@ def _rows(token_ids: Tensor | None, b: int) -> Tensor | None:
 
 @without_autocast
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, per_head: bool, keep: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_ids: Tensor | None,
+    key_bias: Tensor | None,
+    per_head: bool,
+    scale: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the maps, and to `keep` them where they may be held, all probabilities [B,H,M,N]."""
+    keep = keep and may_hold_map(q, k)
     out, maps, kept = _empty(q, k, token_ids, per_head, keep)
     for b, rows in _tiles(q, k, keep):
-        p = _probabilities(q[b, :, rows], k[b], scale, kept[b, :, rows] if keep else None)
+        p = _probabilities(q[b, :, rows], k[b], _of(key_bias, b), scale, kept[b, :, rows] if keep else None)
         torch.bmm(p, v[b], out=out[b, :, rows])
         ids = _rows(token_ids, b)
         wanted = p if ids is None else p.index_select(-1, ids.clamp(min=0))
@@ -88,20 +103,20 @@ def _backward(
     k: Tensor,
     v: Tensor,
     token_ids: Tensor | None,
-    kept: Tensor,
+    key_bias: Tensor | None,
     per_head: bool,
     scale: float,
+    kept: Tensor,
     needed: Sequence[bool],
-) -> list[Tensor]:
-    """Gradients of q, k and v, an empty tensor for one that is not needed, from probabilities that were kept or are
-    made again."""
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if needed[0] else q.new_empty(0)
-    dk, dv = (x.new_zeros(x.shape) if wanted else x.new_empty(0) for x, wanted in zip((k, v), needed[1:], strict=True))
+) -> list[Tensor | None]:
+    """From probabilities that were kept or are made again."""
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk, dv = (x.new_zeros(x.shape if wanted else 0) for x, wanted in zip((k, v), needed[1:], strict=True))
     if grad_maps is not None and not per_head:
         grad_maps = grad_maps / q.shape[1]
     for b, rows in _tiles(q, k, kept.numel() > 0):
         queries = q[b, :, rows]
-        p = kept[b, :, rows] if kept.numel() else _probabilities(queries, k[b], scale)
+        p = kept[b, :, rows] if kept.numel() else _probabilities(queries, k[b], _of(key_bias, b), scale)
         ids = _rows(token_ids, b)
         if grad_out is None and grad_maps is not None and ids is not None:
             # dl = P (g - sum P g) is a multiple of P but for few columns: it need not be made.
@@ -131,60 +146,67 @@ def _backward(
             torch.mul(grad_logits @ k[b], scale, out=dq[b, :, rows])
         if needed[1]:
             dk[b].baddbmm_(grad_logits.mT, queries, alpha=scale)
-    return [dq, dk, dv]
+    return [x if wanted else None for x, wanted in zip((dq, dk, dv), needed, strict=True)]
 
 
-_forward_op = opaque(
-    "attention_with_maps(Tensor q, Tensor k, Tensor v, Tensor? token_ids, bool per_head, bool keep, float scale) "
-    "-> (Tensor, Tensor, Tensor)",
+def slot_table(token_ids: Tensor, tokens: int) -> Tensor:
+    """Which of `token_ids` [n] or [B,n] each of the context's tokens is, -1 for none: int32 [1 or B, tokens + 1], the
+    last column for padded ids."""
+    ids = token_ids if token_ids.ndim == 2 else token_ids.unsqueeze(0)
+    table = torch.full((ids.shape[0], tokens + 1), -1, dtype=torch.int32, device=ids.device)
+    slots = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device).expand_as(ids)
+    return table.scatter_(1, torch.where(ids < 0, tokens, ids), slots)
+
+
+# No map depends on v.
+_REACH = ((0, 1), (0, 1), (0,))
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? token_ids, {}Tensor? key_bias, bool per_head, float scale) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_eager_op = differentiable(
+    "attention_with_maps" + _SCHEMA.format(""),
     _forward,
-    lambda q, k, v, token_ids, per_head, keep, scale: _empty(q, k, token_ids, per_head, keep),
-)
-_backward_op = opaque(
-    "attention_with_maps_backward(Tensor? grad_out, Tensor? grad_maps, Tensor q, Tensor k, Tensor v, "
-    "Tensor? token_ids, Tensor kept, bool per_head, float scale, bool[] needed) -> Tensor[]",
+    lambda q, k, v, ids, key_bias, per_head, scale, keep: _empty(q, k, ids, per_head, keep and may_hold_map(q, k)),
     _backward,
-    lambda grad_out, grad_maps, q, k, v, token_ids, kept, per_head, scale, needed: [
-        x.new_empty(x.shape) if wanted else x.new_empty(0) for x, wanted in zip((q, k, v), needed, strict=True)
-    ],
+    leaves=3,
+    results=2,
+    saves=(2,),
+    reach=_REACH,
+    keeps=True,
 )
 
 
-class _Function(Function):
-    @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, per_head: bool, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward_op(q, k, v, token_ids, per_head, may_hold_map(q, k), scale)
+def _triton_fake(
+    q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, slots: Any, key_bias: Any, per_head: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, maps, _ = _empty(q, k, token_ids, per_head, False)
+    return out, maps.to(torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        q, k, v, token_ids, ctx.per_head, ctx.scale = inputs
-        ctx.save_for_backward(q, k, v, token_ids, output[2])
-        ctx.mark_non_differentiable(output[2])
-        ctx.set_materialize_grads(False)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad_out is None and grad_maps is None:
-            return (None,) * 6
-        needed = list(ctx.needs_input_grad[:3])
-        needed[2] = needed[2] and grad_out is not None  # no map depends on v
-        found = _backward_op(grad_out, grad_maps, *ctx.saved_tensors, ctx.per_head, ctx.scale, needed)
-        return *(x if wanted else None for x, wanted in zip(found, needed, strict=True)), None, None, None
+_triton = differentiable(
+    "attention_with_maps_triton" + _SCHEMA.format("Tensor? slots, "),
+    launcher("attention_with_maps", "attention_with_maps"),
+    _triton_fake,
+    launcher("attention_backward", "attention_with_maps_backward"),
+    leaves=3,
+    results=2,
+    saves=(2,),
+    reach=_REACH,
+)
 
 
 def _eager(
-    q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, per_head: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_ids: Tensor | None,
+    per_head: bool,
+    scale: float,
+    key_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = q.to(wide), k.to(wide), v.to(wide)
-    if differentiated(q, k, v):
-        out, maps, _ = _Function.apply(q, k, v, token_ids, per_head, scale)
-    else:
-        out, maps, _ = _forward_op(q, k, v, token_ids, per_head, False, scale)
-    return out, maps
+    return _eager_op(q.to(wide), k.to(wide), v.to(wide), token_ids, key_bias, per_head, scale)
 
 
 def attention_with_maps(
@@ -195,9 +217,10 @@ def attention_with_maps(
     *,
     reduce: str = "mean",
     scale: float | None = None,
+    key_bias: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T) v, and the columns of the softmax that belong to chosen tokens: one map per token.
+    """softmax(scale q k^T + key_bias) v, and the columns of the softmax of chosen tokens: one map per token.
 
     Differentiable in q, k and v, through the output and through the maps (MATH.md section 4). The softmax itself, of
     `B*H*M*N` numbers, is held nowhere, except for the backward pass on a CPU and up to 64 MiB. NaN and inf propagate.
@@ -209,11 +232,12 @@ def attention_with_maps(
             and in 0..N-1. None for all N.
         reduce: `"mean"` over the heads, or `"none"`.
         scale: factor of the logits, 1/sqrt(d) by default.
+        key_bias: added to the scaled logits, `[B,N]`, -inf for a masked column: as for `attention`.
         impl: `"triton"`, `"eager"` or `"reference"`; None for the default (see `attnctl_fast.use`).
 
     Returns:
         out `[B,H,M,d]` in q's dtype, and maps `[B,n,M]` or, with `reduce="none"`, `[B,H,n,M]` in float32 (float64 for
-        float64 inputs); zeros for a padded token.
+        float64 inputs); zeros for a padded or masked token.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; an empty dimension; no token; an id out of range or
@@ -223,11 +247,12 @@ def attention_with_maps(
     check_qkv(q, k, v)
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce is {reduce!r}; it must be 'mean', over the heads, or 'none'")
-    ids = check_tokens(token_ids, k)
+    ids, key_bias = check_tokens(token_ids, k), check_key_bias(key_bias, k)
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
     if impl == "triton":
         check_kernel_limits(q)
-        return _triton.attention_with_maps(q, k, v, ids, reduce == "none", scale)
+        slots = None if ids is None else slot_table(ids, k.shape[2])
+        return _triton(q, k, v, ids, slots, key_bias, reduce == "none", scale)
     run = attention_with_maps_reference if impl == "reference" else _eager
-    out, maps = run(q, k, v, ids, reduce == "none", scale)
+    out, maps = run(q, k, v, ids, reduce == "none", scale, key_bias)
     return out.to(q.dtype), maps

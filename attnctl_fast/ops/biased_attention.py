@@ -2,33 +2,70 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import TokenIds, check_kernel_limits, check_qkv, check_scale, check_targets
-from ._library import composite, may_hold_map
-from ._triton import biased_attention as _triton
+from .._validate import TokenIds, check_kernel_limits, check_key_bias, check_qkv, check_scale, check_targets
+from ._library import composite, differentiable, launcher, made, may_hold_map
 from .attention import attend, attend_only
 from .merge_targets import check_bias, merge_targets_op
 from .target_statistics import target_logits_op
 
-_SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor target_ids, Tensor pinned_ids, float scale) -> Tensor"
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor target_ids, Tensor pinned_ids, float scale, Tensor? key_bias) "
+    "-> Tensor"
+)
 biased_attention_reference = composite("biased_attention_reference" + _SCHEMA, reference.biased_attention)
 
 
 def _biased_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, target_ids: Tensor, pinned_ids: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    target_ids: Tensor,
+    pinned_ids: Tensor,
+    scale: float,
+    key_bias: Tensor | None,
 ) -> Tensor:
     if not pinned_ids.shape[-1] and may_hold_map(q, k):
-        return attend_only(q, k, v, target_ids, bias, scale)
-    rest_out, rest_lse = attend(q, k, v, target_ids, None, scale)
-    logits, pinned_logits = target_logits_op(q, k, target_ids, scale), target_logits_op(q, k, pinned_ids, scale)
+        return attend_only(q, k, v, target_ids, bias, scale, key_bias)
+    rest_out, rest_lse = attend(q, k, v, target_ids, None, scale, key_bias)
+    logits, pinned_logits = (target_logits_op(q, k, ids, scale, key_bias) for ids in (target_ids, pinned_ids))
     return merge_targets_op(rest_out, rest_lse, logits, pinned_logits, v, bias, target_ids, pinned_ids)
 
 
 biased_attention_op = composite("biased_attention" + _SCHEMA, _biased_attention)
+
+
+def _triton_fake(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, targets: Tensor, pinned: Tensor, *rest: Any) -> Any:
+    keep = rest[-1]
+    shapes = (q.shape[:3] if given else (0,) for given in (keep, keep and pinned.shape[-1] > 0))
+    return q.new_empty(q.shape), *(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _triton_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    out, lse, plain_lse = _launch(*arguments)
+    return out, made(lse, arguments[3]), made(plain_lse, arguments[3])
+
+
+_launch = launcher("attention", "biased_attention")
+# With a width of 0, bias is S [B,H,T,M]. Otherwise it is theta [B,H,T,r_y,r_x], width is that of the grid, and axes are
+# what `gaussian_bias.kernel_axes` gives.
+biased_attention_triton = differentiable(
+    "biased_attention_triton(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor target_ids, Tensor pinned_ids, "
+    "Tensor? key_bias, float scale, float bias_scale, int width, float[] axes) -> (Tensor, Tensor, Tensor)",
+    _triton_forward,
+    _triton_fake,
+    launcher("attention_backward", "biased_attention_backward"),
+    leaves=4,
+    saves=(1, 2),
+    keeps=True,
+)
 
 
 def biased_attention(
@@ -40,6 +77,7 @@ def biased_attention(
     *,
     pinned_ids: TokenIds = (),
     scale: float | None = None,
+    key_bias: Tensor | None = None,
     bias_inside_scale: bool = False,
     impl: str | None = None,
 ) -> Tensor:
@@ -56,6 +94,7 @@ def biased_attention(
         target_ids: `[T]` or `[B,T]` padded with -1 (a padded target's bias is ignored and gets gradient zero).
         pinned_ids: columns that keep their unbiased probability; the row is not renormalised.
         scale: factor of the logits, 1/sqrt(d) by default.
+        key_bias: added to the scaled logits, `[B,N]`, -inf for a masked column: as for `attention`.
         bias_inside_scale: False is the released code's convention, True the paper's.
         impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
 
@@ -66,6 +105,7 @@ def biased_attention(
         ValueError: as `target_statistics`, or a bias that does not fit.
     """
     check_qkv(q, k, v)
+    key_bias = check_key_bias(key_bias, k)
     targets, pinned = check_targets(target_ids, pinned_ids, k)
     scale = check_scale(scale, q.shape[3])
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -73,6 +113,6 @@ def biased_attention(
     impl, inside = resolve(impl, q.device), scale if bias_inside_scale else 1.0
     if impl == "triton":
         check_kernel_limits(q, targets.shape[-1] + pinned.shape[-1])
-        return _triton.biased_attention(q, k, v, bias, targets, pinned, scale, inside)
+        return biased_attention_triton(q, k, v, bias, targets, pinned, key_bias, scale, inside, 0, [])
     run = biased_attention_reference if impl == "reference" else biased_attention_op
-    return run(q, k, v, bias * scale if bias_inside_scale else bias, targets, pinned, scale)
+    return run(q, k, v, bias * scale if bias_inside_scale else bias, targets, pinned, scale, key_bias)

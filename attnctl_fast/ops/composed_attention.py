@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_kernel_limits, check_qkv, check_scale
-from ._triton import composed_attention as _triton
+from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
+from ._library import differentiated, launcher, once_differentiable, opaque
 from .attention import attend_only
 
 # Of the sum of the weights' sizes: below it, normalising would amplify rounding instead of composing.
@@ -35,6 +37,80 @@ def check_weights(weights: Sequence[float], contexts: int) -> list[float]:
     return [x / total for x in weights]
 
 
+_backward_op = torch.ops.attnctl_fast.attention_triton_backward
+
+
+def _fake(
+    q: Tensor, ks: list[Tensor], vs: list[Tensor], key_biases: list[Tensor], shares: list[float], scale: float
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(len(ks), *q.shape[:3], dtype=torch.float32)
+
+
+_forward_op = opaque(
+    "composed_attention_triton(Tensor q, Tensor[] ks, Tensor[] vs, Tensor[] key_biases, float[] shares, float scale) "
+    "-> (Tensor, Tensor)",
+    launcher("composed_attention", "composed_attention"),
+    _fake,
+)
+
+
+def _split(contexts: Sequence[Tensor], count: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Keys, values and key biases, which may be none, of `count` contexts."""
+    return list(contexts[:count]), list(contexts[count : 2 * count]), list(contexts[2 * count :])
+
+
+class _Function(Function):
+    @staticmethod
+    def forward(shares: list[float], scale: float, q: Tensor, *contexts: Tensor) -> tuple[Tensor, Tensor]:
+        return _forward_op(q, *_split(contexts, len(shares)), shares, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.shares, ctx.scale, *tensors = inputs
+        ctx.save_for_backward(output[1], *tensors)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Any, ...]:
+        lse, q, *contexts = ctx.saved_tensors
+        ks, vs, key_biases = _split(contexts, len(ctx.shares))
+        needed = ctx.needs_input_grad[2:]
+        grads: list[Tensor | None] = [None] * len(needed)
+        if grad_out is None:
+            return None, None, *grads
+        for i, share in enumerate(ctx.shares):
+            of_k, of_v = 1 + i, 1 + len(ks) + i
+            wanted = [needed[0], needed[of_k], needed[of_v]]
+            if not any(wanted):
+                continue
+            grad, key_bias = (grad_out * share).to(q.dtype), key_biases[i] if key_biases else None
+            found = _backward_op(grad, None, q, ks[i], vs[i], key_bias, ctx.scale, lse[i], wanted)
+            dq, grads[of_k], grads[of_v] = (x if made else None for x, made in zip(found, wanted, strict=True))
+            if dq is not None:
+                grads[0] = dq if grads[0] is None else grads[0] + dq
+        return None, None, *grads
+
+
+def _triton(
+    q: Tensor,
+    ks: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    key_biases: Sequence[Tensor | None],
+    shares: list[float],
+    scale: float,
+) -> Tensor:
+    biases: list[Tensor] = []
+    if any(x is not None for x in key_biases):
+        for k, x in zip(ks, key_biases, strict=True):
+            biases.append(k.new_zeros(k.shape[0], k.shape[2], dtype=torch.float32) if x is None else x)
+    if differentiated(q, *ks, *vs):
+        # Views, for torch.compile takes no tensor twice and contexts may be the same.
+        return _Function.apply(shares, scale, q, *(x.view_as(x) for x in (*ks, *vs, *biases)))[0]
+    return _forward_op(q, list(ks), list(vs), biases, shares, scale)[0]
+
+
 def composed_attention(
     q: Tensor,
     ks: Sequence[Tensor],
@@ -42,6 +118,7 @@ def composed_attention(
     weights: Sequence[float] | Tensor,
     *,
     scale: float | None = None,
+    key_bias: Sequence[Tensor | None] | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """sum_i w_i softmax(scale q k_i^T) v_i / sum_i w_i (arXiv 2306.09869, "CACAO").
@@ -56,6 +133,8 @@ def composed_attention(
         weights: one number per context; or a tensor `[contexts]` of them, which is trusted, and under torch.compile may
             change without a new graph.
         scale: factor of the logits, 1/sqrt(d) by default.
+        key_bias: one `[B,N_i]` or None per context, added to its scaled logits, -inf for a masked column: as for
+            `attention`. A context all of whose columns are masked adds nothing but its weight to the sum of weights.
         impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
 
     Returns:
@@ -69,6 +148,10 @@ def composed_attention(
         raise ValueError(f"there are {len(ks)} keys and {len(vs)} values; pass one of each per context, at least one")
     for k, v in zip(ks, vs, strict=True):
         check_qkv(q, k, v)
+    if key_bias is not None and len(key_bias) != len(ks):
+        raise ValueError(f"key_bias holds {len(key_bias)} for {len(ks)} contexts; pass one, or None, per context")
+    given = [None] * len(ks) if key_bias is None else key_bias
+    biases = [check_key_bias(x, k, f"key_bias[{i}]") for i, (x, k) in enumerate(zip(given, ks, strict=True))]
     if isinstance(weights, Tensor):
         if weights.shape != (len(ks),):
             raise ValueError(f"weights has shape {tuple(weights.shape)} for {len(ks)} contexts; pass one per context")
@@ -78,14 +161,14 @@ def composed_attention(
         shares = check_weights(weights, len(ks))
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
     if impl == "reference":
-        return reference.composed_attention(q, ks, vs, shares, scale).to(q.dtype)
+        return reference.composed_attention(q, ks, vs, shares, scale, biases).to(q.dtype)
     if impl == "triton":
         check_kernel_limits(q)
-        return _triton.composed_attention(q, ks, vs, shares, scale)
+        return _triton(q, ks, vs, biases, shares, scale)
     wide = q.to(torch.promote_types(q.dtype, torch.float32))
     out = None
-    for k, v, share in zip(ks, vs, shares, strict=True):
-        one = attend_only(wide, k.to(wide.dtype), v.to(wide.dtype), None, None, scale)
+    for k, v, share, bias in zip(ks, vs, shares, biases, strict=True):
+        one = attend_only(wide, k.to(wide.dtype), v.to(wide.dtype), None, None, scale, bias)
         out = share * one if out is None else torch.add(out, one, alpha=share)
     assert out is not None
     return out.to(q.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._impl import resolve
-from .._validate import check_qkv, check_scale
+from .._validate import check_key_bias, check_qkv, check_scale
 from ._library import may_hold_map, without_autocast
 from .attention import attention
 from .context_update import flat_keys
@@ -30,7 +30,13 @@ def _logsumexp(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def context_energy(
-    q: Tensor, k: Tensor, *, scale: float | None = None, alpha: float = 0.0, impl: str | None = None
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    alpha: float = 0.0,
+    impl: str | None = None,
 ) -> ContextEnergy:
     """The energies E(Q; K) and E(K) of a cross-attention layer (arXiv 2306.09869; MATH.md section 2).
 
@@ -41,6 +47,8 @@ def context_energy(
         q: queries `[B,H,M,d]`.
         k: keys `[B,H,N,d]`, of the dtype and device of q.
         scale: factor of the logits l, 1/sqrt(d) by default.
+        key_bias: added to the scaled logits, `[B,N]`: as for `attention`. The logsumexp of a masked column is left out,
+            as the update of one is zero; norms of keys know no mask, as in `context_update`.
         alpha: weight of the squared norm.
         impl: as for `attention`, which does the work but for small maps on a CPU.
 
@@ -51,10 +59,15 @@ def context_energy(
         ValueError: as `attention`.
     """
     check_qkv(k, q, q)
+    key_bias = check_key_bias(key_bias, k)
     if resolve(impl, q.device) == "eager" and may_hold_map(q, k):
         lse = _logsumexp(q, k, check_scale(scale, q.shape[3]))
     else:
         # Whatever the values; detached, for torch.compile takes no tensor twice.
         _, lse = attention(k, q, q.detach(), scale=scale, return_lse=True, impl=impl)
+    if key_bias is not None:
+        masked = key_bias.isneginf()
+        # A column's bias, the same for all image tokens, is a summand of its logsumexp.
+        lse = (lse + key_bias.masked_fill(masked, 0.0).unsqueeze(1)).masked_fill(masked.unsqueeze(1), 0.0)
     square = flat_keys(k).square().sum(-1)
     return ContextEnergy(alpha / 2 * square.sum(-1) - lse.sum((1, 2)), (square / 2).logsumexp(-1))

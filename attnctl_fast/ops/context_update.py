@@ -11,11 +11,18 @@ from torch import Tensor
 
 from .._impl import resolve
 from .._validate import check_kernel_limits
-from ._library import differentiated
-from ._triton import context_update as _triton
+from ._library import differentiated, launcher, opaque
 
 CONVENTIONS = ("official", "paper")
 KeyProjection: TypeAlias = Tensor | Callable[[Tensor], Tensor]
+
+# The increment before its projection.
+_pull_triton = opaque(
+    "context_pull_triton(Tensor update, Tensor k, Tensor gamma_attn, Tensor gamma_norm, Tensor? token_weight, "
+    "float alpha, bool halved) -> Tensor",
+    launcher("context_update", "context_pull"),
+    lambda update, k, *_: k.new_empty(k.shape[0], k.shape[2], k.shape[1] * k.shape[3]),
+)
 
 
 def flat_keys(k: Tensor) -> Tensor:
@@ -46,8 +53,29 @@ def _is_bare(to_k: KeyProjection) -> TypeGuard[torch.nn.Linear]:
     return own and not to_k._forward_hooks and not to_k._forward_pre_hooks
 
 
-def project_back(pull: Tensor, to_k: KeyProjection) -> Tensor:
-    """`pull` [B,N,H*d] times the weight of the key projection: [B,N,d_ctx].
+def _is_float8(parameter: Tensor | None) -> bool:
+    """Whether a projection's weight is only stored as it is; hooks cast it for every call."""
+    return parameter is not None and parameter.dtype.is_floating_point and parameter.dtype.itemsize == 1
+
+
+def _input_dtype(parameter: Tensor | None, keys: torch.dtype, otherwise: torch.dtype) -> torch.dtype:
+    """Return the dtype to call a projection with: its parameter's, that of the keys that it made where the parameter is
+    float8, and `otherwise` where that is no floating-point tensor (quantised) or there is none."""
+    if parameter is None or not parameter.dtype.is_floating_point:
+        return otherwise
+    return keys if _is_float8(parameter) else parameter.dtype
+
+
+def _by_functorch(parameter: Tensor | None) -> bool:
+    """Whether torch.func differentiates the projection: Dynamo traces nothing else, and nothing else takes weights made
+    in inference mode. It crashes on float8, whose hooks Dynamo cannot trace in any case."""
+    if torch.compiler.is_compiling():
+        return not _is_float8(parameter)
+    return parameter is not None and parameter.is_inference()
+
+
+def project_back(pull: Tensor, to_k: KeyProjection, keys: torch.dtype) -> Tensor:
+    """`pull` [B,N,H*d] times the weight of the key projection: [B,N,d_ctx]. `keys`: the dtype of what it makes.
 
     A module is differentiated, not read, unless it is a bare linear one: the weight may be adapted (LoRA), quantised or
     offloaded.
@@ -63,12 +91,19 @@ def project_back(pull: Tensor, to_k: KeyProjection) -> Tensor:
             "[H*d, d_ctx]"
         )
     parameter = next(to_k.parameters(), None) if isinstance(to_k, torch.nn.Module) else None
-    floating = parameter is not None and parameter.dtype.is_floating_point
-    dtype = parameter.dtype if parameter is not None and floating else pull.dtype
     # The projection is linear, so its derivative is the same at every context.
-    origin = torch.zeros(*pull.shape[:2], width, dtype=dtype, device=pull.device)
-    out, pull_back = torch.func.vjp(to_k, origin)[:2]
-    return pull_back(pull.to(out.dtype))[0]
+    origin = torch.zeros(*pull.shape[:2], width, dtype=_input_dtype(parameter, keys, pull.dtype), device=pull.device)
+    if _by_functorch(parameter):
+        out, pull_back = torch.func.vjp(to_k, origin)[:2]
+        return pull_back(pull.to(out.dtype))[0]
+    # Hooks may give a weight other memory after the call (casting, offloading): what is saved keeps that of the call.
+    kept = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda x: x)
+    recorded = differentiated(pull)
+    with torch.inference_mode(False), torch.enable_grad(), kept:
+        origin = origin.clone().requires_grad_()
+        out = to_k(origin)
+        (found,) = torch.autograd.grad(out, origin, pull.to(out.dtype), create_graph=recorded)
+    return found
 
 
 def context_update(
@@ -135,10 +170,10 @@ def context_update(
     if resolve(impl, k.device) == "triton" and not differentiated(*tensors):
         check_kernel_limits(k)
         gammas = [x if isinstance(x, Tensor) else torch.full((), x, device=k.device) for x in (gamma_attn, gamma_norm)]
-        pull = _triton.context_pull(update, k, *gammas, token_weight, alpha, halved)
+        pull = _pull_triton(update, k, *gammas, token_weight, alpha, halved)
     else:
         pull = _pull(update, k, gamma_attn, gamma_norm, token_weight, alpha, halved)
-    return project_back(pull, to_k)
+    return project_back(pull, to_k, k.dtype)
 
 
 def _pull(

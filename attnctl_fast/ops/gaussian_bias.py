@@ -5,17 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import reference
 from .._impl import resolve
 from .._validate import check_grid, check_kernel_dtype
-from ._library import composite, differentiated, once_differentiable, opaque, without_autocast
-from ._triton import gaussian_bias as _triton
+from ._library import composite, differentiable, launcher, without_autocast
 
 CENTRES = ("official", "paper")
 Sigma = float | tuple[float, float]
@@ -130,38 +127,38 @@ def _forward(
 
 @without_autocast
 def _backward(
-    grad: Tensor, grid: Sequence[int], axis_y: Sequence[float], axis_x: Sequence[float], sigmas: Sequence[float]
-) -> Tensor:
+    grad: Tensor,
+    theta: Tensor,
+    grid: Sequence[int],
+    axis_y: Sequence[float],
+    axis_x: Sequence[float],
+    sigmas: Sequence[float],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
     basis_y, basis_x = _bases(grad, grid, (axis_y, axis_x), sigmas)
-    return basis_y.mT @ (grad.unflatten(-1, tuple(grid)) @ basis_x)
+    return [basis_y.mT @ (grad.unflatten(-1, tuple(grid)) @ basis_x)]
 
 
-_ARGUMENTS = "int[] grid, float[] axis_y, float[] axis_x, float[] sigmas) -> Tensor"
-gaussian_bias_op = opaque(
-    f"gaussian_bias(Tensor theta, {_ARGUMENTS}",
+def _fake(theta: Tensor, grid: Sequence[int], *_: object) -> Tensor:
+    return theta.new_empty(*theta.shape[:3], grid[0] * grid[1])
+
+
+gaussian_bias_op = differentiable(
+    "gaussian_bias(Tensor theta, int[] grid, float[] axis_y, float[] axis_x, float[] sigmas) -> Tensor",
     _forward,
-    lambda theta, grid, *_: theta.new_empty(*theta.shape[:3], grid[0] * grid[1]),
-)
-gaussian_bias_backward_op = opaque(
-    f"gaussian_bias_backward(Tensor grad, {_ARGUMENTS}",
+    _fake,
     _backward,
-    lambda grad, grid, axis_y, axis_x, sigmas: grad.new_empty(*grad.shape[:3], len(axis_y), len(axis_x)),
+    leaves=1,
+    linear=True,
 )
-
-
-class _GaussianBias(Function):
-    @staticmethod
-    def forward(theta: Tensor, *basis: Any) -> Tensor:
-        return gaussian_bias_op(theta, *basis)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, *ctx.basis = inputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return gaussian_bias_backward_op(grad, *ctx.basis), None, None, None, None
+_triton = differentiable(
+    "gaussian_bias_triton(Tensor theta, int[] grid, float[] axes) -> Tensor",
+    launcher("gaussian_bias", "gaussian_bias"),
+    _fake,
+    launcher("gaussian_bias", "gaussian_bias_backward"),
+    leaves=1,
+    linear=True,
+)
 
 
 def check_theta(theta: Tensor, shape: tuple[int, ...], axes: tuple[int, ...], name: str = "theta") -> None:
@@ -206,11 +203,10 @@ def gaussian_bias(
     impl = resolve(impl, theta.device)
     if impl == "triton":
         check_kernel_dtype(theta)
-        return _triton.gaussian_bias(theta, [height, width], kernel_axes(grid, sigma, centres))
+        return _triton(theta, [height, width], kernel_axes(grid, sigma, centres))
     wide = theta.to(torch.promote_types(theta.dtype, torch.float32))
     if impl == "reference":
         span = gaussian_bias_reference(wide, full_basis((height, width), sigma, centres, wide))
     else:
-        run = _GaussianBias.apply if differentiated(wide) else gaussian_bias_op
-        span = run(wide, [height, width], axis_y, axis_x, [sigma_y, sigma_x])
+        span = gaussian_bias_op(wide, [height, width], axis_y, axis_x, [sigma_y, sigma_x])
     return span.to(theta.dtype)

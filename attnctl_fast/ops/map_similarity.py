@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_dtype
-from ._library import composite, differentiated, once_differentiable, opaque, without_autocast
+from ._library import composite, differentiable, launcher, without_autocast
 from ._objective import Array, arrays, namespace, tensor
-from ._triton import map_similarity as _triton
 from .smooth_maps import check_maps, wide
 
 # Of the Triton kernels, which hold all similarities of a sample in one program.
@@ -65,37 +63,28 @@ def _forward(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @without_autocast
-def _backward(grad: Tensor, maps: Tensor, similarity: Tensor, inverse: Tensor) -> Tensor:
+def _backward(
+    grad: Tensor, maps: Tensor, similarity: Tensor, inverse: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
     grad, maps, similarity, inverse = arrays(grad, maps, similarity, inverse)
-    return tensor(mixing(grad, similarity, inverse) @ maps)
+    return [tensor(mixing(grad, similarity, inverse) @ maps)]
 
 
-map_similarity_op = opaque(
-    "map_similarity(Tensor maps) -> (Tensor, Tensor)",
-    _forward,
-    lambda maps: (maps.new_empty(*maps.shape[:2], maps.shape[1]), maps.new_empty(maps.shape[:2])),
+def _fake(maps: Tensor) -> tuple[Tensor, Tensor]:
+    inverse = maps.new_empty(maps.shape[:2], dtype=torch.promote_types(maps.dtype, torch.float32))
+    return inverse.new_empty(*maps.shape[:2], maps.shape[1]), inverse
+
+
+_SCHEMA = "(Tensor maps) -> (Tensor, Tensor)"
+_eager = differentiable(f"map_similarity{_SCHEMA}", _forward, _fake, _backward, leaves=1, saves=(0, 1))
+_triton = differentiable(
+    f"map_similarity_triton{_SCHEMA}",
+    launcher("similarity", "map_similarity"),
+    _fake,
+    launcher("similarity", "map_similarity_backward"),
+    leaves=1,
+    saves=(0, 1),
 )
-map_similarity_backward_op = opaque(
-    "map_similarity_backward(Tensor grad, Tensor maps, Tensor similarity, Tensor inverse) -> Tensor",
-    _backward,
-    lambda grad, maps, similarity, inverse: maps.new_empty(maps.shape),
-)
-
-
-class _MapSimilarity(Function):
-    @staticmethod
-    def forward(maps: Tensor) -> tuple[Tensor, Tensor]:
-        return map_similarity_op(maps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, *output)
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor]:
-        return (map_similarity_backward_op(grad, *ctx.saved_tensors),)
 
 
 def map_similarity(maps: Tensor, *, impl: str | None = None) -> Tensor:
@@ -118,8 +107,7 @@ def map_similarity(maps: Tensor, *, impl: str | None = None) -> Tensor:
     impl = resolve(impl, maps.device)
     if impl == "triton":
         check_kernel_tokens(maps)
-        return _triton.map_similarity(maps)
+        return _triton(maps)
     if impl == "reference":
         return map_similarity_reference(wide(maps))
-    maps = wide(maps)
-    return (_MapSimilarity.apply if differentiated(maps) else map_similarity_op)(maps)[0]
+    return _eager(wide(maps))

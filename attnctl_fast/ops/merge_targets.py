@@ -8,8 +8,8 @@ from torch import Tensor
 from .. import reference
 from .._impl import resolve
 from .._validate import TokenIds, check_dtype, check_kernel_dtype, check_kernel_limits, check_targets
-from ._library import composite
-from ._triton import merge_targets as _triton
+from ..reference import NO_COLUMNS
+from ._library import composite, differentiable, launcher
 from .attention import gather_columns
 from .target_statistics import TargetStatistics, joint_lse
 
@@ -34,6 +34,7 @@ def _merge_targets(
     z = logits + bias
     if target_ids.ndim == 2:
         z = z.masked_fill((target_ids < 0)[:, None, :, None], -torch.inf)
+    rest_lse = rest_lse.clamp(min=NO_COLUMNS)
     weights = torch.cat([z, rest_lse.unsqueeze(2)], 2).softmax(2)
     rest_weight, columns, values = weights[:, :, -1], weights[:, :, :-1], gather_columns(v, target_ids)
     if pinned_ids.shape[-1]:
@@ -46,6 +47,13 @@ def _merge_targets(
 
 
 merge_targets_op = composite("merge_targets" + _SCHEMA, _merge_targets)
+_triton = differentiable(
+    "merge_targets_triton" + _SCHEMA.replace("Tensor bias", "Tensor? bias"),
+    launcher("merge_targets", "merge_targets"),
+    lambda rest_out, rest_lse, logits, pinned_logits, v, *_: v.new_empty(rest_out.shape),
+    launcher("merge_targets", "merge_targets_backward"),
+    leaves=6,
+)
 
 
 def check_bias(bias: Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -111,7 +119,7 @@ def merge_targets(
     if impl == "triton":
         check_kernel_limits(v, targets.shape[-1] + pinned.shape[-1])
         check_kernel_dtype(stats.logits)
-        return _triton.merge_targets(*arguments, bias, targets, pinned)
+        return _triton(*arguments, bias, targets, pinned)
     if bias is None:
         bias = torch.zeros_like(stats.logits)
     merge = merge_targets_reference if impl == "reference" else merge_targets_op

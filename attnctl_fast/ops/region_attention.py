@@ -7,9 +7,8 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_dtype, check_kernel_limits, check_qkv, check_scale
-from ._library import composite, differentiated
-from ._triton import region_attention as _triton
+from .._validate import check_dtype, check_kernel_limits, check_key_bias, check_qkv, check_scale
+from ._library import composite, differentiated, launcher, opaque
 
 # Logits that are in memory at once: on a CPU what its caches hold.
 LOGITS = {"cpu": 1 << 19}
@@ -17,30 +16,60 @@ LOGITS_ELSEWHERE = 1 << 25
 
 
 def _eager(
-    q: Tensor, k: Tensor, v: Tensor, row_regions: Tensor, column_regions: Tensor, weight: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_regions: Tensor,
+    column_regions: Tensor,
+    weight: Tensor,
+    scale: float,
+    key_bias: Tensor | None,
 ) -> Tensor:
     """By blocks of rows, the heads of a sample in one product."""
     batch, heads, image_tokens, _ = q.shape
     most = LOGITS.get(q.device.type, LOGITS_ELSEWHERE)
     rows = max(1, min(image_tokens, most // (batch * heads * k.shape[2])))
     columns, keys = column_regions[:, None, None, :], k.mT
+    if key_bias is not None:
+        masked = key_bias.isneginf()[:, None, None, :]
+        empty = masked.all(-1, keepdim=True)
+        # A sample without a column to attend to is computed without a mask, and nobody sees it.
+        left_out, added = masked & ~empty, key_bias[:, None, None, :].masked_fill(masked, 0.0)
     blocks = []
     for first in range(0, image_tokens, rows):
         block = slice(first, first + rows)
         logits = (scale * q[:, :, block]) @ keys  # [B,H,rows,N]
-        low, high = logits.amin(-1, keepdim=True), logits.amax(-1, keepdim=True)
+        if key_bias is None:
+            low, high = logits.amin(-1, keepdim=True), logits.amax(-1, keepdim=True)
+        else:
+            logits = logits + added
+            low = logits.masked_fill(left_out, torch.inf).amin(-1, keepdim=True)
+            high = logits.masked_fill(left_out, -torch.inf).amax(-1, keepdim=True)
         share = weight[:, None, block, None]
         shared = ((row_regions[:, None, block, None] & columns) != 0).to(logits)
         lowered = torch.addcmul(share * low, logits, 1 - share)
-        blocks.append(torch.addcmul(lowered, shared, share * (high - low)).softmax(-1) @ v)
-    return torch.cat(blocks, 2)
+        moved = torch.addcmul(lowered, shared, share * (high - low))
+        if key_bias is not None:
+            moved = moved.masked_fill(left_out, -torch.inf)
+        blocks.append(moved.softmax(-1) @ v)
+    out = torch.cat(blocks, 2)
+    return out if key_bias is None else out.masked_fill(empty, 0.0)
 
 
 _SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor row_regions, Tensor column_regions, Tensor weight, float scale) -> Tensor"
+    "(Tensor q, Tensor k, Tensor v, Tensor row_regions, Tensor column_regions, Tensor weight, float scale, "
+    "Tensor? key_bias) -> Tensor"
 )
 region_attention_reference = composite(f"region_attention_reference{_SCHEMA}", reference.region_attention)
 region_attention_eager = composite(f"region_attention{_SCHEMA}", _eager)
+
+
+_triton = opaque(
+    "region_attention_triton(Tensor q, Tensor k, Tensor v, Tensor row_regions, Tensor column_regions, Tensor weight, "
+    "Tensor? key_bias, float scale) -> Tensor",
+    launcher("region_attention", "region_attention"),
+    lambda q, *_: q.new_empty(q.shape),
+)
 
 
 def _check_regions(name: str, regions: Tensor, q: Tensor, tokens: int) -> None:
@@ -61,13 +90,15 @@ def region_attention(
     weight: Tensor,
     *,
     scale: float | None = None,
+    key_bias: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """softmax(l') v, with logits l = scale q k^T that regions modulate (arXiv 2308.12964, "DenseDiffusion").
 
     With w the row's weight, l' = l + w (max - l) where row and column share a region, and l' = l - w (l - min)
-    everywhere else; max and min are those of the row of l. Neither logits nor masks of size M*N are ever in memory as a
-    whole, except for the gradients.
+    everywhere else; max and min are those of the row of l. A key_bias is part of l, but a column that it masks is no
+    extreme and stays masked. Neither logits nor masks of size M*N are ever in memory as a whole, except for the
+    gradients.
 
     Differentiable in q, k, v and weight by `"eager"` and `"reference"`.
 
@@ -79,6 +110,7 @@ def region_attention(
         weight: w, `[B,M]`, float32 or that of the computation. Zero leaves a row as it is; one moves all its logits
             to the extremes.
         scale: factor of the logits, 1/sqrt(d) by default.
+        key_bias: added to the scaled logits, `[B,N]`, -inf for a masked column: as for `attention`.
         impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
 
     Returns:
@@ -88,6 +120,7 @@ def region_attention(
         ValueError: shapes, dtypes or devices that do not fit; with `"triton"`, inputs that require a gradient.
     """
     check_qkv(q, k, v)
+    key_bias = check_key_bias(key_bias, k)
     _check_regions("row_regions", row_regions, q, q.shape[2])
     _check_regions("column_regions", column_regions, q, k.shape[2])
     if weight.shape != row_regions.shape or weight.device != q.device:
@@ -104,7 +137,7 @@ def region_attention(
             raise ValueError(
                 "region_attention has no gradient by the Triton kernels; use impl='eager', or torch.no_grad()"
             )
-        return _triton.region_attention(q, k, v, row_regions, column_regions, weight, scale)
+        return _triton(q, k, v, row_regions, column_regions, weight, key_bias, scale)
     run = region_attention_reference if impl == "reference" else region_attention_eager
-    out = run(q.to(wide), k.to(wide), v.to(wide), row_regions, column_regions, weight, scale)
+    out = run(q.to(wide), k.to(wide), v.to(wide), row_regions, column_regions, weight, scale, key_bias)
     return out.to(q.dtype)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import reference
 from .._impl import resolve
 from .._validate import check_grid
-from ._library import NAMESPACE
+from ._library import launcher, opaque
 from ._objective import (
     Array,
     Distance,
@@ -21,12 +21,12 @@ from ._objective import (
     Terms,
     arrays,
     check_kernel_maps,
+    joined,
     namespace,
     softmax,
     softmax_backward_,
     tensor,
 )
-from ._triton.regulate import regulate as regulate_triton_op
 from .gaussian_bias import Sigma, basis_axes, check_theta, full_basis, kept_axis_basis, kernel_axes
 from .target_statistics import TargetStatistics, check_statistics
 
@@ -84,7 +84,7 @@ def descend(
     basis_y_t = basis_y.swapaxes(0, 1)
     terms = Terms(logits, objective)
 
-    edited = xp.concatenate([logits, rest_lse[:, None]], 1)
+    edited = joined(logits, rest_lse)
     columns = edited[:, :targets]
     probabilities, gradient = xp.empty_like(edited), xp.empty_like(edited)
     attention = probabilities[:, :targets]
@@ -126,13 +126,43 @@ def descend(
     return losses, history
 
 
-@torch.library.custom_op(f"{NAMESPACE}::regulate", mutates_args=())
-def regulate_op(
+_Results = tuple[Tensor, Tensor, Tensor]
+
+
+def _at_strength(
+    solve: Callable[[float], _Results],
+    strength: float | Tensor,
+    logits: Tensor,
+    theta: Tensor,
+    previous: Tensor | None,
+    steps: int,
+) -> _Results:
+    """What `solve` finds; at a tensor of zero, no descent: no bias, the weights as they were, losses of zero.
+
+    On an accelerator, which is never waited for, the descent is made all the same, and then left out.
+    """
+    if not isinstance(strength, Tensor):
+        return solve(strength)
+    on_cpu = logits.device.type == "cpu"
+    if on_cpu and strength != 0:
+        return solve(strength.item())
+    padded = (logits == -torch.inf).all(-1)[..., None, None]
+    start = torch.where(padded, 0.0, theta if previous is None else previous).contiguous()
+    if on_cpu:
+        contiguous = torch.contiguous_format
+        return torch.zeros_like(logits, memory_format=contiguous), start, logits.new_zeros(steps, *logits.shape[:2])
+    bias, kept, losses = solve(1.0)
+    off = strength == 0
+    return torch.where(off, 0.0, strength * bias), torch.where(off, start, kept), losses.masked_fill(off, 0.0)
+
+
+def _eager(
     logits: Tensor,
     rest_lse: Tensor,
     rest_square: Tensor | None,
     theta: Tensor,
     previous: Tensor | None,
+    strength_tensor: Tensor | None,
     grid: Sequence[int],
     sigma: Sequence[float],
     centres: str,
@@ -142,41 +172,41 @@ def regulate_op(
     steps: int,
     step_size: float,
     select: str,
-    objective: str,
-    quantile: float,
-    level: float,
-    mass: float | None,
-    mass_weight: float,
-    penalty: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    aim = Objective(objective, quantile, level, mass, mass_weight, penalty)
+    *aim: Any,
+) -> _Results:
+    objective = Objective(*aim)
     axis_y, axis_x, _, _ = basis_axes((grid[0], grid[1]), (sigma[0], sigma[1]), centres)
     bases = (
         kept_axis_basis(grid[0], tuple(axis_y), sigma[0], logits.dtype, logits.device),
         kept_axis_basis(grid[1], tuple(axis_x), sigma[1], logits.dtype, logits.device),
     )
     flat = [x if x is None else x.flatten(0, 1) for x in (logits, rest_lse, rest_square, theta, previous)]
-    with np.errstate(all="ignore"):
-        maps, rest, square, initial, before = arrays(*flat)
-        basis_y, basis_x = arrays(*bases)
-        losses, thetas = descend(maps, rest, square, initial, (basis_y, basis_x), bias_scale, steps, step_size, aim)
-        losses = losses.reshape(steps, *logits.shape[:2])
-        kept = keep_best(losses, thetas.reshape(steps, *theta.shape), select)
-        average = kept.reshape(initial.shape)
-        if ema > 0:
-            before = thetas[0] if before is None else Terms(maps, aim).only_real(before)
-            average = average + ema * (before - average)
-        bias = _span(average, basis_y, basis_x, strength * bias_scale).reshape(maps.shape)
-    return tensor(bias).view(logits.shape), tensor(kept), tensor(losses)
+
+    def solve(strength: float) -> _Results:
+        with np.errstate(all="ignore"):
+            maps, rest, square, initial, before = arrays(*flat)
+            axes = basis_y, basis_x = tuple(arrays(*bases))
+            losses, thetas = descend(maps, rest, square, initial, axes, bias_scale, steps, step_size, objective)
+            losses = losses.reshape(steps, *logits.shape[:2])
+            kept = keep_best(losses, thetas.reshape(steps, *theta.shape), select)
+            average = kept.reshape(initial.shape)
+            if ema > 0:
+                before = thetas[0] if before is None else Terms(maps, objective).only_real(before)
+                average = average + ema * (before - average)
+            bias = _span(average, basis_y, basis_x, strength * bias_scale).reshape(maps.shape)
+        return tensor(bias).view(logits.shape), tensor(kept), tensor(losses)
+
+    given = strength if strength_tensor is None else strength_tensor
+    return _at_strength(solve, given, logits, theta, previous, steps)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::regulate_reference", mutates_args=())
-def regulate_reference_op(
+def _reference(
     logits: Tensor,
     rest_lse: Tensor,
     rest_square: Tensor | None,
     theta: Tensor,
     previous: Tensor | None,
+    strength_tensor: Tensor | None,
     grid: Sequence[int],
     sigma: Sequence[float],
     centres: str,
@@ -187,48 +217,33 @@ def regulate_reference_op(
     step_size: float,
     select: str,
     objective: str,
-    quantile: float,
-    level: float,
-    mass: float | None,
-    mass_weight: float,
-    penalty: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *terms: Any,
+) -> _Results:
     basis = full_basis((grid[0], grid[1]), (sigma[0], sigma[1]), centres, logits)
-    return reference.regulate(
-        logits,
-        rest_lse,
-        rest_square,
-        theta,
-        previous,
-        basis,
-        bias_scale,
-        ema,
-        strength,
-        objective,
-        steps,
-        step_size,
-        select,
-        quantile,
-        level,
-        mass,
-        mass_weight,
-        penalty,
-    )
+    tensors = (logits, rest_lse, rest_square, theta, previous)
+
+    def solve(strength: float) -> _Results:
+        settings = (bias_scale, ema, strength, objective, steps, step_size, select, *terms)
+        return reference.regulate(*tensors, basis, *settings)
+
+    given = strength if strength_tensor is None else strength_tensor
+    return _at_strength(solve, given, logits, theta, previous, steps)
 
 
-def _fake(  # type: ignore[no-untyped-def]
-    logits, rest_lse, rest_square, theta, previous, grid, sigma, centres, bias_scale, ema, strength, steps, *rest
-):
-    contiguous = torch.contiguous_format
-    return (
-        torch.empty_like(logits, memory_format=contiguous),
-        torch.empty_like(theta, memory_format=contiguous),
-        logits.new_empty(steps, *logits.shape[:2]),
-    )
+def _fake(logits: Tensor, rest_lse: Tensor, rest_square: Tensor | None, theta: Tensor, *rest: Any) -> _Results:
+    steps = rest[-9]
+    return logits.new_empty(logits.shape), theta.new_empty(theta.shape), logits.new_empty(steps, *logits.shape[:2])
 
 
-regulate_op.register_fake(_fake)
-regulate_reference_op.register_fake(_fake)
+_SCHEMA = (
+    "(Tensor logits, Tensor rest_lse, Tensor? rest_square, Tensor theta, Tensor? previous, Tensor? strength_tensor, "
+    "int[] grid, {}, float bias_scale, float ema, float strength, int steps, float step_size, str select, "
+    "str objective, float quantile, float level, float? mass, float mass_weight, float penalty) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_eager_op = opaque("regulate" + _SCHEMA.format("float[] sigma, str centres"), _eager, _fake)
+_reference_op = opaque("regulate_reference" + _SCHEMA.format("float[] sigma, str centres"), _reference, _fake)
+_triton_op = opaque("regulate_triton" + _SCHEMA.format("float[] axes"), launcher("regulate", "regulate"), _fake)
 
 
 def _check_kernel_limits(logits: Tensor, grid: tuple[int, int], centres: tuple[int, ...]) -> None:
@@ -260,7 +275,7 @@ def regulate(
     bias_scale: float = 1.0,
     previous: Tensor | None = None,
     ema: float = 0.0,
-    strength: float = 1.0,
+    strength: float | Tensor = 1.0,
     select: str = "sample",
     quantile: float = 0.9,
     level: float = 0.9,
@@ -290,7 +305,9 @@ def regulate(
         previous: weights of the sampling step before, as `Regulation.theta` gave them, shaped and typed like theta;
             None for the initial ones. A padded target's are ignored.
         ema: weight of their bias in the bias returned, from 0 to 1 (the released code: 0.25).
-        strength: factor of the bias returned (the released code: 0.99 to the power of the sampling step).
+        strength: factor of the bias returned (the released code: 0.99 to the power of the sampling step). As a 0-d
+            tensor on the device of the statistics, one compiled graph serves every strength, and at zero nothing is
+            descended: the bias and the losses are zero, and theta is `previous`, or without one the initial theta.
         select: whose loss decides which step is kept: `"sample"` (mean over the heads of each sample, so that a
             sample's result does not depend on its batch) or `"batch"` (over all, the released code's for several
             images). The paper does not say.
@@ -302,7 +319,7 @@ def regulate(
 
     Raises:
         ValueError: a grid that does not match M or holds no centre, theta or previous that does not fit, sigma not
-            positive, ema outside of [0, 1], or steps < 1.
+            positive, ema outside of [0, 1], a strength that is not finite (a tensor's value is trusted), or steps < 1.
     """
     logits = stats.logits
     check_statistics(stats)
@@ -311,6 +328,15 @@ def regulate(
     aim = Objective.checked(objective, quantile, level, mass, mass_weight, penalty, stats.rest_square)
     if isinstance(steps, float) or steps < 1:
         raise ValueError(f"steps is {steps}; it must be an int of at least 1")
+    factor = strength if isinstance(strength, Tensor) else None
+    if factor is not None:
+        if factor.ndim or not factor.dtype.is_floating_point:
+            raise ValueError(
+                f"strength is {factor.dtype} of shape {tuple(factor.shape)}; it must be a float or a 0-d float tensor"
+            )
+        if factor.device != logits.device:
+            raise ValueError(f"strength is on {factor.device} but the statistics are on {logits.device}; move it there")
+        strength = 1.0
     for name, number in (("step_size", step_size), ("strength", strength)):
         if not math.isfinite(number):
             raise ValueError(f"{name} is {number}; it must be finite")
@@ -332,10 +358,11 @@ def regulate(
             )
     impl = resolve(impl, logits.device)
     square = stats.rest_square if objective == "paper" else None
-    detached = [x if x is None else x.detach() for x in (logits, stats.rest_lse, square, theta, previous)]
+    tensors = (logits, stats.rest_lse, square, theta, previous, factor)
+    detached = [x if x is None else x.detach() for x in tensors]
     settings = (bias_scale, ema, strength, steps, step_size, select, aim.name, *aim.terms)
     if impl == "triton":
         _check_kernel_limits(logits, grid, shape[3:])
-        return Regulation(*regulate_triton_op(*detached, list(grid), kernel_axes(grid, sigma, centres), *settings))
-    run = regulate_reference_op if impl == "reference" else regulate_op
+        return Regulation(*_triton_op(*detached, list(grid), kernel_axes(grid, sigma, centres), *settings))
+    run = _reference_op if impl == "reference" else _eager_op
     return Regulation(*run(*detached, list(grid), [sigma_y, sigma_x], centres, *settings))

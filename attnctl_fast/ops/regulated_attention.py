@@ -6,9 +6,17 @@ import torch
 from torch import Tensor
 
 from .._impl import resolve
-from .._validate import TokenIds, check_dtype, check_grid, check_kernel_limits, check_qkv, check_scale, check_targets
-from ._triton import biased_attention as _triton
-from .biased_attention import biased_attention
+from .._validate import (
+    TokenIds,
+    check_dtype,
+    check_grid,
+    check_kernel_limits,
+    check_key_bias,
+    check_qkv,
+    check_scale,
+    check_targets,
+)
+from .biased_attention import biased_attention, biased_attention_triton
 from .gaussian_bias import Sigma, basis_shape, check_theta, gaussian_bias, kernel_axes
 
 
@@ -24,6 +32,7 @@ def regulated_attention(
     centres: str = "official",
     pinned_ids: TokenIds = (),
     scale: float | None = None,
+    key_bias: Tensor | None = None,
     bias_inside_scale: bool = False,
     impl: str | None = None,
 ) -> Tensor:
@@ -35,7 +44,7 @@ def regulated_attention(
         q: queries `[B,H,M,d]`, any strides.
         k, v: keys and values `[B,H,N,d]`.
         theta: weights of the Gaussians `[B,H,T,r_y,r_x]`; float32, or float64 for float64 inputs.
-        target_ids, pinned_ids, scale, bias_inside_scale, impl: as for `biased_attention`.
+        target_ids, pinned_ids, scale, key_bias, bias_inside_scale, impl: as for `biased_attention`.
         grid: (height, width), height*width == M.
         sigma, centres: as for `gaussian_bias`.
 
@@ -52,11 +61,12 @@ def regulated_attention(
     check_theta(theta, (*q.shape[:2], targets.shape[-1]), basis_shape(grid, sigma, centres))
     theta = check_dtype("theta", theta, torch.promote_types(q.dtype, torch.float32))
     if impl == "triton":
+        key_bias = check_key_bias(key_bias, k)
         scale = check_scale(scale, q.shape[3])
         check_kernel_limits(q, targets.shape[-1] + pinned.shape[-1])
-        axes = tuple(kernel_axes(grid, sigma, centres))
+        axes = kernel_axes(grid, sigma, centres)
         inside = scale if bias_inside_scale else 1.0
-        return _triton.biased_attention(q, k, v, theta, targets, pinned, scale, inside, grid[1], axes)
+        return biased_attention_triton(q, k, v, theta, targets, pinned, key_bias, scale, inside, grid[1], axes)
     bias = gaussian_bias(theta, grid, sigma=sigma, centres=centres, impl=impl)
     return biased_attention(
         q,
@@ -66,6 +76,7 @@ def regulated_attention(
         targets,
         pinned_ids=pinned,
         scale=scale,
+        key_bias=key_bias,
         bias_inside_scale=bias_inside_scale,
         impl=impl,
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-import torch
 from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
 from .._validate import check_dtype
-from ._library import NAMESPACE, composite
+from ._library import composite, differentiable, launcher, without_autocast
 from ._objective import (
     Array,
     Distance,
@@ -17,22 +18,22 @@ from ._objective import (
     Terms,
     arrays,
     check_kernel_maps,
+    joined,
     namespace,
     reciprocal,
     softmax,
     softmax_backward_,
     tensor,
 )
-from ._triton.regulation_loss import regulation_loss as regulation_loss_triton
 from .gaussian_bias import check_theta
 from .merge_targets import check_bias
 from .target_statistics import TargetStatistics, check_statistics
 
-regulation_loss_reference = composite(
-    "regulation_loss_reference(Tensor logits, Tensor rest_lse, Tensor? rest_square, Tensor bias, Tensor? theta, "
-    "str objective, float quantile, float level, float? mass, float mass_weight, float penalty) -> Tensor",
-    reference.regulation_loss,
+_SCHEMA = (
+    "(Tensor logits, Tensor rest_lse, Tensor? rest_square, Tensor bias, Tensor? theta, "
+    "str objective, float quantile, float level, float? mass, float mass_weight, float penalty) -> Tensor"
 )
+regulation_loss_reference = composite(f"regulation_loss_reference{_SCHEMA}", reference.regulation_loss)
 
 
 def _flat(*tensors: Tensor | None) -> list[Array]:
@@ -41,25 +42,19 @@ def _flat(*tensors: Tensor | None) -> list[Array]:
 
 
 def _softmax(logits: Array, rest_lse: Array) -> Array:
-    joined = namespace(logits).concatenate([logits, rest_lse[:, None]], 1)
-    return softmax(joined, joined)
+    edited = joined(logits, rest_lse)
+    return softmax(edited, edited)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::regulation_loss", mutates_args=())
-def regulation_loss_op(
+def _forward(
     logits: Tensor,
     rest_lse: Tensor,
     rest_square: Tensor | None,
     bias: Tensor,
     theta: Tensor | None,
-    objective: str,
-    quantile: float,
-    level: float,
-    mass: float | None,
-    mass_weight: float,
-    penalty: float,
+    *settings: Any,
 ) -> Tensor:
-    aim = Objective(objective, quantile, level, mass, mass_weight, penalty)
+    aim = Objective(*settings)
     maps, rest, square, added, weights = _flat(logits, rest_lse, rest_square, bias, theta)
     with np.errstate(all="ignore"):
         terms = Terms(maps, aim)
@@ -67,39 +62,25 @@ def regulation_loss_op(
         measured = terms.measure(probabilities[:, :-1])
         loss = terms.loss(measured.high, measured.mean)
         if square is not None:
-            loss = loss + penalty * Distance.of(_softmax(maps, rest), square).value(probabilities)
+            loss = loss + aim.penalty * Distance.of(_softmax(maps, rest), square).value(probabilities)
         elif weights is not None:
-            loss = loss + penalty * (terms.share * (terms.only_real(weights) ** 2).mean((-1, -2))).sum(-1)
+            loss = loss + aim.penalty * (terms.share * (terms.only_real(weights) ** 2).mean((-1, -2))).sum(-1)
     return tensor(loss).view(logits.shape[:2])
 
 
-@regulation_loss_op.register_fake
-def _(logits, rest_lse, rest_square, bias, theta, *rest):  # type: ignore[no-untyped-def]
-    return logits.new_empty(logits.shape[:2])
-
-
-@torch.library.custom_op(f"{NAMESPACE}::regulation_loss_backward", mutates_args=())
-def regulation_loss_backward_op(
+def _backward(
     grad: Tensor,
     logits: Tensor,
     rest_lse: Tensor,
     rest_square: Tensor | None,
     bias: Tensor,
     theta: Tensor | None,
-    objective: str,
-    quantile: float,
-    level: float,
-    mass: float | None,
-    mass_weight: float,
-    penalty: float,
-    of_statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of logits, rest_lse, rest_square (or empty), bias and theta (or empty). Without `of_statistics` the
-    first three leave out what only they need."""
-    aim = Objective(objective, quantile, level, mass, mass_weight, penalty)
+    *settings: Any,
+) -> list[Tensor | None]:
+    aim, needed = Objective(*settings[:-1]), settings[-1]
     maps, rest, square, added, weights = _flat(logits, rest_lse, rest_square, bias, theta)
     (outer,) = arrays(grad.flatten()[:, None, None])
-    grad_square, grad_theta = logits.new_empty(0), logits.new_empty(0)
+    grad_square = grad_theta = None
     with np.errstate(all="ignore"):
         terms = Terms(maps, aim)
         probabilities = _softmax(maps + terms.only_real(added), rest)
@@ -110,59 +91,42 @@ def regulation_loss_backward_op(
             distance = Distance.of(plain, square)
             value = distance.value(probabilities)
             of_edited = distance.gradient(probabilities, value)
-            gradient += penalty * of_edited
-        if square is not None and of_statistics:
+            gradient += aim.penalty * of_edited
+        if square is not None and any(needed[:3]):
             # kappa = rest_square / P^2 depends on the plain rest's probability P as well.
             change = (probabilities[:, -1] - plain[:, -1]) * reciprocal(plain[:, -1])
-            slope = (penalty * reciprocal(value))[:, None] * change**2
-            of_plain = -penalty * of_edited
+            slope = (aim.penalty * reciprocal(value))[:, None] * change**2
+            of_plain = -aim.penalty * of_edited
             of_plain[:, -1] -= slope * plain[:, -1] * distance.kappa
             of_plain = softmax_backward_(of_plain, plain) * outer
-            grad_square = tensor(0.5 * slope * outer[:, 0]).view(rest_square.shape)  # type: ignore[union-attr]
-        if square is None and weights is not None:
-            scale = (2 * penalty / (weights.shape[2] * weights.shape[3])) * terms.share
-            grad_theta = tensor(outer[..., None] * scale[..., None, None] * terms.only_real(weights)).view(theta.shape)  # type: ignore[union-attr]
+            grad_square = tensor(0.5 * slope * outer[:, 0])
+        if needed[4]:
+            scale = (2 * aim.penalty / (weights.shape[2] * weights.shape[3])) * terms.share
+            grad_theta = tensor(outer[..., None] * scale[..., None, None] * terms.only_real(weights))
         of_bias = softmax_backward_(gradient, probabilities) * outer
-        of_logits = of_bias + of_plain
-    of_bias, of_logits = tensor(of_bias), tensor(of_logits)
-    return (
-        of_logits[:, :-1].clone().view(logits.shape),
-        of_logits[:, -1].clone().view(rest_lse.shape),
-        grad_square,
-        of_bias[:, :-1].clone().view(logits.shape),
-        grad_theta,
-    )
+        of_logits = tensor(of_bias + of_plain)
+    found = (of_logits[:, :-1], of_logits[:, -1], grad_square, tensor(of_bias)[:, :-1], grad_theta)
+    given = (logits, rest_lse, rest_square, bias, theta)
+    return [
+        x.contiguous().view(like.shape) if wanted and x is not None and like is not None else None
+        for x, like, wanted in zip(found, given, needed, strict=True)
+    ]
 
 
-@regulation_loss_backward_op.register_fake
-def _(grad, logits, rest_lse, rest_square, bias, theta, objective, *rest):  # type: ignore[no-untyped-def]
-    paper = objective == "paper"
-    return (
-        torch.empty_like(logits, memory_format=torch.contiguous_format),
-        torch.empty_like(rest_lse, memory_format=torch.contiguous_format),
-        rest_square.new_empty(rest_square.shape) if paper and rest[-1] else logits.new_empty(0),
-        logits.new_empty(logits.shape),
-        theta.new_empty(theta.shape) if theta is not None and not paper else logits.new_empty(0),
-    )
-
-
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:5])
-    ctx.terms = inputs[5:]
-
-
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    of_statistics = any(ctx.needs_input_grad[:3])
-    gradients = regulation_loss_backward_op(grad, *ctx.saved_tensors, *ctx.terms, of_statistics)
-    paper = ctx.terms[0] == "paper"
-    exists = (True, True, paper, True, not paper)
-    kept = (
-        x if needed and real else None for x, needed, real in zip(gradients, ctx.needs_input_grad, exists, strict=False)
-    )
-    return *kept, *[None] * len(ctx.terms)
-
-
-regulation_loss_op.register_autograd(_backward, setup_context=_save)
+_eager = differentiable(
+    f"regulation_loss{_SCHEMA}",
+    without_autocast(_forward),
+    lambda logits, *_: logits.new_empty(logits.shape[:2]),
+    without_autocast(_backward),
+    leaves=5,
+)
+_triton = differentiable(
+    f"regulation_loss_triton{_SCHEMA}",
+    launcher("regulation_loss", "regulation_loss"),
+    lambda logits, *_: logits.new_empty(logits.shape[:2]),
+    launcher("regulation_loss", "regulation_loss_backward"),
+    leaves=5,
+)
 
 
 def regulation_loss(
@@ -211,10 +175,9 @@ def regulation_loss(
         theta = check_dtype("theta", theta, stats.logits.dtype)
     aim = Objective.checked(objective, quantile, level, mass, mass_weight, penalty, stats.rest_square)
     impl = resolve(impl, stats.logits.device)
-    square = stats.rest_square if objective == "paper" else None
+    square, theta = (stats.rest_square, None) if objective == "paper" else (None, theta)
     if impl == "triton":
         check_kernel_maps(stats.logits)
-        theta = theta if objective == "official" else None
-        return regulation_loss_triton(stats.logits, stats.rest_lse, square, bias, theta, aim.name, *aim.terms)
-    run = regulation_loss_reference if impl == "reference" else regulation_loss_op
+        return _triton(stats.logits, stats.rest_lse, square, bias, theta, aim.name, *aim.terms)
+    run = regulation_loss_reference if impl == "reference" else _eager
     return run(stats.logits, stats.rest_lse, square, bias, theta, aim.name, *aim.terms)

@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import Function
 
 from .. import reference
 from .._impl import resolve
 from .._validate import check_dtype
-from ._library import composite, differentiated, once_differentiable, opaque, without_autocast
+from ._library import composite, differentiable, differentiated, launcher, made, without_autocast
 from ._objective import Array, arrays, namespace, tensor
-from ._triton import similarity_loss as _triton
 from .map_similarity import check_kernel_tokens, mixing, similarities
 from .smooth_maps import check_kernel_taps, check_maps, check_smoothing, smooth, wide
 
@@ -99,9 +97,9 @@ def _forward(
     taps: Sequence[float],
     variant: str,
     weight: float,
-    needed: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and where its gradient is needed the smoothed maps and how it mixes them."""
+    """The loss, and to `keep` for its gradient the smoothed maps and how it mixes them."""
     smoothed = smooth(maps, grid, taps)
     text, lengths = arrays(text_similarity, lengths)
     xp = namespace(smoothed)
@@ -112,7 +110,7 @@ def _forward(
         smoothed, text = xp.where(real, smoothed, xp.zeros_like(smoothed)), xp.where(real, text, xp.zeros_like(text))
     similarity, inverse = similarities(smoothed)
     loss, slope = _distance(similarity, text, lengths, variant, weight)
-    if not needed:
+    if not keep:
         return tensor(loss), maps.new_empty(0), maps.new_empty(0)
     smoothed = tensor(smoothed)
     # Not the maps themselves, which an operation may not return.
@@ -121,46 +119,39 @@ def _forward(
 
 
 @without_autocast
-def _backward(grad: Tensor, smoothed: Tensor, mixing: Tensor, grid: Sequence[int], taps: Sequence[float]) -> Tensor:
+def _backward(grad: Tensor, *arguments: Any) -> list[Tensor | None]:
+    _, _, _, grid, taps, _, _, smoothed, mixing, _ = arguments
     outer, maps, matrix = arrays(grad[:, None, None], smoothed, mixing)
     mixed = tensor((outer * matrix) @ maps)
-    return mixed if len(taps) == 1 else tensor(smooth(mixed, grid, taps, adjoint=True))
+    return [mixed if len(taps) == 1 else tensor(smooth(mixed, grid, taps, adjoint=True))]
 
 
-def fake_forward(maps: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    made = maps.new_empty(0, dtype=torch.promote_types(maps.dtype, torch.float32))
-    loss = made.new_empty(maps.shape[0])
+def _fake(maps: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    loss = maps.new_empty(maps.shape[0], dtype=torch.promote_types(maps.dtype, torch.float32))
     if not rest[-1]:
-        return loss, made, made.new_empty(0)
-    return loss, made.new_empty(maps.shape), made.new_empty(*maps.shape[:2], maps.shape[1])
+        return loss, loss.new_empty(0), loss.new_empty(0)
+    return loss, loss.new_empty(maps.shape), loss.new_empty(*maps.shape[:2], maps.shape[1])
 
 
-similarity_loss_op = opaque(
-    f"similarity_loss({_ARGUMENTS}, bool needed) -> (Tensor, Tensor, Tensor)", _forward, fake_forward
+_launch = launcher("similarity", "similarity_loss")
+
+
+def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    loss, smoothed, mixing = _launch(*arguments)
+    return loss, made(smoothed, loss), made(mixing, loss)
+
+
+_SCHEMA = f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
+_eager = differentiable(f"similarity_loss{_SCHEMA}", _forward, _fake, _backward, leaves=1, saves=(1, 2), keeps=True)
+_triton = differentiable(
+    f"similarity_loss_triton{_SCHEMA}",
+    _triton_forward,
+    _fake,
+    launcher("similarity", "similarity_loss_backward"),
+    leaves=1,
+    saves=(1, 2),
+    keeps=True,
 )
-similarity_loss_backward_op = opaque(
-    "similarity_loss_backward(Tensor grad, Tensor smoothed, Tensor mixing, int[] grid, float[] taps) -> Tensor",
-    _backward,
-    lambda grad, smoothed, mixing, grid, taps: smoothed.new_empty(smoothed.shape),
-)
-
-
-class _SimilarityLoss(Function):
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return similarity_loss_op(*arguments, True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _, smoothed, mixing = output
-        ctx.save_for_backward(smoothed, mixing, inputs[0])
-        ctx.mark_non_differentiable(smoothed, mixing)
-        ctx.how = inputs[3:5]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return similarity_loss_backward_op(grad, *ctx.saved_tensors[:2], *ctx.how), *[None] * 6
 
 
 def _check_lengths(lengths: Tensor | Sequence[int] | None, maps: Tensor) -> Tensor | None:
@@ -258,10 +249,8 @@ def similarity_loss(
     if impl == "triton":
         check_kernel_tokens(maps)
         check_kernel_taps(taps)
-        return _triton.similarity_loss(maps, text, lengths, sides, taps, variant, weight)
+        return _triton(maps, text, lengths, sides, taps, variant, weight)
     arguments = (wide(maps), text, lengths, sides, taps, variant, weight)
     if impl == "reference":
         return similarity_loss_reference(*arguments)
-    if differentiated(maps):
-        return _SimilarityLoss.apply(*arguments)[0]
-    return similarity_loss_op(*arguments, False)[0]
+    return _eager(*arguments)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import reference
 from .._impl import resolve
 from .._validate import check_grid, check_kernel_dtype
-from ._library import composite, differentiated, once_differentiable, opaque, without_autocast
+from ._library import composite, differentiable, launcher, without_autocast
 from ._objective import Array, arrays, tensor
-from ._triton import smooth_maps as _triton
 
 # Of the Triton kernels: the cells of a kernel along an axis.
 KERNEL_TAPS = 7
@@ -97,31 +94,24 @@ def _forward(maps: Tensor, grid: Sequence[int], taps: Sequence[float], adjoint: 
     return tensor(smooth(maps, grid, taps, adjoint))
 
 
-def _fake(maps: Tensor, grid: Sequence[int], taps: Sequence[float]) -> Tensor:
-    return maps.new_empty(maps.shape)
+def _backward(
+    grad: Tensor, maps: Tensor, grid: Sequence[int], taps: Sequence[float], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    return [_forward(grad, grid, taps, True)]
 
 
-smooth_maps_op = opaque("smooth_maps(Tensor maps, int[] grid, float[] taps) -> Tensor", _forward, _fake)
-smooth_maps_backward_op = opaque(
-    "smooth_maps_backward(Tensor grad, int[] grid, float[] taps) -> Tensor",
-    lambda grad, grid, taps: _forward(grad, grid, taps, True),
-    _fake,
+_SCHEMA = "(Tensor maps, int[] grid, float[] taps) -> Tensor"
+_eager = differentiable(
+    f"smooth_maps{_SCHEMA}", _forward, lambda maps, *_: maps.new_empty(maps.shape), _backward, leaves=1, linear=True
 )
-
-
-class _SmoothMaps(Function):
-    @staticmethod
-    def forward(maps: Tensor, grid: Sequence[int], taps: Sequence[float]) -> Tensor:
-        return smooth_maps_op(maps, grid, taps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.how = inputs[1:]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return smooth_maps_backward_op(grad, *ctx.how), None, None
+_triton = differentiable(
+    f"smooth_maps_triton{_SCHEMA}",
+    launcher("smooth_maps", "smooth_maps"),
+    lambda maps, *_: maps.new_empty(maps.shape, dtype=torch.float32),
+    launcher("smooth_maps", "smooth_maps_backward"),
+    leaves=1,
+    linear=True,
+)
 
 
 def wide(maps: Tensor) -> Tensor:
@@ -164,8 +154,7 @@ def smooth_maps(
     if impl == "triton":
         check_kernel_dtype(maps)
         check_kernel_taps(taps)
-        return _triton.smooth_maps(maps, sides, taps)
+        return _triton(maps, sides, taps)
     if impl == "reference":
         return smooth_maps_reference(wide(maps), sides, taps)
-    maps = wide(maps)
-    return (_SmoothMaps.apply if differentiated(maps) else smooth_maps_op)(maps, sides, taps)
+    return _eager(wide(maps), sides, taps)

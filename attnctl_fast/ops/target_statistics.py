@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import TokenIds, check_kernel_limits, check_qkv, check_scale, check_targets
-from ._library import composite
-from ._triton import target_statistics as _triton
-from .attention import attention_without, gather_columns
+from .._validate import TokenIds, check_kernel_limits, check_key_bias, check_qkv, check_scale, check_targets
+from ..reference import NO_COLUMNS
+from ._library import composite, differentiable, launcher, made
+from .attention import attention_without, gather_columns, gather_key_bias
 
 
 class TargetStatistics(NamedTuple):
     """Sufficient statistics of attention control ("sufficient statistics" in MATH.md section 1).
 
     rest_out: attention over the columns that are not targets, `[B,H,M,d]`.
-    rest_lse: the logsumexp of those columns' logits, `[B,H,M]`; -inf where every column is a target.
-    logits: the targets' scaled logits, `[B,H,T,M]`; -inf for padded targets.
+    rest_lse: the logsumexp of those columns' logits, `[B,H,M]`; -inf where every column is a target or masked.
+    logits: the targets' scaled logits, `[B,H,T,M]`; -inf for padded and masked targets.
     rest_square: the sum of squared probabilities over the columns that are not targets, `[B,H,M]`, or None.
-    pinned_logits: the pinned columns' scaled logits, `[B,H,P,M]`, -inf for padded ones, or None without pinned columns.
+    pinned_logits: the pinned columns' scaled logits, `[B,H,P,M]`, -inf for padded and masked ones, or None without
+        pinned columns.
 
     All are float32 (float64 for float64 inputs).
     """
@@ -34,16 +35,14 @@ class TargetStatistics(NamedTuple):
     pinned_logits: Tensor | None
 
 
-target_logits_reference = composite(
-    "target_logits_reference(Tensor q, Tensor k, Tensor target_ids, float scale) -> Tensor", reference.target_logits
-)
-rest_square_reference = composite(
-    "rest_square_reference(Tensor q, Tensor k, Tensor target_ids, float scale) -> Tensor", reference.rest_square
-)
+_COLUMNS = "(Tensor q, Tensor k, Tensor target_ids, float scale, Tensor? key_bias) -> Tensor"
+target_logits_reference = composite(f"target_logits_reference{_COLUMNS}", reference.target_logits)
+rest_square_reference = composite(f"rest_square_reference{_COLUMNS}", reference.rest_square)
 
 
 def joint_lse(rest_lse: Tensor, logits: Tensor) -> Tensor:
-    """The logsumexp over all columns, [B,H,M]. In one call: that of padded targets alone has no gradient."""
+    """The logsumexp over all columns, [B,H,M]. In one call: that of padded targets alone has no gradient. Nor has one
+    of nothing but -inf, so `rest_lse` must be at least NO_COLUMNS."""
     return torch.cat([logits, rest_lse.unsqueeze(2)], 2).logsumexp(2)
 
 
@@ -56,25 +55,54 @@ def check_statistics(stats: TargetStatistics) -> None:
         )
 
 
-def _target_logits(q: Tensor, k: Tensor, target_ids: Tensor, scale: float) -> Tensor:
+def _target_logits(q: Tensor, k: Tensor, target_ids: Tensor, scale: float, key_bias: Tensor | None) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     logits = (gather_columns(k, target_ids).to(wide) * scale) @ q.to(wide).mT
+    if key_bias is not None:
+        logits = logits + gather_key_bias(key_bias, target_ids)[:, None, :, None]
     if target_ids.ndim == 1:
         return logits
     return logits.masked_fill((target_ids < 0)[:, None, :, None], -torch.inf)
 
 
-target_logits_op = composite(
-    "target_logits(Tensor q, Tensor k, Tensor target_ids, float scale) -> Tensor", _target_logits
-)
+target_logits_op = composite(f"target_logits{_COLUMNS}", _target_logits)
 
 
-def _rest_square(q: Tensor, k: Tensor, target_ids: Tensor, lse: Tensor, scale: float, impl: str) -> Tensor:
+def _rest_square(
+    q: Tensor, k: Tensor, target_ids: Tensor, lse: Tensor, scale: float, impl: str, key_bias: Tensor | None
+) -> Tensor:
     if impl == "reference":
-        return rest_square_reference(q, k, target_ids, scale)
+        return rest_square_reference(q, k, target_ids, scale, key_bias)
     # sum_n A_n^2 = exp(logsumexp(2 l) - 2 logsumexp(l)): attention at twice the scale already sums it.
-    _, double_lse = attention_without(q, k, k, target_ids, 2 * scale, impl)
+    double_bias = None if key_bias is None else 2 * key_bias
+    _, double_lse = attention_without(q, k, k, target_ids, 2 * scale, impl, double_bias)
     return torch.exp(double_lse - 2 * lse)
+
+
+_launch = launcher("attention", "target_statistics")
+
+
+def _triton_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    rest_out, rest_lse, logits, square, pinned_logits = _launch(*arguments)
+    return rest_out, rest_lse, logits, made(square, rest_lse), pinned_logits
+
+
+def _triton_fake(q: Tensor, k: Tensor, v: Tensor, targets: Tensor, pinned: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    rows = q.new_empty(q.shape[:3], dtype=torch.float32)
+    logits, pinned_logits = (rows.new_empty(*q.shape[:2], x.shape[-1], q.shape[2]) for x in (targets, pinned))
+    return rows.new_empty(q.shape), rows, logits, rows.new_empty(rows.shape if rest[-1] else 0), pinned_logits
+
+
+_triton = differentiable(
+    "target_statistics_triton(Tensor q, Tensor k, Tensor v, Tensor target_ids, Tensor pinned_ids, Tensor? key_bias, "
+    "float scale, bool with_square) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _triton_forward,
+    _triton_fake,
+    launcher("attention_backward", "target_statistics_backward"),
+    leaves=3,
+    results=5,
+    saves=(1, 2, 3),
+)
 
 
 def target_statistics(
@@ -85,6 +113,7 @@ def target_statistics(
     *,
     pinned_ids: TokenIds = (),
     scale: float | None = None,
+    key_bias: Tensor | None = None,
     with_square: bool = False,
     impl: str | None = None,
 ) -> TargetStatistics:
@@ -99,6 +128,8 @@ def target_statistics(
         target_ids: ids of the T target tokens, `[T]` or `[B,T]` padded with -1; distinct and in 0..N-1.
         pinned_ids: ids of P tokens that shall keep their unedited probabilities (they stay in the rest).
         scale: factor of the logits, 1/sqrt(d) by default.
+        key_bias: added to the scaled logits, `[B,N]`, -inf for a masked column: as for `attention`. All statistics
+            contain it, so that what works on them needs none. A masked target is taken for a padded one.
         with_square: also compute `rest_square`, which only the paper's objective needs.
         impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
 
@@ -111,17 +142,19 @@ def target_statistics(
             an accelerator are trusted, for reading them would synchronise.
     """
     check_qkv(q, k, v)
+    key_bias = check_key_bias(key_bias, k)
     targets, pinned = check_targets(target_ids, pinned_ids, k)
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
     if impl == "triton":
         check_kernel_limits(q, targets.shape[-1] + pinned.shape[-1])
-        found = _triton.target_statistics(q, k, v, targets, pinned, scale, with_square)
-        return TargetStatistics(*found[:3], found[3] if with_square else None, found[4] if pinned.shape[-1] else None)
+        rest_out, rest_lse, logits, square, of_pinned = _triton(q, k, v, targets, pinned, key_bias, scale, with_square)
+        square, of_pinned = square if with_square else None, of_pinned if pinned.shape[-1] else None
+        return TargetStatistics(rest_out, rest_lse, logits, square, of_pinned)
     columns = target_logits_reference if impl == "reference" else target_logits_op
-    rest_out, rest_lse = attention_without(q, k, v, targets, scale, impl)
-    logits = columns(q, k, targets, scale)
+    rest_out, rest_lse = attention_without(q, k, v, targets, scale, impl, key_bias)
+    logits = columns(q, k, targets, scale, key_bias)
     square = None
     if with_square:
-        square = _rest_square(q, k, targets, joint_lse(rest_lse, logits), scale, impl)
-    pinned_logits = columns(q, k, pinned, scale) if pinned.shape[-1] else None
+        square = _rest_square(q, k, targets, joint_lse(rest_lse.clamp(min=NO_COLUMNS), logits), scale, impl, key_bias)
+    pinned_logits = columns(q, k, pinned, scale, key_bias) if pinned.shape[-1] else None
     return TargetStatistics(rest_out, rest_lse, logits, square, pinned_logits)

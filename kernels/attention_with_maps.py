@@ -14,7 +14,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import config, dot_dtype, launch, pieces, unit_stride
-from ._tiles import LN_2, LOG2_E, aligned, exp, load_pieces, row_dots, row_products, slots_of, store_piece
+from ._tiles import (
+    LN_2,
+    LOG2_E,
+    aligned,
+    exp,
+    finite_or_zero,
+    load_key_bias,
+    load_pieces,
+    one_if_zero,
+    row_dots,
+    row_products,
+    slots_of,
+    store_piece,
+)
 from .attention import align_of, attention
 
 
@@ -34,6 +47,7 @@ def _attention_maps_fwd_kernel(
     k_ptr,
     v_ptr,
     slot_ptr,
+    key_bias_ptr,
     out_ptr,
     lse_ptr,
     maps_ptr,
@@ -80,6 +94,8 @@ def _attention_maps_fwd_kernel(
     columns = tl.arange(0, N1)
     taken = columns < N
     slots = slots_of(slot_ptr, columns, taken)
+    if key_bias_ptr is not None:
+        added = load_key_bias(key_bias_ptr, b, N, columns, taken) * LOG2_E
     mean = tl.zeros([N1, BLOCK_M], tl.float32)
 
     first = group * heads
@@ -92,9 +108,16 @@ def _attention_maps_fwd_kernel(
         q1, q2 = load_pieces(of_q, rows, inside, stride_qm, D, D1, D2, DOT)  # [BLOCK_M, D1], [BLOCK_M, D2]
         k1, k2 = load_pieces(of_k, columns, taken, stride_kn, D, D1, D2, DOT)  # [N1, D1], [N1, D2]
         logits = tl.where(taken[:, None], row_dots(k1, k2, q1, q2, D2) * (scale * LOG2_E), float("-inf"))
+        if key_bias_ptr is not None:
+            logits += added[:, None]
         top = tl.max(logits, 0)
+        if key_bias_ptr is not None:
+            top = finite_or_zero(top)
         p = tl.exp2(logits - top[None, :])  # [N1, BLOCK_M]
-        total = tl.log2(tl.sum(p, 0))
+        total = tl.sum(p, 0)
+        if key_bias_ptr is not None:
+            total = one_if_zero(total)
+        total = tl.log2(total)
         tl.store(lse_ptr + head * M + rows, (top + total) * LN_2, mask=inside)
         norm = tl.exp2(-total)[None, :]
         if PER_HEAD:
@@ -112,11 +135,12 @@ def _attention_maps_fwd_kernel(
         _store_maps(maps_ptr + (group * tl.num_programs(1) + b) * count * M, mean * weight, slots, rows, inside, M)
 
 
-@triton.jit(do_not_specialize=[*_STRIDES[:6], "stride_id", "H", "M", "count", "heads", "blocks"])
+@triton.jit(do_not_specialize=[*_STRIDES[:6], "stride_id", "H", "M", "N", "count", "heads", "blocks"])
 def _maps_fwd_kernel(
     q_ptr,
     k_ptr,
     id_ptr,
+    key_bias_ptr,
     lse_ptr,
     maps_ptr,
     stride_qb,
@@ -128,6 +152,7 @@ def _maps_fwd_kernel(
     stride_id,
     H,
     M,
+    N,
     count,
     heads,
     blocks,
@@ -157,6 +182,8 @@ def _maps_fwd_kernel(
         ids = tl.load(id_ptr + b * stride_id + slots, mask=wanted, other=-1).to(tl.int32)
     named = wanted & (ids >= 0)
     slots = tl.where(wanted, slots, -1).to(tl.int64)
+    if key_bias_ptr is not None:
+        added = load_key_bias(key_bias_ptr, b, N, ids, named)
 
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     first = group * heads
@@ -170,7 +197,11 @@ def _maps_fwd_kernel(
             q1, q2 = load_pieces(of_q, rows, inside, stride_qm, D, D1, D2, DOT)  # [BLOCK_M, D1], [BLOCK_M, D2]
         logits = row_products(q1, q2, of_q, rows, inside, stride_qm, of_k, ids, named, stride_kn, D, D1, D2, DOT)
         lse = tl.load(lse_ptr + head * M + rows, mask=inside, other=0.0)
-        p = tl.where(named[None, :], exp(scale * logits - lse[:, None]), 0.0)
+        logits *= scale
+        if key_bias_ptr is not None:
+            logits += added[None, :]
+            lse = finite_or_zero(lse)
+        p = tl.where(named[None, :], exp(logits - lse[:, None]), 0.0)
         if PER_HEAD:
             _store_maps(maps_ptr + head * count * M, tl.trans(p), slots, rows, inside, M)
         else:
@@ -187,14 +218,23 @@ def _shared(heads: int, most: int, tiles: int, programs: int) -> tuple[int, int]
 
 
 def attention_with_maps(
-    q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor | None, slots: Tensor | None, per_head: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_ids: Tensor | None,
+    slots: Tensor | None,
+    key_bias: Tensor | None,
+    per_head: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [B,H,M,d] in q's dtype, and in float32 the maps of `token_ids` (None: of all tokens), [B,n,M] or `per_head`
     [B,H,n,M], and lse [B,H,M].
 
-    `slots`: which of the ids each of the context's tokens is, -1 for none; int32 [1 or B, at least N].
+    `slots`: which of the ids each of the context's tokens is, -1 for none; int32 [1 or B, at least N]. `key_bias`:
+    [B,N], float32, or None.
     """
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    key_bias = None if key_bias is None else key_bias.contiguous()
     batch, heads, image_tokens, d = q.shape
     tokens = k.shape[2]
     count = tokens if token_ids is None else token_ids.shape[-1]
@@ -206,7 +246,7 @@ def attention_with_maps(
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         columns = 1
     else:
-        out, lse = attention(q, k, v, scale)
+        out, lse = attention(q, k, v, key_bias, scale)
         use = dict(config("maps_fwd", q.device, **{**sizes, "n": count}))
         columns = triton.cdiv(count, use["BLOCK_N"])
     blocks = triton.cdiv(image_tokens, use["BLOCK_M"])
@@ -230,6 +270,7 @@ def attention_with_maps(
             k,
             v,
             slots,
+            key_bias,
             out,
             lse,
             maps,
@@ -259,6 +300,7 @@ def attention_with_maps(
             q,
             k,
             ids,
+            key_bias,
             lse,
             maps,
             *q.stride()[:3],
@@ -266,6 +308,7 @@ def attention_with_maps(
             0 if ids is None or ids.ndim == 1 else ids.stride(0),
             heads,
             image_tokens,
+            tokens,
             count,
             each,
             blocks,

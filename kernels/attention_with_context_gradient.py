@@ -20,7 +20,9 @@ from ._tiles import (
     add_weighted,
     aligned,
     finite_or_zero,
+    load_key_bias,
     load_pieces,
+    one_if_zero,
     row_dots,
     store_piece,
     store_pieces,
@@ -39,6 +41,7 @@ def _context_gradient_fwd_kernel(
     k_ptr,
     v_ptr,
     weight_ptr,
+    key_bias_ptr,
     out_ptr,
     lse_ptr,
     update_ptr,
@@ -74,7 +77,8 @@ def _context_gradient_fwd_kernel(
 
     Logits are transposed: all three products then have the text's or the head's many rows for the warps to share, and a
     warp's columns stay its own from tile to tile. They are logarithms to base 2 here, as is `top_ptr` of
-    several parts.
+    several parts. A masked column's sums are 0, and the logsumexp of its logits is +inf: so are its weights 0 in the
+    backward pass.
     """
     row = tl.program_id(1)
     b = (row // H).to(tl.int64)
@@ -90,6 +94,10 @@ def _context_gradient_fwd_kernel(
 
     columns = tl.arange(0, N1)
     taken = columns < N
+    kept = taken
+    if key_bias_ptr is not None:
+        added = load_key_bias(key_bias_ptr, b, N, columns, taken) * LOG2_E
+        kept = taken & (added > float("-inf"))
     top = tl.full([N1], float("-inf"), tl.float32)
     total = tl.zeros([N1], tl.float32)
     update1 = tl.zeros([N1, D1], tl.float32)
@@ -104,10 +112,18 @@ def _context_gradient_fwd_kernel(
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = rows < M
         q1, q2 = load_pieces(q_ptr, rows, inside, stride_qm, D, D1, D2, DOT)  # [BLOCK_M, D1], [BLOCK_M, D2]
-        logits = tl.where(taken[:, None], row_dots(k1, k2, q1, q2, D2) * (scale * LOG2_E), float("-inf"))
-        highest = tl.max(logits, 0)
-        p = tl.exp2(logits - highest[None, :])  # [N1, BLOCK_M]
-        norm = tl.log2(tl.sum(p, 0))
+        logits = tl.where(kept[:, None], row_dots(k1, k2, q1, q2, D2) * (scale * LOG2_E), float("-inf"))
+        biased = logits
+        if key_bias_ptr is not None:
+            biased += added[:, None]
+        highest = tl.max(biased, 0)
+        if key_bias_ptr is not None:
+            highest = finite_or_zero(highest)
+        p = tl.exp2(biased - highest[None, :])  # [N1, BLOCK_M]
+        norm = tl.sum(p, 0)
+        if key_bias_ptr is not None:
+            norm = one_if_zero(norm)
+        norm = tl.log2(norm)
         tl.store(lse_ptr + head + rows, (highest + norm) * LN_2, mask=inside)
         norm = tl.exp2(-norm)[None, :]
         p = p.to(DOT)
@@ -134,8 +150,9 @@ def _context_gradient_fwd_kernel(
         tl.store(top_ptr + part * N + columns, top, mask=taken)
         tl.store(total_ptr + part * N + columns, total, mask=taken)
     else:
-        total = tl.where(taken, total, 1.0)
-        tl.store(top_ptr + part * N + columns, (finite_or_zero(top) + tl.log2(total)) * LN_2, mask=taken)
+        lse = (finite_or_zero(top) + tl.log2(total)) * LN_2
+        tl.store(top_ptr + part * N + columns, tl.where(kept, lse, float("inf")), mask=taken)
+        total = tl.where(kept, total, 1.0)
         update1 /= total[:, None]
         update2 /= total[:, None]
     store_pieces(update_ptr, update1, update2, columns, taken, D, D, D1, D2)
@@ -152,6 +169,7 @@ def _context_gradient_merge_kernel(
     parts,
     D: tl.constexpr,
     D1: tl.constexpr,
+    MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
@@ -176,17 +194,23 @@ def _context_gradient_merge_kernel(
         x = tl.load(parts_ptr + source[:, :, None] * D + places[None, None, :], mask=mask, other=0.0)
         acc = acc * shrink[:, None] + tl.sum(grow[:, :, None] * x, 0)
         top = highest
-    total = tl.where(taken, total, 1.0)
+    kept = taken
+    if MASKED:
+        kept = taken & (total != 0.0)
+    total = tl.where(kept, total, 1.0)
     store_piece(update_ptr + row * N * D, acc / total[:, None], columns, taken, D, D, 0, D1)
-    tl.store(lse_ptr + row * N + columns, (finite_or_zero(top) + tl.log2(total)) * LN_2, mask=taken)
+    lse = (finite_or_zero(top) + tl.log2(total)) * LN_2
+    if MASKED:
+        lse = tl.where(kept, lse, float("inf"))
+    tl.store(lse_ptr + row * N + columns, lse, mask=taken)
 
 
 def attention_with_context_gradient(
-    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, key_bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out [B,H,M,d] in q's dtype and its lse [B,H,M]; the update [B,H,N,d] and the lse [B,H,N] of the columns; float32.
+    """out [B,H,M,d] in q's dtype; in float32 the update [B,H,N,d], the lse [B,H,M] and that of the columns, [B,H,N].
 
-    `query_weight`: [B,M], float32, or None.
+    `query_weight`: [B,M], and `key_bias`: [B,N], float32, or None. A masked column has an update of 0, an lse of +inf.
     """
     batch, heads, image_tokens, d = q.shape
     tokens = k.shape[2]
@@ -194,7 +218,13 @@ def attention_with_context_gradient(
     programs, most = use.pop("PROGRAMS"), use.pop("ON_CHIP_N")
     if tokens > most or q.dtype == torch.float32:
         values = q if query_weight is None else (q * query_weight[:, None, :, None]).to(q.dtype)
-        return *attention(q, k, v, scale), *attention(k, q, values, scale, torch.float32)
+        update, column_lse = attention(k, q, values, None, scale, torch.float32)
+        if key_bias is not None:
+            masked = key_bias.isneginf().unsqueeze(1)
+            update.masked_fill_(masked.unsqueeze(-1), 0.0)
+            column_lse.masked_fill_(masked, torch.inf)
+        out, lse = attention(q, k, v, key_bias, scale)
+        return out, update, lse, column_lse
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     if query_weight is not None:
         query_weight = unit_stride(query_weight)
@@ -219,6 +249,7 @@ def attention_with_context_gradient(
         k,
         v,
         query_weight,
+        None if key_bias is None else key_bias.contiguous(),
         out,
         lse,
         sums,
@@ -258,6 +289,7 @@ def attention_with_context_gradient(
             parts,
             D=d,
             D1=max(triton.next_power_of_2(d), 16),
+            MASKED=key_bias is not None,
             BLOCK_PARTS=MERGED,
         )
-    return out, lse, update, column_lse
+    return out, update, lse, column_lse

@@ -1,1 +1,0 @@
-"""The operations by Triton kernels: registration and derivatives. Importing it does not import Triton."""
