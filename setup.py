@@ -37,6 +37,7 @@ setup(
         "attnctl_fast.cli",
         "attnctl_fast.evaluate",
         "attnctl_fast.kernels",
+        "attnctl_fast.attach",
         "attnctl_fast.methods",
         "attnctl_fast.ops",
         "attnctl_fast.shapes",

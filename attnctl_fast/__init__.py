@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         EnergyContext,
         GuidanceContext,
         LatentGuidance,
+        Method,
+        Run,
         SynGen,
     )
     from .pipeline import by_downsampling, capture, control, enable
@@ -39,6 +41,8 @@ __all__ = [
     "EnergyContext",
     "GuidanceContext",
     "LatentGuidance",
+    "Method",
+    "Run",
     "SynGen",
     "TSAM",
     "by_downsampling",
@@ -62,6 +66,8 @@ _HOME = {
     "EnergyContext": "methods",
     "GuidanceContext": "methods",
     "LatentGuidance": "methods",
+    "Method": "methods",
+    "Run": "methods",
     "SynGen": "methods",
     "TSAM": "methods",
     "by_downsampling": "pipeline",

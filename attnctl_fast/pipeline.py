@@ -4,109 +4,131 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
-from ._capture import AttentionMaps, Capture
-from ._engine import Engine, Entry
-from ._guidance import check_offload
-from ._layers import LayerChoice, by_downsampling, check_choice, choose
-from ._scheduler import check_scheduler
-from ._tokens import check_targets
-from .methods import ComposableDiffusion, Composition, EnergyContext, LatentGuidance
-from .methods._base import EditingMethod
+from torch import Tensor
+
+from .attach.capture import AttentionMaps, Capture
+from .attach.engine import Engine, Entry, PipelineCall, engine_of
+from .attach.layers import LayerChoice, by_downsampling, check_choice
+from .attach.prompts import Prompts, check_targets
+from .attach.protocol import Method
 
 __all__ = ["AttentionMaps", "Handle", "by_downsampling", "capture", "control", "enable"]
-
-Method: TypeAlias = EditingMethod | EnergyContext | Composition | LatentGuidance | ComposableDiffusion
 
 
 class Handle:
     """What `enable` put on a pipeline."""
 
-    def __init__(self, engine: Engine, entry: Entry) -> None:
-        self._engine, self._entry = engine, entry
-        self._on = True
+    def __init__(self, engine: Engine, entry: Entry, pipe: Any) -> None:
+        self._on: tuple[Engine, Entry, Any] | None = (engine, entry, pipe)
+        self._call: PipelineCall | None = None
 
     def disable(self) -> None:
-        """Take it off again. Handles may be disabled in any order; a second call does nothing.
+        """Take it off again. Handles may be disabled in any order; a second call does nothing."""
+        if self._on is not None:
+            self.end()
+            # Let go of the pipeline: a handle that is kept should not keep the model.
+            (engine, entry, _), self._on = self._on, None
+            engine.remove(entry)
 
-        During a pipeline call, the contexts of other controls then rest until the next call.
+    def begin(
+        self,
+        *,
+        prompt_embeds: Tensor,
+        prompt: str | list[str] | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Begin a call of the user's own making, a loop over the pipeline's scheduler and model, until `end`.
 
-        Warns (RuntimeWarning) if something replaced the pipeline's attention processors meanwhile, and leaves those
-        alone.
+        The model's evaluations in this thread are controlled from here on as those of a call of the pipeline would be;
+        which of their rows are the prompt's is told by their contexts. An earlier call that was begun ends.
+
+        Args:
+            prompt_embeds: the prompts' contexts as the model will be given them, `[prompts * images, N, C]`.
+            prompt: their text; without it, targets have to be token ids.
+            negative_prompt_embeds: the contexts that guidance goes away from, of the same shape; None without guidance.
+
+        Returns:
+            The contexts to give the model as the prompts': `prompt_embeds`, unless a method has changed them
+            (DenseDiffusion encodes its phrases).
+
+        Raises:
+            ValueError: the prompts do not fit the methods, or shapes do not fit.
+            RuntimeError: the control is off.
         """
-        if self._on:
-            self._on = False
-            self._engine.remove(self._entry)
+        if self._on is None:
+            raise RuntimeError("the control is off; enable it anew, then begin")
+        self.end()
+        engine, _, pipe = self._on
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompt_embeds, Tensor):
+            raise ValueError(f"prompt_embeds is {prompt_embeds!r}; pass the contexts that the model will be given")
+        if prompt_embeds.ndim != 3 or (texts is not None and (not texts or len(prompt_embeds) % len(texts))):
+            count = "unknown" if texts is None else len(texts)
+            raise ValueError(
+                f"prompt_embeds has shape {tuple(prompt_embeds.shape)} for {count} prompts; it must be "
+                "[prompts * images, tokens, channels]"
+            )
+        if negative_prompt_embeds is not None and negative_prompt_embeds.shape != prompt_embeds.shape:
+            raise ValueError(
+                f"negative_prompt_embeds has shape {tuple(negative_prompt_embeds.shape)}; it must be that of "
+                f"prompt_embeds, {tuple(prompt_embeds.shape)}"
+            )
+        prompts = Prompts(pipe, texts, len(prompt_embeds if texts is None else texts), prompt_embeds.shape[1])
+        self._call, contexts = engine.begin(pipe, prompts, prompt_embeds, negative_prompt_embeds)
+        return contexts
+
+    def end(self) -> None:
+        """End the call that `begin` began; without one, do nothing."""
+        call, self._call = self._call, None
+        if call is not None:
+            call.end()
 
 
 def enable(pipe: Any, *methods: Method) -> Handle:
     """Put methods on a diffusers UNet pipeline until `handle.disable()`; `control` is the same for a `with` block.
 
-    The pipeline's class and the way it is called stay the same. On the layers that the methods edit, and only there, a
-    processor stands in front of the one that is there (standard or IP-Adapter); under EnergyContext and Composition on
-    every cross-attention layer, for all read the context. Where controls are nested, the inner one acts on the layers
-    that both name; an inner EnergyContext, Composition or ComposableDiffusion takes the place of an outer one. Latent
-    guidance needs no processor between its evaluations; several move the latents one after the other, and all other
-    methods rest meanwhile. Other pipelines that share the UNet are not affected.
+    The pipeline's class and the way it is called stay the same, and processors, adapters and hooks may be loaded, set
+    and removed meanwhile: only while the model runs in a call of this pipeline, the attention of the layers that the
+    methods name is theirs. Where controls are nested, the inner one acts on the layers that both edit; an inner
+    EnergyContext or Composition takes the place of an outer one. Several latent guidances move the latents one after
+    the other, and all other methods rest meanwhile. Other pipelines that share the model are not affected.
 
     Args:
         pipe: a text-to-image, image-to-image, inpainting or ControlNet pipeline of SD 1.x, SD 2.x or SDXL.
-        methods: such as `AttentionRegulation(["bag", "apple"])`, each on its own layers; any number of LatentGuidance,
-            on any layers; and one EnergyContext and one Composition, on any layers. A ComposableDiffusion stands alone.
+        methods: such as `AttentionRegulation(["bag", "apple"])`. Those that edit attention on layers of their own; any
+            number of LatentGuidance; one EnergyContext and one Composition, on any layers. A ComposableDiffusion stands
+            alone.
 
     Returns:
         The handle.
 
     Raises:
-        ValueError: no method, two of a kind where one is allowed, a pipeline without cross-attention, layers that
-            do not exist, that two editing methods share or whose processors cannot be edited; for latent guidance a
-            scheduler that does not scale its input, or group offloading. Nothing has been changed then. What
-            depends on the prompt (a target that does not stand in it) is raised by the pipeline call, before its
-            first step.
-        RuntimeError: the processors were replaced while another control is on; calling the pipeline also raises it.
+        ValueError: no method, two of a kind where one is allowed, a pipeline or a UNet that methods do not attach to,
+            layers that do not exist, that two methods edit or whose processors make no attention call; for latent
+            guidance a scheduler that does not scale its input, or group offloading. Nothing has been changed then. What
+            depends on the prompt (a target that does not stand in it) is raised by the pipeline call, before its first
+            step.
     """
     if not methods:
         raise ValueError("no method was given; pass at least one, such as AttentionRegulation(['bag', 'apple'])")
     for method in methods:
-        if not isinstance(method, (EditingMethod, EnergyContext, Composition, LatentGuidance, ComposableDiffusion)):
+        if isinstance(method, type) and issubclass(method, Method):
+            raise ValueError(f"{method.__name__} is a class; pass an instance, {method.__name__}(...)")
+        if not isinstance(method, Method):
             raise ValueError(
                 f"{method!r} is not a method; pass instances such as AttentionRegulation(['bag', 'apple'])"
             )
-    engine = Engine.of(pipe)
-    entry = Entry(pipe)
-    for method in methods:
-        if isinstance(method, ComposableDiffusion):
-            if len(methods) > 1:
-                raise ValueError("ComposableDiffusion does not go together with other methods; pass it alone")
-            entry.conjunction = method
-            continue
-        layers = engine.reach(method)
-        names = method.default_layers(layers) if method.layers is None else choose(layers, method.layers)
-        if isinstance(method, (EnergyContext, Composition)):
-            kind = "energy" if isinstance(method, EnergyContext) else "composition"
-            if getattr(entry, kind) is not None:
-                raise ValueError(
-                    f"two of the methods are {type(method).__name__}; pass one, for a composition with all edits"
-                )
-            setattr(entry, kind, (method, names))
-            continue
-        if isinstance(method, LatentGuidance):
-            check_scheduler(pipe)
-            check_offload(engine.unet)
-            engine.check_processors(names)
-            entry.guidances.append((method, names))
-            continue
-        if shared := entry.edited().intersection(names):
-            raise ValueError(f"two of the methods edit {', '.join(sorted(shared))}; give them different layers")
-        entry.methods.append((method, names))
-    return _attach(engine, entry)
+    engine = engine_of(pipe)
+    entry = engine.add(pipe, engine.check(pipe, list(methods)))
+    return Handle(engine, entry, pipe)
 
 
 @contextmanager
 def control(pipe: Any, *methods: Method) -> Iterator[Handle]:
-    """Methods on a pipeline for the length of a `with` block; see `enable`. On leaving, by return or by exception, the
-    pipeline is as it was."""
+    """Put methods on a pipeline for the length of a `with` block; see `enable`. On leaving, by return or by exception,
+    the pipeline is as it was."""
     handle = enable(pipe, *methods)
     try:
         yield handle
@@ -129,18 +151,7 @@ def capture(pipe: Any, tokens: Any = None, layers: LayerChoice = None) -> Iterat
     Raises:
         ValueError: as `enable` does.
     """
-    choice = check_choice(layers)
-    one = Capture(None if tokens is None else check_targets(tokens, "tokens"), choice, AttentionMaps())
-    engine = Engine.of(pipe)
-    names = list(engine.layers) if choice is None else choose(engine.layers, choice)
-    handle = _attach(engine, Entry(pipe, captures=[(one, names)]))
-    try:
+    targets = None if tokens is None else check_targets(tokens, "tokens")
+    one = Capture(targets, AttentionMaps(), check_choice(layers))
+    with control(pipe, one):
         yield one.maps
-    finally:
-        handle.disable()
-
-
-def _attach(engine: Engine, entry: Entry) -> Handle:
-    engine.check_processors(entry.layers(engine.layers))
-    engine.add(entry)
-    return Handle(engine, entry)

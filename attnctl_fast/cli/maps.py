@@ -7,8 +7,8 @@ import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from .._engine import Engine
-from .._layers import ByDownsampling, by_downsampling
+from ..attach.engine import engine_of
+from ..attach.layers import ByDownsampling, by_downsampling
 from ..pipeline import capture
 from .model import Settings, draw, load
 from .pictures import Panel, Strip, draw_sheet, heat_map
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _middle(pipe: Any) -> ByDownsampling:
     """Choose a quarter of the latents' size, where maps say most (Hertz et al., arXiv 2208.01626), or the nearest to it
     that has cross-attention, the coarser of two."""
-    levels = {layer.level for layer in Engine.of(pipe).layers.values()}
+    levels = {layer.level for layer in engine_of(pipe).layers.values() if layer.cross}
     return by_downsampling(1 << min(levels, key=lambda level: (abs(level - 2), -level)))
 
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .._tokens import Prompts
+from ..attach.prompts import Prompts
 from ..cli.method_options import Given, make_method, own_options, words_of
 from ..cli.model import Settings, call_arguments, draw
 from ..cli.report import first_line

@@ -1,5 +1,6 @@
 """Published methods of attention control, one frozen dataclass each."""
 
+from ..attach.protocol import Edited, Method, Run
 from .attend_and_excite import AttendAndExcite
 from .attention_regulation import AttentionRegulation
 from .composable_diffusion import ComposableDiffusion
@@ -19,9 +20,12 @@ __all__ = [
     "Composition",
     "DenseDiffusion",
     "Edit",
+    "Edited",
     "EnergyContext",
     "GuidanceContext",
     "LatentGuidance",
+    "Method",
+    "Run",
     "SynGen",
     "TSAM",
 ]

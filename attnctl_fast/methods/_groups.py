@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from .._tokens import Prompts, Target, check_targets
+from ..attach.prompts import Prompts, Target, check_targets
 
 Group: TypeAlias = Sequence[Target]
 Groups: TypeAlias = Sequence[Group] | Sequence[Sequence[Group]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .._tokens import Target
+    from ..attach.prompts import Target
 
 Phrase: TypeAlias = "Target | tuple[Target, ...]"
 Masks: TypeAlias = "Mapping[Phrase, Any] | Sequence[Mapping[Phrase, Any]]"

@@ -7,7 +7,7 @@ from functools import cache
 from itertools import accumulate
 from typing import Any
 
-from .._tokens import Prompts
+from ..attach.prompts import Prompts
 from ._groups import Places
 
 _MODIFIERS = {"amod", "nmod", "compound", "npadvmod", "advmod", "acomp"}
@@ -47,8 +47,8 @@ def parsed_places(parser: str | Callable[[str], Any], prompts: Prompts) -> Place
         positions = _positions([word.text for word in doc], tokens.strings[1 : tokens.end])
         if positions is None:
             raise ValueError(
-                f"the prompt {tokens.text!r} and its tokens {tokens.shown()} are spelled differently, so its words "
-                f"cannot be found; {_REMEDY}"
+                f"the prompt {tokens.text!r} and its tokens {', '.join(tokens.strings)} are spelled differently, "
+                f"so its words cannot be found; {_REMEDY}"
             )
         groups = [[positions[word.i] for word in group] for group in noun_groups(doc)]
         # A noun beyond the end of the context is not there; neither are its modifiers.

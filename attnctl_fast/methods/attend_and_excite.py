@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import ops
 from .._numbers import check_number, check_smoothing
-from .._tokens import Targets, check_targets, padded
-from ._base import Call
+from ..attach.call import Call
+from ..attach.prompts import Targets, check_targets, padded
 from .latent_guidance import Bounds, GuidanceContext, LatentGuidance, check_bounds, sampled
 
 THRESHOLDS: Mapping[int, float | None] = {0: 0.05, 10: 0.5, 20: 0.8}

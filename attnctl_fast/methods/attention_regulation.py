@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .._layers import LayerChoice, check_choice, last_down_first_up
 from .._numbers import check_count, check_number, check_steps, step_count
-from .._tokens import Targets, check_targets, padded
-from ._base import Call, Edited
-
-if TYPE_CHECKING:
-    from .._layers import Layer
+from ..attach.attention import Attention
+from ..attach.call import Call, Site
+from ..attach.evaluation import Evaluation
+from ..attach.layers import Layer, LayerChoice, check_choice, last_down_first_up
+from ..attach.prompts import Targets, check_targets, one_hot, padded
+from ..attach.protocol import Edited, Method, Run
+from ..attach.rows import Rows
 
 CONVENTIONS = ("official", "paper")
 
 
 @dataclass(frozen=True)
-class AttentionRegulation:
+class AttentionRegulation(Method):
     """Attention Regulation (arXiv 2403.06381, ECCV 2024, Eq. 9-15).
 
     In the first sampling steps, in a few cross-attention layers, a bias on the target tokens' logits is optimised by
@@ -75,6 +76,8 @@ class AttentionRegulation:
     mass_weight: float | None = None
     penalty: float | None = None
 
+    edits_attention = True
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", check_targets(self.targets))
         object.__setattr__(self, "layers", check_choice(self.layers))
@@ -116,15 +119,15 @@ class AttentionRegulation:
     def default_layers(self, layers: dict[str, Layer]) -> list[str]:
         return last_down_first_up(layers)
 
-    def start(self, call: Call) -> _Regulating:
-        return _Regulating(self, call)
+    def start(self, call: Call, sites: list[Site]) -> Run:
+        return _Regulating(self, call, sites)
 
 
-class _Regulating:
+class _Regulating(Run):
     """Attention regulation during one pipeline call."""
 
-    def __init__(self, method: AttentionRegulation, call: Call) -> None:
-        self.method, self.call = method, call
+    def __init__(self, method: AttentionRegulation, call: Call, sites: list[Site]) -> None:
+        self.method, self.call, self._sites = method, call, sites
         positions = call.prompts.positions(method.targets)
         pinned = call.prompts.special() if method.pin_special else [[] for _ in positions]
         for row, pins in zip(positions, pinned, strict=True):
@@ -134,53 +137,90 @@ class _Regulating:
                     f"targets holds the token id {both[0]}, the start or end of text, whose attention pin_special=True "
                     "puts back; leave it out or pass pin_special=False"
                 )
-        self.target_ids = _id_tensor(positions, call.images)
-        self.pinned_ids = _id_tensor(pinned, call.images)
-        self.previous: dict[str, Tensor] = {}
+        self._ids = tuple(_id_tensor(rows, call.images) for rows in (positions, pinned))
+        self._rows: Rows | None = None
+        self._strength: Tensor
 
-    def active(self) -> bool:
-        return self.method.strength > 0 and self.call.step < step_count(self.method.edit_steps, self.call.steps)
+    def before_denoiser(self, evaluation: Evaluation) -> None:
+        method, call, rows = self.method, self.call, evaluation.rows
+        edited = step_count(method.edit_steps, call.steps)
+        self.used = method.strength > 0 and edited > 0
+        self.active = self.used and call.step < edited
+        if not self.used or not rows.conditional:
+            return
+        sample = evaluation.sample
+        if self._rows is None or rows.conditional != self._rows.conditional:
+            self._rows = rows
+            of_rows = (ids if ids.ndim == 1 else rows.of_samples(ids) for ids in self._ids)
+            self.target_ids, self.pinned_ids = (_moved(ids, sample.device) for ids in of_rows)
+            for site in self._sites:
+                site.previous = {}
+        strength = method.strength * method.decay**call.step if self.active else 0.0
+        wide = torch.promote_types(sample.dtype, torch.float32)
+        self._strength = _moved(torch.tensor(strength, dtype=wide), sample.device)
+        if self.active or not hasattr(self._sites[0], "theta"):
+            for site in self._sites:
+                theta = self._initial_theta(site).to(wide).expand(len(rows.conditional), -1, -1, -1, -1)
+                site.theta = _moved(theta, sample.device)
+        for site in self._sites:
+            # Views of one picture have averages of their own.
+            if call.view not in site.previous:
+                site.previous[call.view] = site.theta.clone()
+            site.average = site.previous[call.view]
 
-    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Edited:
-        method, call = self.method, self.call
-        if self.target_ids.device != q.device:
-            self.target_ids, self.pinned_ids = (_moved(x, q.device) for x in (self.target_ids, self.pinned_ids))
-        grid = layer.grid(call.latents)
+    def edit(self, site: Site, attention: Attention) -> Edited:
+        method = self.method
+        q, k, v, scale = attention.q, attention.k, attention.v, attention.scale
         inside = method.convention == "paper"
-        sigma, centres = method.sigma, method.convention
+        target_ids, pinned_ids = self.target_ids, self.pinned_ids
         stats = ops.target_statistics(
-            q, k, v, self.target_ids, pinned_ids=self.pinned_ids, scale=scale, with_square=inside
+            q,
+            k,
+            v,
+            target_ids,
+            pinned_ids=pinned_ids,
+            scale=scale,
+            with_square=inside,
+            key_bias=attention.key_bias,
         )
-        theta = self._initial_theta(layer, stats.logits, ops.basis_shape(grid, sigma, centres))
         found = ops.regulate(
             stats,
-            grid,
-            theta=theta,
+            site.grid,
+            theta=site.theta,
             objective=method.convention,
             steps=method.steps,
             step_size=method.step_size,
             bias_scale=scale if inside else 1.0,
-            previous=self.previous.get(layer.name),
+            previous=site.average,
             ema=method.ema,
-            strength=method.strength * method.decay**call.step,
+            strength=self._strength,
             quantile=method.quantile,
             level=method.level,
             mass=method.mass,
             mass_weight=method.mass_weight,
             penalty=method.penalty,
-            sigma=sigma,
-            centres=centres,
+            sigma=method.sigma,
+            centres=method.convention,
         )
-        self.previous[layer.name] = found.theta
-        out = ops.merge_targets(stats, v, self.target_ids, found.bias, pinned_ids=self.pinned_ids)
-        return Edited(out, found.bias, self.target_ids, self.pinned_ids)
+        site.average.copy_(found.theta)
+        out = ops.merge_targets(stats, v, target_ids, found.bias, pinned_ids=pinned_ids)
 
-    def _initial_theta(self, layer: Layer, logits: Tensor, centres: tuple[int, int]) -> Tensor:
-        """Uniform weights `[B,H,T,r_y,r_x]`, the same for every sample, whatever the batch and its longest list of
+        def probabilities(logits: Tensor, head: int) -> Tensor:
+            tokens = logits.shape[-1]
+            targets = one_hot(target_ids, len(logits), tokens, logits)
+            pinned = one_hot(pinned_ids, len(logits), tokens, logits).sum(1).bool()[:, None]
+            biased = logits + found.bias[:, head].to(logits.dtype).mT @ targets
+            return torch.where(pinned, logits.softmax(-1), biased.softmax(-1))
+
+        return Edited(out, probabilities)
+
+    def _initial_theta(self, site: Site) -> Tensor:
+        """Return uniform weights `[H,T,r_y,r_x]`, the same for every sample, whatever the batch and its longest list of
         targets."""
-        batch, heads, targets, _ = logits.shape
-        theta = initial_theta(self.method.seed, layer.name, self.call.evaluation, heads, targets, centres)
-        return _moved(theta.to(logits.dtype).expand(batch, -1, -1, -1, -1), logits.device)
+        method = self.method
+        centres = ops.basis_shape(site.grid, method.sigma, method.convention)
+        targets = self.target_ids.shape[-1]
+        return initial_theta(method.seed, site.name, self.call.evaluation, site.heads, targets, centres)
 
 
 def initial_theta(seed: int, layer: str, evaluation: int, heads: int, targets: int, centres: tuple[int, int]) -> Tensor:

@@ -6,13 +6,20 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TypeAlias
 
+import torch
+from torch import Tensor
+
 from .._numbers import check_number
+from ..attach.call import Call, Site
+from ..attach.evaluation import Evaluation
+from ..attach.protocol import Method, Run
+from ..attach.rows import with_rows
 
 Prompts: TypeAlias = Sequence[str] | Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
-class ComposableDiffusion:
+class ComposableDiffusion(Method):
     """Composable Diffusion (arXiv 2206.01714, ECCV 2022): conjunction and negation of prompts.
 
     The conditional prediction becomes `e + sum_i w_i (e_i - e)`, with e the unconditional prediction and e_i that for
@@ -32,6 +39,8 @@ class ComposableDiffusion:
     prompts: Prompts
     weights: Sequence[float] | None = None
     _: KW_ONLY
+
+    alone = True
 
     def __post_init__(self) -> None:
         given = self.prompts
@@ -55,6 +64,9 @@ class ComposableDiffusion:
             check_number("a weight", weight, -float("inf"))
         object.__setattr__(self, "weights", weights)
 
+    def start(self, call: Call, sites: list[Site]) -> Run:
+        return _Adding(self, call)
+
     def texts(self, count: int) -> list[str]:
         """The prompts in turn, each for all of `count` prompts of a call.
 
@@ -65,3 +77,56 @@ class ComposableDiffusion:
         if len(rows) != count:
             raise ValueError(f"prompts holds {len(rows)} lists, but the call has {count} prompts; pass one per prompt")
         return [text for column in zip(*rows, strict=True) for text in column]
+
+
+class _Adding(Run):
+    """The prompts in one pipeline call: rows added before the model runs, predictions added up after it."""
+
+    def __init__(self, method: ComposableDiffusion, call: Call) -> None:
+        assert method.weights is not None
+        self._weights, self.call = method.weights, call
+        context, pooled = call.encode(method.texts(call.prompts.count))
+        self._context = context.repeat_interleave(call.images, 0)
+        self._pooled = None if pooled is None else pooled.repeat_interleave(call.images, 0)
+
+    def before_denoiser(self, evaluation: Evaluation) -> None:
+        """Give the model conditional rows for every prompt, after the unconditional ones.
+
+        Raises:
+            ValueError: there are no unconditional rows, or contexts of another length.
+        """
+        samples, given, text = self.call.samples, evaluation.given, evaluation.text
+        rows, count = evaluation.rows.total, len(self._weights)
+        if rows != 2 * samples or evaluation.rows.conditional != tuple(range(samples, rows)):
+            scale = getattr(self.call.pipe, "guidance_scale", None)
+            remedy = (
+                "call the pipeline with guidance_scale above 1"
+                if scale is not None and scale <= 1
+                else f"{type(self.call.pipe).__name__} does not make them with this model and these arguments"
+            )
+            raise ValueError(
+                f"the model was called with {rows} rows for {samples} images; ComposableDiffusion needs the "
+                f"unconditional and the conditional ones in one batch, in this order, in all steps: {remedy}"
+            )
+        if text.shape[1:] != self._context.shape[1:]:
+            raise ValueError(
+                f"the context has {tuple(text.shape[1:])} tokens and channels, the composed prompts' "
+                f"{tuple(self._context.shape[1:])}; leave out prompt_embeds and negative_prompt_embeds"
+            )
+
+        def spread(x: Tensor) -> Tensor:
+            return torch.cat([x[:samples], x[samples:].repeat(count, *[1] * (x.ndim - 1))])
+
+        kept = (given.get("added_cond_kwargs") or {}).get("text_embeds")
+        given.update({name: with_rows(value, rows, spread) for name, value in given.items()})
+        given["encoder_hidden_states"] = torch.cat([text[:samples], self._context.to(text)])
+        if self._pooled is not None and kept is not None:
+            given["added_cond_kwargs"]["text_embeds"] = torch.cat([kept[:samples], self._pooled.to(kept)])
+
+    def after_denoiser(self, output: Tensor) -> Tensor:
+        wide = torch.promote_types(output.dtype, torch.float32)
+        without, *conditional = output.to(wide).split(self.call.samples)
+        total = without
+        for weight, one in zip(self._weights, conditional, strict=True):
+            total = total + weight * (one - without)
+        return torch.cat([without, total]).to(output.dtype)

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Any, TypeAlias
 
-from .._layers import LayerChoice, check_choice
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
 from .._numbers import check_number, check_steps, step_count
+from ..attach.attention import Attention, plain
+from ..attach.call import Call, Site
+from ..attach.contexts import Cascade, at_site, moving_mask
+from ..attach.evaluation import Evaluation
+from ..attach.layers import LayerChoice, check_choice
+from ..attach.protocol import Method, Run
+from ..attach.rows import Rows
 from ..ops.composed_attention import check_weights
-
-if TYPE_CHECKING:
-    from .._layers import Layer
 
 Texts: TypeAlias = str | Sequence[str]
 
@@ -68,7 +76,7 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Composition:
+class Composition(Method):
     """Compositional averaging of cross-attention outputs, CACAO (arXiv 2306.09869, NeurIPS 2023; MATH.md
     section 2).
 
@@ -91,6 +99,8 @@ class Composition:
     _: KW_ONLY
     layers: LayerChoice = None
 
+    single = True
+
     def __post_init__(self) -> None:
         edits = (self.edits,) if isinstance(self.edits, Edit) else self.edits
         if isinstance(edits, str) or not isinstance(edits, Sequence) or not edits:
@@ -102,8 +112,8 @@ class Composition:
         object.__setattr__(self, "layers", check_choice(self.layers))
         self.shares([True] * len(edits))
 
-    def default_layers(self, layers: dict[str, Layer]) -> list[str]:
-        return list(layers)
+    def start(self, call: Call, sites: list[Site]) -> Run:
+        return _Composing(self, call, sites)
 
     def shares(self, runs: Sequence[bool]) -> list[float]:
         """The normalised weights of the prompt and of every edit, while the edits in `runs` count.
@@ -113,3 +123,170 @@ class Composition:
         """
         signed = [edit.direction * edit.weight * run for edit, run in zip(self.edits, runs, strict=True)]
         return check_weights([1.0, *signed], 1 + len(signed))
+
+
+class _Composing(Run):
+    """The edits' contexts on their way through the layers of one call.
+
+    The layers read them beside the prompt's: in the conditional rows all edits' contexts one after the other, in the
+    unconditional rows the one that stands for each edit's unconditional context.
+    """
+
+    def __init__(self, method: Composition, call: Call, sites: list[Site]) -> None:
+        self.method, self.call, self._sites = method, call, sites
+        self._texts = self._encoded()
+        for site in sites:
+            # What the last layer would move nobody reads.
+            site.moves = site is not sites[-1]
+        self._plan: list[list[float]] = []
+        self._shape: tuple[Any, ...] = ()
+        self._moving = self._ever_moving = False
+        self._rows: Rows
+        self._edits: Tensor
+        self._moved: Cascade
+        self._unconditional: Cascade
+        self._table: Tensor
+        self._now: Tensor
+        self._shares: list[float]
+
+    def _encoded(self) -> Tensor:
+        """Return the edits' contexts, `[E, samples or 1, N, C]`."""
+        count, images = self.call.prompts.count, self.call.images
+        texts = [edit.texts for edit in self.method.edits]
+        for row in texts:
+            if len(row) not in (1, count):
+                raise ValueError(
+                    f"an edit holds {len(row)} texts, but there are {count} prompts; pass one text for all of them, or "
+                    "one per prompt"
+                )
+        encoded, _ = self.call.encode([text for row in texts for text in row])
+        parts = encoded.split([len(row) for row in texts])
+        if any(len(row) > 1 for row in texts):
+            return torch.stack([part.expand(count, -1, -1).repeat_interleave(images, 0) for part in parts])
+        return torch.stack(parts)
+
+    def encoded(self, embeddings: Tensor) -> Tensor:
+        if self._texts.shape[3] != embeddings.shape[2]:
+            raise ValueError(
+                f"the edits' context has width {self._texts.shape[3]} but the prompt's {embeddings.shape[2]}; prompt "
+                "embeddings must come from the pipeline's own text encoders"
+            )
+        return embeddings
+
+    def _planned(self) -> list[list[float]]:
+        """Return for every step of the call gamma_attn and gamma_norm of the edits' unconditional context, the share of
+        the prompt, and of E edits the shares, gamma_attn and gamma_norm."""
+        edits, steps = self.method.edits, self.call.steps
+        runs = [edit.runs(steps) for edit in edits]
+        rows = []
+        for step in range(steps):
+            started = [run[step] for run in runs]
+            gammas = [
+                [on * getattr(edit, name) for edit, on in zip(edits, started, strict=True)]
+                for name in ("gamma_attn", "gamma_norm")
+            ]
+            means = [sum(each) / len(edits) for each in gammas]
+            rows.append([*means, *self.method.shares(started), *gammas[0], *gammas[1]])
+        return rows
+
+    def before_denoiser(self, evaluation: Evaluation) -> None:
+        text, count = evaluation.text, len(self._texts)
+        if not self._plan:
+            self._plan = self._planned()
+            self.used = any(any(row[3 : 3 + count]) for row in self._plan)
+            self._ever_moving = any(any(row[:2]) for row in self._plan)
+        shape = (evaluation.rows.conditional, text.shape, text.dtype, text.device, self.call.latents)
+        if shape != self._shape:
+            self._allocate(evaluation)
+            self._shape = shape
+        # A call may run past the schedule's end: a callback that repeats steps, say.
+        step = min(self.call.step, len(self._plan) - 1)
+        row, self._now = self._plan[step], self._table[step].clone()
+        self._shares = row[2 : 3 + count]
+        self.active, self._moving = any(self._shares[1:]), any(row[:2])
+        if self._ever_moving:
+            self._moved.reset(self._edits)
+            self._unconditional.reset(evaluation.rows.rest(evaluation.context))
+
+    def _allocate(self, evaluation: Evaluation) -> None:
+        text, self._rows = evaluation.text, evaluation.rows
+        wide = torch.promote_types(text.dtype, torch.float32)
+        self._table = torch.tensor(self._plan, dtype=torch.float64).to(text.device, wide)
+        edits = self._texts.to(text)
+        if edits.shape[1] > 1:
+            edits = torch.stack([self._rows.of_samples(one) for one in edits])
+        self._edits = edits.expand(-1, len(self._rows.conditional), -1, -1)
+        self._moved = Cascade(self._edits)
+        self._unconditional = Cascade(self._rows.rest(evaluation.context))
+        mask = moving_mask(self.call)
+        for site in self._sites:
+            site.mask = at_site(mask, site, text)
+
+    def moving(self) -> bool:
+        return self._ever_moving if torch.compiler.is_compiling() else self._moving
+
+    def more_context(self, site: Site, text: Tensor, context: Tensor) -> Tensor | None:
+        rows, moving = self._rows, self.moving()
+        edits = (self._moved.read() if moving else self._edits).to(text.dtype).transpose(0, 1).flatten(1, 2)
+        if not rows.others:
+            return edits
+        # Where neither context moves, the edits' unconditional one is the prompt's.
+        rest = self._unconditional.read().to(text.dtype) if moving else rows.rest(text)
+        if not moving and context is text:
+            rest = rest[:, :0]
+        length = max(edits.shape[1], rest.shape[1])
+        return rows.merge(*(F.pad(x, (0, 0, 0, length - x.shape[1])) for x in (edits, rest)))
+
+    def attend(self, site: Site, attention: Attention) -> None:
+        if self.moving() or attention.moved:
+            self._attend_unconditional(site, attention)
+        if attention.rows.conditional:
+            self._attend_conditional(site, attention)
+
+    def _attend_conditional(self, site: Site, attention: Attention) -> None:
+        """Mix the attention of the conditional rows to the prompt with that to the edits."""
+        count, length, moving = *self._edits.shape[::2][:2], self.moving() and site.moves
+        keys, values = (attention.rows.take(x)[:, :, : count * length] for x in attention.columns(site))
+        ks, vs = keys.split(length, 2), values.split(length, 2)
+        one = attention.conditional
+        if not attention.conditional_set and not moving:
+            weights = self._now[2 : 3 + count] if torch.compiler.is_compiling() else self._shares
+            biases = None if one.key_bias is None else [one.key_bias, *[None] * count]
+            attention.conditional_out = ops.composed_attention(
+                one.q, [one.k, *ks], [one.v, *vs], weights, scale=one.scale, key_bias=biases
+            )
+            return
+        out, pulls = self._now[2] * attention.conditional_out.to(self._now.dtype), []
+        mask = None if site.mask is None else attention.rows.of_samples(site.mask)
+        for index, (k, v) in enumerate(zip(ks, vs, strict=True)):
+            if moving:
+                to_edit, pull = ops.attention_with_context_gradient(one.q, k, v, query_weight=mask, scale=one.scale)
+                pulls.append(pull)
+            else:
+                to_edit = plain(one.q, k, v, None, one.scale)
+            out = out + self._now[3 + index] * to_edit
+        if pulls:
+            gammas = self._now[3 + count :].unflatten(0, (2, count)).repeat_interleave(len(one.q), 1)
+            step = ops.context_update(
+                torch.cat(pulls), torch.cat(ks), attention.module.to_k, gamma_attn=gammas[0], gamma_norm=gammas[1]
+            )
+            self._moved.add(step.unflatten(0, (count, -1)))
+        attention.conditional_out = out.to(one.q.dtype)
+
+    def _attend_unconditional(self, site: Site, attention: Attention) -> None:
+        """The same of the unconditional rows: every edit's unconditional context is one and the same."""
+        rows = attention.rows
+        if not rows.others:
+            return
+        q, tokens = rows.rest(attention.q), self._unconditional.read().shape[1]
+        k, v = (rows.rest(x)[:, :, :tokens] for x in attention.columns(site))
+        if self.moving() and site.moves:
+            mask = None if site.mask is None else site.mask.repeat(len(q) // len(site.mask), 1)
+            one, pull = ops.attention_with_context_gradient(q, k, v, query_weight=mask, scale=attention.scale)
+            step = ops.context_update(pull, k, attention.module.to_k, gamma_attn=self._now[0], gamma_norm=self._now[1])
+            self._unconditional.add(step)
+        else:
+            one = plain(q, k, v, None, attention.scale)
+        share = self._now[2]
+        own = attention.unconditional_out
+        attention.unconditional_out = (share * own.to(share.dtype) + (1 - share) * one).to(q.dtype)

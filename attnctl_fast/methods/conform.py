@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import ops
 from .._numbers import check_number, check_smoothing
-from .._tokens import Prompts, padded
-from ._base import Call
+from ..attach.call import Call
+from ..attach.prompts import Prompts, padded
 from ._groups import Groups, check_groups, places
 from .latent_guidance import Bounds, GuidanceContext, LatentGuidance, sampled
 

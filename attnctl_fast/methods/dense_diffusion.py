@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from .._layers import LayerChoice, check_choice
 from .._numbers import check_number, check_steps, step_count
-from ._base import Call, Modulated
+from ..attach.attention import Attention
+from ..attach.call import Call, Site
+from ..attach.evaluation import Evaluation
+from ..attach.layers import Layer, LayerChoice, check_choice
+from ..attach.protocol import Edited, Method, Run
+from ..attach.rows import Rows
 from ._masks import Masks, Row, check_masks
-
-if TYPE_CHECKING:
-    from .._layers import Layer
 
 CONVENTIONS = ("official", "paper")
 
 
 @dataclass(frozen=True)
-class DenseDiffusion:
+class DenseDiffusion(Method):
     """DenseDiffusion (arXiv 2308.12964, ICCV 2023).
 
     In the first sampling steps, in the conditional rows, logits are pulled towards the highest of their row where image
@@ -69,6 +70,8 @@ class DenseDiffusion:
     encode_phrases: bool = True
     convention: str = "official"
 
+    edits_attention = True
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "masks", check_masks(self.masks))
         object.__setattr__(self, "layers", check_choice(self.layers))
@@ -103,18 +106,15 @@ class DenseDiffusion:
         """Whether there is anything to do."""
         return max(self.cross_strength, self.self_strength) > 0 and self.edit_steps > 0
 
-    def default_layers(self, layers: dict[str, Layer]) -> list[str]:
-        return list(layers)
-
-    def start(self, call: Call) -> _Modulating:
-        return _Modulating(self, call)
+    def start(self, call: Call, sites: list[Site]) -> Run:
+        return _Modulating(self, call, sites)
 
 
-class _Modulating:
+class _Modulating(Run):
     """DenseDiffusion during one pipeline call."""
 
-    def __init__(self, method: DenseDiffusion, call: Call) -> None:
-        self.method, self.call = method, call
+    def __init__(self, method: DenseDiffusion, call: Call, sites: list[Site]) -> None:
+        self.method, self.call, self._sites = method, call, sites
         rows: Any = method.masks
         count = call.prompts.count
         if len(rows) not in (1, count):
@@ -129,10 +129,10 @@ class _Modulating:
         ]
         self._columns = self._column_regions()
         self._phrases = self._encoded() if method.works() and method.encode_phrases else {}
-        self._times: list[float] = []
         self._grids: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._weights: dict[tuple[tuple[int, int], bool], Tensor] = {}
-        self._weighed = -1
+        self._batch: Rows | None = None
+        self._columns_here: Tensor
+        self.used = method.works()
 
     def _column_regions(self) -> Tensor:
         """The regions of every text token, `[samples,N]`."""
@@ -148,7 +148,7 @@ class _Modulating:
         texts = list(dict.fromkeys(target.strip() for target in targets if isinstance(target, str)))
         return dict(zip(texts, self.call.encode(texts)[0], strict=True)) if texts else {}
 
-    def rewritten(self, embeddings: Tensor) -> Tensor:
+    def encoded(self, embeddings: Tensor) -> Tensor:
         if not self._phrases:
             return embeddings
         embeddings = embeddings.clone()
@@ -162,49 +162,49 @@ class _Modulating:
                         samples[index][:, places] = alone.to(embeddings)
         return embeddings
 
-    def time(self) -> float:
-        """The timestep's share of the schedule, t/T; read from the device once in a call."""
-        call = self.call
-        if not self._times:
-            assert call.timesteps is not None
-            whole = call.pipe.scheduler.config.num_train_timesteps
-            self._times = [float(timestep) / whole for timestep in call.timesteps.tolist()]
-        return self._times[min(call.evaluation, len(self._times) - 1)]
+    def before_denoiser(self, evaluation: Evaluation) -> None:
+        method, call, rows = self.method, self.call, evaluation.rows
+        if not self.used or not rows.conditional:
+            return
+        if method.convention == "paper" and isinstance(method.edit_steps, float):
+            self.active = call.time() > 1 - method.edit_steps
+        else:
+            self.active = call.step < step_count(method.edit_steps, call.steps)
+        strength = call.time() ** method.decay if self.active else 0.0
+        sample = evaluation.sample
+        wide = torch.promote_types(sample.dtype, torch.float32)
+        if self._batch is not rows:
+            self._batch, self._grids = rows, {}
+            self._columns_here = rows.of_samples(self._columns.to(sample.device))
+        weights: dict[tuple[tuple[int, int], bool], Tensor] = {}
+        for site in self._sites:
+            if site.grid not in self._grids:
+                regions, sizes = self._row_regions(site.grid)
+                found = regions.to(sample.device), sizes.to(sample.device, wide)
+                self._grids[site.grid] = rows.of_samples(found[0]), rows.of_samples(found[1])
+            regions, sizes = self._grids[site.grid]
+            site.rows, site.columns_of = regions, self._columns_here if site.layer.cross else regions
+            key = site.grid, site.layer.cross
+            if key not in weights:
+                weights[key] = sizes * (method.strength(site.layer) * strength)
+            site.weight = weights[key]
 
-    def active(self) -> bool:
-        method, steps = self.method, self.method.edit_steps
-        if not method.works():
-            return False
-        if method.convention == "paper" and isinstance(steps, float):
-            return self.time() > 1 - steps
-        return self.call.step < step_count(steps, self.call.steps)
+    def edit(self, site: Site, attention: Attention) -> Edited:
+        # Of perturbed attention guidance's self-attention the plain rows alone, which come first.
+        rows, columns, weight = (x[: len(attention.q)] for x in (site.rows, site.columns_of, site.weight))
+        bias = attention.key_bias
+        out = ops.region_attention(
+            attention.q, attention.k, attention.v, rows, columns, weight, scale=attention.scale, key_bias=bias
+        )
 
-    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Modulated:
-        grid = layer.grid(self.call.latents)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        if grid not in self._grids:
-            rows, sizes = self._row_regions(grid)
-            self._grids[grid] = rows.to(q.device), sizes.to(q.device, wide)
-        rows, sizes = self._grids[grid]
-        self._columns = self._columns.to(q.device)
-        columns = self._columns if layer.cross else rows
-        weight = self._weight(layer, grid, sizes)
-
-        def logits(plain: Tensor) -> Tensor:
+        def probabilities(logits: Tensor, head: int) -> Tensor:
+            kept = logits.isfinite()
             shared = (rows[:, :, None] & columns[:, None, :]) != 0
-            pull = torch.where(shared, plain.amax(-1, keepdim=True), plain.amin(-1, keepdim=True))
-            return plain.lerp(pull, weight.to(plain.dtype)[..., None])
+            lowest = logits.where(kept, torch.inf).amin(-1, keepdim=True)
+            pull = torch.where(shared, logits.amax(-1, keepdim=True), lowest)
+            return logits.lerp(pull, weight.to(logits.dtype)[..., None]).where(kept, -torch.inf).softmax(-1)
 
-        return Modulated(ops.region_attention(q, k, v, rows, columns, weight, scale=scale), logits)
-
-    def _weight(self, layer: Layer, grid: tuple[int, int], sizes: Tensor) -> Tensor:
-        """The weight of every image token at this step, `[samples,M]`; made once for the layers that share it."""
-        if self._weighed != self.call.evaluation:
-            self._weights, self._weighed = {}, self.call.evaluation
-        key = grid, layer.cross
-        if key not in self._weights:
-            self._weights[key] = sizes * (self.method.strength(layer) * self.time() ** self.method.decay)
-        return self._weights[key]
+        return Edited(out, probabilities)
 
     def _row_regions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The regions of every image token and 1 - area * S, `[samples,M]`."""

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .. import schedules
-from .._layers import LayerChoice, check_choice
+from .. import ops, schedules
 from .._numbers import check_number
+from ..attach.attention import Attention
+from ..attach.call import Call, Site
+from ..attach.contexts import Cascade, at_site, moving_mask
+from ..attach.evaluation import Evaluation
+from ..attach.layers import LayerChoice, check_choice
+from ..attach.prompts import Prompts, Target
+from ..attach.protocol import Method, Run
 from ..ops.context_update import CONVENTIONS
-
-if TYPE_CHECKING:
-    from .._layers import Layer
-    from .._tokens import Prompts, Target
 
 TokenWeights: TypeAlias = "Mapping[Target, float] | Sequence[Mapping[Target, float]]"
 
 
 @dataclass(frozen=True)
-class EnergyContext:
+class EnergyContext(Method):
     """Bayesian context update (arXiv 2306.09869, NeurIPS 2023, "Bayesian context update"; MATH.md section 2).
 
     Every cross-attention layer moves the text's context a step down its energies and hands it to the next layer; each
@@ -86,8 +88,10 @@ class EnergyContext:
         of ||k||^2 / 2 in the other's gradient. The steps are the released code's."""
         return cls(gamma_attn, gamma_norm, **{"alpha": alpha, "convention": "paper", **overrides})
 
-    def default_layers(self, layers: dict[str, Layer]) -> list[str]:
-        return list(layers)
+    single = everywhere = True
+
+    def start(self, call: Call, sites: list[Site]) -> Run:
+        return _Moving(self, call, sites)
 
     def weight_rows(self, prompts: Prompts) -> Tensor | None:
         """The factor of every token, `[prompts, N]`, or None where all are one.
@@ -110,6 +114,84 @@ class EnergyContext:
         return weights
 
 
+class _Moving(Run):
+    """The prompt's context on its way through the layers of one call."""
+
+    def __init__(self, method: EnergyContext, call: Call, sites: list[Site]) -> None:
+        self.method, self.call, self._sites = method, call, sites
+        self._weights = method.weight_rows(call.prompts)
+        if method.mask is not None:
+            # The call's, for whatever moves contexts.
+            call.mask = _of_samples(method.mask, call.samples)
+        for site in sites:
+            # What the last layer would move nobody reads.
+            site.updates = site.chosen and site is not sites[-1]
+        self._gammas: Tensor | None = None
+        self._shape: tuple[Any, ...] = ()
+        self._context: Cascade
+        self._token_weight: Tensor | None = None
+        self._table: Tensor
+        self._now: Tensor
+
+    def before_denoiser(self, evaluation: Evaluation) -> None:
+        method, call, text = self.method, self.call, evaluation.text
+        wide = torch.promote_types(text.dtype, torch.float32)
+        if self._gammas is None:
+            factors = torch.tensor(schedules.factors(method.schedule, call.steps), dtype=torch.float64)
+            self._gammas = factors[:, None] * torch.tensor([method.gamma_attn, method.gamma_norm], dtype=torch.float64)
+            self._moves = self._gammas.any(1).tolist()
+            self.used = any(self._moves)
+        shape = (evaluation.rows.conditional, text.shape, text.dtype, text.device, call.latents)
+        if shape != self._shape:
+            self._allocate(evaluation, wide)
+            self._shape = shape
+        # A call may run past the schedule's end: a callback that repeats steps, say.
+        step = min(call.step, len(self._gammas) - 1)
+        self.active = self._moves[step]
+        self._now = self._table[step].clone()
+        self._context.reset(evaluation.context)
+
+    def _allocate(self, evaluation: Evaluation, wide: torch.dtype) -> None:
+        assert self._gammas is not None
+        text, rows, samples = evaluation.text, evaluation.rows, self.call.samples
+        self._table = self._gammas.to(text.device, wide)
+        self._context = Cascade(evaluation.context)
+        if self._weights is not None:
+            weights = torch.ones(rows.total, self._weights.shape[1], dtype=torch.float64)
+            weights[list(rows.conditional)] = rows.of_samples(self._weights.repeat_interleave(self.call.images, 0))
+            self._token_weight = weights.to(text.device, wide)
+        mask = moving_mask(self.call)
+        for site in self._sites:
+            site.mask = at_site(mask, site, text)
+            if site.mask is not None:
+                site.mask = site.mask.repeat(rows.total // samples, 1)
+
+    def context(self, site: Site, text: Tensor) -> Tensor:
+        moved = torch.compiler.is_compiling() or self.active
+        return self._context.read().to(text.dtype) if moved else text
+
+    def attend(self, site: Site, attention: Attention) -> None:
+        if not site.updates:
+            return
+        q, k, v, bias = attention.q, attention.k, attention.v, attention.key_bias
+        out, pull = ops.attention_with_context_gradient(
+            q, k, v, query_weight=site.mask, scale=attention.scale, key_bias=bias
+        )
+        attention.fill(out)
+        self._context.add(
+            ops.context_update(
+                pull,
+                k,
+                attention.module.to_k,
+                gamma_attn=self._now[0],
+                gamma_norm=self._now[1],
+                token_weight=self._token_weight,
+                alpha=self.method.alpha,
+                convention=self.method.convention,
+            )
+        )
+
+
 def _check_token_weights(weights: Any) -> tuple[tuple[tuple[Target, float], ...], ...] | None:
     """Token weights in hashable form, one row of (word, factor) per mapping; as they were where they are so already."""
     if weights is None:
@@ -128,6 +210,14 @@ def _check_token_weights(weights: Any) -> tuple[tuple[tuple[Target, float], ...]
                 raise ValueError(f"token_weights holds {item!r}; its keys are words, phrases or token ids from 0 on")
             check_number(f"token_weights[{item!r}]", factor, 0.0)
     return tuple(tuple((item, float(factor)) for item, factor in row.items()) for row in rows)
+
+
+def _of_samples(mask: Tensor, samples: int) -> Tensor:
+    """Return the mask `[samples,1,height,width]`."""
+    mask = mask if mask.ndim == 3 else mask[None]
+    if len(mask) not in (1, samples):
+        raise ValueError(f"mask holds {len(mask)} masks for {samples} images; pass one, or one per image")
+    return mask[:, None].expand(samples, -1, -1, -1)
 
 
 def _check_mask(mask: Tensor | None) -> None:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, FrozenInstanceError, dataclass, field, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from .. import schedules
-from .._layers import LayerChoice, by_downsampling, check_choice, choose
-from .._numbers import check_count, check_number, check_steps
-
-if TYPE_CHECKING:
-    from .._layers import Layer
-    from .._tokens import Prompts
-    from ._base import Call
+from .._numbers import check_count, check_number, check_steps, step_count
+from ..attach.call import Call, Site
+from ..attach.evaluation import Evaluation
+from ..attach.guidance import check_guidable, reading
+from ..attach.layers import Layer, LayerChoice, by_downsampling, check_choice, choose
+from ..attach.prompts import Prompts, padded
+from ..attach.protocol import Method, Run
+from ..attach.scheduler import check_scheduler
 
 Bounds: TypeAlias = Mapping[int, float | None] | tuple[tuple[int, float | None], ...]
+Read: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -39,7 +44,7 @@ class GuidanceContext:
 
 
 @dataclass(frozen=True)
-class LatentGuidance:
+class LatentGuidance(Method):
     """Guidance of the latents by a loss on cross-attention maps; subclass it and give `loss`.
 
     Before each of the first steps of a call, the part of the UNet up to the last layer that the loss reads is evaluated
@@ -95,6 +100,7 @@ class LatentGuidance:
         if "__dataclass_fields__" not in cls.__dict__:
             # A subclass without the decorator.
             dataclass(frozen=True)(cls)
+            cls.__setattr__ = LatentGuidance.__setattr__  # type: ignore[method-assign]
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -107,6 +113,18 @@ class LatentGuidance:
 
     def default_layers(self, layers: dict[str, Layer]) -> list[str]:
         return choose(layers, by_downsampling(4))
+
+    def check(self, pipe: Any, layers: list[Layer]) -> None:
+        check_scheduler(pipe)
+        check_guidable(pipe.unet)
+        if len({layer.level for layer in layers}) > 1:
+            raise ValueError(
+                f"the layers of {type(self).__name__}, {', '.join(layer.name for layer in layers)}, have different "
+                "grids, so their maps cannot be averaged; choose layers of one grid, as by_downsampling(4) does"
+            )
+
+    def start(self, call: Call, sites: list[Site]) -> Run:
+        return _Guiding(self, call, sites)
 
     def bounds(self, steps: int) -> dict[int, float | None]:
         """At which steps of a call of so many the latents are refined, and the largest loss that is good enough (None:
@@ -139,6 +157,140 @@ class LatentGuidance:
 
     def after_step(self, maps: Tensor, context: GuidanceContext) -> None:
         """Called at the end of each guided evaluation with the last maps `[B,n,M]` that were computed, detached."""
+
+
+def _set(method: LatentGuidance, name: str, value: Any) -> None:
+    """Set an attribute of a subclass's own; the fields stay."""
+    if name in {one.name for one in fields(method)}:
+        raise FrozenInstanceError(f"cannot assign to field {name!r}; make another {type(method).__name__}")
+    object.__setattr__(method, name, value)
+
+
+LatentGuidance.__setattr__ = _set  # type: ignore[assignment, method-assign]
+
+
+class _Point(NamedTuple):
+    """Where the latents are: loss `[B]`, its gradient, and the maps that it was computed from."""
+
+    loss: Tensor
+    gradient: Tensor
+    maps: Tensor
+
+
+class _Guiding(Run):
+    """One method at work during one pipeline call."""
+
+    def __init__(self, method: LatentGuidance, call: Call, sites: list[Site]) -> None:
+        self.method, self.call, self._sites = method, call, sites
+        positions = method.tokens(call.prompts)
+        self._every = positions is None
+        rows = [list(range(call.prompts.length))] * call.prompts.count if positions is None else positions
+        # Tensors of inference mode cannot be kept for a gradient.
+        with torch.inference_mode(False), torch.no_grad():
+            self._context = GuidanceContext(call, padded(rows).repeat_interleave(call.images, 0), (0, 0))
+            self._context.prepared = method.prepare(call)
+        self._ids: dict[tuple[int, ...], Tensor] = {}
+        self._sizes: list[float] | None = None
+        self._bounds: dict[int, float | None] = {}
+        self._skipped: Tensor | None = None
+
+    def before_denoiser(self, evaluation: Evaluation) -> None:
+        """Move the latents, where this step is guided.
+
+        Raises:
+            ValueError: a schedule or a refinement that does not fit the number of steps.
+        """
+        call = self.call
+        if self._sizes is None:
+            factors = schedules.factors(self.method.schedule, call.steps)
+            self._sizes = [self.method.scale * factor for factor in factors]
+            self._bounds = self.method.bounds(call.steps)
+        guided = call.step < step_count(self.method.steps, call.steps)
+        refined = call.step in self._bounds and not call.repeated
+        if evaluation.moved or not evaluation.rows.conditional or not (guided or refined):
+            return
+        size = self._sizes[min(call.step, len(self._sizes) - 1)]
+        latents = evaluation.latents.detach()
+        context = self._context
+        with torch.inference_mode(False):
+            context.token_ids = context.token_ids.to(latents.device)
+            samples = tuple(evaluation.samples)
+            if samples not in self._ids:
+                self._ids[samples] = context.token_ids[list(samples)]
+            ids = None if self._every else self._ids[samples]
+        context.grid = self._sites[0].grid
+        method = self.method
+        # Around the backward passes too: under gradient checkpointing they run the layers again.
+        with reading(evaluation, self._sites, ids, truncate=method.truncate, freeze=method.freeze) as read:
+            latents = latents.clone().to(torch.promote_types(latents.dtype, torch.float32))
+            point = self._at(latents, read)
+            if refined:
+                latents, point = self._refined(latents, point, self._bounds[call.step], size, read)
+            if guided:
+                latents = self._moved(latents, point, size)
+            with torch.no_grad():
+                for view in point.maps.split(call.samples):
+                    method.after_step(view, context)
+        evaluation.latents = latents
+
+    def _refined(
+        self, latents: Tensor, point: _Point, bound: float | None, size: float, read: Read
+    ) -> tuple[Tensor, _Point]:
+        """Return the latents moved until the loss is at most `bound`, or as often as the method says."""
+        checked, above = point, torch.ones_like(point.loss, dtype=torch.bool)
+        for _ in range(self.method.max_refinements):
+            if bound is not None:
+                above = above & (checked.loss > bound)
+                if not above.any():
+                    break
+            before = point
+            latents = self._moved(latents, before, size, above)
+            point = self._at(latents, read)
+            checked = before if self.method.late_check else point
+        return latents, point
+
+    def _moved(self, latents: Tensor, point: _Point, size: float, chosen: Tensor | None = None) -> Tensor:
+        """Return the latents a step down the gradient, of the chosen samples whose loss and gradient are finite."""
+        finite = point.loss.isfinite() & point.gradient.flatten(1).isfinite().all(1)
+        lost = (~finite).sum()
+        self._skipped = lost if self._skipped is None else self._skipped + lost
+        moving = finite if chosen is None else finite & chosen
+        return torch.where(moving[:, None, None, None], latents - size * point.gradient, latents)
+
+    def _at(self, latents: Tensor, read: Read) -> _Point:
+        latents = latents.detach().requires_grad_()
+        maps = read(latents)
+        name, samples = type(self.method).__name__, self.call.samples
+        # A pipeline that denoises several views at a time (panorama) has more rows than samples.
+        views = [maps] if len(maps) == samples else maps.split(samples)
+        with _full_precision(latents.device.type):
+            losses = [self.method.loss(view, self._context) for view in views]
+        for loss, view in zip(losses, views, strict=True):
+            if not isinstance(loss, Tensor) or loss.shape != (len(view),):
+                shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise ValueError(f"the loss of {name} is {shape}; it must be one number per sample, [{len(view)}]")
+            if not loss.requires_grad:
+                raise ValueError(f"the loss of {name} does not depend on the maps, so it cannot guide the latents")
+        loss = losses[0] if len(losses) == 1 else torch.cat(losses)
+        (gradient,) = torch.autograd.grad(loss.sum(), latents)
+        return _Point(loss.detach(), gradient, maps.detach())
+
+    def end(self) -> None:
+        """Warn (RuntimeWarning) of moves that were left out."""
+        skipped, self._skipped = self._skipped, None
+        if skipped is not None and (count := int(skipped)):
+            warnings.warn(
+                f"{type(self.method).__name__} left out {count} moves of the latents whose loss or gradient was not "
+                "finite; a smaller scale, or float32 for the pipeline, may help",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _full_precision(device: str) -> AbstractContextManager[Any]:
+    """Turn the caller's autocast off."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def check_bounds(name: str, bounds: Bounds) -> tuple[tuple[int, float | None], ...]:

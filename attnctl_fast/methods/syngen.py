@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import schedules
-from .._tokens import Prompts, Targets, check_targets
-from ._base import Call
+from ..attach.call import Call
+from ..attach.prompts import Prompts, Targets, check_targets
 from ._groups import Groups, Places, check_groups, places
 from ._syntax import parsed_places
 from .latent_guidance import GuidanceContext, LatentGuidance

@@ -12,10 +12,10 @@ from torch import Tensor
 from .. import ops
 from .._impl import resolve
 from .._numbers import check_number, check_smoothing
-from .._text_attention import text_attention
-from .._tokens import Prompts, Targets, check_targets
+from ..attach.call import Call
+from ..attach.prompts import Prompts, Targets, check_targets
+from ..attach.text_attention import text_attention
 from ..ops.map_similarity import KERNEL_TOKENS
-from ._base import Call
 from .latent_guidance import Bounds, GuidanceContext, LatentGuidance, sampled
 
 VARIANTS = ("cosine", "normalised_cosine", "absolute")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._tokens import Prompts
+from .prompts import Prompts
 
 
 def text_attention(pipe: Any, prompts: Prompts) -> Tensor:

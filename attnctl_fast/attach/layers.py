@@ -1,4 +1,4 @@
-"""The attention layers of a UNet: names, places, grids, and choosing among them."""
+"""The attention layers of a model: names, places, grids, and choosing among them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def check_choice(layers: LayerChoice) -> tuple[str, ...] | ByDownsampling | None
     """
     if layers is None or isinstance(layers, ByDownsampling):
         return layers
-    names = (layers,) if isinstance(layers, str) else tuple(layers)
+    given = (layers,) if isinstance(layers, str) else layers
+    names = tuple(given) if isinstance(given, Iterable) else ()
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(
             f"layers is {layers!r}; pass name prefixes such as ['down_blocks.2', 'up_blocks.1'], "
@@ -70,6 +71,8 @@ class Layer:
 def _blocks(unet: Any) -> Iterable[tuple[str, Any, int]]:
     """(name, module, level) of every block in order of execution."""
     level = 0
+    if not hasattr(unet, "down_blocks"):
+        return
     for index, block in enumerate(unet.down_blocks):
         yield f"down_blocks.{index}", block, level
         level += getattr(block, "downsamplers", None) is not None
@@ -80,7 +83,7 @@ def _blocks(unet: Any) -> Iterable[tuple[str, Any, int]]:
         level -= getattr(block, "upsamplers", None) is not None
 
 
-def attention_layers(unet: Any) -> dict[str, Layer]:
+def unet_layers(unet: Any) -> dict[str, Layer]:
     """Every cross-attention layer of a UNet, and every self-attention layer of its transformer blocks, by name, in
     order of execution: down, mid, up."""
     from diffusers.models.attention_processor import Attention
@@ -94,8 +97,8 @@ def attention_layers(unet: Any) -> dict[str, Layer]:
 
 
 def cross_attention_layers(unet: Any) -> dict[str, Layer]:
-    """Every cross-attention layer of a UNet by name, in order of execution."""
-    return {name: layer for name, layer in attention_layers(unet).items() if layer.cross}
+    """Return every cross-attention layer of a UNet by name, in order of execution."""
+    return {name: layer for name, layer in unet_layers(unet).items() if layer.cross}
 
 
 def last_down_first_up(layers: dict[str, Layer]) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Target: TypeAlias = str | int
@@ -57,19 +58,17 @@ def check_targets(targets: Any, name: str = "targets") -> Targets:
 @dataclass(frozen=True)
 class Tokens:
     """The tokens of one prompt: ids, and the strings that the tokenizer shows for them, both with special tokens,
-    unpadded."""
+    unpadded; and the ids of the text that the tokenizer cut off."""
 
     ids: tuple[int, ...]
     strings: tuple[str, ...]
     text: str
+    cut: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
         """Position of the first end-of-text token."""
         return len(self.ids) - 1
-
-    def shown(self) -> str:
-        return ", ".join(f"{i} {string.removesuffix(_WORD_END)!r}" for i, string in enumerate(self.strings))
 
 
 class Prompts:
@@ -102,11 +101,27 @@ class Prompts:
         return text if convert is None else convert(text, self._tokenizer)
 
     def _tokenise(self, text: str) -> Tokens:
-        tokenizer = self._tokenizer
-        ids = list(tokenizer(self._converted(text), max_length=tokenizer.model_max_length, truncation=True).input_ids)
+        tokenizer, text_read = self._tokenizer, self._converted(text)
+        ids = list(tokenizer(text_read, max_length=tokenizer.model_max_length, truncation=True).input_ids)
         if tokenizer.eos_token_id in ids[1:]:
             ids = ids[: ids.index(tokenizer.eos_token_id, 1) + 1]
-        return Tokens(tuple(ids), tuple(tokenizer.convert_ids_to_tokens(ids)), text)
+        cut = ()
+        if len(ids) == tokenizer.model_max_length:
+            cut = tuple(tokenizer(text_read, add_special_tokens=False, verbose=False).input_ids[len(ids) - 2 :])
+        return Tokens(tuple(ids), tuple(tokenizer.convert_ids_to_tokens(ids)), text, cut)
+
+    def _shown(self, tokens: Tokens) -> str:
+        """Return the tokens with their positions; those that are no text by themselves (Chinese, emoji) as a word."""
+        words = [[0], *(positions for _, positions in self._split(tokens)), [tokens.end]]
+        shown = []
+        for positions in words:
+            each = [self._tokenizer.decode([tokens.ids[i]]).strip() for i in positions]
+            if any("\ufffd" in text for text in each):
+                word = self._tokenizer.decode([tokens.ids[i] for i in positions]).strip()
+                shown.append(f"{positions[0]}-{positions[-1]} {word!r}")
+            else:
+                shown.extend(f"{i} {text!r}" for i, text in zip(positions, each, strict=True))
+        return ", ".join(shown)
 
     def _find(self, phrase: str, tokens: Tokens, name: str) -> list[list[int]]:
         """Positions of every occurrence of a word or phrase.
@@ -123,9 +138,15 @@ class Prompts:
                 places.append(list(range(start, start + len(wanted))))
         if places:
             return places
+        text = [*tokens.ids[1 : tokens.end], *tokens.cut]
+        if tokens.cut and any(text[i : i + len(wanted)] == wanted for i in range(len(text))):
+            raise ValueError(
+                f"{name} holds {phrase!r}, which was cut off: the tokenizer keeps {len(tokens.ids)} tokens of the "
+                f"prompt {tokens.text!r}; shorten the prompt, or move the word to its front"
+            )
         raise ValueError(
-            f"{name} holds {phrase!r}, which is not in the prompt {tokens.text!r}, whose tokens are {tokens.shown()}; "
-            "use words of the prompt as they stand there, or token ids"
+            f"{name} holds {phrase!r}, which is not in the prompt {tokens.text!r}, whose tokens are "
+            f"{self._shown(tokens)}; use words of the prompt as they stand there, or token ids"
         )
 
     def _inside(self, position: int, tokens: Tokens) -> bool:
@@ -161,7 +182,7 @@ class Prompts:
             if len(found) > tokens.end - 1:
                 raise ValueError(
                     f"{name} names {len(found)} tokens, but the prompt {tokens.text!r} has only {tokens.end - 1}: "
-                    f"{tokens.shown()}"
+                    f"{self._shown(tokens)}"
                 )
         double = next((position for position in found if found.count(position) > 1), None)
         if double is not None:
@@ -273,3 +294,8 @@ def padded(rows: list[list[int]]) -> Tensor:
     """Ids `[len(rows), longest]`, int64, padded with -1."""
     longest = max(map(len, rows))
     return torch.tensor([row + [-1] * (longest - len(row)) for row in rows], dtype=torch.int64)
+
+
+def one_hot(ids: Tensor, batch: int, tokens: int, like: Tensor) -> Tensor:
+    """Return `[B,n,N]` from ids `[n]` or `[B,n]`; a padded id (-1) has a row of zeros."""
+    return F.one_hot(ids.expand(batch, -1) + 1, tokens + 1)[..., 1:].to(like)

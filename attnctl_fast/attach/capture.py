@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._layers import ByDownsampling, Layer
-from ._tokens import Targets, padded
-from .methods._base import Call, Edited, Modulated
+from .attention import Attention
+from .call import Call, Site
+from .evaluation import Evaluation
+from .layers import LayerChoice
+from .prompts import Targets, one_hot, padded
+from .protocol import Method, Run
+from .rows import Rows, taken
 
 
 class AttentionMaps(Mapping[str, Tensor]):
@@ -19,8 +23,8 @@ class AttentionMaps(Mapping[str, Tensor]):
     execution.
 
     `maps["down_blocks.2.attentions.0.transformer_blocks.0.attn2"]` is a float32 CPU tensor
-    `[evaluations, B, n, height, width]`: one entry per UNet evaluation, B images (prompt by prompt), n tokens. Where a
-    method edits the layer, its edited maps are shown.
+    `[evaluations, B, n, height, width]`: one entry per UNet evaluation (and view, of a panorama), B images (prompt by
+    prompt), n tokens. Where a method edits the layer, its edited maps are shown.
 
     token_ids: the positions captured, one list per prompt. tokens: their strings, or None with prompt embeddings.
     words: the positions of every captured word, one dict per prompt, or None where the words are unknown.
@@ -92,60 +96,71 @@ class AttentionMaps(Mapping[str, Tensor]):
 
 
 @dataclass(frozen=True)
-class Capture:
+class Capture(Method):
     """Records attention maps. tokens: as targets of a method, None for all. maps: where they go."""
 
     tokens: Targets | None
-    layers: tuple[str, ...] | ByDownsampling | None
     maps: AttentionMaps
+    layers: LayerChoice = None
 
-    def start(self, call: Call) -> Recording:
-        prompts, maps = call.prompts, self.maps
+    def start(self, call: Call, sites: list[Site]) -> Run:
+        return _Recording(self, call, sites)
+
+
+class _Recording(Run):
+    """A capture during one pipeline call."""
+
+    def __init__(self, capture: Capture, call: Call, sites: list[Site]) -> None:
+        prompts, maps, tokens = call.prompts, capture.maps, capture.tokens
         everything = [list(range(prompts.length))] * prompts.count
-        ids = everything if self.tokens is None else prompts.positions(self.tokens, "tokens", within_prompt=False)
+        ids = everything if tokens is None else prompts.positions(tokens, "tokens", within_prompt=False)
         maps._maps.clear()
         maps.token_ids = ids
         maps.tokens = prompts.strings(ids)
-        maps.words = prompts.words(self.tokens, "tokens")
-        return Recording(self, call, ids)
+        maps.words = prompts.words(tokens, "tokens")
+        self._maps, self._sites, self._samples = maps._maps, sites, call.samples
+        self._rows: Rows | None = None
+        self._all_ids = padded(ids).repeat_interleave(call.images, 0)
 
+    def before_denoiser(self, evaluation: Evaluation) -> None:
+        if self._rows is not evaluation.rows:
+            self._rows = evaluation.rows
+            # Of rows that carry the same picture (perturbed ones) the first.
+            self._kept = evaluation.distinct if evaluation.rows.conditional else []
+            self._token_ids = self._all_ids[evaluation.samples if self._kept else []].to(evaluation.sample.device)
+        for site in self._sites:
+            site.maps = None
 
-class Recording:
-    """A capture during one pipeline call."""
+    def attend(self, site: Site, attention: Attention) -> None:
+        if attention.rows.conditional:
+            site.maps = mean_maps(attention.conditional, self._token_ids, self._kept)
 
-    def __init__(self, capture: Capture, call: Call, ids: list[list[int]]) -> None:
-        self.call = call
-        self.maps = capture.maps._maps
-        self.token_ids = padded(ids).repeat_interleave(call.images, 0)
-
-    def record(self, layer: Layer, q: Tensor, k: Tensor, scale: float, edited: Edited | Modulated | None) -> None:
-        """Add the maps of queries `[B,H,M,d]` and keys `[B,H,N,d]`, with the edit if there was one."""
-        maps = _mean_maps(q, k, scale, self.token_ids.to(q.device), edited)
-        self.maps.setdefault(layer.name, []).append(maps.unflatten(2, layer.grid(self.call.latents)).cpu())
-
-
-def _one_hot(ids: Tensor, batch: int, tokens: int, like: Tensor) -> Tensor:
-    """`[B,n,N]` from ids `[n]` or `[B,n]`; a padded id (-1) has a row of zeros."""
-    return F.one_hot(ids.expand(batch, -1) + 1, tokens + 1)[..., 1:].to(like)
+    def after_denoiser(self, output: Tensor) -> Tensor:
+        for site in self._sites:
+            if site.maps is not None:
+                maps = site.maps.unflatten(2, site.grid).cpu()
+                # Several views of a picture (panorama) one by one.
+                self._maps.setdefault(site.name, []).extend(maps.split(self._samples))
+        return output
 
 
 @torch.no_grad()
-def _mean_maps(q: Tensor, k: Tensor, scale: float, ids: Tensor, edited: Edited | Modulated | None) -> Tensor:
-    """Attention to the tokens `ids`, mean over heads, `[B,n,M]` in float32. One head at a time: nothing of size
-    B*H*M*N."""
-    batch, heads, image_tokens, _ = q.shape
-    total = torch.zeros(batch, k.shape[2], image_tokens, device=q.device)
-    targets = pinned = total
-    if isinstance(edited, Edited):
-        targets = _one_hot(edited.target_ids, batch, k.shape[2], total)
-        pinned = _one_hot(edited.pinned_ids, batch, k.shape[2], total).sum(1).bool()[..., None]
-    for head in range(heads):
-        logits = scale * (k[:, head].float() @ q[:, head].float().mT)
-        if isinstance(edited, Modulated):
-            logits = edited.logits(logits.mT).mT
-        probabilities = logits.softmax(1)
-        if isinstance(edited, Edited):
-            biased = (logits + targets.mT @ edited.bias[:, head].float()).softmax(1)
-            probabilities = torch.where(pinned, probabilities, biased)
-        total += probabilities
-    return _one_hot(ids, batch, k.shape[2], total) @ total / heads
+def mean_maps(attention: Attention, token_ids: Tensor, kept: list[int]) -> Tensor:
+    """Return attention to the tokens, mean over heads, `[B,n,M]`, at least float32; with the edit if there was one. One
+    head at a time: nothing of size B*H*M*N.
+
+    Args:
+        attention: of the conditional rows.
+        token_ids: of the rows that are kept, `[B,n]`, padded with -1.
+        kept: which rows.
+    """
+    q, k = attention.q, attention.k
+    total = torch.zeros(len(q), q.shape[2], k.shape[2], device=q.device)
+    for head in range(q.shape[1]):
+        logits = attention.scale * (q[:, head].float() @ k[:, head].float().mT)
+        if attention.key_bias is not None:
+            logits = logits + attention.key_bias[:, None]
+        edited = attention.probabilities
+        total += logits.softmax(-1) if edited is None else edited(logits, head)
+    total = taken(total, kept)
+    return one_hot(token_ids, len(total), k.shape[2], total) @ total.mT / q.shape[1]

@@ -1,0 +1,171 @@
+"""One attention call of the model, in the hands of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .rows import Rows
+
+if TYPE_CHECKING:
+    from .call import Site
+
+# Not by its name in F: what stands there while a model runs hands the call to methods.
+_scaled_dot_product_attention = torch._C._nn.scaled_dot_product_attention
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:
+    """Return softmax(scale q k^T + key_bias) v, `[B,H,M,d]`; key_bias `[B,N]`."""
+    mask = None if key_bias is None else key_bias[:, None, None].to(q.dtype)
+    return _scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+class Attention:
+    """One attention call of the model while methods act on it.
+
+    q `[R,H,M,d]`, k, v `[R,H,N,d]`: what the model attends with, without the columns that methods have added. key_bias:
+    `[R,N]`, added to the scaled logits, or None. scale: of the logits. rows: which rows are conditional. module: the
+    attention module. moved: the context is not what the model hands to every layer. probabilities: of the conditional
+    rows, as in `Edited`.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_bias: Tensor | None,
+        scale: float,
+        rows: Rows,
+        *,
+        module: Any,
+        tokens: int | None = None,
+        moved: bool = False,
+    ) -> None:
+        self.module = module
+        self._keys_values = k, v
+        if tokens is not None and tokens < k.shape[2]:
+            k, v = k[:, :, :tokens], v[:, :, :tokens]
+        self.q, self.k, self.v = q, k, v
+        self.key_bias, self.scale, self.rows, self.moved = key_bias, scale, rows, moved
+        self.probabilities: Callable[[Tensor, int], Tensor] | None = None
+        self._whole: Tensor | None = None
+        self._conditional: Tensor | None = None
+        self._unconditional: Tensor | None = None
+
+    def columns(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Return keys and values `[R,H,L,d]` of the contexts that a run added at its site."""
+        start, stop = site.columns
+        k, v = self._keys_values
+        return k[:, :, start:stop], v[:, :, start:stop]
+
+    def _of(self, take: Callable[[Tensor], Tensor], rows: Rows) -> Attention:
+        bias = None if self.key_bias is None else take(self.key_bias)
+        q, k, v = take(self.q), take(self.k), take(self.v)
+        one = Attention(q, k, v, bias, self.scale, rows, module=self.module, moved=self.moved)
+        one.probabilities = self.probabilities
+        return one
+
+    @property
+    def conditional(self) -> Attention:
+        """The same of the conditional rows alone."""
+        return self._of(self.rows.take, self.rows.alone) if self.rows.others else self
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody has asked for the attention of any row, or set it."""
+        return self._whole is None and self._conditional is None and self._unconditional is None
+
+    @property
+    def conditional_set(self) -> bool:
+        """Whether the attention of the conditional rows has been set."""
+        return self._whole is not None or self._conditional is not None
+
+    def plain(self) -> Tensor:
+        """Return what the model's own attention of these q, k, v is, `[R,H,M,d]`."""
+        return plain(self.q, self.k, self.v, self.key_bias, self.scale)
+
+    def fill(self, whole: Tensor) -> None:
+        """Set the attention of all rows that nobody has set, from that of all rows `[R,H,M,d]`."""
+        if self.untouched:
+            self._whole = whole
+        elif self._conditional is None:
+            self._conditional = self.rows.take(whole)
+        elif self._unconditional is None:
+            self._unconditional = self.rows.rest(whole)
+
+    @property
+    def conditional_out(self) -> Tensor:
+        """Attention of the conditional rows, `[B,H,M,d]`: the model's own unless methods have set it."""
+        if self._conditional is None:
+            self._conditional = self.conditional.plain() if self._whole is None else self.rows.take(self._whole)
+        return self._conditional
+
+    @conditional_out.setter
+    def conditional_out(self, out: Tensor) -> None:
+        # Of a whole that was there, the other rows stay.
+        if self._whole is not None and self._unconditional is None:
+            self._unconditional = self.rows.rest(self._whole)
+        self._conditional, self._whole = out, None
+
+    @property
+    def unconditional_out(self) -> Tensor:
+        """Attention of the other rows, likewise."""
+        if self._unconditional is None:
+            rest = self._of(self.rows.rest, self.rows)
+            self._unconditional = rest.plain() if self._whole is None else self.rows.rest(self._whole)
+        return self._unconditional
+
+    @unconditional_out.setter
+    def unconditional_out(self, out: Tensor) -> None:
+        if self._whole is not None and self._conditional is None:
+            self._conditional = self.rows.take(self._whole)
+        self._unconditional, self._whole = out, None
+
+    @property
+    def out(self) -> Tensor:
+        """Attention of all rows, `[R,H,M,d]`."""
+        if self._whole is None:
+            if self.untouched:
+                self._whole = self.plain()
+            else:
+                conditional = self.conditional_out if self.rows.conditional else self.unconditional_out
+                rest = self.unconditional_out if self.rows.others else conditional
+                self._whole = self.rows.merge(conditional, rest)
+        return self._whole
+
+    @out.setter
+    def out(self, out: Tensor) -> None:
+        self._whole, self._conditional, self._unconditional = out, None, None
+
+
+def key_bias_of(mask: Tensor | None, rows: int, tokens: int, name: str) -> Tensor | None:
+    """Return an attention mask that is the same for every image token as a key bias `[R,N]`, float32.
+
+    Args:
+        mask: boolean (true where a key takes part) or added to the logits; `[R,H,1,N]` or what broadcasts to it. Of
+            more than N columns the first ones count.
+        rows, tokens: R and N.
+        name: of the layer.
+
+    Raises:
+        ValueError: the mask is another one for every image token.
+    """
+    if mask is None:
+        return None
+    if mask.ndim < 2 or mask.shape[-2] != 1:
+        raise ValueError(
+            f"{name} was given an attention mask {tuple(mask.shape)} of its own for every image token; methods act "
+            "under masks of the keys only, [rows, 1, tokens]: leave this layer out, or call the model without that mask"
+        )
+    while mask.ndim < 4:
+        mask = mask[None]
+    bias = mask[:, 0, 0, :tokens]
+    if bias.dtype == torch.bool:
+        bias = torch.zeros(bias.shape, device=bias.device).masked_fill(~bias, -torch.inf)
+    bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    # diffusers masks by -10000, which would count as a row's lowest logit.
+    return bias.masked_fill(bias <= -10000, -torch.inf).expand(rows, -1)

@@ -1,0 +1,80 @@
+"""One call of a pipeline, as methods see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor
+
+from .scheduler import schedule_times
+
+if TYPE_CHECKING:
+    from .layers import Layer
+    from .prompts import Prompts
+
+Encode: TypeAlias = Callable[[list[str]], tuple[Tensor, Tensor | None]]
+
+
+@dataclass
+class Call:
+    """One call of a pipeline, as methods see it.
+
+    pipe: the pipeline. prompts: the prompts and their tokens. images: images per prompt; samples come prompt by
+    prompt. encode: contexts `[n,N,C]` and pooled embeddings (or None) of n texts, as the pipeline encodes prompts in
+    this call. evaluation: index of the model's evaluation, counted by timesteps. step, steps: index of the sampling
+    step it belongs to, and how many the call runs. repeated: it is the step's second evaluation (Heun). view: how many
+    evaluations of the prompt came before it at the same timestep (panorama). latents: (height, width) of the latents.
+    mask: of an inpainting call, `[samples, 1, height, width]` at the latents' size, 1 where the picture is new; None
+    elsewhere.
+    """
+
+    pipe: Any
+    prompts: Prompts
+    images: int
+    encode: Encode
+    evaluation: int = -1
+    step: int = -1
+    repeated: bool = False
+    view: int = 0
+    steps: int = 0
+    latents: tuple[int, int] = (0, 0)
+    mask: Tensor | None = None
+    _times: list[float] | None = None
+    # Entries of the scheduler's timesteps from the first one that the call runs (image-to-image starts late).
+    _remaining: int = 0
+
+    @property
+    def samples(self) -> int:
+        return self.prompts.count * self.images
+
+    def time(self) -> float:
+        """Return the noise at this evaluation as a share of the training schedule, t/T; read from the device once."""
+        if self._times is None:
+            self._times = schedule_times(self.pipe.scheduler, self._remaining)
+        return self._times[min(self.evaluation, len(self._times) - 1)]
+
+
+class Site:
+    """One layer, as a method's run sees it during one call.
+
+    A run may keep attributes of its own here: with a table of them by the layers' names, torch.compile would make a
+    graph for every layer.
+
+    layer: which one. chosen: the method was asked to act there. grid: (height, width) of its image tokens, known from
+    the first evaluation on. heads: how many. columns: where in k and v the tokens lie that `more_context` added.
+    """
+
+    def __init__(self, layer: Layer, *, chosen: bool = True) -> None:
+        self.layer, self.chosen = layer, chosen
+        self.name = layer.name
+        self.heads: int = layer.module.heads
+        self.grid: tuple[int, int] = (0, 0)
+        self.columns: tuple[int, int] = (0, 0)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __setattr__(self, name: str, value: Any) -> None: ...

@@ -1,0 +1,160 @@
+"""One evaluation of the model as the pipeline asked for it, which methods may change before it happens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .rows import Rows, taken, with_rows
+
+if TYPE_CHECKING:
+    from .call import Call
+    from .families import Family
+    from .scheduler import SchedulerTap
+
+
+class Evaluation:
+    """One evaluation of the model.
+
+    call: the call it belongs to. model: the model, not compiled. rows: which rows are conditional. given: the model's
+    arguments by name; changing them changes what it is called with. moved: the latents have been moved already, by an
+    evaluation of the same ones before this one.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        family: Family,
+        model: Any,
+        rows: Rows,
+        tap: SchedulerTap,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.call, self.model, self.rows = call, model, rows
+        self.given = family.arguments(model, args, kwargs)
+        self.moved = False
+        self._family, self._tap = family, tap
+        self._args = args
+        # Of rows that are neither moved nor theirs alone: of inpainting's mask and picture.
+        self._sample = self.sample
+        self._channels = model.config.out_channels if tap.latents is None else tap.latents.shape[1]
+        self._latents: Tensor | None = None
+
+    @property
+    def sample(self) -> Tensor:
+        """What the model denoises, `[R,C,height,width]`, with what some models read besides the latents."""
+        return self.given[self._family.sample]
+
+    @property
+    def text(self) -> Tensor:
+        """The context of every row, `[R,N,C]`."""
+        return self.given[self._family.text]
+
+    @property
+    def context(self) -> Tensor:
+        """What the layers are given as the text, `[R,N,C]`: of some models not `text` itself."""
+        return self._family.context(self.model, self.given)
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the model is called with."""
+        return self._family.replaced(self.model, self._args, self.given)
+
+    @property
+    def latents(self) -> Tensor:
+        """The latents of the conditional rows in the space of the model's input, `[B,C,height,width]`.
+
+        What several rows carry is there once. Assigning moves the latents in all rows that carry them, and the
+        scheduler's next step starts from there.
+        """
+        if self._latents is None:
+            chosen, _ = self._layout()
+            self._latents = taken(self._sample, chosen)[:, : self._channels]
+        return self._latents
+
+    @latents.setter
+    def latents(self, latents: Tensor) -> None:
+        self.replay(latents)
+        chosen, carried = self._layout()
+        factor = self._tap.factor(self.given[self._family.timestep], latents)
+        own = self._tap.latents
+        if factor is None or own is None:
+            self._tap.moved = latents
+        else:
+            # Only the move is scaled back: what the pipeline's latents hold beyond the model's precision stays.
+            own = taken(own, chosen) if len(own) == len(carried) else own[-len(chosen) :]
+            moved = (latents - taken(self._sample, chosen)[:, : self._channels]) / factor
+            self._tap.moved = own.to(latents.dtype) + moved.to(latents.dtype)
+
+    def replay(self, latents: Tensor) -> None:
+        """Give the model latents that the scheduler knows of already."""
+        self._latents = latents
+        _, carried = self._layout()
+        inputs, count = latents.to(self._sample.dtype), len(latents)
+        stacked = carried == [row % count for row in range(len(carried))]
+        rows = torch.cat([inputs] * (len(carried) // count)) if stacked else inputs[carried]
+        self.given[self._family.sample] = torch.cat([rows, self._sample[:, self._channels :]], 1)
+
+    @property
+    def distinct(self) -> list[int]:
+        """Which of the conditional rows `latents` are of: the first ones that carry them."""
+        return [self.rows.conditional.index(row) for row in self._layout()[0]]
+
+    @property
+    def samples(self) -> list[int]:
+        """The sample of the call that each of `latents` belongs to."""
+        return [self.rows.samples[index] for index in self.distinct]
+
+    def conditional_arguments(self, latents: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what to call the model with for the rows of `latents` alone, in the space of its input."""
+        chosen, carried = self._layout()
+
+        def sliced(x: Tensor) -> Tensor:
+            x = taken(x, chosen)
+            # Tensors of inference mode cannot be kept for a gradient.
+            return x.clone() if x.is_inference() else x
+
+        given = {name: with_rows(value, len(carried), sliced) for name, value in self.given.items()}
+        fixed = sliced(self._sample[:, self._channels :])
+        given[self._family.sample] = torch.cat([latents.to(fixed.dtype), fixed], 1)
+        return self._family.replaced(self.model, self._args, given)
+
+    def _layout(self) -> tuple[list[int], list[int]]:
+        """Return the first rows that carry their latents, and for every row which of those it carries."""
+        rows = self.rows
+        if rows.layout is None:
+            total, samples, conditional = rows.total, self.call.samples, list(rows.conditional)
+            count = len(conditional)
+            step = conditional[1] - conditional[0] if count > 1 else 1
+            if not conditional:
+                rows.layout = list(range(samples)), [row % samples for row in range(total)]
+            elif total % samples == 0 and tuple(row % samples for row in conditional) == rows.samples:
+                rows.layout = self._groups(samples)
+            elif total == step * count and conditional == list(range(conditional[0], total, step)):
+                # [unconditional, conditional] of one sample after the other.
+                rows.layout = conditional, [row // step for row in range(total)]
+            else:
+                raise ValueError(
+                    f"of {total} rows of the model's batch {conditional} are the prompt's, an order in which their "
+                    "latents cannot be moved; leave latent guidance off in this pipeline"
+                )
+        return rows.layout
+
+    def _groups(self, samples: int) -> tuple[list[int], list[int]]:
+        """The layout of a batch of groups with one row per sample each: copies of the samples, or several views."""
+        total, conditional = self.rows.total, list(self.rows.conditional)
+        first = conditional[:samples]
+        if len(conditional) == samples:
+            return first, [row % samples for row in range(total)]
+        latents = self._sample[:, : self._channels].unflatten(0, (-1, samples))
+        same = (latents[:, None] == latents[None]).flatten(2).all(2).tolist()
+        views: list[int] = []
+        for group in dict.fromkeys(row // samples for row in conditional):
+            if not any(same[group][view] for view in views):
+                views.append(group)
+        # A group that carries none of them, and could not be moved with any, goes with the first.
+        of = [next((i for i, view in enumerate(views) if same[group][view]), 0) for group in range(total // samples)]
+        chosen = [view * samples + sample for view in views for sample in range(samples)]
+        return chosen, [of[row // samples] * samples + row % samples for row in range(total)]

@@ -1,0 +1,151 @@
+"""A pass through the model that ends at the last attention map that is read, for gradients of the latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .attention import Attention
+from .call import Site
+from .evaluation import Evaluation
+from .intercept import Acts, Place, installed
+from .protocol import Run
+from .rows import Rows
+
+
+class _Read(Exception):
+    """All maps are there; the rest of the model's pass would be wasted."""
+
+
+class _Reader(Run):
+    """Adds the maps of every layer to a list, and ends the pass at the last one."""
+
+    def __init__(self, token_ids: Tensor | None, last: Site | None) -> None:
+        self.token_ids, self.last = token_ids, last
+        self.maps: list[Tensor] = []
+
+    def attend(self, site: Site, attention: Attention) -> None:
+        q, k, v = attention.q, attention.k, attention.v
+        bias, scale = attention.key_bias, attention.scale
+        out, maps = ops.attention_with_maps(q, k, v, self.token_ids, scale=scale, key_bias=bias)
+        self.maps.append(maps)
+        if site is self.last:
+            raise _Read
+        attention.out = out
+
+
+@contextmanager
+def reading(
+    evaluation: Evaluation,
+    sites: Sequence[Site],
+    token_ids: Tensor | None,
+    *,
+    truncate: bool = True,
+    freeze: bool = True,
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yield a function from latents to maps, differentiable: attention of the conditional rows, mean over heads and
+    layers, `[B,n,M]`. It evaluates the model, not compiled, without what methods do in other passes.
+
+    Args:
+        evaluation: what the pipeline asked for.
+        sites: the layers, all of one grid, in order of execution.
+        token_ids: whose maps, `[B,n]`, or None for every token.
+        truncate: end the pass at the last of the layers.
+        freeze: keep the weights out of the gradient.
+    """
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    model, samples = evaluation.model, evaluation.samples
+    reader = _Reader(token_ids, sites[-1] if truncate else None)
+    places = [Place(site.layer) for site in sites]
+    for place, site in zip(places, sites, strict=True):
+        place.rows = Rows(len(samples), range(len(samples)), samples)
+        place.now = Acts(attend=((reader, site),))
+
+    def read(latents: Tensor) -> Tensor:
+        args, kwargs = evaluation.conditional_arguments(latents)
+        reader.maps = []
+        try:
+            model(*args, **kwargs)
+        except _Read:
+            _unload(model, sites[-1].name)
+        return reader.maps[0] if len(reader.maps) == 1 else torch.stack(reader.maps).mean(0)
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if freeze:
+            stack.enter_context(_frozen(model))
+        stack.enter_context(_kept_weights(model))
+        for module in model.modules():
+            # Perturbed attention guidance's processors take their batch apart, whose rows this pass has not.
+            if type(getattr(module, "processor", None)).__name__.startswith("PAG"):
+                stack.callback(module.__dict__.__setitem__, "processor", module.processor)
+                module.__dict__["processor"] = AttnProcessor2_0()
+        stack.enter_context(installed(places))
+        yield read
+
+
+def _unload(model: nn.Module, name: str) -> None:
+    """Have accelerate put back what it loaded for the modules that an exception in this layer has left."""
+    parts = name.split(".")
+    for length in range(len(parts), -1, -1):
+        hook = getattr(model.get_submodule(".".join(parts[:length])), "_hf_hook", None)
+        if hook is not None:
+            hook.post_forward(model.get_submodule(".".join(parts[:length])), None)
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Within the block, no parameter of the module requires a gradient."""
+    # By name: sequential offloading puts other parameters into their places in the meantime.
+    trained = [
+        (owner, name)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    try:
+        for owner, name in trained:
+            owner.get_parameter(name).requires_grad_(False)
+        yield
+    finally:
+        for owner, name in trained:
+            owner.get_parameter(name).requires_grad_(True)
+
+
+def _kept_weights(model: nn.Module) -> AbstractContextManager[Any]:
+    """Keep for the backward pass the weights that a forward pass has used, where layerwise casting casts them back."""
+    if not _has_hook(model, "layerwise_casting"):
+        return nullcontext()
+
+    def kept(x: Tensor) -> Tensor:
+        # The storage of now: casting gives the parameter another one.
+        return x.detach() if isinstance(x, nn.Parameter) else x
+
+    return torch.autograd.graph.saved_tensors_hooks(kept, lambda x: x)
+
+
+def _has_hook(model: nn.Module, name: str) -> bool:
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    return any(name in registry.hooks for registry in registries if registry is not None)
+
+
+def check_guidable(model: nn.Module) -> None:
+    """Raise ValueError where weights are gone, or unknown to autograd, when a backward pass needs them."""
+    if _has_hook(model, "group_offloading"):
+        raise ValueError(
+            "the UNet is under group offloading, which takes its weights away before the latents' gradient needs "
+            "them; use pipe.enable_model_cpu_offload() instead"
+        )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "the UNet was loaded under torch.inference_mode(), so nothing can be differentiated through it; load "
+            "the pipeline outside of it (it may be called within)"
+        )

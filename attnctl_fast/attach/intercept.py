@@ -1,0 +1,283 @@
+"""The attention call of a layer, handed to methods while the model runs.
+
+In eager code `F.scaled_dot_product_attention` looks at a thread's handler. Where torch.compile traces, a function mode
+does the same and is gone from the graph; it also serves the eager rest of a model that is compiled in part, for Dynamo
+remembers what it finds under the function's name.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .attention import Attention, key_bias_of
+from .call import Site
+from .layers import Layer
+from .protocol import Edited, Run
+from .rows import Rows
+
+_BUILTIN = torch._C._nn.scaled_dot_product_attention
+_ATTENDS = {"scaled_dot_product_attention", "dispatch_attention_fn"}
+_REMEDY = (
+    "let the layer attend by torch.nn.functional.scaled_dot_product_attention: "
+    "unet.set_attn_processor(AttnProcessor2_0()), and no attention slicing, xFormers or attention kernels of the hub"
+)
+
+
+class Acts(NamedTuple):
+    """What acts on a layer: the run that edits its attention, those that move its context, that add contexts, and that
+    attend after the edit, each with its site."""
+
+    edit: tuple[Run, Site] | None = None
+    contexts: tuple[tuple[Run, Site], ...] = ()
+    more: tuple[tuple[Run, Site], ...] = ()
+    attend: tuple[tuple[Run, Site], ...] = ()
+
+    @property
+    def attends(self) -> bool:
+        return self.edit is not None or bool(self.attend)
+
+
+class Place:
+    """A layer while the model runs: what acts on it, and on which rows.
+
+    now: at this evaluation. ever: at any of the call, which is what compiled code runs.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.rows: Rows
+        self.now = self.ever = Acts()
+        self.compiled = False
+        self._inner: Callable[..., Any]
+        self._bound = False
+        self._before: Any = None
+        self._wants_images = False
+
+    def install(self) -> None:
+        own = self.layer.module.__dict__
+        self._before = own.get("forward")
+        self._bound = self._before is not None
+        self._inner = self._before if self._bound else type(self.layer.module).forward
+        self._wants_images = "ip_adapter_masks" in _keywords(type(self.layer.module.processor).__call__)
+        # A bound method of one function: torch.compile would take any other object for another layer.
+        own["forward"], own["_attnctl_place"] = MethodType(_forward, self.layer.module), self
+
+    def uninstall(self) -> None:
+        own = self.layer.module.__dict__
+        del own["forward"], own["_attnctl_place"]
+        if self._bound:
+            own["forward"] = self._before
+
+    def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the layer's own forward."""
+        return self._inner(*args, **kwargs) if self._bound else self._inner(module, *args, **kwargs)
+
+    def read(self, acts: Acts, given: Any) -> tuple[Any, int, bool]:
+        """Return the layer's `encoder_hidden_states` as methods make it of `given`, how many of its tokens are the
+        prompt's, and whether those were moved."""
+        text, images = given if isinstance(given, tuple) else (given, None)
+        if images is None and self._wants_images:
+            raise ValueError(
+                f"{self.layer.name} has an IP-Adapter but was given text and image embeddings in one tensor; "
+                "pass the images as added_cond_kwargs={'image_embeds': ...}, as the pipelines do"
+            )
+        context = text
+        for run, site in acts.contexts:
+            context = run.context(site, context)
+        tokens = stop = context.shape[1]
+        pieces = [context]
+        for run, site in acts.more:
+            added = run.more_context(site, text, context)
+            start, stop = stop, stop + (0 if added is None else added.shape[1])
+            site.columns = start, stop
+            if added is not None:
+                pieces.append(added.to(context.dtype))
+        whole = context if len(pieces) == 1 else torch.cat(pieces, 1)
+        return (whole if images is None else (whole, images)), tokens, context is not text
+
+    def attend(
+        self,
+        acts: Acts,
+        tokens: int | None,
+        moved: bool,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Return what the attention call is to return.
+
+        Args:
+            acts: what acts on it.
+            tokens: of the prompt's context; None for all columns.
+            moved: whether that context was moved.
+            query, key, ...: of `scaled_dot_product_attention`.
+        """
+        if dropout_p or is_causal or enable_gqa:
+            raise ValueError(
+                f"{self.layer.name} attends with dropout, causally or with grouped heads, which methods cannot act on; "
+                "call model.eval(), or leave this layer out"
+            )
+        columns = key.shape[2]
+        tokens = columns if tokens is None else tokens
+        bias = key_bias_of(attn_mask, len(query), tokens, self.layer.name)
+        scaled = query.shape[-1] ** -0.5 if scale is None else scale
+        rows = self.rows.first(len(query))
+        attention = Attention(
+            query, key, value, bias, scaled, rows, module=self.layer.module, tokens=tokens, moved=moved
+        )
+        if acts.edit is not None and rows.conditional:
+            run, site = acts.edit
+            edited = run.edit(site, attention.conditional)
+            if isinstance(edited, Edited):
+                attention.probabilities, edited = edited.probabilities, edited.out
+            attention.conditional_out = edited
+        for run, site in acts.attend:
+            run.attend(site, attention)
+        if attention.untouched and columns == tokens:
+            return _real(query, key, value, attn_mask=attn_mask, scale=scale)
+        return attention.out.to(query.dtype)
+
+    def missed(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self.layer.name} runs {type(self.layer.module.processor).__name__}, which never calls "
+            f"scaled_dot_product_attention, so no method can act on it; {_REMEDY}"
+        )
+
+
+@functools.cache
+def _keywords(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def check_processor(layer: Layer) -> None:
+    """Raise ValueError where a layer is known not to make the call that methods act on.
+
+    Processors that nobody knows are found when they run.
+    """
+    module = layer.module
+    if module.added_kv_proj_dim is not None:
+        raise ValueError(
+            f"{layer.name} attends to the text and the image in one, which no method supports; leave this layer out"
+        )
+    processor = type(module.processor)
+    code = getattr(inspect.unwrap(processor.__call__), "__code__", None)
+    if processor.__module__.startswith("diffusers.") and code is not None and not _ATTENDS.intersection(code.co_names):
+        raise ValueError(f"{layer.name} uses {processor.__name__}, whose attention this library cannot edit; {_REMEDY}")
+
+
+@contextmanager
+def installed(places: Iterable[Place], *, compiled: bool = False) -> Iterator[None]:
+    """Have these layers' attention calls handed to what acts on them, within the block.
+
+    Args:
+        places: the layers.
+        compiled: whether any part of the model is.
+    """
+    put: list[Place] = []
+    _catch(not compiled)
+    try:
+        for place in places:
+            place.compiled = compiled
+            place.install()
+            put.append(place)
+        yield
+    finally:
+        for place in reversed(put):
+            place.uninstall()
+        _catch(-(not compiled))
+
+
+def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run an attention module's forward with its attention call handed to methods."""
+    place: Place = module._attnctl_place
+    compiling = torch.compiler.is_compiling()
+    acts = place.ever if compiling else place.now
+    tokens, moved = None, False
+    if acts.contexts or acts.more:
+        if len(args) > 1:
+            context, tokens, moved = place.read(acts, args[1])
+            args = (args[0], context, *args[2:])
+        elif kwargs.get("encoder_hidden_states") is not None:
+            context, tokens, moved = place.read(acts, kwargs["encoder_hidden_states"])
+            kwargs = {**kwargs, "encoder_hidden_states": context}
+    if not acts.attends:
+        return place.run(module, args, kwargs)
+    if compiling or place.compiled:
+        mode = _Handing(place, acts, tokens, moved)
+        with mode:
+            result = place.run(module, args, kwargs)
+        waiting = mode.waiting
+    else:
+        before = getattr(_thread, "handler", None)
+        _thread.handler = place, acts, tokens, moved
+        try:
+            result = place.run(module, args, kwargs)
+        finally:
+            waiting, _thread.handler = _thread.handler is not None, before
+    if waiting:
+        raise place.missed()
+    return result
+
+
+class _Handing(TorchFunctionMode):
+    """Hands the first attention call within to a place."""
+
+    def __init__(self, place: Place, acts: Acts, tokens: int | None, moved: bool) -> None:
+        super().__init__()
+        self.place, self.acts, self.tokens, self.moved = place, acts, tokens, moved
+        self.waiting = True
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _BUILTIN and self.waiting:
+            self.waiting = False
+            return self.place.attend(self.acts, self.tokens, self.moved, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+# Eager code
+
+_thread = threading.local()
+_lock = threading.Lock()
+_users = 0
+_real: Callable[..., Tensor] = _BUILTIN
+
+
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    """Stands in for `F.scaled_dot_product_attention` while a controlled model runs."""
+    handler = getattr(_thread, "handler", None)
+    if handler is None:
+        return _real(*args, **kwargs)
+    # What a layer attends to besides the text, an IP-Adapter's images, is its own.
+    _thread.handler = None
+    place, acts, tokens, moved = handler
+    return place.attend(acts, tokens, moved, *args, **kwargs)
+
+
+def _catch(users: int) -> None:
+    """Count those who need attention calls, and stand in for the function while there are any."""
+    global _users, _real
+    with _lock:
+        _users += users
+        now = F.scaled_dot_product_attention
+        if users > 0 and _users == 1 and now is not _attention:
+            _real = now
+            F.scaled_dot_product_attention = _attention
+        elif _users == 0 and now is _attention:
+            F.scaled_dot_product_attention = _real

@@ -1,0 +1,111 @@
+"""What a method is to the engine that drives it, and what it does during a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .attention import Attention
+    from .call import Call, Site
+    from .evaluation import Evaluation
+    from .layers import Layer, LayerChoice
+
+
+class Edited(NamedTuple):
+    """out: attention `[B,H,M,d]`. probabilities: what the edit makes of the scaled logits `[B,M,N]` of one head, for
+    those who look at the maps; None where it leaves them as they are."""
+
+    out: Tensor
+    probabilities: Callable[[Tensor, int], Tensor] | None = None
+
+
+class Run:
+    """What a method does during one call of a pipeline. Every hook is optional: what a subclass does not define is not
+    called. Hooks on attention may be compiled into the model's graph: what depends on the step has to lie in tensors.
+
+    active: whether the hooks on attention act at this evaluation. used: whether they act at any evaluation of the call;
+    a compiled model runs the same graph at all of them. Both are read after `before_denoiser`.
+    """
+
+    active: bool = True
+    used: bool = True
+
+    def encoded(self, embeddings: Tensor) -> Tensor:
+        """Return the prompts' contexts `[samples,N,C]` for the whole call; the given ones are left as they are."""
+        return embeddings
+
+    def before_denoiser(self, evaluation: Evaluation) -> None:
+        """Prepare an evaluation of the model, or change what it is given."""
+
+    def context(self, site: Site, text: Tensor) -> Tensor:
+        """Return the context `[R,N,C]` that the layer reads instead of `text`."""
+        return text
+
+    def more_context(self, site: Site, text: Tensor, context: Tensor) -> Tensor | None:
+        """Return further contexts `[R,L,C]` whose keys and values `attend` wants, or None.
+
+        Args:
+            site: the layer.
+            text: what the model hands to every layer.
+            context: what this layer reads, as other methods have moved it; `text` itself if none has.
+        """
+        return None
+
+    def edit(self, site: Site, attention: Attention) -> Tensor | Edited:
+        """Return attention of the conditional rows in place of the model's, `[B,H,M,d]`; one method per layer may."""
+        raise NotImplementedError
+
+    def attend(self, site: Site, attention: Attention) -> None:
+        """Look at the attention of all rows, or change it, after the edit."""
+
+    def after_denoiser(self, output: Tensor) -> Tensor:
+        """Return what the model predicts, `[R,C,height,width]`."""
+        return output
+
+    def end(self) -> None:
+        """End the call, also after an exception."""
+
+
+def defines(run: Run, hook: str) -> bool:
+    """Return whether a run has a hook of its own."""
+    return getattr(type(run), hook) is not getattr(Run, hook)
+
+
+class Method:
+    """A way to control a model; subclass it as a frozen dataclass, and give `start`.
+
+    layers: which ones its runs act on, as users name them; None for `default_layers`.
+    """
+
+    layers: LayerChoice = None
+
+    # Its runs `edit` attention, which one method per layer may do.
+    edits_attention: ClassVar[bool] = False
+    # Its runs have a site in every layer that it reaches; `Site.chosen` says where the user wants it.
+    everywhere: ClassVar[bool] = False
+    # One of the kind acts in a call: that of the innermost control.
+    single: ClassVar[bool] = False
+    # No other method acts in the call.
+    alone: ClassVar[bool] = False
+
+    def reaches(self, layer: Layer) -> bool:
+        """Return whether it may act on a layer; on those that attend to the text, unless it says otherwise."""
+        return layer.cross
+
+    def default_layers(self, layers: dict[str, Layer]) -> Sequence[str]:
+        """Return the layers to act on where the user names none, from those that it reaches, in order of execution."""
+        return list(layers)
+
+    def check(self, pipe: Any, layers: list[Layer]) -> None:
+        """Raise ValueError unless it can act on this pipeline and these layers; called before anything is changed."""
+
+    def start(self, call: Call, sites: list[Site]) -> Run:
+        """Begin a pipeline call, before its first step.
+
+        Raises:
+            ValueError: the prompts do not fit the method.
+        """
+        raise NotImplementedError
