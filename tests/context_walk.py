@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl_fast._layers import cross_attention_layers
+from attnctl_fast.attach.layers import cross_attention_layers
 
 
 @dataclass

@@ -70,13 +70,14 @@ def sample(
     latents = latents.to(positive) * scheduler.init_noise_sigma
 
     def gradient(x: Tensor, t: Any) -> tuple[Tensor, float]:
-        x = x.detach().requires_grad_()
+        # The step is one on the model's input, which the latents follow.
+        model_input = scheduler.scale_model_input(x.detach(), t).detach().requires_grad_()
+        factor = scheduler.scale_model_input(torch.ones(1, 1, 1, 1, dtype=x.dtype), t)
         with torch.enable_grad(), rounding:
-            model_input = scheduler.scale_model_input(x, t)
             maps = maps_of(unet, layers, lambda: unet(model_input, t, encoder_hidden_states=positive))
             value = loss(maps)
             losses.append(value.item())
-            return torch.autograd.grad(value, x)[0], value.item()
+            return torch.autograd.grad(value, model_input)[0] / factor, value.item()
 
     for index, t in enumerate(scheduler.timesteps):
         step = index // scheduler.order

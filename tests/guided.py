@@ -9,9 +9,9 @@ import numpy as np
 import tiny
 import torch
 
-from attnctl_fast._tokens import Prompts, padded
+from attnctl_fast.attach.call import Call
+from attnctl_fast.attach.prompts import Prompts, padded
 from attnctl_fast.methods import GuidanceContext, LatentGuidance
-from attnctl_fast.methods._base import Call
 
 GRID = (4, 5)
 

@@ -107,7 +107,7 @@ def test_behaviour_is_measured_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None
         assert any(
             (np.asarray(a) != np.asarray(b)).any() for a, b in zip(results[0].images, results[1].images, strict=True)
         )
-        rows += behaviour.rows_of_pictures(name, task, results, 2)
+        rows += behaviour.strips_of(name, task, results, 2)
     json.dumps(run)
     assert len(rows) == 2 * len(behaviour.TASKS)
     shown = tables.behaviour_table(run).splitlines()

@@ -201,8 +201,8 @@ def test_text_similarity(padded: bool, two_encoders: Any) -> None:
     import ours
     from sampling import PROMPT, Setting
 
-    from attnctl_fast._tokens import Prompts
-    from attnctl_fast.methods._base import Call
+    from attnctl_fast.attach.call import Call
+    from attnctl_fast.attach.prompts import Prompts
 
     task = Setting(two_encoders, torch.zeros(1, 4, 16, 16), 1, 1)
     method = ours.method("TSAM", task)

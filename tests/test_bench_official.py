@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REGULATION = """
 import torch
 from attnctl_fast import ops, reference
-from attnctl_fast._projections import keys_values, queries
+from projections import keys_values, queries
 from attnctl_fast.ops.gaussian_bias import full_basis
 
 
@@ -51,7 +51,7 @@ class AttnProcessorAttnMapEdit:
 
 ENERGY = """
 from attnctl_fast import reference
-from attnctl_fast._projections import keys_values, queries
+from projections import keys_values, queries
 
 
 class EnergyCrossAttnProcessor:
@@ -106,7 +106,7 @@ def loss(maps, text, variant, weight):
 
 PROCESSORS = """
 from attnctl_fast import reference
-from attnctl_fast._projections import keys_values, queries
+from projections import keys_values, queries
 
 
 class AttnProcessorX_2:

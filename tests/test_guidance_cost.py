@@ -15,9 +15,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 import attnctl_fast as ac
-from attnctl_fast._guidance import Evaluation, Guidance
-from attnctl_fast._layers import cross_attention_layers
-from attnctl_fast.methods._base import Call
+from attnctl_fast.attach.call import Call, Site
+from attnctl_fast.attach.evaluation import Evaluation
+from attnctl_fast.attach.families import UNET
+from attnctl_fast.attach.guidance import reading
+from attnctl_fast.attach.layers import cross_attention_layers
+from attnctl_fast.attach.rows import Rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import architectures
@@ -46,17 +49,15 @@ def given(unet: Any) -> dict[str, Any]:
     return arguments
 
 
-def guidance(unet: Any, method: ac.LatentGuidance, arguments: dict[str, Any]) -> tuple[Guidance, Evaluation]:
-    """The method at the first step of a call, and the evaluation of the UNet that it guides."""
+def guidance(unet: Any, method: ac.LatentGuidance, arguments: dict[str, Any]) -> tuple[Any, Evaluation, list[Site]]:
+    """The method at the first step of a call, the evaluation of the UNet that it guides, and its layers."""
     layers = cross_attention_layers(unet)
     side = arguments["sample"].shape[-1]
     prompts: Any = SimpleNamespace(count=1, length=arguments["encoder_hidden_states"].shape[1])
     call: Any = Call(None, prompts, 1, None, step=0, steps=50, latents=(side, side))  # type: ignore[arg-type]
-    names = method.default_layers(layers)
-    tap: Any = SimpleNamespace(latents=arguments["sample"], guided=None, scaled=lambda x, _: x)
-    at_work = Guidance(method, [layers[name] for name in names], call, unet)
-    at_work.plan()
-    return at_work, Evaluation(call, unet, tap, 0, (), arguments)
+    sites = [Site(layers[name]) for name in method.default_layers(layers)]
+    tap: Any = SimpleNamespace(latents=arguments["sample"], moved=None, factor=lambda *_: None)
+    return method.start(call, sites), Evaluation(call, UNET, unet, Rows(1, [0], [0]), tap, (), arguments), sites
 
 
 def flops(run: Callable[[], Any]) -> int:
@@ -89,13 +90,13 @@ def test_operations(name: str, forward: float, both: float) -> None:
         unet = architectures.unet(name)
         arguments = given(unet)
         full = flops(lambda: unet(**arguments))
-        cut, evaluation = guidance(unet, Sum(), arguments)
-        whole, _ = guidance(unet, Sum(truncate=False, freeze=False), arguments)
-        with cut._reading() as maps, torch.no_grad():
-            assert flops(lambda: cut._maps(arguments["sample"], evaluation, maps)) <= forward * full
-        spent = flops(lambda: cut.guide(evaluation))
+        cut, evaluation, sites = guidance(unet, Sum(), arguments)
+        whole, other, _ = guidance(unet, Sum(truncate=False, freeze=False), arguments)
+        with reading(evaluation, sites, None) as read, torch.no_grad():
+            assert flops(lambda: read(arguments["sample"])) <= forward * full
+        spent = flops(lambda: cut.before_denoiser(evaluation))
         assert spent <= both * full
-        assert flops(lambda: whole.guide(evaluation)) > 1.1 * spent
+        assert flops(lambda: whole.before_denoiser(other)) > 1.1 * spent
 
 
 class Down(Sum):
@@ -115,8 +116,8 @@ def test_memory_falls_as_the_unet_is_cut() -> None:
     }
     kept = {}
     for name, method in methods.items():
-        at_work, evaluation = guidance(unet, method, given(unet))
-        kept[name] = saved(unet, lambda at_work=at_work, evaluation=evaluation: at_work.guide(evaluation))
+        at_work, evaluation, _ = guidance(unet, method, given(unet))
+        kept[name] = saved(unet, lambda at_work=at_work, evaluation=evaluation: at_work.before_denoiser(evaluation))
     assert kept["down blocks"] < kept["cut"] < kept["cut, trainable"]
     assert kept["cut"] < 0.8 * kept["whole"]
     assert kept["whole"] < kept["whole, trainable"]

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from attnctl_fast._contexts import Contexts
+from attnctl_fast._processors import GuidedProcessor
 from kernel_cases import (
     ATTENTION,
     OPERATIONS,
@@ -26,9 +28,7 @@ from numerics import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnctl_fast import AttentionRegulation, EnergyContext, control, ops, use
-from attnctl_fast._contexts import Contexts
-from attnctl_fast._processors import GuidedProcessor
-from attnctl_fast.methods._base import Call
+from attnctl_fast.attach.call import Call
 
 pytest.importorskip("triton")
 _launch = importlib.import_module("attnctl_fast.kernels._launch")

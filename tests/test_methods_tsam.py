@@ -14,7 +14,7 @@ import tiny
 import torch
 
 import attnctl_fast as ac
-from attnctl_fast._text_attention import text_attention
+from attnctl_fast.attach.text_attention import text_attention
 
 PROMPTS = ("a red bag and a blue octopus", "cat", "a dog", " ".join(["red"] * 40))
 LENGTHS = (8, 1, 2, tiny.LENGTH - 2)

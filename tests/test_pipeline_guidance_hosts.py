@@ -14,8 +14,8 @@ from test_pipeline_restore import Stop, snapshot, stop_at
 from torch import Tensor
 
 import attnctl_fast as ac
-from attnctl_fast._scheduler import SchedulerTap
-from attnctl_fast._unet_call import with_rows
+from attnctl_fast.attach.rows import with_rows
+from attnctl_fast.attach.scheduler import SchedulerTap
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -95,11 +95,12 @@ def test_a_step_that_was_not_taken_does_not_move_the_next_one() -> None:
     scheduler.set_timesteps(2)
     x, t = tiny.latents(), scheduler.timesteps[0]
     expected = scheduler.step(x, t, x).prev_sample
-    tap = SchedulerTap(scheduler)
-    tap.guided = x + 1
+    tap = SchedulerTap()
+    tap.put_on(scheduler)
+    tap.moved = x + 1
     scheduler.scale_model_input(x, t)
     assert torch.equal(scheduler.step(x, t, x).prev_sample, expected)
-    tap.guided = x + 1
+    tap.moved = x + 1
     assert not torch.equal(scheduler.step(x, t, x).prev_sample, expected)
     tap.remove()
     assert "step" not in vars(scheduler)

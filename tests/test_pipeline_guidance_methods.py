@@ -13,9 +13,9 @@ from test_pipeline_guidance import EXACT, LAYERS, guided
 from test_pipeline_kinds import KINDS, call
 
 import attnctl_fast as ac
-from attnctl_fast._tokens import Prompts, padded
+from attnctl_fast.attach.call import Call
+from attnctl_fast.attach.prompts import Prompts, padded
 from attnctl_fast.methods import GuidanceContext
-from attnctl_fast.methods._base import Call
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

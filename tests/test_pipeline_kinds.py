@@ -295,31 +295,35 @@ def test_other_pipelines_on_the_same_unet_are_left_alone() -> None:
 
 
 def test_hand_written_loop() -> None:
-    """encode_prompt and the UNet without the pipeline's __call__."""
+    """A loop over the UNet and the scheduler, whose prompt the handle is told, is what the pipeline draws."""
     pipe = tiny.pipeline()
 
     @torch.no_grad()
-    def loop() -> torch.Tensor:
+    def loop(handle: Any) -> torch.Tensor:
         latents = tiny.latents()
-        embeddings, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
+        embeddings, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+        handle.begin(prompt=PROMPT, prompt_embeds=embeddings, negative_prompt_embeds=negative)
         pipe.scheduler.set_timesteps(4)
         for timestep in pipe.scheduler.timesteps:
-            noise = pipe.unet(latents, timestep, encoder_hidden_states=embeddings).sample
-            latents = pipe.scheduler.step(noise, timestep, latents).prev_sample
+            text = torch.cat([negative, embeddings])
+            without, noise = pipe.unet(torch.cat([latents] * 2), timestep, encoder_hidden_states=text).sample.chunk(2)
+            latents = pipe.scheduler.step(without + 7.5 * (noise - without), timestep, latents).prev_sample
+        handle.end()
         return latents
 
-    with ac.control(pipe, ac.AttentionRegulation(TARGETS)):
-        by_hand = loop()
-    assert torch.equal(by_hand, controlled(pipe, guidance_scale=1.0))
+    with ac.control(pipe, ac.AttentionRegulation(TARGETS)) as handle:
+        by_hand = loop(handle)
+    assert torch.equal(by_hand, controlled(pipe))
 
 
 @pytest.mark.parametrize("kind", ["tensor", "int"])
 def test_several_evaluations_at_one_timestep_are_one_step(kind: str) -> None:
-    """As pipelines make them that denoise several views, or guide themselves."""
+    """As pipelines make them that denoise several views, or guide themselves; each with an average of its own."""
     pipe = tiny.pipeline()
     noises = []
-    with ac.control(pipe, ac.AttentionRegulation(TARGETS, edit_steps=1)), torch.no_grad():
+    with ac.control(pipe, ac.AttentionRegulation(TARGETS, edit_steps=1)) as handle, torch.no_grad():
         embeddings, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
+        handle.begin(prompt=PROMPT, prompt_embeds=embeddings)
         pipe.scheduler.set_timesteps(4)
         for timestep in pipe.scheduler.timesteps[:2]:
             for _ in range(2):
@@ -328,37 +332,98 @@ def test_several_evaluations_at_one_timestep_are_one_step(kind: str) -> None:
     with torch.no_grad():
         plain = [pipe.unet(tiny.latents(), t, encoder_hidden_states=embeddings).sample for t in (751, 501)]
     assert [torch.equal(noise, plain[i // 2]) for i, noise in enumerate(noises)] == [False, False, True, True]
+    assert torch.equal(noises[0], noises[1])
 
 
-def test_batches_of_another_make_are_refused() -> None:
-    """A pipeline that runs the unconditional half by itself, or three rows per image."""
+def test_rows_are_told_by_their_text() -> None:
+    """The halves in calls of their own and three rows per image give each row what it gets in one batch."""
+    pipe = tiny.pipeline().to(torch.float64)
+    embeddings, negative = (x.double() for x in pipe.encode_prompt(PROMPT, "cpu", 1, True))
+
+    def noise(*text: torch.Tensor) -> torch.Tensor:
+        with ac.control(pipe, ac.AttentionRegulation(TARGETS)) as handle, torch.no_grad():
+            handle.begin(prompt=PROMPT, prompt_embeds=embeddings, negative_prompt_embeds=negative)
+            pipe.scheduler.set_timesteps(4)
+            t = pipe.scheduler.timesteps[0]
+            latents = tiny.latents().double().expand(len(text), -1, -1, -1)
+            return pipe.unet(latents, t, encoder_hidden_states=torch.cat(text)).sample
+
+    both = noise(negative, embeddings)
+    with torch.no_grad():
+        plain = pipe.unet(tiny.latents().double(), 751, encoder_hidden_states=embeddings).sample
+    assert (both[1:] - plain).abs().max() > 0.05
+    torch.testing.assert_close(noise(negative), both[:1], **EXACT)
+    torch.testing.assert_close(noise(embeddings), both[1:], **EXACT)
+    for three in ([0, 1, 1], [1, 0, 0], [1, 0, 1]):
+        torch.testing.assert_close(noise(*((negative, embeddings)[i] for i in three)), both[three], **EXACT)
+
+
+def test_a_negative_prompt_that_is_the_prompt() -> None:
+    """Their text does not tell the rows apart, so their order does: the unconditional ones come first."""
+    pipe = tiny.pipeline().to(torch.float64)
+    options = {"negative_prompt": PROMPT, "guidance_scale": 2.0, "num_inference_steps": 1}
+    plain = call(pipe, **options)
+    assert (controlled(pipe, **options) - plain).abs().max() > 0.05
+
+
+def test_rows_that_nothing_tells_apart_are_refused() -> None:
     pipe = tiny.pipeline()
-    with ac.control(pipe, ac.AttentionRegulation(TARGETS)), torch.no_grad():
-        embeddings, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+    embeddings, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+    with ac.control(pipe, ac.AttentionRegulation(TARGETS)) as handle, torch.no_grad():
+        handle.begin(prompt=PROMPT, prompt_embeds=embeddings, negative_prompt_embeds=negative)
         pipe.scheduler.set_timesteps(4)
-        pipe._guidance_scale = 5.0
-        for rows in ([negative], [negative, embeddings, embeddings]):
-            with pytest.raises(ValueError, match=rf"{len(rows)} rows for 1 images with guidance"):
-                pipe.unet(tiny.latents().expand(len(rows), -1, -1, -1), 981, encoder_hidden_states=torch.cat(rows))
+        latents = tiny.latents().expand(3, -1, -1, -1)
+        with pytest.raises(ValueError, match=r"3 rows for 1 images with guidance, and none of them carries"):
+            pipe.unet(latents, 981, encoder_hidden_states=torch.zeros(3, 16, 16))
 
 
-def test_a_unet_called_past_its_hooks_is_refused() -> None:
+def test_key_padding_masks() -> None:
+    """Under a mask every method does what it does on the text that is left; other masks are refused."""
+    pipe = tiny.pipeline().to(torch.float64)
+    embeddings = pipe.encode_prompt(PROMPT, "cpu", 1, False)[0].double()
+    mask = torch.arange(tiny.LENGTH)[None] < 7  # with the end of text
+
+    def noise(method: Any, text: torch.Tensor, mask: Any = None) -> torch.Tensor:
+        with ac.control(pipe, method) as handle, torch.no_grad():
+            handle.begin(prompt=None, prompt_embeds=text)
+            pipe.scheduler.set_timesteps(4)
+            t, latents = pipe.scheduler.timesteps[0], tiny.latents().double()
+            return pipe.unet(latents, t, encoder_hidden_states=text, encoder_attention_mask=mask).sample
+
+    layers = ac.by_downsampling(2)
+    for method in (
+        ac.AttentionRegulation([2, 5]),
+        ac.AttentionRegulation.paper([2, 5]),
+        ac.EnergyContext(0.02, 0.0),
+        ac.Composition([ac.Edit("a dog", 0.5)]),
+        ac.Composition([ac.Edit("a dog", 0.5, gamma_attn=0.02)]),
+        ac.DenseDiffusion({2: torch.eye(8), 5: 1 - torch.eye(8)}, self_strength=0.0),
+        ac.AttendAndExcite([2, 5], layers=layers, thresholds={}, text_only=False),
+    ):
+        short = noise(method, embeddings[:, :7])
+        if isinstance(method, ac.AttendAndExcite):
+            # It shares the masked columns out as well, which are zero: only that it works.
+            assert torch.isfinite(noise(method, embeddings, mask)).all()
+            continue
+        # The UNet's masks are -10000, and edits of another length are as long as the prompt.
+        torch.testing.assert_close(noise(method, embeddings, mask), short, rtol=0, atol=1e-6)
+
+
+def test_masks_of_their_own_for_every_image_token_are_refused() -> None:
     pipe = tiny.pipeline()
-    with ac.control(pipe, ac.AttentionRegulation(TARGETS)), torch.no_grad():
-        embeddings, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
-        pipe.scheduler.set_timesteps(4)
-        with pytest.raises(RuntimeError, match=r"without its forward hooks.*not as unet\.forward"):
-            pipe.unet.forward(tiny.latents(), 981, encoder_hidden_states=embeddings)
+    attn = pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn2
 
+    class Masked:
+        def __call__(self, attn: Any, hidden: Any, encoder_hidden_states: Any = None, **_: Any) -> Any:
+            q, k, v = attn.to_q(hidden), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+            q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
+            mask = torch.zeros(1, 1, q.shape[2], k.shape[2])
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
-def test_attention_masks_are_refused() -> None:
-    pipe = tiny.pipeline()
-    with ac.control(pipe, ac.AttentionRegulation(TARGETS)), torch.no_grad():
-        embeddings, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
-        pipe.scheduler.set_timesteps(4)
-        mask = torch.ones(1, embeddings.shape[1])
-        with pytest.raises(ValueError, match="attention mask.*without encoder_attention_mask"):
-            pipe.unet(tiny.latents(), 981, encoder_hidden_states=embeddings, encoder_attention_mask=mask)
+    attn.set_processor(Masked())
+    with pytest.raises(ValueError, match="attention mask .* of its own for every image token"):
+        controlled(pipe)
 
 
 def test_grid_too_small_for_a_centre() -> None:
@@ -369,22 +434,53 @@ def test_grid_too_small_for_a_centre() -> None:
 
 
 @pytest.mark.parametrize("processor", ["AttnProcessor", "SlicedAttnProcessor"])
-def test_other_standard_processors(processor: str) -> None:
-    """The same image as with the default one, to rounding."""
+def test_processors_that_never_make_the_attention_call_are_refused(processor: str) -> None:
+    """In `enable`, with the layer's name and a remedy that works."""
     from diffusers.models import attention_processor
 
-    pipe = tiny.pipeline().to(torch.float64)
-    exact = controlled(pipe)
+    pipe = tiny.pipeline()
+    edited = controlled(pipe)
     cls = getattr(attention_processor, processor)
     pipe.unet.set_attn_processor(cls(1) if processor == "SlicedAttnProcessor" else cls())
-    torch.testing.assert_close(controlled(pipe), exact, **EXACT)
+    with pytest.raises(ValueError, match=rf"down_blocks\.1.* uses {processor}, .*set_attn_processor\(AttnProcessor2_0"):
+        controlled(pipe)
+    pipe.unet.set_attn_processor(attention_processor.AttnProcessor2_0())
+    assert torch.equal(controlled(pipe), edited)
+
+
+def test_a_layer_that_never_makes_the_attention_call_is_named() -> None:
+    """One whose processor nobody knows, at its first evaluation."""
+    pipe = tiny.pipeline()
+    plain = call(pipe)
+
+    class Mine:
+        def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, **_: Any) -> Any:
+            return hidden_states
+
+    attn = pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn2
+    own = attn.processor
+    attn.set_processor(Mine())
+    message = r"down_blocks\.1\.attentions\.0.* runs Mine, which never calls scaled_dot_product_attention"
+    for methods in ([ac.AttentionRegulation(TARGETS)], [ac.EnergyContext(0.02, 0.02)]):
+        with pytest.raises(RuntimeError, match=message), ac.control(pipe, *methods):
+            call(pipe)
+    with pytest.raises(RuntimeError, match=message), ac.capture(pipe):
+        call(pipe)
+    attn.set_processor(own)
+    assert torch.equal(call(pipe), plain)
 
 
 def test_unusual_attention_modules() -> None:
-    """Group norm, query and key norms, residual connection, rescaling, 4-d input: as diffusers' own processor does."""
-    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+    """Group norm, query and key norms, residual connection, rescaling, 4-d input, an image beside the text: none of it
+    is ours to repeat, so with an edit that changes nothing the output is the module's own, bit for bit."""
+    from diffusers.models.attention_processor import Attention
 
-    from attnctl_fast._processors import ControlledProcessor
+    from attnctl_fast.attach.attention import Attention as Attending
+    from attnctl_fast.attach.call import Site
+    from attnctl_fast.attach.intercept import Acts, Place, installed
+    from attnctl_fast.attach.layers import Layer
+    from attnctl_fast.attach.protocol import Run
+    from attnctl_fast.attach.rows import Rows
 
     torch.manual_seed(0)
     attn = Attention(
@@ -402,23 +498,14 @@ def test_unusual_attention_modules() -> None:
     hidden, text = torch.randn(2, 16, 16, 16), torch.randn(2, 9, 16)
     plain = attn(hidden, encoder_hidden_states=text)
 
-    class Same:
-        """An edit that changes nothing."""
+    class Same(Run):
+        def edit(self, site: Any, attention: Attending) -> torch.Tensor:
+            return attention.plain()
 
-        def attend(self, layer: Any, q: Any, k: Any, v: Any, scale: float) -> Any:
-            from attnctl_fast.methods._base import Edited
-
-            nothing = torch.zeros(0)
-            return Edited(torch.nn.functional.scaled_dot_product_attention(q, k, v), nothing, nothing, nothing)
-
-    class Engine:
-        guiding = False
-
-        def at(self, layer: Any) -> Any:
-            return Same(), []
-
-        def conditional(self, rows: int) -> int:
-            return 1
-
-    attn.set_processor(ControlledProcessor(AttnProcessor2_0(), None, Engine()))  # type: ignore[arg-type]
-    torch.testing.assert_close(attn(hidden, encoder_hidden_states=text), plain, rtol=0, atol=1e-6)
+    layer = Layer("attn2", "down_blocks.0", 0, attn)
+    place = Place(layer)
+    place.rows = Rows(2, [1], [0])
+    place.now = Acts(edit=(Same(), Site(layer)))
+    with torch.no_grad(), installed([place]):
+        torch.testing.assert_close(attn(hidden, encoder_hidden_states=text), plain, rtol=0, atol=1e-6)
+    assert "forward" not in vars(attn)

@@ -119,9 +119,9 @@ def watching(pipe: Any, monkeypatch: pytest.MonkeyPatch, name: str = LAYER) -> A
 
     draw = attention_regulation._Regulating._initial_theta
 
-    def drawn(self: Any, layer: Any, *args: Any) -> torch.Tensor:
-        theta = draw(self, layer, *args)
-        if layer.name == name:
+    def drawn(self: Any, site: Any) -> torch.Tensor:
+        theta = draw(self, site)
+        if site.name == name:
             seen.theta.append(theta)
         return theta
 
@@ -177,7 +177,7 @@ def test_edited_layer_equals_the_published_loop(
     for step in range(4):
         for row in (0, 1):
             if row == 1 and step < 3:
-                theta = seen.theta[step][0].flatten(2)
+                theta = seen.theta[step].flatten(2).double()
                 expected = layer_by_hand(
                     pipe,
                     seen.hidden[step][row],
@@ -200,7 +200,7 @@ def test_weights_are_drawn_uniformly_afresh_per_step_and_layer(monkeypatch: pyte
             run(pipe)
         thetas[name] = seen.theta
     drawn = torch.stack([*thetas[LAYER], *thetas[other]])
-    assert drawn.shape == (4, 1, 2, 2, 7, 7)
+    assert drawn.shape == (4, 2, 2, 7, 7)
     assert len(drawn.flatten(1).unique(dim=0)) == 4
     assert 0 <= drawn.min() < 0.01 < 0.99 < drawn.max() < 1
     assert abs(drawn.mean() - 0.5) < 0.02

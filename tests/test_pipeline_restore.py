@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +10,10 @@ import torch
 from test_pipeline_kinds import PROMPT, TARGETS, call, controlled
 
 import attnctl_fast as ac
+from attnctl_fast.attach.call import Site
+from attnctl_fast.attach.intercept import Acts, Place, installed
+from attnctl_fast.attach.layers import Layer
+from attnctl_fast.attach.protocol import Run
 
 REGULATION = ac.AttentionRegulation(TARGETS)
 
@@ -35,7 +37,8 @@ def snapshot(pipe: Any) -> dict[str, Any]:
         "scheduler": sorted(name for name, value in pipe.scheduler.__dict__.items() if callable(value)),
         "requires_grad": {name: p.requires_grad for name, p in pipe.unet.named_parameters()},
         "weights": list(pipe.unet.state_dict()),
-        "class": type(pipe),
+        "class": (type(pipe), type(pipe).__call__),
+        "attention": torch.nn.functional.scaled_dot_product_attention,
     }
 
 
@@ -201,40 +204,19 @@ def test_pipelines_without_cross_attention() -> None:
         pass
 
 
-def test_processors_that_cannot_be_edited() -> None:
-    pipe = tiny.pipeline()
-
-    class Mine:
-        def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, **_: Any) -> Any:
-            return hidden_states
-
-    pipe.unet.set_attn_processor(Mine())
-    before = snapshot(pipe)
-    with pytest.raises(ValueError, match="uses Mine, whose attention this library cannot edit"):
-        ac.enable(pipe, REGULATION)
-    assert snapshot(pipe) == before
-
-
 def test_processors_replaced_while_control_is_on() -> None:
-    """The next call says so, leaving warns, and the new processors stay."""
-    from diffusers.models.attention_processor import AttnProcessor
+    """The edit stays, and so do the new processors."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
 
     pipe = tiny.pipeline()
-    plain = call(pipe)
-    new = AttnProcessor()
-    leaving = pytest.warns(RuntimeWarning, match="were replaced under control; the new ones stay")
-    with leaving, ac.control(pipe, REGULATION):
+    edited = controlled(pipe)
+    new = AttnProcessor2_0()
+    with ac.control(pipe, REGULATION):
+        assert torch.equal(call(pipe), edited)
         pipe.unet.set_attn_processor(new)
-        with pytest.raises(RuntimeError, match=r"down_blocks\.1.* were replaced while control was on.*enter it again"):
-            call(pipe)
-        with pytest.raises(RuntimeError, match="were replaced while control was on"):
-            ac.enable(pipe, ac.AttentionRegulation("bag", layers="mid_block"))
+        assert torch.equal(call(pipe), edited)
     assert all(processor is new for processor in pipe.unet.attn_processors.values())
-    assert "encode_prompt" not in pipe.__dict__
-    torch.testing.assert_close(call(pipe), plain, rtol=1e-3, atol=1e-3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not torch.equal(controlled(pipe), plain)
+    assert "forward" not in vars(pipe.unet)
 
 
 def test_unet_replaced_while_control_is_on() -> None:
@@ -330,51 +312,24 @@ def test_ip_adapter_keeps_its_image_part() -> None:
 
 def test_ip_adapter_image_part_is_exact() -> None:
     """With an edit that changes nothing, the layer's output is that of the adapter's own processor, masks included."""
-    from attnctl_fast._processors import ControlledProcessor
-    from attnctl_fast.methods._base import Edited
-
     pipe = with_ip_adapter(tiny.pipeline())
-    attn = pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn2
-
-    class Nothing:
-        guiding = False
-
-        def at(self, layer: Any) -> Any:
-            return self, []
-
-        def conditional(self, rows: int) -> int:
-            return 1
-
-        def attend(self, layer: Any, q: Any, k: Any, v: Any, scale: float) -> Any:
-            none = torch.zeros(0)
-            return Edited(torch.nn.functional.scaled_dot_product_attention(q, k, v), none, none, none)
-
-    torch.manual_seed(0)
-    hidden, text, images = torch.randn(2, 256, 16), torch.randn(2, 16, 16), torch.randn(2, 1, 4, 16)
-    mask = (torch.rand(1, 1, 32, 32) > 0.5).float()
-    for masks in ({}, {"ip_adapter_masks": [mask]}):
-        arguments: dict[str, Any] = {"encoder_hidden_states": (text, [images if masks else images[:, 0]])} | masks
-        plain = attn(hidden, **arguments)
-        own = attn.processor
-        processor = ControlledProcessor(own, None, Nothing())  # type: ignore[arg-type]
-        processor._set(edited=True)
-        attn.set_processor(processor)
-        same = attn(hidden, **arguments)
-        attn.set_processor(own)
-        torch.testing.assert_close(same, plain, rtol=0, atol=1e-6)
-        text_only = attn(hidden, encoder_hidden_states=(text, [torch.zeros_like(images[:, 0])]))
-        assert (plain - text_only).abs().max() > 0.01
-    processor = ControlledProcessor(own, SimpleNamespace(name="here"), Nothing())  # type: ignore[arg-type]
-    processor._set(edited=True)
-    attn.set_processor(processor)
-    with pytest.raises(
-        ValueError, match="here has an IP-Adapter but was given text and image embeddings in one tensor"
-    ):
-        attn(hidden, encoder_hidden_states=torch.cat([text, images[:, 0]], 1))
+    mask = (torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    for masks in ({}, {"cross_attention_kwargs": {"ip_adapter_masks": [mask[:, None, 0]]}}):
+        options = image_embeddings() | masks
+        plain = call(pipe, **options)
+        same = ac.Composition([ac.Edit(PROMPT, 0.5)])
+        with ac.control(pipe, same):
+            torch.testing.assert_close(call(pipe, **options), plain, rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="has an IP-Adapter but was given text and image embeddings in one tensor"):
+        attn = pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn2
+        place = Place(layer := Layer("here", "", 0, attn))
+        place.now = Acts(contexts=((Run(), Site(layer)),))
+        with installed([place]):
+            attn(torch.zeros(1, 256, 16), encoder_hidden_states=torch.zeros(1, 20, 16))
 
 
 def test_ip_adapter_under_control() -> None:
-    """Its scale can be set, its weights stay part of the UNet, and loading it then is noticed."""
+    """Its scale can be set, and its weights stay part of the UNet."""
     pipe = with_ip_adapter(tiny.pipeline())
     pipe.set_ip_adapter_scale(0.2)
     expected = controlled(pipe, **image_embeddings())
@@ -389,28 +344,47 @@ def test_ip_adapter_under_control() -> None:
     assert torch.equal(controlled(pipe, **image_embeddings()), expected)
 
 
-def test_ip_adapter_loaded_under_control() -> None:
-    pipe = tiny.pipeline()
-    with pytest.warns(RuntimeWarning, match="were replaced"), ac.control(pipe, REGULATION):
-        call(pipe)
+METHODS = {
+    "regulation": REGULATION,
+    "energy": ac.EnergyContext(0.02, 0.03),
+    "composition": ac.Composition([ac.Edit("a red ball", 0.8)]),
+    "guidance": ac.AttendAndExcite(TARGETS, layers=ac.by_downsampling(2)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ip_adapter_loaded_and_unloaded_under_control(method: str) -> None:
+    pipe, adapted = tiny.pipeline(), with_ip_adapter(tiny.pipeline())
+    with ac.control(adapted, METHODS[method]):
+        expected = call(adapted, **image_embeddings())
+    with ac.control(pipe, METHODS[method]):
+        without = call(pipe)
         with_ip_adapter(pipe)
-        with pytest.raises(RuntimeError, match="loading an IP-Adapter"):
-            call(pipe, **image_embeddings())
-    assert type(pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor).__name__.startswith(
-        "IPAdapter"
-    )
-    expected = with_ip_adapter(tiny.pipeline())
-    assert torch.equal(call(pipe, **image_embeddings()), call(expected, **image_embeddings()))
-    assert torch.equal(controlled(pipe, **image_embeddings()), controlled(expected, **image_embeddings()))
-
-
-def test_ip_adapter_unloaded_under_control() -> None:
-    pipe = with_ip_adapter(tiny.pipeline())
-    with pytest.warns(RuntimeWarning, match="were replaced"), ac.control(pipe, REGULATION):
+        assert torch.equal(call(pipe, **image_embeddings()), expected)
         pipe.unload_ip_adapter()
-        with pytest.raises(RuntimeError, match="were replaced"):
-            call(pipe)
-    assert torch.equal(call(pipe), call(tiny.pipeline()))
+        assert torch.equal(call(pipe), without)
+        with_ip_adapter(pipe)
+    assert snapshot(pipe)["names"] == snapshot(adapted)["names"]
+    assert torch.equal(call(pipe, **image_embeddings()), call(adapted, **image_embeddings()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_offloading_turned_on_and_off_under_control(method: str) -> None:
+    """accelerate wraps the UNet's forward and its modules' around what stands there."""
+    accelerate = pytest.importorskip("accelerate")
+    pipe = tiny.pipeline()
+    plain = call(pipe)
+    with ac.control(pipe, METHODS[method]):
+        expected = call(pipe)
+        accelerate.cpu_offload(pipe.unet, execution_device="cpu")
+        assert torch.equal(call(pipe), expected)
+    assert torch.equal(call(pipe), plain)
+    with ac.control(pipe, METHODS[method]):
+        assert torch.equal(call(pipe), expected)
+        accelerate.hooks.remove_hook_from_module(pipe.unet, recurse=True)
+        assert torch.equal(call(pipe), expected)
+    assert torch.equal(call(pipe), plain)
+    assert vars(pipe.unet)["forward"].__func__ is type(pipe.unet).forward  # which accelerate leaves there
 
 
 def test_cpu_offload_hooks_stay() -> None:

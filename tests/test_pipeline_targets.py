@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import attnctl_fast as ac
-from attnctl_fast._tokens import Prompts
+from attnctl_fast.attach.prompts import Prompts
 
 PIPE = SimpleNamespace(tokenizer=tiny.tokenizer())
 PROMPT = "A black BAG and an octopus, a pineapple and an apple"
@@ -112,7 +112,7 @@ def test_bad_targets_for_a_prompt(case: str) -> None:
 
 def test_words_beyond_the_end_of_the_context() -> None:
     text = " ".join(["bag"] * 20) + " apple"
-    with pytest.raises(ValueError, match="'apple', which is not in the prompt"):
+    with pytest.raises(ValueError, match="'apple', which was cut off: the tokenizer keeps 16 tokens"):
         prompts(text).positions(["apple"])
 
 
