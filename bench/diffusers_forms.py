@@ -10,7 +10,7 @@ import ours
 from guidance_loop import read_layers, tokens_of
 from sampling import Drawn, Form, Setting, call
 
-from attnctl_fast._layers import cross_attention_layers
+from attnctl_fast.attach.layers import cross_attention_layers
 
 
 def supports(setting: Setting) -> bool:

@@ -26,10 +26,12 @@ from tables import guidance_table
 from torch import Tensor
 
 import attnctl_fast as ac
-from attnctl_fast._guidance import Evaluation, Guidance
-from attnctl_fast._layers import cross_attention_layers
+from attnctl_fast.attach.call import Call, Site
+from attnctl_fast.attach.evaluation import Evaluation
+from attnctl_fast.attach.families import UNET
+from attnctl_fast.attach.layers import cross_attention_layers
+from attnctl_fast.attach.rows import Rows
 from attnctl_fast.cli.report import spread, versions
-from attnctl_fast.methods._base import Call
 
 TOKENS = [2, 5]
 WHOLE = {"truncate": False, "freeze": False}
@@ -87,11 +89,19 @@ def our_iteration(
     method = ac.AttendAndExcite(TOKENS, thresholds={}, **options)
     prompts = SimpleNamespace(count=1, length=text.shape[1], positions=lambda targets: [list(targets)])
     call: Any = Call(pipe, prompts, 1, None, step=0, steps=50, latents=(side, side))  # type: ignore[arg-type]
-    guidance = Guidance(method, [layers[name] for name in method.default_layers(layers)], call, unet)
-    guidance.plan()
-    tap: Any = SimpleNamespace(latents=latents, guided=None, scaled=lambda x, _: x)
+    sites = [Site(layers[name]) for name in method.default_layers(layers)]
+    for site in sites:
+        site.grid = site.layer.grid(call.latents)
+    guidance = method.start(call, sites)
+    tap: Any = SimpleNamespace(latents=latents, moved=None, factor=lambda *_: None)
     given = {"sample": latents, "timestep": timestep, "encoder_hidden_states": text}
-    return lambda: guidance.guide(Evaluation(call, unet, tap, 0, (), given))
+
+    def run() -> Tensor:
+        evaluation = Evaluation(call, UNET, unet, Rows(1, [0], [0]), tap, (), given)
+        guidance.before_denoiser(evaluation)
+        return evaluation.latents
+
+    return run
 
 
 def timed(forms: dict[str, Callable[[], Any]], turns: int, progress: str) -> dict[str, list[float]]:

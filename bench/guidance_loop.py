@@ -13,8 +13,8 @@ from sampling import PROMPT, Setting, wide_dtype
 from torch import Tensor
 
 from attnctl_fast import schedules
-from attnctl_fast._layers import Layer, choose, cross_attention_layers
 from attnctl_fast._numbers import step_count
+from attnctl_fast.attach.layers import Layer, choose, cross_attention_layers
 from attnctl_fast.ops.smooth_maps import check_smoothing
 
 

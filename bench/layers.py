@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from projections import heads_to_channels
 from sampling import wide_dtype
 from torch import Tensor
 
-from attnctl_fast._layers import Layer, attention_layers
-from attnctl_fast._projections import heads_to_channels
+from attnctl_fast.attach.layers import Layer, unet_layers
 
 
 def layers_of(pipe: Any, *, cross: bool | None = None) -> dict[str, Layer]:
     """The attention layers of a pipeline's UNet in order of execution; `cross`: only those, or only the others."""
-    found = attention_layers(pipe.unet)
+    found = unet_layers(pipe.unet)
     return {name: layer for name, layer in found.items() if cross is None or layer.cross == cross}
 
 

@@ -12,9 +12,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from projections import heads_to_channels
 from torch import Tensor
-
-from attnctl_fast._projections import heads_to_channels
 
 Results = tuple[Tensor, ...]
 SEED = 0

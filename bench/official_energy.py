@@ -7,10 +7,10 @@ from typing import Any
 import official_clone
 import torch
 from official_clone import SEED, Adapter, Clone, Comparison, Results, attention_layer, projected
+from projections import keys_values, queries
 from torch import Tensor
 
 from attnctl_fast import ops
-from attnctl_fast._projections import keys_values, queries
 
 REPOSITORY = "Energy-Based-CrossAttention"
 MARKER = "modules/models/energy_attention.py"

@@ -8,10 +8,10 @@ import official_clone
 import torch
 import torch.nn.functional as F
 from official_clone import SEED, TOKENS, Adapter, Clone, Comparison, Results, attention_layer, projected
+from projections import keys_values, queries
 from torch import Tensor
 
 from attnctl_fast import ops
-from attnctl_fast._projections import keys_values, queries
 
 REPOSITORY = "attention_regulation"
 MARKER = "attention_regulation/attn_processor.py"

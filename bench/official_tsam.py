@@ -9,11 +9,11 @@ from typing import Any
 import official_clone
 import torch
 from official_clone import SEED, TOKENS, Adapter, Clone, Comparison, Results, attention_layer, projected
+from projections import keys_values, queries
 from torch import Tensor
 
 from attnctl_fast import ops
-from attnctl_fast._projections import keys_values, queries
-from attnctl_fast._text_attention import _probabilities
+from attnctl_fast.attach.text_attention import _probabilities
 
 REPOSITORY = "T-SAM"
 MARKER = "models/sd1_5/clip_sdpa_attention_x.py"

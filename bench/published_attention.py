@@ -17,8 +17,8 @@ from regions import Regions
 from sampling import PROMPT, Drawn, Form, Setting, Text, encode, evaluate, nothing, sample
 from torch import Tensor
 
-from attnctl_fast._layers import Layer
 from attnctl_fast._numbers import step_count
+from attnctl_fast.attach.layers import Layer
 
 
 class _Dense:

@@ -19,7 +19,7 @@ from layers import layers_of, wide
 from sampling import NOUNS, Drawn, Setting, Text, sample
 from torch import Tensor
 
-from attnctl_fast._layers import Layer, last_down_first_up
+from attnctl_fast.attach.layers import Layer, last_down_first_up
 from attnctl_fast.methods.attention_regulation import initial_theta
 from attnctl_fast.ops._objective import DEFAULT_MASS_WEIGHT, DEFAULT_PENALTY
 from attnctl_fast.ops.gaussian_bias import basis_axes

@@ -12,15 +12,15 @@ import ours
 import torch
 import torch.nn.functional as F
 from layers import finished, layers_of, replaced, wide
+from projections import keys_values, own_keys_values, queries
 from regions import Regions
 from sampling import PROMPT, Drawn, Form, Setting, Text, encode, evaluate, nothing, sample
 from stock_regulation import attention_regulation
 from torch import Tensor
 
 from attnctl_fast import schedules
-from attnctl_fast._layers import Layer
 from attnctl_fast._numbers import step_count
-from attnctl_fast._projections import keys_values, own_keys_values, queries
+from attnctl_fast.attach.layers import Layer
 
 
 class _Energy:

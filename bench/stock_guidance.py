@@ -20,7 +20,7 @@ from peers import plain_similarity_loss
 from sampling import Drawn, Form, Setting, Text, evaluate, sample, wide_dtype
 from torch import Tensor
 
-from attnctl_fast._layers import Layer
+from attnctl_fast.attach.layers import Layer
 
 # [B] of maps [B,N,M].
 Loss = Callable[[Tensor], Tensor]

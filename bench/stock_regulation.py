@@ -17,11 +17,11 @@ import peers
 import torch
 import torch.nn.functional as F
 from layers import finished, layers_of, replaced, wide
+from projections import keys_values, queries
 from sampling import NOUNS, Drawn, Setting, Text, sample, wide_dtype
 from torch import Tensor
 
-from attnctl_fast._layers import Layer, last_down_first_up
-from attnctl_fast._projections import keys_values, queries
+from attnctl_fast.attach.layers import Layer, last_down_first_up
 from attnctl_fast.methods.attention_regulation import initial_theta
 from attnctl_fast.ops._objective import DEFAULT_MASS_WEIGHT, DEFAULT_PENALTY
 from attnctl_fast.ops.gaussian_bias import axis_basis, basis_axes
