@@ -20,7 +20,7 @@ class Schedule:
     value: int | float = 1.0
 
     def factors(self, steps: int) -> list[float]:
-        """The factor of every step."""
+        """Return the factor of every step."""
         if self.name in ("step", "reverse_step"):
             first = step_count(self.value, steps)
             return [float((i >= first) == (self.name == "step")) for i in range(steps)]
@@ -71,14 +71,16 @@ def exponential(last: float) -> Schedule:
 
 
 def root(last: float) -> Schedule:
-    """The square root of a straight line from 1 at the first step to `last` at the last one: Attend-and-Excite's is
-    `root(0.5)`."""
+    """Return the square root of a straight line from 1 at the first step to `last` at the last one.
+
+    Attend-and-Excite's is `root(0.5)`.
+    """
     check_number("last", last, 0.0)
     return Schedule("root", float(last))
 
 
 def check_schedule(schedule: ScheduleLike) -> ScheduleLike:
-    """The schedule in hashable form.
+    """Return the schedule in hashable form.
 
     Raises:
         ValueError: neither a schedule, nor a callable, nor finite numbers.
@@ -94,7 +96,7 @@ def check_schedule(schedule: ScheduleLike) -> ScheduleLike:
 
 
 def factors(schedule: ScheduleLike, steps: int) -> list[float]:
-    """The factor of every step of a call.
+    """Return the factor of every step of a call.
 
     A callable gets the share of the steps that are done, 0 at the first one and (steps - 1) / steps at the last.
 

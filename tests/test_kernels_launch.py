@@ -12,8 +12,6 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from attnctl_fast._contexts import Contexts
-from attnctl_fast._processors import GuidedProcessor
 from kernel_cases import (
     ATTENTION,
     OPERATIONS,
@@ -27,8 +25,11 @@ from kernel_cases import (
 from numerics import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnctl_fast import AttentionRegulation, EnergyContext, control, ops, use
+from attnctl_fast import AttendAndExcite, AttentionRegulation, EnergyContext, by_downsampling, control, ops, use
+from attnctl_fast.attach.attention import Attention
 from attnctl_fast.attach.call import Call
+from attnctl_fast.attach.rows import Rows
+from attnctl_fast.methods import energy_context
 
 pytest.importorskip("triton")
 _launch = importlib.import_module("attnctl_fast.kernels._launch")
@@ -114,23 +115,21 @@ def test_a_regulated_layer_is_at_most_four_launches_more_than_a_plain_one(launch
     assert len(launches) == 2, "an edit with a given bias or theta is one launch"
 
 
-def test_attention_regulation_adds_no_kernels_of_its_own(launches, monkeypatch):
+def test_attention_regulation_adds_no_kernels_of_its_own(launches):
     """The method's average, strength and decay are part of the choosing kernel."""
     case = Case(64, 20, 16)
     t = case.tensors()
-    call = Call(
-        None, SimpleNamespace(positions=lambda _: [[3, 5]], special=lambda: [[0, 9]]), 1, None, step=0, steps=10
-    )
-    call.latents = (8, 8)
-    edit = AttentionRegulation([3, 5], steps=2).start(call)
-    theta = torch.rand(1, t["q"].shape[1], 2, *ops.basis_shape((8, 8)), device=DEVICE)
-    monkeypatch.setattr(type(edit), "_initial_theta", lambda *_: theta)
-    edit.target_ids, edit.pinned_ids = edit.target_ids.to(DEVICE), edit.pinned_ids.to(DEVICE)
-    layer = SimpleNamespace(name="layer", grid=lambda latents: latents)
+    prompts = SimpleNamespace(positions=lambda _: [[3, 5]], special=lambda: [[0, 9]], count=1)
+    call = Call(None, prompts, 1, None, step=0, steps=10)
+    site = SimpleNamespace(name="layer", grid=(8, 8), heads=t["q"].shape[1])
+    run = AttentionRegulation([3, 5], steps=2).start(call, [site])
+    q, k, v = (t[name][:1] for name in "qkv")
+    rows = Rows(1, [0], [0])
     for call.step in range(2):
+        run.before_denoiser(SimpleNamespace(rows=rows, sample=q))
         launches.clear()
         with use("triton"), Ran() as ran:
-            edit.attend(layer, t["q"][:1], t["k"][:1], t["v"][:1], 0.25)
+            run.edit(site, Attention(q, k, v, None, 0.25, rows, module=None))
         assert len(launches) <= 1 + 4
         assert {name for name in ran.names if not name.startswith("attnctl_fast::")} <= VIEWS
 
@@ -140,18 +139,19 @@ def test_an_updated_layer_is_three_kernels_and_a_product(launches, monkeypatch):
     with the key projection and the sum with the context."""
     pipe = tiny.pipeline().to(DEVICE, torch.float16)
     pipe.scheduler.set_timesteps(4)
-    attend, seen = Contexts.attend, []
+    attend, seen = energy_context._Moving.attend, []
 
-    def counted(self, slot, *arguments):
+    def counted(self, site, attention):
         launches.clear()
         with Ran() as ran:
-            out = attend(self, slot, *arguments)
-        seen.append((len(launches), [name for name in ran.names if name not in VIEWS]))
-        return out
+            attend(self, site, attention)
+        if site.updates:
+            seen.append((len(launches), [name for name in ran.names if name not in VIEWS]))
 
-    monkeypatch.setattr(Contexts, "attend", counted)
-    with use("triton"), control(pipe, EnergyContext(0.02, 0.02)), torch.no_grad():
+    monkeypatch.setattr(energy_context._Moving, "attend", counted)
+    with use("triton"), control(pipe, EnergyContext(0.02, 0.02)) as handle, torch.no_grad():
         embeddings, negative = pipe.encode_prompt("a bag", DEVICE, 1, True)
+        handle.begin(prompt="a bag", prompt_embeds=embeddings, negative_prompt_embeds=negative)
         latents = tiny.latents(2).to(DEVICE, torch.float16)
         pipe.unet(latents, pipe.scheduler.timesteps[0], encoder_hidden_states=torch.cat([negative, embeddings]))
     # The last layer is left alone: nobody reads what it would move.
@@ -170,15 +170,14 @@ def test_upcast_attention_sends_no_float32_to_kernels(method):
     layers = [module for name, module in pipe.unet.named_modules() if name.endswith("attn2")]
     for attn in layers:
         attn.upcast_attention = True
-    methods = {"regulation": AttentionRegulation(["bag"], layers=["mid_block"]), "context": EnergyContext(0.02, 0.02)}
-    with use("triton"), torch.no_grad(), _launch.recording() as record:
-        if method == "guidance":
-            q, text = (torch.zeros(2, 64, x.in_features).to(x.weight) for x in (attn.to_q, attn.to_k))
-            GuidedProcessor(attn.processor, None, None, [])(attn, q, text)
-        else:
-            latents = tiny.latents(1).to(DEVICE, torch.float16)
-            with control(pipe, methods[method]):
-                pipe("a bag", num_inference_steps=2, latents=latents, output_type="latent")
+    methods = {
+        "regulation": AttentionRegulation(["bag"], layers=["mid_block"]),
+        "context": EnergyContext(0.02, 0.02),
+        "guidance": AttendAndExcite(["bag"], layers=by_downsampling(2), thresholds={}),
+    }
+    latents = tiny.latents(1).to(DEVICE, torch.float16)
+    with use("triton"), torch.no_grad(), _launch.recording() as record, control(pipe, methods[method]):
+        pipe("a bag", num_inference_steps=2, latents=latents, output_type="latent")
     readers = {f"_{name}_fwd_kernel" for name in ("attention", "attention_maps", "context_gradient")}
     queries = [launch.arguments[0] for launch in record if launch.kernel.fn.__name__ in readers]
     assert queries and {x.dtype for x in queries} == {torch.float16}

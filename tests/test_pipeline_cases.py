@@ -501,6 +501,27 @@ def test_a_disabled_handle_keeps_nothing_alive() -> None:
     assert unet() is None
 
 
+# Text that the model projects
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_unet_that_projects_the_text(method: str) -> None:
+    """As Kolors does: the layers' context is not the text encoder's."""
+    from diffusers import UNet2DConditionModel
+
+    config = dict(tiny.unet().config) | {
+        "encoder_hid_dim": 16,
+        "encoder_hid_dim_type": "text_proj",
+        "cross_attention_dim": 24,
+    }
+    pipe = tiny.pipeline(unet=UNet2DConditionModel(**config).eval()).to(torch.float64)
+    plain = call(pipe)
+    assert (drawn(pipe, METHODS[method]) - plain).abs().max() > 1e-5
+    nothing = {"energy": ac.EnergyContext(1e-12, 0), "composition": ac.Composition([ac.Edit(PROMPT, 0.5)])}
+    if method in nothing:
+        torch.testing.assert_close(drawn(pipe, nothing[method]), plain, **EXACT)
+
+
 # What a callback may do
 
 

@@ -46,7 +46,7 @@ class AttentionMaps(Mapping[str, Tensor]):
         return len(self._maps)
 
     def mean(self, layers: Sequence[str] | None = None, *, steps: slice | None = None) -> Tensor:
-        """Mean over layers and evaluations, `[B, n, height, width]`, on the largest of the layers' grids (bilinear).
+        """Return the mean over layers and steps, `[B, n, height, width]`, on the largest of their grids (bilinear).
 
         Args:
             layers: names of captured layers; None for all.
@@ -66,8 +66,9 @@ class AttentionMaps(Mapping[str, Tensor]):
         return torch.stack(resized).mean(0)
 
     def per_word(self, layers: Sequence[str] | None = None, *, steps: slice | None = None) -> list[dict[str, Tensor]]:
-        """Every word's map `[height, width]`, one dict per image (prompt by prompt): mean over layers and evaluations
-        as in `mean`, and over the word's tokens.
+        """Return every word's map `[height, width]`, one dict per image (prompt by prompt).
+
+        It is the mean over layers and evaluations, as in `mean`, and over the word's tokens.
 
         The words are those that were captured, as they were named (token ids by their digits), or all words of the
         prompt as the tokenizer normalises them (CLIP: lower case), a repeated one as "dog", "dog (2)".

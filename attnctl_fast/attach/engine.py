@@ -122,7 +122,7 @@ class Engine:
 
     @contextmanager
     def calling(self, pipe: Any) -> Iterator[None]:
-        """One call of the pipeline, whatever ends it."""
+        """Run one call of the pipeline under control, whatever ends it."""
         if self.family.model_of(pipe) is not self.model:
             raise RuntimeError(
                 f"pipe.{self.family.component} was replaced while control was on; leave control, then enter it again"
@@ -388,7 +388,7 @@ class PipelineCall:
         return output
 
     def _compiled(self) -> bool:
-        """Whether any part of the model is compiled; looked at once a call."""
+        """Return whether any part of the model is compiled; looked at once a call."""
         if self._compiles is None:
             model = self.engine.model
             outer = getattr(self.pipe, self.engine.family.component)
@@ -552,7 +552,7 @@ def _as_list(prompt: Any) -> list[str] | None:
 
 
 def _same(timestep: Any, last: Any, schedule: Tensor) -> bool:
-    """Whether two evaluations are at the same element of the schedule (which may hold the same value twice)."""
+    """Return whether two evaluations are at the same element of the schedule (which may hold the same value twice)."""
     if not isinstance(timestep, Tensor) or not isinstance(last, Tensor):
         return not isinstance(timestep, Tensor) and not isinstance(last, Tensor) and bool(timestep == last)
     places = [_place(one, schedule) for one in (timestep, last)]

@@ -53,10 +53,9 @@ class Evaluation:
         """The context of every row, `[R,N,C]`."""
         return self.given[self._family.text]
 
-    @property
-    def context(self) -> Tensor:
-        """What the layers are given as the text, `[R,N,C]`: of some models not `text` itself."""
-        return self._family.context(self.model, self.given)
+    def context_of(self, text: Tensor) -> Tensor:
+        """Return what the layers are given for a text, `[R,N,C]`: of some models not the text encoder's own."""
+        return self._family.context(self.model, {**self.given, self._family.text: text})
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return what the model is called with."""
@@ -143,7 +142,7 @@ class Evaluation:
         return rows.layout
 
     def _groups(self, samples: int) -> tuple[list[int], list[int]]:
-        """The layout of a batch of groups with one row per sample each: copies of the samples, or several views."""
+        """Return the layout of groups with one row per sample each: copies of the samples, or several views."""
         total, conditional = self.rows.total, list(self.rows.conditional)
         first = conditional[:samples]
         if len(conditional) == samples:

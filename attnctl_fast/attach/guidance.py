@@ -103,7 +103,7 @@ def _unload(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Within the block, no parameter of the module requires a gradient."""
+    """Have no parameter of the module require a gradient."""
     # By name: sequential offloading puts other parameters into their places in the meantime.
     trained = [
         (owner, name)

@@ -84,8 +84,10 @@ def _blocks(unet: Any) -> Iterable[tuple[str, Any, int]]:
 
 
 def unet_layers(unet: Any) -> dict[str, Layer]:
-    """Every cross-attention layer of a UNet, and every self-attention layer of its transformer blocks, by name, in
-    order of execution: down, mid, up."""
+    """Return every cross-attention layer of a UNet, and every self-attention layer of its transformer blocks, by name.
+
+    In order of execution: down, mid, up.
+    """
     from diffusers.models.attention_processor import Attention
 
     return {
@@ -102,7 +104,7 @@ def cross_attention_layers(unet: Any) -> dict[str, Layer]:
 
 
 def last_down_first_up(layers: dict[str, Layer]) -> list[str]:
-    """The layers of the last down block and of the first up block that have cross-attention, as in arXiv 2403.06381."""
+    """Return the layers of the last down and the first up block that have cross-attention, as in arXiv 2403.06381."""
     blocks = list(dict.fromkeys(layer.block for layer in layers.values()))
     down = [block for block in blocks if block.startswith("down_blocks")][-1:]
     up = [block for block in blocks if block.startswith("up_blocks")][:1]
@@ -114,7 +116,7 @@ def _matches(name: str, prefix: str) -> bool:
 
 
 def choose(layers: dict[str, Layer], choice: str | Sequence[str] | ByDownsampling) -> list[str]:
-    """The names that `choice` (of `check_choice`) selects, in order of execution.
+    """Return the names that `choice` (of `check_choice`) selects, in order of execution.
 
     Raises:
         ValueError: a prefix, or a downsampling, that no cross-attention layer has; the message lists those that exist.

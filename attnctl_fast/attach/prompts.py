@@ -18,7 +18,7 @@ _WORD_END = "</w>"
 
 
 def check_targets(targets: Any, name: str = "targets") -> Targets:
-    """Targets in hashable form: a tuple of words, phrases and token ids for every prompt, or one such tuple per prompt.
+    """Return targets in hashable form: a tuple of words, phrases and token ids for all prompts, or one per prompt.
 
     Raises:
         ValueError: none at all, an empty word, a negative id, the same one twice, or anything but words and ids.
@@ -124,7 +124,7 @@ class Prompts:
         return ", ".join(shown)
 
     def _find(self, phrase: str, tokens: Tokens, name: str) -> list[list[int]]:
-        """Positions of every occurrence of a word or phrase.
+        """Return the positions of every occurrence of a word or phrase.
 
         Raises:
             ValueError: it does not stand in the prompt.
@@ -150,14 +150,14 @@ class Prompts:
         )
 
     def _inside(self, position: int, tokens: Tokens) -> bool:
-        """Whether the token goes on with the word of the one before."""
+        """Return whether the token goes on with the word of the one before."""
         before = tokens.strings[position - 1]
         marked = any(string.endswith(_WORD_END) for string in tokens.strings)
         whole = before.endswith(_WORD_END) or before in self._tokenizer.get_added_vocab()
         return marked and position > 1 and not whole
 
     def positions(self, targets: Targets, name: str = "targets", *, within_prompt: bool = True) -> list[list[int]]:
-        """The targets' positions in the context, one list per prompt.
+        """Return the targets' positions in the context, one list per prompt.
 
         Words and phrases stand for all their tokens at their first occurrence, compared as the tokenizer normalises
         them (CLIP: without case).
@@ -190,12 +190,12 @@ class Prompts:
         return found
 
     def find(self, item: Target, index: int, name: str) -> list[int]:
-        """The positions of one word, phrase or token id in the prompt `index`; errors as for `positions`."""
+        """Return the positions of one word, phrase or token id in the prompt `index`; errors as for `positions`."""
         return self.occurrences(item, index, name)[0]
 
     def occurrences(self, item: Target, index: int, name: str) -> list[list[int]]:
-        """As `find`, wherever the word or phrase stands; those that both text encoders' prompts have from the first one
-        on."""
+        """Return positions as `find` does, wherever the word or phrase stands; of those, what both text encoders'
+        prompts have from the first one on."""
         if isinstance(item, int):
             if item >= self.length:
                 raise ValueError(f"{name} holds the token id {item}, but the context has tokens 0..{self.length - 1}")
@@ -222,7 +222,7 @@ class Prompts:
         return [place for place in found if place in second]
 
     def words(self, targets: Targets | None = None, name: str = "targets") -> list[dict[str, list[int]]] | None:
-        """The positions of every word by what it is called, one dict per prompt; None where the words are unknown.
+        """Return the positions of every word by what it is called, one dict per prompt; None where they are unknown.
 
         With targets, those as the user named them (an id by its digits); without, the words of the prompts in order,
         each all its tokens, as the tokenizer normalises them. What would be called the same is numbered: "dog",
@@ -244,7 +244,7 @@ class Prompts:
         return [_numbered([word for word in first if word in other]) for first, other in shared]
 
     def _split(self, tokens: Tokens) -> list[tuple[str, list[int]]]:
-        """The words of a prompt and their positions, without start and end."""
+        """Return the words of a prompt and their positions, without start and end."""
         strings, learned = tokens.strings, self._tokenizer.get_added_vocab()
         found: list[list[int]] = []
         for position in range(1, tokens.end):
@@ -261,19 +261,21 @@ class Prompts:
         ]
 
     def ends(self) -> list[int] | None:
-        """Position of the first end-of-text in every prompt, or None where the text is unknown (embeddings were given)
-        or encoded piece by piece."""
+        """Return the position of the first end-of-text in every prompt.
+
+        None where the text is unknown (embeddings were given) or encoded piece by piece.
+        """
         return [tokens.end for tokens in self.tokens] if self.tokens is not None and self._aligned else None
 
     def strings(self, ids: list[list[int]]) -> list[list[str]] | None:
-        """The tokens at these positions, one list per prompt; "" past the end of the text. None without text."""
+        """Return the tokens at these positions, one list per prompt; "" past the end of the text. None without text."""
         if self.tokens is None:
             return None
         known = [[string.removesuffix(_WORD_END) for string in tokens.strings] for tokens in self.tokens]
         return [[row[i] if i < len(row) else "" for i in chosen] for row, chosen in zip(known, ids, strict=True)]
 
     def special(self) -> list[list[int]]:
-        """Positions of start-of-text and of the first end-of-text, one list per prompt.
+        """Return the positions of start-of-text and of the first end-of-text, one list per prompt.
 
         Where the text is unknown (embeddings were given) only the start is, position 0.
         """
@@ -291,7 +293,7 @@ def _numbered(words: list[tuple[str, list[int]]]) -> dict[str, list[int]]:
 
 
 def padded(rows: list[list[int]]) -> Tensor:
-    """Ids `[len(rows), longest]`, int64, padded with -1."""
+    """Return ids `[len(rows), longest]`, int64, padded with -1."""
     longest = max(map(len, rows))
     return torch.tensor([row + [-1] * (longest - len(row)) for row in rows], dtype=torch.int64)
 

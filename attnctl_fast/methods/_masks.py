@@ -58,7 +58,7 @@ Row: TypeAlias = "tuple[tuple[tuple[Target, ...], Mask], ...]"
 
 
 def check_masks(masks: Any) -> tuple[Row, ...]:
-    """Masks in hashable form, one row of (targets, mask) per mapping; as they were where they are so already.
+    """Return masks in hashable form, one row of (targets, mask) per mapping; as they were where they are so already.
 
     Raises:
         ValueError: no mapping, an empty one, one of too many masks, keys that are no words or token ids, masks that

@@ -33,7 +33,7 @@ def _model(name: str) -> Callable[[str], Any]:
 
 
 def parsed_places(parser: str | Callable[[str], Any], prompts: Prompts) -> Places:
-    """Positions of the words of every noun with its modifiers, the noun last; see `groups.Places`.
+    """Return the positions of the words of every noun with its modifiers, the noun last; see `groups.Places`.
 
     Raises:
         ValueError: no spaCy, no such model, unknown text, or text that the tokenizer spells otherwise.
@@ -58,7 +58,7 @@ def parsed_places(parser: str | Callable[[str], Any], prompts: Prompts) -> Place
 
 
 def _positions(words: list[str], pieces: tuple[str, ...]) -> list[list[int]] | None:
-    """The tokens that spell each word, by their places in the text without spaces; None where the spelling differs."""
+    """Return the tokens that spell each word, by their places in the text without spaces; None where they differ."""
     words = ["".join(word.lower().split()) for word in words]
     spelled = [piece.removesuffix("</w>") for piece in pieces]
     if not "".join(words).startswith("".join(spelled)):
@@ -76,9 +76,11 @@ def _positions(words: list[str], pieces: tuple[str, ...]) -> list[list[int]] | N
 
 
 def noun_groups(doc: Iterable[Any]) -> list[list[Any]]:
-    """Every noun that something modifies, behind its modifiers, in the order of the text: adjectives, nouns before it
-    ("a wooden kitchen table"), what modifies or joins those, and adjectives behind a form of "to be" ("a dog that is
-    red")."""
+    """Return every noun that something modifies, behind its modifiers, in the order of the text.
+
+    Those are adjectives, nouns before it ("a wooden kitchen table"), what modifies or joins those, and adjectives after
+    a form of "to be" ("a dog that is red").
+    """
     groups = []
     for noun in doc:
         if noun.pos_ not in _NOUNS or noun.dep_ in _MODIFIERS:

@@ -134,7 +134,7 @@ def max_attention_loss(
     sigma: float = 0.5,
     kernel_size: int = 3,
 ) -> Tensor:
-    """Attend-and-Excite's loss: one minus the highest attention to the least attended target.
+    """Return Attend-and-Excite's loss: one minus the highest attention to the least attended target.
 
     Args:
         maps: attention to every token of the context, `[B,N,M]`.

@@ -157,7 +157,7 @@ class _Regulating(Run):
                 site.previous = {}
         strength = method.strength * method.decay**call.step if self.active else 0.0
         wide = torch.promote_types(sample.dtype, torch.float32)
-        self._strength = _moved(torch.tensor(strength, dtype=wide), sample.device)
+        self._strength = torch.full((), strength, dtype=wide, device=sample.device)
         if self.active or not hasattr(self._sites[0], "theta"):
             for site in self._sites:
                 theta = self._initial_theta(site).to(wide).expand(len(rows.conditional), -1, -1, -1, -1)
@@ -202,7 +202,10 @@ class _Regulating(Run):
             sigma=method.sigma,
             centres=method.convention,
         )
-        site.average.copy_(found.theta)
+        if torch.compiler.is_compiling():
+            site.average.copy_(found.theta)
+        else:
+            site.previous[self.call.view] = found.theta
         out = ops.merge_targets(stats, v, target_ids, found.bias, pinned_ids=pinned_ids)
 
         def probabilities(logits: Tensor, head: int) -> Tensor:
@@ -224,7 +227,7 @@ class _Regulating(Run):
 
 
 def initial_theta(seed: int, layer: str, evaluation: int, heads: int, targets: int, centres: tuple[int, int]) -> Tensor:
-    """Uniform weights `[H,T,r_y,r_x]` of one layer at one evaluation of the UNet, on the CPU."""
+    """Return uniform weights `[H,T,r_y,r_x]` of one layer at one evaluation of the UNet, on the CPU."""
     key = f"{seed}/{layer}/{evaluation}"
     number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")
     generator = torch.Generator().manual_seed(number)
@@ -240,7 +243,7 @@ def _moved(x: Tensor, device: torch.device) -> Tensor:
 
 
 def _id_tensor(rows: list[list[int]], images: int) -> Tensor:
-    """Ids as `[T]` where they are the same for every prompt, else `[samples, T]` padded with -1."""
+    """Return ids as `[T]` where they are the same for every prompt, else `[samples, T]` padded with -1."""
     if all(row == rows[0] for row in rows):
         return torch.tensor(rows[0], dtype=torch.int64)
     return padded(rows).repeat_interleave(images, 0)

@@ -68,7 +68,7 @@ class ComposableDiffusion(Method):
         return _Adding(self, call)
 
     def texts(self, count: int) -> list[str]:
-        """The prompts in turn, each for all of `count` prompts of a call.
+        """Return the prompts in turn, each for all of `count` prompts of a call.
 
         Raises:
             ValueError: lists of texts for another number of prompts.

@@ -70,7 +70,7 @@ class Edit:
         return (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
 
     def runs(self, steps: int) -> list[bool]:
-        """Whether it counts at each of so many steps."""
+        """Return whether it counts at each of so many steps."""
         first = step_count(self.start, steps)
         return [index >= first for index in range(steps)]
 
@@ -116,7 +116,7 @@ class Composition(Method):
         return _Composing(self, call, sites)
 
     def shares(self, runs: Sequence[bool]) -> list[float]:
-        """The normalised weights of the prompt and of every edit, while the edits in `runs` count.
+        """Return the normalised weights of the prompt and of every edit, while the edits in `runs` count.
 
         Raises:
             ValueError: they sum to (nearly) zero.
@@ -206,18 +206,18 @@ class _Composing(Run):
         self.active, self._moving = any(self._shares[1:]), any(row[:2])
         if self._ever_moving:
             self._moved.reset(self._edits)
-            self._unconditional.reset(evaluation.rows.rest(evaluation.context))
+            self._unconditional.reset(evaluation.rows.rest(evaluation.context_of(text)))
 
     def _allocate(self, evaluation: Evaluation) -> None:
         text, self._rows = evaluation.text, evaluation.rows
         wide = torch.promote_types(text.dtype, torch.float32)
         self._table = torch.tensor(self._plan, dtype=torch.float64).to(text.device, wide)
-        edits = self._texts.to(text)
+        edits = torch.stack([evaluation.context_of(one) for one in self._texts.to(text)])
         if edits.shape[1] > 1:
             edits = torch.stack([self._rows.of_samples(one) for one in edits])
         self._edits = edits.expand(-1, len(self._rows.conditional), -1, -1)
         self._moved = Cascade(self._edits)
-        self._unconditional = Cascade(self._rows.rest(evaluation.context))
+        self._unconditional = Cascade(self._rows.rest(evaluation.context_of(text)))
         mask = moving_mask(self.call)
         for site in self._sites:
             site.mask = at_site(mask, site, text)
@@ -274,7 +274,7 @@ class _Composing(Run):
         attention.conditional_out = out.to(one.q.dtype)
 
     def _attend_unconditional(self, site: Site, attention: Attention) -> None:
-        """The same of the unconditional rows: every edit's unconditional context is one and the same."""
+        """Return the same of the unconditional rows: every edit's unconditional context is one and the same."""
         rows = attention.rows
         if not rows.others:
             return

@@ -129,7 +129,7 @@ def contrastive_loss(
     sigma: float = 0.5,
     kernel_size: int = 3,
 ) -> Tensor:
-    """The NT-Xent loss of smoothed maps: over all ordered pairs (a, p) of a group, the mean of
+    """Return the NT-Xent loss of smoothed maps: over all ordered pairs (a, p) of a group, the mean of
     `-log(e^(s_ap) / (e^(s_ap) + sum_n e^(s_an)))`, with s the cosine similarity over the temperature and n running over
     the maps of other groups.
 

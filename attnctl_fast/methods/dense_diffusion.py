@@ -99,11 +99,11 @@ class DenseDiffusion(Method):
         return self.cross_strength if layer.cross else self.self_strength
 
     def reaches(self, layer: Layer) -> bool:
-        """Cross- and self-attention, but what a strength of zero leaves alone."""
+        """Return whether it acts on a layer: cross- and self-attention, but what a strength of zero leaves alone."""
         return self.strength(layer) > 0 or not self.works()
 
     def works(self) -> bool:
-        """Whether there is anything to do."""
+        """Return whether there is anything to do."""
         return max(self.cross_strength, self.self_strength) > 0 and self.edit_steps > 0
 
     def start(self, call: Call, sites: list[Site]) -> Run:
@@ -135,7 +135,7 @@ class _Modulating(Run):
         self.used = method.works()
 
     def _column_regions(self) -> Tensor:
-        """The regions of every text token, `[samples,N]`."""
+        """Return the regions of every text token, `[samples,N]`."""
         columns = torch.zeros(len(self._rows), self.call.prompts.length, dtype=torch.int32)
         for index, phrases in enumerate(self._places):
             for region, places in enumerate(phrases):
@@ -143,7 +143,7 @@ class _Modulating(Run):
         return columns.repeat_interleave(self.call.images, 0)
 
     def _encoded(self) -> dict[str, Tensor]:
-        """The contexts `[N,C]` of the phrases that are given as text, each encoded by itself."""
+        """Return the contexts `[N,C]` of the phrases that are given as text, each encoded by itself."""
         targets = [target for row in self._rows for targets, _ in row for target in targets]
         texts = list(dict.fromkeys(target.strip() for target in targets if isinstance(target, str)))
         return dict(zip(texts, self.call.encode(texts)[0], strict=True)) if texts else {}
@@ -207,7 +207,7 @@ class _Modulating(Run):
         return Edited(out, probabilities)
 
     def _row_regions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The regions of every image token and 1 - area * S, `[samples,M]`."""
+        """Return the regions of every image token and 1 - area * S, `[samples,M]`."""
         latents, regions, sizes = self.call.latents, [], []
         height, width = self._rows[0][0][1].height, self._rows[0][0][1].width
         if height * latents[1] != width * latents[0]:
@@ -224,7 +224,7 @@ class _Modulating(Run):
         return tuple(torch.stack(x).repeat_interleave(self.call.images, 0) for x in (regions, sizes))  # type: ignore[return-value]
 
     def _shares(self, masks: Tensor, bits: Tensor) -> Tensor:
-        """S of every image token, `[M]`."""
+        """Return S of every image token, `[M]`."""
         if self.method.convention == "official":
             return masks.mT @ masks.mean(1)
         distinct, place = bits.unique(return_inverse=True)

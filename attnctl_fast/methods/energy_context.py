@@ -94,7 +94,7 @@ class EnergyContext(Method):
         return _Moving(self, call, sites)
 
     def weight_rows(self, prompts: Prompts) -> Tensor | None:
-        """The factor of every token, `[prompts, N]`, or None where all are one.
+        """Return the factor of every token, `[prompts, N]`, or None where all are one.
 
         Raises:
             ValueError: token weights that do not fit the prompts.
@@ -149,13 +149,13 @@ class _Moving(Run):
         step = min(call.step, len(self._gammas) - 1)
         self.active = self._moves[step]
         self._now = self._table[step].clone()
-        self._context.reset(evaluation.context)
+        self._context.reset(evaluation.context_of(text))
 
     def _allocate(self, evaluation: Evaluation, wide: torch.dtype) -> None:
         assert self._gammas is not None
         text, rows, samples = evaluation.text, evaluation.rows, self.call.samples
         self._table = self._gammas.to(text.device, wide)
-        self._context = Cascade(evaluation.context)
+        self._context = Cascade(evaluation.context_of(text))
         if self._weights is not None:
             weights = torch.ones(rows.total, self._weights.shape[1], dtype=torch.float64)
             weights[list(rows.conditional)] = rows.of_samples(self._weights.repeat_interleave(self.call.images, 0))
@@ -193,7 +193,7 @@ class _Moving(Run):
 
 
 def _check_token_weights(weights: Any) -> tuple[tuple[tuple[Target, float], ...], ...] | None:
-    """Token weights in hashable form, one row of (word, factor) per mapping; as they were where they are so already."""
+    """Return token weights in hashable form, one row of (word, factor) per mapping."""
     if weights is None:
         return None
     rows = [weights] if isinstance(weights, Mapping) else weights

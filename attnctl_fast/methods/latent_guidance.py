@@ -127,8 +127,7 @@ class LatentGuidance(Method):
         return _Guiding(self, call, sites)
 
     def bounds(self, steps: int) -> dict[int, float | None]:
-        """At which steps of a call of so many the latents are refined, and the largest loss that is good enough (None:
-        none is).
+        """Return at which of so many steps the latents are refined, and the loss that is good enough (None: none).
 
         Raises:
             ValueError: a step that such a call does not run.
@@ -136,7 +135,7 @@ class LatentGuidance(Method):
         return sampled("refinement", dict(self.refinement), steps)
 
     def tokens(self, prompts: Prompts) -> list[list[int]] | None:
-        """Positions of the tokens whose maps the loss reads, one list per prompt; None for every token of the context.
+        """Return the positions of the tokens whose maps the loss reads, one list per prompt; None for every token.
 
         Raises:
             ValueError: the method's words do not fit the prompts.
@@ -144,7 +143,7 @@ class LatentGuidance(Method):
         return None
 
     def prepare(self, call: Call) -> Any:
-        """What the loss needs to know of the call, worked out before its first step, without gradients.
+        """Return what the loss needs to know of the call, worked out before its first step, without gradients.
 
         Raises:
             ValueError: the method does not fit the call.
@@ -152,11 +151,11 @@ class LatentGuidance(Method):
         return None
 
     def loss(self, maps: Tensor, context: GuidanceContext) -> Tensor:
-        """The loss `[B]` of attention maps `[B,n,M]`, float32, mean over heads and layers."""
+        """Return the loss `[B]` of attention maps `[B,n,M]`, float32, mean over heads and layers."""
         raise NotImplementedError(f"{type(self).__name__} has no loss(maps, context); a latent guidance needs one")
 
     def after_step(self, maps: Tensor, context: GuidanceContext) -> None:
-        """Called at the end of each guided evaluation with the last maps `[B,n,M]` that were computed, detached."""
+        """Look, at the end of each guided evaluation, at the last maps `[B,n,M]` that were computed, detached."""
 
 
 def _set(method: LatentGuidance, name: str, value: Any) -> None:
@@ -294,7 +293,7 @@ def _full_precision(device: str) -> AbstractContextManager[Any]:
 
 
 def check_bounds(name: str, bounds: Bounds) -> tuple[tuple[int, float | None], ...]:
-    """A mapping from steps to numbers or None in hashable form, as pairs.
+    """Return a mapping from steps to numbers or None in hashable form, as pairs.
 
     Raises:
         ValueError: not a mapping, a step that is not a count, a number that is not finite.

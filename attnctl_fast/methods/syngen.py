@@ -164,7 +164,7 @@ def symmetric_kl_loss(maps: Tensor, pieces: Tensor, attract: Tensor, repel: Tens
 
 
 def symmetric_kl(maps: Tensor) -> Tensor:
-    """The mean of both Kullback-Leibler divergences between every two maps `[B,n,M]`, each over its sum: `[B,n,n]`."""
+    """Return the mean of both Kullback-Leibler divergences of every two maps `[B,n,M]` over their sums, `[B,n,n]`."""
     total = maps.sum(2, keepdim=True)
     p = torch.where(total > 0, maps / torch.where(total > 0, total, 1.0), 0.0)
     # sum (p - q) (log p - log q) / 2, as products. Moved by a constant each, so that less cancels.

@@ -138,7 +138,7 @@ class TSAM(LatentGuidance):
 
 
 def _too_many(maps: Tensor) -> bool:
-    """Whether the kernels would be asked to compare more maps than they take: prompts go up to 75 tokens."""
+    """Return whether the kernels would be asked to compare more maps than they take: prompts go up to 75 tokens."""
     return maps.shape[1] > KERNEL_TOKENS and resolve(None, maps.device) == "triton"
 
 
