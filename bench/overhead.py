@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -177,11 +177,15 @@ def _draw(arm: Arm, setting: Setting) -> None:
 
 def _warm_up(arm: Arm, setting: Setting) -> None:
     """Where something compiles, by two edited steps and two plain ones, since one of each compiles less than others
-    need. Finds the losses as well, which ours keeps to itself."""
-    short = _short(setting)
+    need. Finds the losses as well, which ours keeps to itself: those by another draw, since what looks for them would
+    be compiled."""
+    short, recorded = _short(setting), []
     try:
-        with _as_released(arm, setting), ours.regulation_losses() as recorded:
+        with _as_released(arm, setting):
             drawn = arm.draw(short)
+        if (arm.method, arm.form) == ("AttentionRegulation", "ours"):
+            with _uncompiled(setting), ours.regulation_losses() as recorded:
+                arm.draw(short)
         if recorded or drawn.losses is not None:
             arm.losses = [float(losses.mean(2).amin(0).mean()) for losses in recorded or drawn.losses or ()]
     except Exception as error:
@@ -194,13 +198,16 @@ def _short(setting: Setting) -> Setting:
     return replace(setting, steps=min(steps, setting.steps), edited=min(edited, setting.edited))
 
 
+def _as_released(arm: Arm, setting: Setting) -> AbstractContextManager[None]:
+    """Have a compiled UNet run uncompiled for those forms that never are."""
+    return _uncompiled(setting) if arm.form in NEVER_COMPILED else nullcontext()
+
+
 @contextmanager
-def _as_released(arm: Arm, setting: Setting) -> Iterator[None]:
-    """Within the block, a compiled UNet runs uncompiled for those forms that never are."""
+def _uncompiled(setting: Setting) -> Iterator[None]:
     unet = setting.pipe.unet
     compiled = unet._compiled_call_impl
-    if arm.form in NEVER_COMPILED:
-        unet._compiled_call_impl = None
+    unet._compiled_call_impl = None
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from compiled import counted_graphs
+from graphs import counted_graphs
 from test_pipeline_kinds import PROMPT, call
 from test_pipeline_restore import snapshot
 from torch import Tensor

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from compiled import counted_graphs
+from graphs import counted_graphs
 from test_pipeline_kinds import OTHER, PROMPT, TARGETS, call, controlled
 from test_pipeline_restore import image_embeddings, snapshot, with_ip_adapter
 

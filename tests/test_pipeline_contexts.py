@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from compiled import counted_graphs
 from context_walk import EditWalk, Walk
+from graphs import counted_graphs
 from test_pipeline_kinds import KINDS, OTHER, PROMPT, a_mask, call, picture
 
 import attnctl_fast as ac

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from compiled import counted_graphs
+from graphs import counted_graphs
 from test_pipeline_kinds import OTHER, PROMPT, call, picture
 from test_pipeline_restore import Stop, image_embeddings, snapshot, stop_at, with_ip_adapter
 from touched import touched

@@ -132,7 +132,7 @@ def differentiable(
     tensors = sum(argument.strip().startswith("Tensor") for argument in arguments.split(","))
     single = returned == "Tensor"
     whole = single or returned.count("Tensor") == results
-    reached = [range(results)] * leaves if reach is None else reach
+    reached = [tuple(range(results))] * leaves if reach is None else reach
     on, off = ((True,), (False,)) if keeps else ((), ())
     given = [f"Tensor? grad_{i}" for i in range(results)]
     kept = [f"Tensor saved_{i}" for i in saves]
@@ -144,7 +144,8 @@ def differentiable(
     def fake_gradients(*values: Any) -> list[torch.Tensor]:
         some, inputs = values[results], values[results : results + leaves]
         return [
-            x.new_empty(x.shape) if wanted else some.new_empty(0) for x, wanted in zip(inputs, values[-1], strict=True)
+            x.new_empty(x.shape) if wanted and any(values[i] is not None for i in of_results) else some.new_empty(0)
+            for x, wanted, of_results in zip(inputs, values[-1], reached, strict=True)
         ]
 
     forward_op = opaque(f"{name}({arguments}{', bool keep' if keeps else ''}) -> {returned}", forward, fake)
