@@ -199,7 +199,7 @@ def kernels(strided: bool = True):
         ],
         "attention_with_maps_triton_backward": [
             (out, None, *halves, None, None, None, False, 0.3, rest_lse, [True, True, True]),
-            (None, ones_of_maps, *halves, ids, slot_table(ids, 9), keyed, False, 0.3, rest_lse, [True, False, True]),
+            (None, ones_of_maps, *halves, ids, slot_table(ids, 9), keyed, False, 0.3, rest_lse, [True, True, False]),
         ],
         "context_pull_triton": [
             (k.float(), k, ones[0, 0], ones[0], rand(2, k.shape[2]), 0.1, True),
