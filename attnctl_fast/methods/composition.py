@@ -274,7 +274,7 @@ class _Composing(Run):
         attention.conditional_out = out.to(one.q.dtype)
 
     def _attend_unconditional(self, site: Site, attention: Attention) -> None:
-        """Return the same of the unconditional rows: every edit's unconditional context is one and the same."""
+        """Mix likewise in the unconditional rows: every edit's unconditional context is one and the same."""
         rows = attention.rows
         if not rows.others:
             return
