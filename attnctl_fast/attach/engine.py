@@ -496,7 +496,7 @@ def _watch(pipe: Any, engine: Engine) -> None:
     if pipe not in _pipelines:
         weakref.finalize(pipe, _release_classes)
     _pipelines[pipe] = weakref.ref(engine)
-    if type(pipe) not in _classes:
+    if type(pipe) not in _classes and any("__call__" in vars(kind) for kind in type(pipe).__mro__):
         _classes[type(pipe)] = Patch(type(pipe), "__call__", _controlled)
 
 

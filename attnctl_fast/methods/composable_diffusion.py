@@ -15,7 +15,7 @@ from ..attach.evaluation import Evaluation
 from ..attach.protocol import Method, Run
 from ..attach.rows import with_rows
 
-Prompts: TypeAlias = Sequence[str] | Sequence[Sequence[str]]
+Texts: TypeAlias = Sequence[str] | Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ComposableDiffusion(Method):
             is not that of the call's prompts, and calls without guidance, are reported when the pipeline is called.
     """
 
-    prompts: Prompts
+    prompts: Texts
     weights: Sequence[float] | None = None
     _: KW_ONLY
 
