@@ -157,6 +157,25 @@ def test_rules_of_the_engine_hold_for_it() -> None:
         ac.enable(pipe, Fade)
 
 
+def test_of_a_single_kind_the_innermost_starts() -> None:
+    started = []
+
+    class Single(Method):
+        single = True
+
+        def start(self, call: Any, sites: Any) -> Run:
+            started.append(self)
+            return Run()
+
+    pipe, outer, inner = tiny.pipeline(), Single(), Single()
+    with pytest.raises(ValueError, match="two of the methods are Single"):
+        ac.enable(pipe, outer, inner)
+    with ac.control(pipe, outer), ac.control(pipe, inner):
+        call(pipe, num_inference_steps=1)
+    call(pipe)
+    assert started == [inner]
+
+
 @pytest.mark.parametrize("together", [False, True], ids=["alone", "with others"])
 def test_a_second_context(together: bool) -> None:
     """Away from nothing but the prompt itself is the plain picture; one graph serves weights that change."""

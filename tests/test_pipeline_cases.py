@@ -391,7 +391,7 @@ def test_instruct_pix2pix(method: str) -> None:
 def test_panorama(method: str, batch: int) -> None:
     """Several views a step, one or two at a time; their order in the batch is not that of other pipelines."""
     pipe = tiny.pipeline("StableDiffusionPanoramaPipeline").to(torch.float64)
-    options: dict[str, Any] = {"view_batch_size": batch, "num_inference_steps": 2}
+    options: dict[str, Any] = {"view_batch_size": batch, "num_inference_steps": 4}
     options |= {"height": 32 * tiny.SCALE, "width": 48 * tiny.SCALE, "latents": tiny.latents(size=(32, 48)).double()}
     pipe.get_views = lambda *args, **kwargs: [(0, 32, 0, 32), (0, 32, 16, 48)]
     plain = call(pipe, **options)

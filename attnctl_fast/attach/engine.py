@@ -446,14 +446,14 @@ class PipelineCall:
                 by_layer.setdefault(site.name, []).append((method, run, site))
         for name, acting in by_layer.items():
             place = Place(self.engine.layers[name])
-            place.ever = _acts([(m, run, site) for m, run, site in acting])
-            place.now = _acts([(m, run, site) for m, run, site in acting if run.active], place.ever)
+            place.ever = _acts(acting)
+            place.now = _acts([one for one in acting if one[1].active])
             if place.ever != Acts():
                 self._places[name] = place
 
 
-def _acts(acting: list[tuple[Method, Run, Site]], ever: Acts | None = None) -> Acts:
-    """Return what acts on a layer; contexts are followed at every step, by whatever has moved them at any."""
+def _acts(acting: list[tuple[Method, Run, Site]]) -> Acts:
+    """Return what acts on a layer."""
     hooks = {
         hook: tuple((run, site) for _, run, site in acting if defines(run, hook))
         for hook in ("edit", "context", "more_context", "attend")
@@ -461,7 +461,7 @@ def _acts(acting: list[tuple[Method, Run, Site]], ever: Acts | None = None) -> A
     return Acts(
         # Of several the innermost control's.
         hooks["edit"][-1] if hooks["edit"] else None,
-        hooks["context"] if ever is None else ever.contexts,
+        hooks["context"],
         hooks["more_context"],
         # Whatever their order: what comes of a moved context before what mixes it with others.
         tuple(sorted(hooks["attend"], key=lambda pair: not defines(pair[0], "context"))),

@@ -124,12 +124,8 @@ def _kept_weights(model: nn.Module) -> AbstractContextManager[Any]:
     """Keep for the backward pass the weights that a forward pass has used, where layerwise casting casts them back."""
     if not _has_hook(model, "layerwise_casting"):
         return nullcontext()
-
-    def kept(x: Tensor) -> Tensor:
-        # The storage of now: casting gives the parameter another one.
-        return x.detach() if isinstance(x, nn.Parameter) else x
-
-    return torch.autograd.graph.saved_tensors_hooks(kept, lambda x: x)
+    # The storage of now: casting gives the parameter another one.
+    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda x: x)
 
 
 def _has_hook(model: nn.Module, name: str) -> bool:

@@ -167,8 +167,7 @@ class _Moving(Run):
                 site.mask = site.mask.repeat(rows.total // samples, 1)
 
     def context(self, site: Site, text: Tensor) -> Tensor:
-        moved = torch.compiler.is_compiling() or self.active
-        return self._context.read().to(text.dtype) if moved else text
+        return self._context.read().to(text.dtype)
 
     def attend(self, site: Site, attention: Attention) -> None:
         if not site.updates:
