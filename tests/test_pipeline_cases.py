@@ -300,6 +300,44 @@ def test_a_loop_that_nobody_told() -> None:
         pipe.unet(tiny.latents(), 751, encoder_hidden_states=text)
 
 
+class Sampler:
+    """A loop in an object that has a scheduler and can be called, as users write them; no pipeline of diffusers."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.unet, self.scheduler = pipe.unet, pipe.scheduler
+
+    @torch.no_grad()
+    def __call__(self, text: torch.Tensor) -> torch.Tensor:
+        latents = tiny.latents().to(text.dtype)
+        self.scheduler.set_timesteps(4)
+        for t in self.scheduler.timesteps:
+            noise = self.unet(latents, t, encoder_hidden_states=text).sample
+            latents = self.scheduler.step(noise, t, latents).prev_sample
+        return latents
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loop_in_an_object_of_the_users(method: str) -> None:
+    """It is told from other pipelines: what it was told is done, and where it was not, it is warned."""
+    pipe = tiny.pipeline().to(torch.float64)
+    text = pipe.encode_prompt(PROMPT, "cpu", 1, False)[0].detach()
+    with ac.control(pipe, METHODS[method]) as handle:
+        text = handle.begin(prompt=PROMPT, prompt_embeds=text)
+        found = Sampler(pipe)(text)
+        handle.end()
+        with pytest.warns(RuntimeWarning, match="the model was called directly"):
+            Sampler(pipe)(text)
+    torch.testing.assert_close(found, drawn(pipe, METHODS[method], guidance_scale=1.0), **EXACT)
+
+
+def test_a_method_that_cannot_start() -> None:
+    class Empty(methods.Method):
+        pass
+
+    with pytest.raises(ValueError, match=r"Empty has no start\(call, sites\)"):
+        ac.enable(tiny.pipeline(), Empty())
+
+
 def test_what_begin_refuses() -> None:
     pipe = tiny.pipeline()
     handle = ac.enable(pipe, ac.AttentionRegulation([2]))
@@ -364,6 +402,22 @@ def test_perturbed_attention_guidance(method: str) -> None:
 
 def tiny_double() -> Any:
     return tiny.pipeline().to(torch.float64)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        {"cls": "StableDiffusionPAGPipeline", "pag_applied_layers": ["down_blocks.1"]},
+        {"cls": "StableDiffusionXLInstructPix2PixPipeline", "kind": "sdxl", "in_channels": 8},
+    ],
+    ids=["PAG", "InstructPix2Pix"],
+)
+def test_composable_diffusion_refuses_three_rows_before_anything_changes(build: dict[str, Any]) -> None:
+    pipe = tiny.pipeline(**build)
+    before = snapshot(pipe)
+    with pytest.raises(ValueError, match="has rows of its own beside .*which ComposableDiffusion cannot add up"):
+        ac.enable(pipe, ac.ComposableDiffusion(["a dog", "a cat"]))
+    assert snapshot(pipe) == before
 
 
 @pytest.mark.parametrize("method", METHODS)

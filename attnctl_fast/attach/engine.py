@@ -69,6 +69,8 @@ class Engine:
         edited: set[str] = set()
         for method in methods:
             name = type(method).__name__
+            if type(method).start is Method.start:
+                raise ValueError(f"{name} has no start(call, sites); give it one that returns a Run")
             if method.alone and len(methods) > 1:
                 raise ValueError(f"{name} does not go together with other methods; pass it alone")
             if method.single and sum(type(other) is type(method) for other in methods) > 1:
@@ -161,7 +163,8 @@ class Engine:
             if self._evaluating:
                 # A pass of latent guidance, or the model within its compiled form.
                 return patch.inner(*args, **kwargs)
-            call, owner = self._current(), _calling_pipeline()
+            call = self._current()
+            owner = _calling_pipeline(None if call is None else call.pipe)
             if call is not None and owner is not None and owner is not call.pipe:
                 # Another pipeline, called by a callback of this one.
                 return patch.inner(*args, **kwargs)
@@ -521,12 +524,14 @@ def _release_classes() -> None:
         _classes.pop(kind).undo()
 
 
-def _calling_pipeline() -> Any:
-    """Return the pipeline in whose method the model is being called, or None."""
+def _calling_pipeline(pipe: Any) -> Any:
+    """Return the pipeline in whose method the model is being called, `pipe` or one of diffusers; None in other code."""
+    from diffusers import DiffusionPipeline
+
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames[:1] else None
-        if not isinstance(owner, torch.nn.Module) and hasattr(owner, "scheduler") and callable(owner):
+        if owner is not None and (owner is pipe or isinstance(owner, DiffusionPipeline)):
             return owner
         frame = frame.f_back  # type: ignore[assignment]
     return None

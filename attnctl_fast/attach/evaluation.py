@@ -38,8 +38,8 @@ class Evaluation:
         self.moved = False
         self._family, self._tap = family, tap
         self._args = args
-        # Of rows that are neither moved nor theirs alone: of inpainting's mask and picture.
         self._sample = self.sample
+        # Those after them are inpainting's mask and picture.
         self._channels = model.config.out_channels if tap.latents is None else tap.latents.shape[1]
         self._latents: Tensor | None = None
 
@@ -153,7 +153,7 @@ class Evaluation:
         for group in dict.fromkeys(row // samples for row in conditional):
             if not any(same[group][view] for view in views):
                 views.append(group)
-        # A group that carries none of them, and could not be moved with any, goes with the first.
+        # A group that carries none of them goes with the first.
         of = [next((i for i, view in enumerate(views) if same[group][view]), 0) for group in range(total // samples)]
         chosen = [view * samples + sample for view in views for sample in range(samples)]
         return chosen, [of[row // samples] * samples + row % samples for row in range(total)]

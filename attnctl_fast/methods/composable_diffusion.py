@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,10 +13,15 @@ from torch import Tensor
 from .._numbers import check_number
 from ..attach.call import Call, Site
 from ..attach.evaluation import Evaluation
+from ..attach.layers import Layer
 from ..attach.protocol import Method, Run
 from ..attach.rows import with_rows
 
 Texts: TypeAlias = Sequence[str] | Sequence[Sequence[str]]
+
+
+# Options of pipelines with a third row per image: perturbed attention guidance, InstructPix2Pix.
+_THREE = ("pag_scale", "image_guidance_scale")
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,14 @@ class ComposableDiffusion(Method):
         for weight in weights:
             check_number("a weight", weight, -float("inf"))
         object.__setattr__(self, "weights", weights)
+
+    def check(self, pipe: Any, layers: list[Layer]) -> None:
+        options = inspect.signature(type(pipe).__call__).parameters
+        if three := next((name for name in _THREE if name in options), None):
+            raise ValueError(
+                f"{type(pipe).__name__} has rows of its own beside the conditional and unconditional ones ({three}), "
+                "which ComposableDiffusion cannot add up; use a pipeline without them"
+            )
 
     def start(self, call: Call, sites: list[Site]) -> Run:
         return _Adding(self, call)

@@ -70,8 +70,8 @@ class LatentGuidance(Method):
         freeze: keep the weights out of the gradient; False only to measure the effect.
 
     Raises:
-        ValueError: an argument out of range. What depends on the call (a refinement at a step that it does not run,
-            layers of different grids) is reported when the pipeline is called, before its first step.
+        ValueError: an argument out of range. Layers of different grids are reported when it is put on a pipeline, what
+            depends on the call (a refinement at a step that it does not run) by that, before its first step.
     """
 
     _: KW_ONLY
