@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +81,6 @@ def reading(
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if freeze:
             stack.enter_context(_frozen(model))
-        stack.enter_context(_kept_weights(model))
         for module in model.modules():
             # Perturbed attention guidance's processors take their batch apart, whose rows this pass has not.
             if type(getattr(module, "processor", None)).__name__.startswith("PAG"):
@@ -118,14 +116,6 @@ def _frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for owner, name in trained:
             owner.get_parameter(name).requires_grad_(True)
-
-
-def _kept_weights(model: nn.Module) -> AbstractContextManager[Any]:
-    """Keep for the backward pass the weights that a forward pass has used, where layerwise casting casts them back."""
-    if not _has_hook(model, "layerwise_casting"):
-        return nullcontext()
-    # The storage of now: casting gives the parameter another one.
-    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda x: x)
 
 
 def _has_hook(model: nn.Module, name: str) -> bool:
