@@ -83,8 +83,8 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examp
 def test_behaviour_is_measured_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every task on two seeds and two steps: the rates are those of its question, the pictures are drawn."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import behaviour
-    import tables
+    from bench.quality import behaviour
+    from bench.report import tables
 
     run: dict[str, Any] = {
         "versions": {"torch": "2", "processor": "a CPU"},
@@ -117,7 +117,7 @@ def test_behaviour_is_measured_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_questions_about_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import behaviour
+    from bench.quality import behaviour
 
     scene = Scene((("red", "circle"), ("blue", "star")))
     red, blue, ring = ("red", "circle"), ("blue", "star"), ("cyan", "ring")

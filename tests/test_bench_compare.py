@@ -102,7 +102,7 @@ def compare(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     before = set(sys.modules)
 
     def run(*words: str) -> int:
-        import run
+        from bench import __main__ as run
 
         return run.main(["compare", *words])
 
@@ -121,7 +121,7 @@ def simulated_pair(
 ) -> type:
     """In the place of `pair.Pair`: no processes, and the next of `ratios` between the trees in each set of rounds.
     `waits`: what waiting makes of it, by the ratios that are left then (otherwise 1)."""
-    import pair
+    from bench.compare import pair
 
     class Simulated:
         def __init__(self, *trees: Path) -> None:
@@ -198,8 +198,8 @@ def test_a_speedup_needs_tests_that_pass(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import regressions
-    import suites
+    from bench.compare import main as regressions
+    from bench.compare import suites
 
     monkeypatch.setattr(regressions, "Pair", simulated_pair([0.8] * 9))
     (checkout / "tests").mkdir()
@@ -225,8 +225,8 @@ def test_a_speedup_needs_tests_that_pass(
 
 
 def test_every_operation_has_tests(compare: Callable[..., int]) -> None:
-    import regressions
-    import suites
+    from bench.compare import main as regressions
+    from bench.compare import suites
 
     assert [name for name in regressions.OPERATIONS if not suites.suites(ROOT, name)] == []
 
@@ -234,7 +234,7 @@ def test_every_operation_has_tests(compare: Callable[..., int]) -> None:
 def test_an_interrupt_keeps_what_was_measured(
     compare: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import pair
+    from bench.compare import pair
 
     started: list[subprocess.Popen[str]] = []
     calls = pair.Pair.calls
@@ -254,7 +254,7 @@ def test_an_interrupt_keeps_what_was_measured(
 
 def test_a_termination_leaves_nothing_behind(compare: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     """`checkout` looks for the worktree."""
-    import regressions
+    from bench.compare import main as regressions
 
     made: list[Path] = []
     Simulated = simulated_pair([])
@@ -292,7 +292,7 @@ def test_a_comparison_of_nothing_does_not_pass(
     failed: dict[str, str],
     status: int,
 ) -> None:
-    import regressions
+    from bench.compare import main as regressions
 
     Simulated = simulated_pair([])
     Simulated.build = lambda self, case: failed  # type: ignore[attr-defined]
@@ -326,7 +326,7 @@ def test_mistakes(compare: Callable[..., int], capsys: pytest.CaptureFixture[str
 
 
 def test_worktrees(compare: Callable[..., int], checkout: Path, tmp_path: Path) -> None:
-    from worktree import resolve, worktree
+    from bench.compare.worktree import resolve, worktree
 
     with pytest.raises(ValueError, match="is not a git checkout"):
         resolve(tmp_path, "HEAD")
@@ -346,8 +346,8 @@ def test_worktrees(compare: Callable[..., int], checkout: Path, tmp_path: Path) 
 def test_a_process_without_its_package_or_that_dies(
     compare: Callable[..., int], checkout: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import pair
-    import regressions
+    from bench.compare import pair
+    from bench.compare import main as regressions
 
     # In a tree without the package, or with only its first file, the rest comes from where PYTHONPATH says.
     monkeypatch.setenv("PYTHONPATH", str(checkout))
@@ -431,8 +431,8 @@ def test_a_change_is_confirmed_in_fresh_processes(
     waits: dict[int, float],
     verdict: str,
 ) -> None:
-    import pair
-    import regressions
+    from bench.compare import pair
+    from bench.compare import main as regressions
 
     left = list(ratios)
     monkeypatch.setattr(regressions, "Pair", simulated_pair(left, counts, waits))
@@ -448,8 +448,8 @@ def test_a_change_is_confirmed_in_fresh_processes(
 
 def test_counts_by_valgrind(compare: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each side's dumps are numbered from 1, and from 1 again after a process that failed."""
-    import pair
-    import regressions
+    from bench.compare import pair
+    from bench.compare import main as regressions
 
     asked: list[tuple[str, str]] = []
 
@@ -488,7 +488,7 @@ def test_counts_by_valgrind(compare: Callable[..., int], monkeypatch: pytest.Mon
 def simulated(noise: random.Random, slowdown: float, spread: float, rounds: int = 24) -> list[float]:
     """Ratios of rounds of a machine that gets slower or faster all the time, wanders, and now and then stands still for
     somebody else; `spread`: of a sample's own noise."""
-    from intervals import turns
+    from bench.compare.intervals import turns
 
     drift, wandering, ratios = noise.uniform(-0.02, 0.02), 0.0, []
     for index, order in enumerate(turns(rounds)):
@@ -504,8 +504,8 @@ def simulated(noise: random.Random, slowdown: float, spread: float, rounds: int 
 
 @pytest.mark.parametrize("spread", [0.02, 0.1])
 def test_noise_is_no_slowdown(compare: Callable[..., int], spread: float) -> None:
-    from intervals import interval, verdict
-    from regressions import CONFIRMATIONS
+    from bench.compare.intervals import interval, verdict
+    from bench.compare.main import CONFIRMATIONS
 
     noise, covered = random.Random(0), 0
     for _ in range(200):
@@ -517,8 +517,8 @@ def test_noise_is_no_slowdown(compare: Callable[..., int], spread: float) -> Non
 
 @pytest.mark.parametrize("slowdown, expected", [(1.1, "slower"), (1 / 1.1, "faster")])
 def test_a_slowdown_is_no_noise(compare: Callable[..., int], slowdown: float, expected: str) -> None:
-    from intervals import interval, verdict
-    from regressions import CONFIRMATIONS
+    from bench.compare.intervals import interval, verdict
+    from bench.compare.main import CONFIRMATIONS
 
     noise, found = random.Random(0), []
     for _ in range(200):
@@ -529,8 +529,8 @@ def test_a_slowdown_is_no_noise(compare: Callable[..., int], slowdown: float, ex
 
 
 def test_intervals(compare: Callable[..., int]) -> None:
-    from intervals import Interval, fewest_rounds, interval, turns, verdict, waiting
-    from regressions import widened
+    from bench.compare.intervals import Interval, fewest_rounds, interval, turns, verdict, waiting
+    from bench.compare.main import widened
 
     assert list(turns(2)) == [("base", "current", "current", "base"), ("current", "base", "base", "current")]
     # Of every table of the signed-rank test: at 5 %, 8 samples have the critical value 3; the 4th of 36 means counts.
@@ -554,7 +554,7 @@ def test_intervals(compare: Callable[..., int]) -> None:
 
 
 def test_instructions(compare: Callable[..., int], tmp_path: Path) -> None:
-    from instructions import Counter, counted
+    from bench.compare.instructions import Counter, counted
 
     # The layout of callgrind's files: valgrind's manual, "Callgrind Format Specification".
     file = tmp_path / "out.1"

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import gpu
+    from bench.gpu import main as gpu
 
     return gpu
 
@@ -35,7 +35,7 @@ for name in ("is_available", "device_count", "init", "_lazy_init", "get_device_n
         assert os.getpid() != parent, name
         return real(*args, **options)
     setattr(torch.cuda, name, asked)
-import gpu
+from bench.gpu import main as gpu
 sys.exit(gpu.main(sys.argv[2:]))
 """
 
@@ -54,7 +54,7 @@ def read(path):
 
 
 def test_one_shot_checks_measures_and_tunes_everything(bench, tmp_path):
-    import tune
+    from bench.compile import tune
 
     path = tmp_path / "new" / "results.jsonl"
     command = [sys.executable, "-c", UNTOUCHED, ROOT / "bench", "--one-shot", "--dry-run", "--results", path]
@@ -165,7 +165,7 @@ def test_a_kernel_that_is_wrong_fails_its_check_and_no_other(bench, monkeypatch,
 
 
 def test_the_aims_come_first_and_everything_comes_once(bench):
-    import plan
+    from bench.gpu import plan
 
     first, rest = plan.tasks()
     assert len({*first, *rest}) == len(first) + len(rest)
@@ -241,7 +241,7 @@ def test_memory_errors_are_rows_of_their_cases(bench, monkeypatch, tmp_path):
 
 
 def test_a_contender_that_is_wrong_or_fails_is_not_timed(bench, monkeypatch):
-    from registry import Comparison, Contender
+    from bench.ops.registry import Comparison, Contender
 
     x = torch.arange(1.0, 5.0)
 
@@ -268,7 +268,7 @@ def test_a_contender_that_is_wrong_or_fails_is_not_timed(bench, monkeypatch):
 
 
 def test_a_contender_that_breaks_the_context_ends_the_comparison(bench, monkeypatch):
-    from registry import Comparison, Contender
+    from bench.ops.registry import Comparison, Contender
 
     def broken():
         raise RuntimeError("an illegal memory access")
@@ -323,7 +323,7 @@ def test_tuner_dry_run_writes_a_table(tmp_path):
 
 
 def test_tuner_knows_every_kernel_and_setting(bench):
-    import tune
+    from bench.compile import tune
 
     table = bench._launch.read_table("default")
     assert set(tune.JUDGED_BY) == set(table) > set(tune.FIRST)
@@ -348,7 +348,7 @@ def test_a_configuration_that_no_rule_can_give_is_a_row(bench, tmp_path):
 
 
 def test_rules_give_every_size_its_configuration(bench):
-    import tune
+    from bench.compile import tune
 
     default = [{"use": {"X": 0}}]
 
@@ -364,7 +364,7 @@ def test_rules_give_every_size_its_configuration(bench):
 
 
 def test_tuner_takes_what_is_faster_by_the_margin(bench, monkeypatch):
-    import tune
+    from bench.compile import tune
 
     speed = {4: 100.0, 8: 90.0, 2: 80.0}
     tuner = object.__new__(tune.Tuner)

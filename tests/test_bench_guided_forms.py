@@ -53,7 +53,7 @@ def pipe() -> Any:
 
 
 def setting(pipe: Any, steps: int, edited: int, batch: int = 1) -> Any:
-    from sampling import Setting
+    from bench.pictures.sampling import Setting
 
     from attnctl_fast.shapes import LAYERS
 
@@ -62,8 +62,8 @@ def setting(pipe: Any, steps: int, edited: int, batch: int = 1) -> Any:
 
 
 def forms(name: str) -> dict[str, Any]:
-    import published_guidance
-    import stock_guidance
+    from bench.pictures.published import guidance as published_guidance
+    from bench.pictures.stock import guidance as stock_guidance
 
     return {"published": published_guidance.FORMS[name], "stock": stock_guidance.FORMS[name]}
 
@@ -82,8 +82,8 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_pictures_and_nothing_left_behind(name: str, pipe: Any) -> None:
-    import ours
-    from sampling import sample
+    from bench.pictures import ours
+    from bench.pictures.sampling import sample
 
     task = setting(pipe, steps=2, edited=2, batch=2)
     pipe.unet.conv_in.weight.requires_grad_(False)
@@ -97,7 +97,7 @@ def test_same_pictures_and_nothing_left_behind(name: str, pipe: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hyper_parameters_are_those_of_our_method(name: str, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ours
+    from bench.pictures import ours
 
     task = setting(pipe, steps=2, edited=1)
     default = ours.draw(name, task).images
@@ -110,8 +110,8 @@ def test_hyper_parameters_are_those_of_our_method(name: str, pipe: Any, monkeypa
 
 
 def test_diffusers(pipe: Any) -> None:
-    import diffusers_forms
-    import ours
+    from bench.pictures import diffusers_forms
+    from bench.pictures import ours
 
     task = setting(pipe, steps=2, edited=1, batch=2)
     assert diffusers_forms.supports(task)
@@ -128,7 +128,7 @@ def test_diffusers(pipe: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["published", "stock", "diffusers"])
 def test_a_failure_restores(kind: str, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import diffusers_forms
+    from bench.pictures import diffusers_forms
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no picture")
@@ -152,7 +152,7 @@ def test_a_failure_within_an_evaluation_restores(pipe: Any, monkeypatch: pytest.
 
 def test_words_of_several_tokens(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their largest divergence is what the published form takes; the stock form says that it cannot."""
-    import ours
+    from bench.pictures import ours
 
     made = ours._MAKE["SynGen"]
     pairs = [("red circle", "and"), ("blue", "square")]
@@ -167,7 +167,7 @@ def test_words_of_several_tokens(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def two_encoders(monkeypatch: pytest.MonkeyPatch) -> Any:
     """SDXL's architecture, small, in float64."""
-    import architectures
+    from bench.pictures import architectures
 
     monkeypatch.setitem(architectures.CONFIGS, "sdxl", architectures.CONFIGS["sdxl"] | SDXL)
     monkeypatch.setitem(architectures.TEXT_CONFIGS, "sdxl", [ENCODER, {**ENCODER, "projection_dim": 16}])
@@ -177,9 +177,9 @@ def two_encoders(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_text_encoders_and_default_layers(name: str, two_encoders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import diffusers_forms
-    import ours
-    from sampling import Setting, sample
+    from bench.pictures import diffusers_forms
+    from bench.pictures import ours
+    from bench.pictures.sampling import Setting, sample
 
     # Random weights attend evenly, so that only long steps are seen.
     made = ours._MAKE[name]
@@ -197,9 +197,9 @@ def test_two_text_encoders_and_default_layers(name: str, two_encoders: Any, monk
 
 @pytest.mark.parametrize("padded", [True, False])
 def test_text_similarity(padded: bool, two_encoders: Any) -> None:
-    import guidance_loop
-    import ours
-    from sampling import PROMPT, Setting
+    from bench.pictures import guidance_loop
+    from bench.pictures import ours
+    from bench.pictures.sampling import PROMPT, Setting
 
     from attnctl_fast.attach.call import Call
     from attnctl_fast.attach.prompts import Prompts

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REGULATION = """
 import torch
 from attnctl_fast import ops, reference
-from projections import keys_values, queries
+from bench.pictures.projections import keys_values, queries
 from attnctl_fast.ops.gaussian_bias import full_basis
 
 
@@ -51,7 +51,7 @@ class AttnProcessorAttnMapEdit:
 
 ENERGY = """
 from attnctl_fast import reference
-from projections import keys_values, queries
+from bench.pictures.projections import keys_values, queries
 
 
 class EnergyCrossAttnProcessor:
@@ -106,7 +106,7 @@ def loss(maps, text, variant, weight):
 
 PROCESSORS = """
 from attnctl_fast import reference
-from projections import keys_values, queries
+from bench.pictures.projections import keys_values, queries
 
 
 class AttnProcessorX_2:
@@ -160,9 +160,9 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 def official(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     before = set(sys.modules)
-    import official
-    import official_clone
-    import official_tsam
+    from bench.official import released as official
+    from bench.official import repository as official_clone
+    from bench.official import tsam as official_tsam
 
     monkeypatch.setattr(official_clone, "LAYER", official_clone.Layer(1, 8, 16, 12))
     small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -174,7 +174,7 @@ def official(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def measured(official: Any, folder: Path | None, path: Path | None = None) -> list[dict[str, Any]]:
-    import rows
+    from bench.harness import rows
 
     log = rows.Log(path, {"run": "now"})
     official.measure(folder, log, 1)

@@ -28,7 +28,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     monkeypatch.setattr(_impl, "INTERPRETED", False)
     before = set(sys.modules)
-    import operations
+    from bench.ops import main as operations
 
     layer = operations.Layer("tiny", 2, (4, 4), 8, tokens=9, steps=2)
     monkeypatch.setattr(operations, "QUICK", operations.Effort(1, 1e-3))
@@ -41,7 +41,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def command(*options: Any) -> int:
-    from run import main
+    from bench.__main__ import main
 
     return main(["ops", "--quick", "--device", "cpu", "--shapes", "tiny", *map(str, options)])
 
@@ -58,7 +58,7 @@ def competing(bench: Any, monkeypatch: pytest.MonkeyPatch, operation: str, **oth
         made = registered(name, *rest)
         if name != operation:
             return made
-        from registry import Contender
+        from bench.ops.registry import Contender
 
         return replace(made, contenders=made.contenders | {k: Contender(v) for k, v in others.items()})
 

@@ -18,7 +18,7 @@ SMALL_VAE = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "layers_per_b
 
 
 def bench_run(*arguments: Any) -> int:
-    import run
+    from bench import __main__ as run
 
     status: int = run.main(["overhead", *map(str, arguments)])
     return status
@@ -71,7 +71,7 @@ def test_json_prints_the_rows(bench: None, tmp_path: Path, capsys: pytest.Captur
 def test_a_form_that_fails_is_a_row_with_its_error(
     bench: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import overhead
+    from bench.pictures import overhead
 
     def broken(_: Any) -> Any:
         raise RuntimeError("no such | luck")
@@ -89,7 +89,7 @@ def test_a_form_that_fails_is_a_row_with_its_error(
 def test_an_interrupt_keeps_what_was_measured(
     bench: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import overhead
+    from bench.pictures import overhead
 
     real, calls = overhead.RIVALS["stock"]["EnergyContext"], []
 
@@ -142,7 +142,7 @@ def test_mistakes_are_one_line(
 def test_without_diffusers_the_extra_is_named(
     bench: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import overhead
+    from bench.pictures import overhead
 
     from attnctl_fast.cli import options
 
@@ -171,7 +171,7 @@ def test_the_command_is_the_script(bench: None, capsys: pytest.CaptureFixture[st
 
 @pytest.fixture
 def small(bench: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    import architectures
+    from bench.pictures import architectures
 
     for name, config in architectures.CONFIGS.items():
         widths = (8, 8, 16, 16)[: len(config.get("block_out_channels", (0,) * 4))]
@@ -189,8 +189,8 @@ def small(bench: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("arch", ["sd15", "sd2", "sdxl"])
 def test_the_sampler_by_hand_is_the_pipeline(small: None, arch: str) -> None:
-    import architectures
-    import sampling
+    from bench.pictures import architectures
+    from bench.pictures import sampling
 
     pipe = architectures.pipeline(arch)
     latents = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(0))
@@ -207,7 +207,7 @@ def test_every_form_on_every_architecture(small: None, tmp_path: Path, arch: str
     assert bench_run("--arch", arch, "--size", 128, "--steps", 2, "--turns", 1, "--results", path) == 0
     rows = read(path)
     assert not [row for row in rows if "failed" in row]
-    import ours
+    from bench.pictures import ours
 
     for form in ("published", "stock", "ours"):
         assert {row["method"] for row in rows if row["form"] == form} == set(ours.METHODS)
@@ -217,7 +217,7 @@ def test_every_form_on_every_architecture(small: None, tmp_path: Path, arch: str
 def test_compiled_forms_draw_the_same(small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """By Dynamo alone, which notices what an arm changes; the other compilers take minutes. What is timed compiles
     nothing."""
-    import overhead
+    from bench.pictures import overhead
 
     compiled: list[Any] = []
     late: list[str] = []
@@ -257,7 +257,7 @@ def test_no_form_at_all_is_a_mistake(bench: None, tmp_path: Path, capsys: pytest
 
 
 def test_peak_memory_is_what_was_taken_at_most(bench: None) -> None:
-    from memory import peak_megabytes
+    from bench.harness.memory import peak_megabytes
 
     with peak_megabytes(torch.device("cpu")) as peak:
         torch.ones(64 << 20, dtype=torch.uint8)
@@ -282,7 +282,7 @@ def test_without_a_checkout_the_command_says_where_it_is(
 
 
 def test_an_overhead_is_over_the_plain_picture_beside_it(bench: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    import overhead
+    from bench.pictures import overhead
 
     arms = [[overhead.Arm("A", "stock", None), overhead.Arm("A", "ours", None)], [overhead.Arm("B", "ours", None)]]
     # In the order in which they are drawn: the second turn goes the other way round.
@@ -322,7 +322,7 @@ def test_an_overhead_is_over_the_plain_picture_beside_it(bench: None, monkeypatc
 
 
 def test_turns_go_on_while_a_method_fits_into_the_time(bench: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    import overhead
+    from bench.pictures import overhead
 
     arms = [[overhead.Arm("A", "stock", None), overhead.Arm("A", "ours", None)], [overhead.Arm("B", "ours", None)]]
     now = [0.0]
@@ -343,7 +343,7 @@ def test_turns_go_on_while_a_method_fits_into_the_time(bench: None, monkeypatch:
 
 
 def test_the_last_row_of_a_form_in_a_run_counts(bench: None, tmp_path: Path) -> None:
-    import overhead_rows
+    from bench.pictures import overhead_rows
 
     path = tmp_path / "overhead.jsonl"
     chosen = ("--methods", "EnergyContext", "AttendAndExcite", "--forms", "ours")

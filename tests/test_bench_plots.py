@@ -70,7 +70,7 @@ OPERATIONS = [
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     before = set(sys.modules)
-    import plots
+    from bench.report import plots
 
     yield plots
     for name in set(sys.modules) - before:
@@ -81,7 +81,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 @pytest.fixture
 def run(bench: ModuleType, tmp_path: Path) -> Run:
     """`bench plot` on files of rows in a folder of its own; the pictures go to its folder `img`."""
-    import run
+    from bench import __main__ as run
 
     def plot(*options: str, **files: list[Row]) -> int:
         (tmp_path / "results").mkdir(exist_ok=True)
@@ -276,7 +276,7 @@ def test_nothing_to_draw_is_a_mistake(run: Run, tmp_path: Path, capsys: pytest.C
 
 
 def test_a_row_that_a_kill_cut_off_costs_no_other(bench: ModuleType, tmp_path: Path) -> None:
-    import rows
+    from bench.harness import rows
 
     path = tmp_path / "some.jsonl"
     rows.Log(path, {"run": "1"}).write({"op": "a"})
@@ -287,6 +287,6 @@ def test_a_row_that_a_kill_cut_off_costs_no_other(bench: ModuleType, tmp_path: P
 
 
 def test_pictures_of_the_repository_are_of_its_result_files(bench: ModuleType) -> None:
-    import run
+    from bench import __main__ as run
 
     assert run.main(["plot", "--check"]) == 0, "run: attnctl-fast bench plot"

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import rates
-    import tables
+    from bench.quality import rates
+    from bench.report import tables
 
     yield rates, tables
     for name in ("rates", "tables"):

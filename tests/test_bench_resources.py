@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def resources(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import resources
+    from bench.compile import resources
 
     yield resources
 
@@ -106,7 +106,7 @@ kernel:                                 ; @kernel
 
 
 def test_the_largest_loop_holds_those_in_it_and_no_path_of_parted_threads(resources):
-    from loops import amd, largest, nvidia
+    from bench.compile.loops import amd, largest, nvidia
 
     assert [x.name for x in nvidia(SASS)].count("HMMA") == 1 and len(nvidia(SASS)) == 11
     assert largest(nvidia(SASS)) == 5

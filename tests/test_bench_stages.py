@@ -13,7 +13,7 @@ FAR = 60.0
 
 @pytest.fixture
 def stages(bench):
-    import stages
+    from bench.gpu import stages
 
     return stages
 

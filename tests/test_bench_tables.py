@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def tables(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import tables
+    from bench.report import tables
 
     yield tables
     sys.modules.pop("tables")

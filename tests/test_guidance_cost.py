@@ -23,7 +23,7 @@ from attnctl_fast.attach.layers import cross_attention_layers
 from attnctl_fast.attach.rows import Rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-import architectures
+from bench.pictures import architectures
 
 
 class Sum(ac.LatentGuidance):
