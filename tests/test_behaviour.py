@@ -82,7 +82,6 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examp
 
 def test_behaviour_is_measured_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every task on two seeds and two steps: the rates are those of its question, the pictures are drawn."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from bench.quality import behaviour
     from bench.report import tables
 
@@ -116,7 +115,6 @@ def test_behaviour_is_measured_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_questions_about_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from bench.quality import behaviour
 
     scene = Scene((("red", "circle"), ("blue", "star")))

@@ -12,19 +12,19 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
 # Two kernels instead of all.
 FEW = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import archive, compiled, contest, json, plan, precompile, torch
+import json, sys, torch
 from pathlib import Path
+from bench.compile import archive, compiler, precompile
+from bench.gpu import contest, plan
 def cases():
     clock = contest.Clock(torch.device("cpu"))
     task = contest.Task("gaussian_bias_all", contest.SMALL, torch.float16)
     return [("gaussian_bias_all", lambda: contest.launch(task, clock))]
 plan.cases = cases
-folder, gpu = Path(sys.argv[2]), compiled.TARGETS["sm_90"].gpu
+folder, gpu = Path(sys.argv[1]), compiler.TARGETS["sm_90"].gpu
 """
-PACK = "sys.argv[1:] = ['--cache', str(folder), '--processes', '1']; sys.exit(precompile.main())"
-INSTALL = "sys.argv[1:] = ['--cache', str(folder), '--install']; sys.exit(precompile.main())"
+PACK = "sys.exit(precompile.run(precompile.parser().parse_args(['--cache', str(folder), '--processes', '1'])))"
+INSTALL = "sys.exit(precompile.run(precompile.parser().parse_args(['--cache', str(folder), '--install'])))"
 # Triton looks its kernels up where it cannot compile any.
 FIND = """
 from triton import knobs
@@ -56,8 +56,8 @@ def run(tmp_path, name, script):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path / name)}
     env |= dict.fromkeys(("TRITON_LIBCUDA_PATH", "LD_LIBRARY_PATH"), str(tmp_path))
-    command = [sys.executable, "-c", FEW + script, ROOT / "bench", tmp_path / "kernels"]
-    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", FEW + script, tmp_path / "kernels"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

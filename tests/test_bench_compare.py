@@ -9,12 +9,13 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from bench.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
 # Each call of an operation does its work four times.
@@ -92,24 +93,14 @@ def checkout(repository: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def compare(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+def compare(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """`bench compare` of the repository, in this process; its modules can be imported."""
-    monkeypatch.syspath_prepend(str(checkout / "bench"))
-    for name, module in list(sys.modules.items()):
-        # Other tests' modules of the same names belong to this repository.
-        if str(getattr(module, "__file__", "")).startswith(str(ROOT / "bench")):
-            monkeypatch.delitem(sys.modules, name)
-    before = set(sys.modules)
+    monkeypatch.setattr("bench.compare.main.ROOT", checkout)
 
     def run(*words: str) -> int:
-        from bench import __main__ as run
+        return main(["compare", *words])
 
-        return run.main(["compare", *words])
-
-    yield run
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(checkout / "bench")):
-            del sys.modules[name]
+    return run
 
 
 def small(*operations: str) -> list[str]:
@@ -346,8 +337,8 @@ def test_worktrees(compare: Callable[..., int], checkout: Path, tmp_path: Path) 
 def test_a_process_without_its_package_or_that_dies(
     compare: Callable[..., int], checkout: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from bench.compare import pair
     from bench.compare import main as regressions
+    from bench.compare import pair
 
     # In a tree without the package, or with only its first file, the rest comes from where PYTHONPATH says.
     monkeypatch.setenv("PYTHONPATH", str(checkout))
@@ -431,8 +422,8 @@ def test_a_change_is_confirmed_in_fresh_processes(
     waits: dict[int, float],
     verdict: str,
 ) -> None:
-    from bench.compare import pair
     from bench.compare import main as regressions
+    from bench.compare import pair
 
     left = list(ratios)
     monkeypatch.setattr(regressions, "Pair", simulated_pair(left, counts, waits))
@@ -448,8 +439,8 @@ def test_a_change_is_confirmed_in_fresh_processes(
 
 def test_counts_by_valgrind(compare: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each side's dumps are numbered from 1, and from 1 again after a process that failed."""
-    from bench.compare import pair
     from bench.compare import main as regressions
+    from bench.compare import pair
 
     asked: list[tuple[str, str]] = []
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,43 +15,32 @@ from torch import Tensor
 import attnctl_fast as ac
 from attnctl_fast import schedules
 from attnctl_fast.shapes import LAYERS
+from bench.pictures import architectures, ours, published, stock
+from bench.pictures.sampling import Setting
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("AttentionRegulation", "EnergyContext", "Composition", "DenseDiffusion", "ComposableDiffusion")
-FORMS = ("published_attention", "stock_attention")
+FORMS = {"published": published.attention.FORMS, "stock": stock.attention.FORMS}
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Any]:
-    """A module of `bench/` by its name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "bench"))
-        before = set(sys.modules)
-        yield __import__
-        for name in set(sys.modules) - before:
-            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "bench")):
-                del sys.modules[name]
+def pipe() -> Any:
+    return architectures.pipeline("shapes", dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
-def pipe(bench: Any) -> Any:
-    return bench("architectures").pipeline("shapes", dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def setting(bench: Any, pipe: Any) -> Any:
+def setting(pipe: Any) -> Any:
     """Two samples in double precision, where the descents of all forms take the same path."""
     size = pipe.unet.config.sample_size
     latents = torch.randn(2, 4, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return bench("sampling").Setting(pipe, latents, steps=2, edited=2, layers=LAYERS)
+    return Setting(pipe, latents, steps=2, edited=2, layers=LAYERS)
 
 
 @pytest.fixture(scope="module")
-def drawn(bench: Any, setting: Any) -> Callable[[str], tuple[Tensor, list[Tensor]]]:
+def drawn(setting: Any) -> Callable[[str], tuple[Tensor, list[Tensor]]]:
     """Our pictures by a method, and the losses of its descents."""
-    ours = bench("ours")
 
     @functools.cache
     def draw(name: str) -> tuple[Tensor, list[Tensor]]:
@@ -77,11 +65,11 @@ def lowest(descents: Iterable[Tensor]) -> list[float]:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", METHODS)
 def test_forms_give_our_picture(
-    bench: Any, setting: Any, drawn: Callable[[str], tuple[Tensor, list[Tensor]]], form: str, name: str
+    setting: Any, drawn: Callable[[str], tuple[Tensor, list[Tensor]]], form: str, name: str
 ) -> None:
     images, losses = drawn(name)
     before = state(setting.pipe)
-    other = bench(form).FORMS[name](setting)
+    other = FORMS[form][name](setting)
     assert state(setting.pipe) == before
     assert other.images.shape == images.shape == (2, 3, 64, 64)
     assert torch.allclose(other.images, images, rtol=0, atol=1e-5)
@@ -130,33 +118,30 @@ def box(top: int, bottom: int) -> Tensor:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_forms_share_our_hyperparameters(
-    bench: Any,
     setting: Any,
     drawn: Callable[[str], tuple[Tensor, list[Tensor]]],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    ours = bench("ours")
+    default = drawn(name)[0][:1]
     monkeypatch.setitem(ours._MAKE, name, OTHER_OPTIONS[name])
     alone = replace(setting, latents=setting.latents[:1])
     images = ours.draw(name, alone).images
-    assert (images - drawn(name)[0][:1]).abs().max() > 1e-3
+    assert (images - default).abs().max() > 1e-3
     for form in FORMS:
-        assert torch.allclose(bench(form).FORMS[name](alone).images, images, rtol=0, atol=1e-5), form
+        assert torch.allclose(FORMS[form][name](alone).images, images, rtol=0, atol=1e-5), form
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", METHODS)
-def test_forms_restore_after_an_error(
-    bench: Any, setting: Any, monkeypatch: pytest.MonkeyPatch, form: str, name: str
-) -> None:
+def test_forms_restore_after_an_error(setting: Any, monkeypatch: pytest.MonkeyPatch, form: str, name: str) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     before = state(setting.pipe)
     monkeypatch.setattr(setting.pipe.unet.mid_block, "forward", broken)
     with pytest.raises(KeyboardInterrupt):
-        bench(form).FORMS[name](setting)
+        FORMS[form][name](setting)
     assert state(setting.pipe) == before
 
 
@@ -180,20 +165,19 @@ SMALL_VAE = {"block_out_channels": (4, 4, 4, 4), "norm_num_groups": 4}
 
 
 @pytest.fixture(scope="module")
-def sdxl(bench: Any) -> Any:
+def sdxl() -> Any:
     """Two text encoders, pooled embeddings, pictures that are not square and layers of several sizes."""
-    architectures = bench("architectures")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(architectures.CONFIGS, "sdxl", SMALL_SDXL)
         patch.setitem(architectures.TEXT_CONFIGS, "sdxl", [SMALL_TEXT, {**SMALL_TEXT, "projection_dim": 16}])
         patch.setattr(architectures, "VAE_CONFIG", {**architectures.VAE_CONFIG, **SMALL_VAE})
         pipe = architectures.pipeline("sdxl", dtype=torch.float64)
     latents = torch.randn(1, 4, 16, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return bench("sampling").Setting(pipe, latents, steps=2, edited=1)
+    return Setting(pipe, latents, steps=2, edited=1)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_forms_on_sdxl(bench: Any, sdxl: Any, name: str) -> None:
-    images = bench("ours").draw(name, sdxl).images
+def test_forms_on_sdxl(sdxl: Any, name: str) -> None:
+    images = ours.draw(name, sdxl).images
     for form in FORMS:
-        assert torch.allclose(bench(form).FORMS[name](sdxl).images, images, rtol=0, atol=1e-5), form
+        assert torch.allclose(FORMS[form][name](sdxl).images, images, rtol=0, atol=1e-5), form

@@ -18,25 +18,26 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from bench.gpu import main as gpu
 
     return gpu
 
 
+def dry_run_here(bench, *options):
+    return bench.run(bench.parser().parse_args(["--dry-run", *map(str, options)]))
+
+
 # The whole program in a process that must not ask anything of the GPU, as its children are forked.
 UNTOUCHED = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-import torch
+import os, sys, torch
 parent = os.getpid()
 for name in ("is_available", "device_count", "init", "_lazy_init", "get_device_name", "current_device"):
     def asked(*args, name=name, real=getattr(torch.cuda, name), **options):
         assert os.getpid() != parent, name
         return real(*args, **options)
     setattr(torch.cuda, name, asked)
-from bench.gpu import main as gpu
-sys.exit(gpu.main(sys.argv[2:]))
+from bench.__main__ import main
+sys.exit(main(['gpu', *sys.argv[1:]]))
 """
 
 
@@ -44,9 +45,9 @@ def interpreted():
     return {**os.environ, "TRITON_INTERPRET": "1"}
 
 
-def dry_run(script, *options):
-    command = [sys.executable, str(ROOT / "bench" / script), "--dry-run", *map(str, options)]
-    return subprocess.run(command, env=interpreted(), capture_output=True, text=True)
+def dry_run(name, *options):
+    command = [sys.executable, "-m", "bench", name, "--dry-run", *map(str, options)]
+    return subprocess.run(command, cwd=ROOT, env=interpreted(), capture_output=True, text=True)
 
 
 def read(path):
@@ -57,8 +58,8 @@ def test_one_shot_checks_measures_and_tunes_everything(bench, tmp_path):
     from bench.compile import tune
 
     path = tmp_path / "new" / "results.jsonl"
-    command = [sys.executable, "-c", UNTOUCHED, ROOT / "bench", "--one-shot", "--dry-run", "--results", path]
-    done = subprocess.run(list(map(str, command)), env=interpreted(), capture_output=True, text=True)
+    command = [sys.executable, "-c", UNTOUCHED, "--one-shot", "--dry-run", "--results", path]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=interpreted(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     by_kind = {}
     for row in read(path):
@@ -106,7 +107,7 @@ def test_what_the_time_does_not_reach_is_named(bench, monkeypatch, tmp_path, cap
 
     monkeypatch.setattr(bench.stages, "run", run)
     path = tmp_path / "results.jsonl"
-    assert bench.main(["--one-shot", "--dry-run", "--only", "gaussian_bias", "--results", str(path)]) == 0
+    assert dry_run_here(bench, "--one-shot", "--only", "gaussian_bias", "--results", path) == 0
     assert "not reached: checks: attention Case(m=16" in capsys.readouterr().out
     assert {row["stage"]: row["done"] for row in read(path) if row["kind"] == "stage"} == {
         **dict.fromkeys(("checks", "times", "tuning", "compiled rivals", "memory", "further"), 0),
@@ -114,20 +115,20 @@ def test_what_the_time_does_not_reach_is_named(bench, monkeypatch, tmp_path, cap
     }
 
 
-def test_without_a_gpu_the_exit_status_says_so(tmp_path):
+def test_without_a_gpu_the_exit_status_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    script = str(ROOT / "bench" / "gpu.py")
-    done = subprocess.run([sys.executable, script, "--one-shot"], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench", "gpu", "--one-shot"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "no GPU that PyTorch sees" in done.stdout
-    assert "is in the name of no operation" in dry_run("gpu.py", "--only", "regullate").stderr
+    assert "is in the name of no operation" in dry_run("gpu", "--only", "regullate").stderr
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_a_run_that_is_killed_keeps_its_rows(tmp_path, number, status):
     path = tmp_path / "results.jsonl"
-    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--dry-run", "--results", str(path)]
-    with subprocess.Popen(command, env=interpreted(), stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "bench", "gpu", "--dry-run", "--results", str(path)]
+    with subprocess.Popen(command, cwd=ROOT, env=interpreted(), stdout=subprocess.PIPE, text=True) as process:
         printed = []
         for line in process.stdout:
             printed.append(line)
@@ -155,7 +156,7 @@ def test_a_kernel_that_is_wrong_fails_its_check_and_no_other(bench, monkeypatch,
 
     monkeypatch.setattr(cases, "run_triton", run_triton)
     path = tmp_path / "results.jsonl"
-    assert bench.main(["--one-shot", "--dry-run", "--only", "gaussian_bias", "--results", str(path)]) == 1
+    assert dry_run_here(bench, "--one-shot", "--only", "gaussian_bias", "--results", path) == 1
     rows = read(path)
     failed = {row["op"]: row["failed"] for row in rows if row["kind"] == "check" and "failed" in row}
     assert failed["attention"] == "its process ended by signal 9" and "AssertionError" in failed["region_attention"]
@@ -314,7 +315,7 @@ def test_aims_are_judged(bench):
 
 def test_tuner_dry_run_writes_a_table(tmp_path):
     path = tmp_path / "gpu.json"
-    done = dry_run("tune.py", "--only", "gaussian_bias", "--output", path)
+    done = dry_run("tune", "--only", "gaussian_bias", "--output", path)
     assert done.returncode == 0, done.stdout + done.stderr
     table = json.loads(path.read_text())
     assert table["margin"] == 0.05 and set(table["rules"]) <= {"gaussian_bias_fwd", "gaussian_bias_bwd"}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +31,6 @@ ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "
 VAE = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
 
 
-@pytest.fixture(autouse=True)
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "bench")):
-            del sys.modules[name]
-
-
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     from attnctl_fast.shapes import load_pipeline
@@ -53,9 +41,8 @@ def pipe() -> Any:
 
 
 def setting(pipe: Any, steps: int, edited: int, batch: int = 1) -> Any:
-    from bench.pictures.sampling import Setting
-
     from attnctl_fast.shapes import LAYERS
+    from bench.pictures.sampling import Setting
 
     latents = torch.cat([torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(batch)])
     return Setting(pipe, latents, steps, edited, layers=LAYERS)
@@ -110,8 +97,7 @@ def test_hyper_parameters_are_those_of_our_method(name: str, pipe: Any, monkeypa
 
 
 def test_diffusers(pipe: Any) -> None:
-    from bench.pictures import diffusers_forms
-    from bench.pictures import ours
+    from bench.pictures import diffusers_forms, ours
 
     task = setting(pipe, steps=2, edited=1, batch=2)
     assert diffusers_forms.supports(task)
@@ -177,8 +163,7 @@ def two_encoders(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_text_encoders_and_default_layers(name: str, two_encoders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.pictures import diffusers_forms
-    from bench.pictures import ours
+    from bench.pictures import diffusers_forms, ours
     from bench.pictures.sampling import Setting, sample
 
     # Random weights attend evenly, so that only long steps are seen.
@@ -197,12 +182,10 @@ def test_two_text_encoders_and_default_layers(name: str, two_encoders: Any, monk
 
 @pytest.mark.parametrize("padded", [True, False])
 def test_text_similarity(padded: bool, two_encoders: Any) -> None:
-    from bench.pictures import guidance_loop
-    from bench.pictures import ours
-    from bench.pictures.sampling import PROMPT, Setting
-
     from attnctl_fast.attach.call import Call
     from attnctl_fast.attach.prompts import Prompts
+    from bench.pictures import guidance_loop, ours
+    from bench.pictures.sampling import PROMPT, Setting
 
     task = Setting(two_encoders, torch.zeros(1, 4, 16, 16), 1, 1)
     method = ours.method("TSAM", task)

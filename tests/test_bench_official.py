@@ -158,8 +158,6 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 
 @pytest.fixture
 def official(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    before = set(sys.modules)
     from bench.official import released as official
     from bench.official import repository as official_clone
     from bench.official import tsam as official_tsam
@@ -168,9 +166,6 @@ def official(monkeypatch: pytest.MonkeyPatch) -> Any:
     small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     monkeypatch.setattr(official_tsam, "TEXT_ENCODER", small)
     yield official
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "bench")):
-            del sys.modules[name]
 
 
 def measured(official: Any, folder: Path | None, path: Path | None = None) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +24,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module `operations` with the shortest turns and shapes called `tiny`, as without Triton's interpreter."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     monkeypatch.setattr(_impl, "INTERPRETED", False)
-    before = set(sys.modules)
     from bench.ops import main as operations
 
     layer = operations.Layer("tiny", 2, (4, 4), 8, tokens=9, steps=2)
@@ -35,9 +32,6 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     tiny = [operations.Case(name, layer) for name in operations.OPERATIONS]
     monkeypatch.setitem(operations.SHAPES, "tiny", lambda: iter(tiny))
     yield operations
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "bench")):
-            del sys.modules[name]
 
 
 def command(*options: Any) -> int:
@@ -324,16 +318,16 @@ def test_without_a_gpu_there_is_no_device_cuda(bench: Any, capsys: pytest.Captur
 def test_a_gpu_is_left_to_its_own_measurements(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: list[list[str]] = []
 
-    def run(command: list[str]) -> Any:
+    def run(command: list[str], cwd: Path) -> Any:
         given.append(command)
+        assert (cwd / "bench" / "gpu" / "main.py").is_file()
         return subprocess.CompletedProcess(command, 1)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench.subprocess, "run", run)
     chosen = bench.parser().parse_args(["--only", "regul", "--results", str(tmp_path / "results.jsonl")])
     assert bench.run(chosen) == 1
-    assert Path(given[0][1]).name == "gpu.py" and Path(given[0][1]).is_file()
-    assert given[0][2:] == ["--only", "regul", "--results", str(tmp_path / "results.jsonl")]
+    assert given[0][1:] == ["-m", "bench", "gpu", "--only", "regul", "--results", str(tmp_path / "results.jsonl")]
     for option in (["--dtype", "float16"], ["--shapes", "all"], ["--quick"], ["--compile"]):
         with pytest.raises(ValueError, match=f"{option[0]}: a GPU has a plan of its own"):
             bench.run(bench.parser().parse_args(option))

@@ -142,9 +142,8 @@ def test_mistakes_are_one_line(
 def test_without_diffusers_the_extra_is_named(
     bench: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bench.pictures import overhead
-
     from attnctl_fast.cli import options
+    from bench.pictures import overhead
 
     monkeypatch.setattr(options.util, "find_spec", lambda name: None if name == "diffusers" else object())
     assert bench_run("--results", tmp_path / "overhead.jsonl") == 2
@@ -189,8 +188,7 @@ def small(bench: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("arch", ["sd15", "sd2", "sdxl"])
 def test_the_sampler_by_hand_is_the_pipeline(small: None, arch: str) -> None:
-    from bench.pictures import architectures
-    from bench.pictures import sampling
+    from bench.pictures import architectures, sampling
 
     pipe = architectures.pipeline(arch)
     latents = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,6 @@
 """The measurement behind the README's rates, and the README's tables against the result files."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from bench.quality import rates
     from bench.report import tables
 
     yield rates, tables
-    for name in ("rates", "tables"):
-        sys.modules.pop(name)
 
 
 def change(plain, controlled, gained, lost, p_value):
@@ -84,9 +80,13 @@ def test_every_run_is_appended(bench, untrained, tmp_path, capsys):
     rates, tables = bench
     path = tmp_path / "new" / "rates.jsonl"
     options = ["--weights", str(untrained), "--steps", "1", "--batch-size", "1", "--results", str(path)]
-    rates.main([*options, "--count", "2", "--strengths", "0.25", "1"])
-    rates.main([*options, "--count", "1", "--tune", "--layers", "down_blocks.0", "--option", "edit_steps=0.5,1"])
-    rates.main([*options, "--count", "1"])
+    rates.run(rates.parser().parse_args([*options, "--count", "2", "--strengths", "0.25", "1"]))
+    rates.run(
+        rates.parser().parse_args(
+            [*options, "--count", "1", "--tune", "--layers", "down_blocks.0", "--option", "edit_steps=0.5,1"]
+        )
+    )
+    rates.run(rates.parser().parse_args([*options, "--count", "1"]))
     first, second, third = map(json.loads, path.read_text().splitlines())
     assert (first["settings"]["seed_start"], second["settings"]["seed_start"]) == (0, rates.TUNING_SEED)
     assert [entry["options"]["strength"] for entry in first["regulations"]] == [0.25, 1.0]

@@ -13,7 +13,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def resources(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from bench.compile import resources
 
     yield resources
@@ -22,8 +21,8 @@ def resources(monkeypatch):
 def run(*options, **environment):
     """bench/resources.py in a process whose kernels are compiled, not interpreted."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "bench" / "resources.py"), *map(str, options)]
-    return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench", "resources", *map(str, options)]
+    return subprocess.run(command, cwd=ROOT, env={**kept, **environment}, capture_output=True, text=True)
 
 
 def test_shipped_kernels_stay_within_the_committed_figures():

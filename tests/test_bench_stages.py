@@ -12,7 +12,7 @@ FAR = 60.0
 
 
 @pytest.fixture
-def stages(bench):
+def stages():
     from bench.gpu import stages
 
     return stages

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +19,6 @@ from attnctl_fast.attach.families import UNET
 from attnctl_fast.attach.guidance import reading
 from attnctl_fast.attach.layers import cross_attention_layers
 from attnctl_fast.attach.rows import Rows
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from bench.pictures import architectures
 
 
