@@ -2,13 +2,14 @@
 
     python bench/correctness.py    launch ten small cases and compare nothing: what compute-sanitizer is to look at
 
-The inputs, the plain PyTorch that errors are compared with and the rule are those of tests/kernel_cases.py and
-tests/numerics.py. The whole product of the sizes is the kernel tests' (`pytest -m full`).
+The inputs, the plain PyTorch that errors are compared with and the rule are those of tests/support/kernel_cases.py and
+tests/support/numerics.py. The whole product of the sizes is the kernel tests' (`pytest -m full`).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,13 +41,10 @@ class Check(NamedTuple):
 
 
 def _cases() -> Any:
-    """tests/kernel_cases.py, which lies outside of any package. Importing it asks whether there is a GPU."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    try:
-        import kernel_cases  # type: ignore[import-not-found]
-    finally:
-        sys.path.remove(str(ROOT / "tests"))
-    return kernel_cases
+    """tests/support/kernel_cases.py. Importing it asks whether there is a GPU."""
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+    return importlib.import_module("tests.support.kernel_cases")
 
 
 def _case(m: int, n: int = 77, d: int = 64, dtype: torch.dtype = HALF) -> Any:
