@@ -20,7 +20,7 @@ def functions(operation: str) -> tuple[str, ...]:
 def suites(root: Path, operation: str) -> list[Path]:
     """The files of operation tests in the checkout at `root` that call the operation or name it in their tables."""
     names = re.compile("|".join(rf"\bops\.{name}\b|\"{name}\"|\b{name}\(" for name in functions(operation)))
-    files = sorted((root / "tests").glob("test_ops_*.py"))
+    files = sorted((root / "tests" / "ops").glob("test_*.py"))
     return [file for file in files if names.search(file.read_text(encoding="utf-8"))]
 
 
@@ -28,7 +28,7 @@ def refusal(root: Path, operation: str) -> str | None:
     """Why the operation's tests vouch for nothing, None where they pass."""
     files = suites(root, operation)
     if not files:
-        return f"no file tests/test_ops_*.py names {functions(operation)[0]}"
+        return f"no file tests/ops/test_*.py names {functions(operation)[0]}"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *map(str, files)]
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

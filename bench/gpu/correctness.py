@@ -2,21 +2,19 @@
 
     python -m bench.gpu.correctness    launch ten small cases and compare nothing: what compute-sanitizer is to look at
 
-The inputs, the plain PyTorch that errors are compared with and the rule are those of tests/kernel_cases.py and
-tests/numerics.py. The whole product of the sizes is the kernel tests' (`pytest -m full`).
+The inputs, the plain PyTorch that errors are compared with and the rule are those of tests/support/kernel_cases.py and
+tests/support/numerics.py. The whole product of the sizes is the kernel tests' (`pytest -m full`).
 """
 
 from __future__ import annotations
 
 import functools
-import sys
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-
-from bench.harness.checkout import ROOT
 
 IMAGE_TOKENS = (1, 63, 64, 256, 1024, 4096)
 TOKENS = (1, 77, 120, 333)
@@ -41,13 +39,8 @@ class Check(NamedTuple):
 
 
 def _cases() -> Any:
-    """tests/kernel_cases.py, which lies outside of any package. Importing it asks whether there is a GPU."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    try:
-        import kernel_cases  # type: ignore[import-not-found]
-    finally:
-        sys.path.remove(str(ROOT / "tests"))
-    return kernel_cases
+    """tests/support/kernel_cases.py. Importing it asks whether there is a GPU."""
+    return importlib.import_module("tests.support.kernel_cases")
 
 
 def _case(m: int, n: int = 77, d: int = 64, dtype: torch.dtype = HALF) -> Any:
