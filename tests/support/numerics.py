@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -10,14 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench.ops.inputs import SEED, attention_inputs, default_device, rand, randn  # noqa: F401
 from tests.support.rounding import floor
 
-# Other inputs for the same tests: `make test-processors` runs them with several.
-SEED = int(os.environ.get("ATTNCTL_TEST_SEED", "0"))
 ULPS = 4
 RUNS = 8
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+DEVICE = default_device()
 TRITON = ["triton"] if find_spec("triton") else []  # there is none for macOS and Windows
 FAST = ["eager", *TRITON]
 IMPLS = ["reference", *FAST]
@@ -26,40 +23,6 @@ IMPLS = ["reference", *FAST]
 def widest(impl: str) -> torch.dtype:
     """The widest dtype that an implementation takes."""
     return torch.float32 if impl == "triton" else torch.float64
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed + 1000 * SEED)
-
-
-def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Numbers from [0, 1), the same on every device."""
-    return torch.rand(shape, dtype=torch.float64, generator=seeded(seed)).to(DEVICE, dtype)
-
-
-def randn(*shape: int, dtype: torch.dtype, seed: int, strided: bool = False) -> Tensor:
-    """[B,H,M,d] normal numbers, rounded to dtype, the same on every device; strided: a view of [B,M,H*d]."""
-    generator = seeded(seed)
-    if not strided:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-    batch, heads, tokens, width = shape
-    flat = torch.randn(batch, tokens, heads * width, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-    return flat.unflatten(-1, (heads, width)).transpose(1, 2)
-
-
-def attention_inputs(
-    batch: int,
-    heads: int,
-    image_tokens: int,
-    tokens: int,
-    width: int,
-    dtype: torch.dtype,
-    sharp: float = 1.0,
-    **how: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q = randn(batch, heads, image_tokens, width, dtype=dtype, seed=1, **how)
-    k = (sharp * randn(batch, heads, tokens, width, dtype=torch.float64, seed=2, **how)).to(dtype)
-    return q, k, randn(batch, heads, tokens, width, dtype=dtype, seed=3, **how)
 
 
 def orders(width: int) -> list[Tensor]:
