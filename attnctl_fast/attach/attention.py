@@ -148,8 +148,9 @@ def key_bias_of(mask: Tensor | None, rows: int, tokens: int, name: str) -> Tenso
     Args:
         mask: boolean (true where a key takes part) or added to the logits; `[R,H,1,N]` or what broadcasts to it. Of
             more than N columns the first ones count.
-        rows, tokens: R and N.
-        name: of the layer.
+        rows: R.
+        tokens: N.
+        name: the layer's.
 
     Raises:
         ValueError: the mask is another one for every image token.

@@ -45,7 +45,7 @@ class Evaluation:
 
     @property
     def sample(self) -> Tensor:
-        """What the model denoises, `[R,C,height,width]`, with what some models read besides the latents."""
+        """The model's input, `[R,C,height,width]`: the noisy latents, with what some models read besides them."""
         return self.given[self._family.sample]
 
     @property
@@ -98,7 +98,7 @@ class Evaluation:
 
     @property
     def distinct(self) -> list[int]:
-        """Which of the conditional rows `latents` are of: the first ones that carry them."""
+        """The conditional rows that `latents` are of: the first ones that carry them."""
         return [self.rows.conditional.index(row) for row in self._layout()[0]]
 
     @property

@@ -1,4 +1,4 @@
-"""What a method is to the engine that drives it, and what it does during a call."""
+"""The interface between a method and the engine that drives it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ if TYPE_CHECKING:
 
 
 class Edited(NamedTuple):
-    """out: attention `[B,H,M,d]`. probabilities: what the edit makes of the scaled logits `[B,M,N]` of one head, for
-    those who look at the maps; None where it leaves them as they are."""
+    """Attention that a method edited.
+
+    out: attention `[B,H,M,d]`. probabilities: a function that applies the edit to the scaled logits `[B,M,N]` of one
+    head, for those who look at the maps; None where it leaves them as they are.
+    """
 
     out: Tensor
     probabilities: Callable[[Tensor, int], Tensor] | None = None
 
 
 class Run:
-    """What a method does during one call of a pipeline. Every hook is optional: what a subclass does not define is not
-    called. Hooks on attention may be compiled into the model's graph: what depends on the step has to lie in tensors.
+    """The part of a method that acts during one call of a pipeline.
+
+    Every hook is optional: what a subclass does not define is not called. Hooks on attention may be compiled into the
+    model's graph: what depends on the step has to lie in tensors.
 
     active: whether the hooks on attention act at this evaluation. used: whether they act at any evaluation of the call;
     a compiled model runs the same graph at all of them. Both are read after `before_denoiser`.
