@@ -26,10 +26,16 @@ def plain(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float
 class Attention:
     """One attention call of the model while methods act on it.
 
-    q `[R,H,M,d]`, k, v `[R,H,N,d]`: what the model attends with, without the columns that methods have added. key_bias:
-    `[R,N]`, added to the scaled logits, or None. scale: of the logits. rows: which rows are conditional. module: the
-    attention module. moved: the context is not what the model hands to every layer. probabilities: of the conditional
-    rows, as in `Edited`.
+    Attributes:
+        q: queries `[R,H,M,d]` that the model attends with.
+        k: keys `[R,H,N,d]`, without the columns that methods have added.
+        v: values `[R,H,N,d]`, likewise.
+        key_bias: `[R,N]`, added to the scaled logits, or None.
+        scale: factor of the logits.
+        rows: which rows are conditional.
+        module: the attention module.
+        moved: the context is not what the model hands to every layer.
+        probabilities: of the conditional rows, as in `Edited`.
     """
 
     def __init__(

@@ -27,8 +27,10 @@ class AttentionMaps(Mapping[str, Tensor]):
     `[evaluations, B, n, height, width]`: one entry per UNet evaluation (and view, of a panorama), B images (prompt by
     prompt), n tokens. Where a method edits the layer, its edited maps are shown.
 
-    token_ids: the positions captured, one list per prompt. tokens: their strings, or None with prompt embeddings.
-    words: the positions of every captured word, one dict per prompt, or None where the words are unknown.
+    Attributes:
+        token_ids: the positions captured, one list per prompt.
+        tokens: their strings, or None with prompt embeddings.
+        words: the positions of every captured word, one dict per prompt, or None where the words are unknown.
     """
 
     def __init__(self) -> None:

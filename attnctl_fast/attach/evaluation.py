@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 class Evaluation:
     """One evaluation of the model.
 
-    call: the call it belongs to. model: the model, not compiled. rows: which rows are conditional. given: the model's
-    arguments by name; changing them changes what it is called with. moved: the latents have been moved already, by an
-    evaluation of the same ones before this one.
+    Attributes:
+        call: the call it belongs to.
+        model: the model, not compiled.
+        rows: which rows are conditional.
+        given: the model's arguments by name; changing them changes what it is called with.
+        moved: the latents have been moved already, by an evaluation of the same ones before this one.
     """
 
     def __init__(

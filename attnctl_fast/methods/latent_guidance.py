@@ -32,9 +32,12 @@ Read: TypeAlias = Callable[[Tensor], Tensor]
 class GuidanceContext:
     """The facts that a guidance loss may use besides the maps.
 
-    call: the pipeline call: prompts, images per prompt, current step. token_ids: the tokens of the maps, `[B,n]` int64
-    on the maps' device, padded with -1 where a sample has fewer (its maps are zero there). grid: (height, width) of the
-    maps. prepared: what the method's `prepare` returned.
+    Attributes:
+        call: the pipeline call: prompts, images per prompt, current step.
+        token_ids: the tokens of the maps, `[B,n]` int64 on the maps' device, padded with -1 where a sample has fewer
+            (its maps are zero there).
+        grid: (height, width) of the maps.
+        prepared: the result of the method's `prepare`.
     """
 
     call: Call
