@@ -1,7 +1,6 @@
 """What several test files need."""
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -35,18 +34,6 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
         return self.rewrite()(*arguments, **keywords)
 
     InterpretedFunction.__call__ = _call_patched
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The modules of `bench` can be imported, and are imported afresh by the next test."""
-    folder = str(Path(__file__).resolve().parents[1] / "bench")
-    monkeypatch.syspath_prepend(folder)
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(folder):
-            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

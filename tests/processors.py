@@ -31,20 +31,20 @@ INSTRUCTIONS = {
 THREADS = (1, 2)
 SEEDS = 50
 # The row rule, and what of pipelines is compared number by number.
-ROWS = tuple(f"test_ops_{x}.py" for x in ("attention", "context", "maps", "region", "similarity"))
+ROWS = tuple(f"ops/test_{x}.py" for x in ("attention", "context_update", "maps", "region_attention", "similarity"))
 NUMERICAL = (
     *ROWS,
-    *("test_numerics.py", "test_ops_regulation.py", "test_kernels.py", "test_kernels_properties.py"),
-    *("test_pipeline_guidance.py", "test_pipeline_guidance_methods.py", "test_pipeline_contexts.py"),
-    *("test_pipeline_dense.py", "test_pipeline_kinds.py", "test_attend_and_excite.py", "test_methods_tsam.py"),
+    *("support/test_numerics.py", "ops/test_regulation.py", "kernels/test_operations.py", "kernels/test_properties.py"),
+    *("attach/test_guidance.py", "attach/test_contexts.py", "attach/test_kinds.py"),
+    *(f"methods/test_{x}.py" for x in ("guidance_methods", "dense_diffusion", "attend_and_excite", "tsam")),
 )
 # Where five tests failed on the first processor that was not the one they were written on.
 SAMPLE = (
-    "test_ops_context.py::test_attention_with_context_gradient",
-    "test_ops_attention.py::test_attention_gradients",
-    "test_ops_similarity.py::test_eager_is_as_exact_as_plain_pytorch",
-    "test_pipeline_guidance_methods.py::test_a_batch_equals_each_alone",
-    "test_pipeline_guidance.py::test_half_precision",
+    "ops/test_context_update.py::test_attention_with_context_gradient",
+    "ops/test_attention.py::test_attention_gradients",
+    "ops/test_similarity.py::test_eager_is_as_exact_as_plain_pytorch",
+    "methods/test_guidance_methods.py::test_a_batch_equals_each_alone",
+    "attach/test_guidance.py::test_half_precision",
 )
 # Without Triton's interpreter, which takes minutes.
 BRIEF = ("-k", "not triton")

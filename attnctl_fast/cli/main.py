@@ -131,10 +131,9 @@ def _info(_: argparse.Namespace) -> None:
 
 def _bench(argv: Sequence[str]) -> int:
     """Run the suite in the checkout's folder `bench`, which has a parser of its own."""
-    folder = Path(__file__).resolve().parents[2] / "bench"
-    if not (folder / "run.py").is_file():
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "bench" / "__main__.py").is_file():
         print("attnctl-fast bench: the benchmarks are in the repository; run it from a checkout", file=sys.stderr)
         return 2
-    sys.path.insert(0, str(folder))
-    status: int = import_module("run").main(argv)
-    return status
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.execve(sys.executable, [sys.executable, "-m", "bench", *argv], {**os.environ, "PYTHONPATH": path})

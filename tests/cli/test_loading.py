@@ -5,9 +5,9 @@ import re
 import shutil
 
 import pytest
-import tiny
 
 from attnctl_fast import cli
+from tests.support import tiny
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
 
@@ -15,6 +14,7 @@ from attnctl_fast.cli.maps import _middle, file_names
 from attnctl_fast.cli.pictures import heat_map
 from attnctl_fast.shapes import load_pipeline
 from attnctl_fast.shapes.model import cross_attention_layers
+from tests.support import tiny
 
 PROMPT = "a red circle and a blue star"
 

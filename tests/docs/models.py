@@ -18,14 +18,7 @@ from typing import Any
 import torch
 
 import attnctl_fast as ac
-
-try:
-    from tests.support import tiny
-except ImportError:  # before tests/ is a package
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    import tiny  # type: ignore[no-redef]
+from tests.support import tiny
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 PROMPT = "a red bag and a black apple"

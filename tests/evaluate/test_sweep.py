@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -32,6 +31,7 @@ from attnctl_fast.evaluate.sweep import _about, _prompts, _record, _shared
 from attnctl_fast.shapes import detect, scene_for_seed, score
 from attnctl_fast.shapes.evaluate import mcnemar
 from attnctl_fast.shapes.scene import scene_for_prompt
+from tests.support import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ["--model", "shapes", "--device", "cpu"]

@@ -1,0 +1,1 @@
+"""Measure what attention control costs: `python -m bench COMMAND`, in a checkout."""

@@ -1,0 +1,1 @@
+"""What every measurement needs: clocks, memory, rows in files, the checkout."""

@@ -1,0 +1,1 @@
+"""The authors' own code, from a user's clone, against ours."""

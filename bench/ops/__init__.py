@@ -1,0 +1,1 @@
+"""Operations against their rivals: every operation is declared here, once."""

@@ -1,0 +1,5 @@
+"""As the authors' code does it, written from the equations."""
+
+from bench.pictures.published import attention, guidance
+
+FORMS = attention.FORMS | guidance.FORMS

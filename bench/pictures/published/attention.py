@@ -1,0 +1,123 @@
+"""The methods that edit attention, and conjunction, as their released codes do them: eager, and one after the other.
+
+Every form is written from the equations, with the operations of the released code: what that is stands in each
+docstring and at the top of the files of the first three.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnctl_fast._numbers import step_count
+from attnctl_fast.attach.layers import Layer
+from bench.pictures import ours
+from bench.pictures.attention_layers import layers_of, replaced
+from bench.pictures.published.energy import composition, energy_context
+from bench.pictures.published.regulation import attention_regulation
+from bench.pictures.regions import Regions
+from bench.pictures.sampling import PROMPT, Drawn, Form, Setting, Text, encode, evaluate, nothing, sample
+
+
+class _Dense:
+    """A layer of DenseDiffusion's: full logits of all rows at every step; masks, extremes and both pulls as tensors of
+    their size while it edits."""
+
+    def __init__(self, layer: Layer, plan: _DensePlan) -> None:
+        self.layer, self.plan = layer, plan
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        plan, own = self.plan, encoder_hidden_states is None
+        context = hidden_states if own else plan.text
+        q, k, v = (
+            attn.head_to_batch_dim(x) for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        )
+        if plan.active():
+            logits = torch.baddbmm(q.new_empty(len(q), q.shape[1], k.shape[1]), q, k.mT, beta=0, alpha=attn.scale)
+            half, grid = len(logits) // 2, self.layer.grid(plan.setting.grid)
+            low = logits[half:].min(-1)[0].unsqueeze(-1)
+            high = logits[half:].max(-1)[0].unsqueeze(-1)
+            shared = (plan.own if own else plan.cross)[grid].repeat(attn.heads, 1, 1)
+            size = plan.sizes[grid].repeat(attn.heads, 1, 1)
+            weight = plan.method.strength(self.layer) * plan.time**plan.method.decay
+            logits[half:] += (shared > 0) * size * weight * (high - logits[half:])
+            logits[half:] -= ~(shared > 0) * size * weight * (logits[half:] - low)
+            probabilities = logits.softmax(-1).to(q.dtype)
+        else:
+            probabilities = attn.get_attention_scores(q, k)
+        out = attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probabilities, v)))
+        return attn.to_out[1](out) / attn.rescale_output_factor
+
+
+class _DensePlan:
+    """own, cross, sizes by a layer's grid: which keys of self- and of cross-attention share a mask with an image token,
+    `[B,M,M]` and `[B,M,N]`, and 1 - area * S `[B,M,1]`."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.method = setting, ours.method("DenseDiffusion", setting)
+        self.layers = layers_of(setting.pipe)
+        regions, batch = Regions.of(self.method, setting), setting.batch
+        self.texts = nothing(setting), encode(setting, PROMPT)
+        self.text = torch.cat([self.texts[0].context, regions.rewritten(setting, self.texts[1]).context])
+        self.step, self.time = 0, setting.latents.new_zeros(())
+        self.own: dict[tuple[int, int], Tensor] = {}
+        self.cross: dict[tuple[int, int], Tensor] = {}
+        self.sizes: dict[tuple[int, int], Tensor] = {}
+        for grid in {layer.grid(setting.grid) for layer in self.layers.values()}:
+            masks = regions.at(grid)
+            own = (masks[:, None] * masks[:, :, None]).sum(0)
+            self.own[grid] = own.repeat(batch, 1, 1)
+            self.sizes[grid] = (1 - self.method.area * own.sum(-1, keepdim=True) / len(own)).repeat(batch, 1, 1)
+            cross = masks.new_zeros(masks.shape[1], self.text.shape[1])
+            for mask, places in zip(masks, regions.positions, strict=True):
+                cross[:, places] = mask[:, None]
+            self.cross[grid] = cross.repeat(batch, 1, 1)
+
+    def active(self) -> bool:
+        return self.step < step_count(self.method.edit_steps, self.setting.steps)
+
+    def before(self, latents: Tensor, step: int, timestep: Tensor, text: Text) -> Tensor:
+        self.step, self.time = step, timestep / self.setting.pipe.scheduler.config.num_train_timesteps
+        return latents
+
+
+def dense_diffusion(setting: Setting) -> Drawn:
+    """DenseDiffusion (arXiv 2308.12964): all attention of the UNet, the image's own too, with its maps in memory, at
+    every step; the context is the method's own, whatever the UNet hands to the layers."""
+    with torch.no_grad():
+        plan = _DensePlan(setting)
+    processors = {name: _Dense(layer, plan) for name, layer in plan.layers.items()}
+    with replaced(plan.layers, processors):
+        return Drawn(sample(setting, before=plan.before, texts=plan.texts))
+
+
+def composable_diffusion(setting: Setting) -> Drawn:
+    """Composable Diffusion (arXiv 2206.01714): one evaluation of the UNet per prompt, and one without."""
+    method = ours.method("ComposableDiffusion", setting)
+    with torch.no_grad():
+        without, texts = nothing(setting), [encode(setting, prompt) for prompt in method.prompts]
+    weights = setting.latents.new_tensor(method.weights).view(-1, 1, 1, 1, 1) * setting.guidance_scale
+
+    def predict(latents: Tensor, step: int, timestep: Tensor, negative: Text, positive: Text) -> Tensor:
+        found = torch.stack([evaluate(setting, latents, timestep, text) for text in [negative, *texts]])
+        return found[0] + (weights * (found[1:] - found[:1])).sum(0)
+
+    return Drawn(sample(setting, predict=predict, texts=(without, texts[0])))
+
+
+FORMS: dict[str, Form] = {
+    "AttentionRegulation": attention_regulation,
+    "EnergyContext": energy_context,
+    "Composition": composition,
+    "DenseDiffusion": dense_diffusion,
+    "ComposableDiffusion": composable_diffusion,
+}

@@ -1,0 +1,5 @@
+"""The best that PyTorch does without kernels of one's own."""
+
+from bench.pictures.stock import attention, guidance
+
+FORMS = attention.FORMS | guidance.FORMS

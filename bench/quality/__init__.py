@@ -1,0 +1,1 @@
+"""What methods do to pictures, on the embedded model."""

@@ -1,0 +1,392 @@
+"""The tables of README.md, docs/measurements.md and kernels/README.md, made from the result files.
+
+    python -m bench report [--check]
+
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; `TABLES` says what makes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.harness.checkout import RESULTS, ROOT
+from bench.harness.rows import read
+from bench.pictures.overhead_rows import select_overhead
+from bench.report.overhead_table import overhead_table
+
+RESOURCES = ROOT / "bench" / "resources.json"
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", DOCS / "benchmarks.md", DOCS / "measurements.md", ROOT / "kernels" / "README.md")
+# The operations of a method, each family in a table of its own; the others are together in the table `ops`.
+FAMILIES = {
+    "regulate": ("regulated_layer",),
+    "context": ("attention_with_context_gradient", "composed_attention"),
+    "maps": ("attention_with_maps_guidance",),
+    "similarity": ("similarity_loss",),
+}
+CRITERIA = ("strict", "exact", "colours")
+
+
+def last_line(path: Path) -> dict[str, Any]:
+    """The newest result of a JSON-lines file."""
+    return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+
+
+def rates_table(run: dict[str, Any]) -> str:
+    """A run of `rates.measure` as a Markdown table with its settings below."""
+    settings, versions = run["settings"], run["versions"]
+    header = ["", "strict", "exact", "all colours", "s per image", "overhead"]
+    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
+    plain = run["plain"]
+    rows.append(["plain", *(_percent(plain[name]) for name in CRITERIA), _seconds(plain), ""])
+    for entry in run["regulations"]:
+        cells = [
+            f"{_percent(entry[name]['controlled'])} (+{entry[name]['gained']} -{entry[name]['lost']}, "
+            f"p = {_p_value(entry[name]['p_value'])})"
+            for name in CRITERIA
+        ]
+        cost = entry["overhead_percent"]
+        rows.append([_label(entry["options"]), *cells, _seconds(entry), f"{cost['median']:+.0f} %"])
+    lines = _lines(rows)
+    last = settings["seed_start"] + settings["count"] - 1
+    lines += [
+        "",
+        f"{settings['count']} prompts of {settings['objects']} objects, seeds {settings['seed_start']} to {last}, "
+        f"{settings['scheduler'].removesuffix('Scheduler')} {settings['steps']} steps, guidance "
+        f"{settings['guidance_scale']:g}, batches of {settings['batch_size']}; torch {versions['torch']}, "
+        f"{versions['gpus'] if versions['gpus'] != 'none' else versions['processor']}, {versions['threads']} threads. "
+        "Times are medians over batches, overhead the median over batches measured in turn. Strict: every prompted "
+        "object is there; exact: and no other; all colours: each colour, on whichever shape; in brackets the pairs "
+        "gained and lost and McNemar's exact p.",
+    ]
+    return "\n".join(lines)
+
+
+def behaviour_table(run: dict[str, Any]) -> str:
+    """A run of `behaviour.py` as a Markdown table with its settings below."""
+    settings, versions = run["settings"], run["versions"]
+    rows = [["", "question", "without", "with", "overhead"], ["---", "---", "---:", "---:", "---:"]]
+    for name, task in run["tasks"].items():
+        for row in task["rows"]:
+            changed = f"+{row['gained']} -{row['lost']}, p = {_p_value(row['p_value'])}"
+            rows.append(
+                [
+                    f"{name}: {_options(row['options'])}",
+                    f"{task['question']} (without: {task['base']})",
+                    _percent(task["plain"]["rate"]),
+                    f"{_percent(row['rate'])} ({changed})",
+                    f"{row['overhead_percent']['median']:+.0f} %",
+                ]
+            )
+    lines = _lines(rows)
+    last = settings["seed_start"] + settings["count"] - 1
+    lines += [
+        "",
+        f"{settings['count']} pairs each, seeds {settings['seed_start']} to {last}, DDIM {settings['steps']} steps, "
+        f"guidance {settings['guidance_scale']:g}; torch {versions['torch']}, {versions['processor']}. In brackets the "
+        "pairs gained and lost and McNemar's exact p.",
+    ]
+    return "\n".join(lines)
+
+
+def _options(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in options.items())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and "name" in value:
+        return f"{value['name']} {value['value']:g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_shown(one)}" for key, one in value.items()) or "none"
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def guidance_table(run: dict[str, Any]) -> str:
+    """A run of `guidance.py` as a Markdown table with its settings below."""
+    settings, versions = run["settings"], run["versions"]
+    rows = [["one iteration of Attend-and-Excite", "seconds", "ratio to ours"], ["---", "---:", "---:"]]
+    for form, times in run["iteration"].items():
+        rows.append([form, _quartiles(times), "" if form == "ours" else _quartiles(times["ratio"])])
+    lines = _lines(rows)
+    lines += [
+        "",
+        f"{settings['arch']}, random weights, {8 * settings['side']}x{8 * settings['side']} pixels, float32, one "
+        "sample. Medians and quartiles over forms that alternate, ratios over their turns; "
+        f"torch {versions['torch']}, {versions['threads']} threads, {versions['processor']}.",
+    ]
+    return "\n".join(lines)
+
+
+def _quartiles(times: dict[str, float]) -> str:
+    return f"{times['median']:.3g} ({times['low']:.3g} to {times['high']:.3g})"
+
+
+def methods_table(run: dict[str, Any]) -> str:
+    """A run of `methods.py` as a Markdown table with its settings below."""
+    settings, versions = run["settings"], run["versions"]
+    criteria = ("strict", "exact", "colours")
+    rows = [["method", "strict", "exact", "all colours", "overhead"], ["---", *["---:"] * 4]]
+    rows.append(["plain", *(_percent(run["plain"][name]) for name in criteria), ""])
+    for row in run["rows"]:
+        changes = [row[name] for name in criteria]
+        cells = [
+            f"{_percent(one['controlled'])} (+{one['gained']} -{one['lost']}, p = {one['p_value']:.1g})"
+            for one in changes
+        ]
+        title = f"`{row['method']}`" + (f": {_options(row['options'])}" if row["options"] else "")
+        rows.append([title, *cells, f"{row['overhead_percent']['median']:+.0f} %"])
+    last = settings["seed_start"] + settings["count"] - 1
+    lines = _lines(rows)
+    lines += [
+        "",
+        f"{settings['count']} prompts of two objects, seeds {settings['seed_start']} to {last}, DDIM "
+        f"{settings['steps']} steps, guidance {settings['guidance_scale']:g}, batches of {settings['batch_size']} in "
+        f"turn; torch {versions['torch']}, {versions['processor']}. Strict: every prompted object is there; exact: and "
+        "no other; all colours: each colour, on whichever shape; in brackets the pairs gained and lost and McNemar's "
+        "exact p.",
+    ]
+    return "\n".join(lines)
+
+
+def operations_table(path: Path, family: str | None) -> str:
+    """Of a file of `bench ops`, the operations of a family as a Markdown table with its settings below; None: those of
+    no family."""
+    named = {name for names in FAMILIES.values() for name in names}
+    cases = {
+        case: forms
+        for case, forms in _cases(path).items()
+        if "eager" in forms and (case[0] in FAMILIES[family] if family else case[0] not in named)
+    }
+    header = ["", "shape", "eager, ms", "stock PyTorch's best, ms", "ratio", "as published, ms", "ratio"]
+    rows = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
+    for (op, model, shape, dtype), forms in cases.items():
+        ours, published = forms["eager"]["median"], forms.get("published")
+        stock = {name: row for name, row in _stock(forms).items() if name != "eager"}
+        where = f"{model} {shape}" + (f" {dtype}" if dtype != "float32" else "")
+        cells = [f"`{op}`", where, _milliseconds(forms["eager"])]
+        if stock:
+            name = min(stock, key=lambda x: stock[x]["median"])
+            cells += [f"{_milliseconds(stock[name])} {name}", f"{stock[name]['median'] / ours:.2f}"]
+        else:
+            cells += ["", ""]
+        cells += [_milliseconds(published), f"{published['median'] / ours:.2f}"] if published else ["", ""]
+        rows.append(cells)
+    shown = [row for forms in cases.values() for row in forms.values()]
+    compiled = any(row["impl"] in ("torch.compile", "FlexAttention") for row in shown)
+    places = dict.fromkeys(
+        f"torch {row['versions']['torch']}, {row['device']}, commit {row['git']}"
+        + ("-dirty" if row["dirty"] else "")
+        + (", a quick run" if row["quick"] else "")
+        for row in shown
+    )
+    lines = _lines(rows)
+    lines += [
+        "",
+        "float32 where nothing else is said, medians and quartiles, each form at its better of 1 and 2 threads; ratios "
+        f"are to eager's median, and stock PyTorch is {'with' if compiled else 'without'} torch.compile; "
+        f"{'; '.join(places)}.",
+    ]
+    return "\n".join(lines)
+
+
+def _cases(path: Path) -> dict[tuple[str, str, str, str], dict[str, dict[str, Any]]]:
+    """By operation, model, shape and dtype the timed forms of the newest run with that case, of those that were not
+    quick if there is one."""
+    best: dict[tuple[str, str, str, str], tuple[bool, str]] = {}
+    found: dict[tuple[str, str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in read(path):
+        if "median" not in row:
+            continue
+        case, run = (row["op"], row["model"], row["shape"], row["dtype"]), (not row["quick"], row["run"])
+        if run > best.get(case, (False, "")):
+            best[case], found[case] = run, {}
+        if run == best[case]:
+            found[case][row["impl"]] = row
+    return found
+
+
+def _stock(forms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those of a GPU's or a CPU's forms that an expert may write in PyTorch."""
+    return {name: row for name, row in forms.items() if not name.startswith(("published", "plain", "reference"))}
+
+
+def gpu_table(folder: Path) -> str:
+    """The last run of `bench gpu` on every GPU, float16, each as a Markdown table with its settings below."""
+    runs = (_last_gpu_run(path) for path in sorted(folder.glob("*.jsonl")))
+    found = [_gpu_run(run) for run in runs if run]
+    if not found:
+        return "No GPU was at hand yet, so there is no figure for one; `python -m bench gpu` measures them."
+    return "\n\n".join(found)
+
+
+def _last_gpu_run(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of the last run in a file of `bench gpu` that timed anything; none of another file."""
+    rows = [row for row in read(path) if "gpu" in row]
+    last = max((row["date"] for row in rows if row["kind"] == "time"), default=None)
+    return [row for row in rows if row["date"] == last]
+
+
+def _gpu_run(run: list[dict[str, Any]]) -> str:
+    groups: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for line in run:
+        # What was timed again with the tuned configurations comes later.
+        if line["kind"] == "time" and line.get("dtype") == "float16" and "p50" in line:
+            groups.setdefault((line["op"], line["model"], line["shape"]), {})[line["impl"]] = line
+    header = [
+        "",
+        "shape",
+        "kernels, us",
+        "launched, us",
+        "stock PyTorch's best, us",
+        "ratio",
+        "as published, us",
+        "ratio",
+    ]
+    rows = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
+    for (op, model, shape), impls in groups.items():
+        if "triton" not in impls:
+            continue
+        ours = impls.pop("triton")
+        loop = impls.get("published")
+        stock = _stock(impls)
+        cells = [f"`{op}`", f"{model} {shape}", _microseconds(_fastest(ours)), _microseconds(ours)]
+        if stock:
+            name = min(stock, key=lambda x: _fastest(stock[x])["p50"])
+            best = _fastest(stock[name])
+            cells += [f"{_microseconds(best)} {name}", f"{best['p50'] / _fastest(ours)['p50']:.1f}"]
+        else:
+            cells += ["", ""]
+        cells += [_microseconds(loop), f"{loop['p50'] / ours['p50']:.0f}"] if loop else ["", ""]
+        rows.append(cells)
+    last = run[-1]
+    checks = [row for row in run if row["kind"] == "check"]
+    right = f"{sum('failed' not in row for row in checks)} of {len(checks)} checks right; " if checks else ""
+    lines = _lines(rows)
+    lines += [
+        "",
+        f"{last['gpu']}, float16: medians with 20th and 80th percentile, in a CUDA graph where that is faster; launched"
+        f" one by one, with the host's time, in the fourth column and as published. {right}copy "
+        f"{last['copy_gb_per_s']:.0f} GB/s; torch {last['versions']['torch']}, triton {last['versions']['triton']}, "
+        f"commit {last['git']}.",
+    ]
+    return "\n".join(lines)
+
+
+def _fastest(line: dict[str, Any]) -> dict[str, float]:
+    return min((x for x in (line, line.get("graph")) if x), key=lambda x: x["p50"])
+
+
+def _lines(rows: list[list[str]]) -> list[str]:
+    """A Markdown table's lines."""
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _milliseconds(times: dict[str, float]) -> str:
+    return f"{times['median']:.3g} ({times['q1']:.3g} to {times['q3']:.3g})"
+
+
+def _microseconds(times: dict[str, float]) -> str:
+    return f"{times['p50']:.3g} ({times['p20']:.3g} to {times['p80']:.3g})"
+
+
+def resources_table(path: Path) -> str:
+    """bench/resources.json as a Markdown table: per kernel and target, the most that a shipped variant takes."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    targets = list(content["kernels"])
+    kernels: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for target, entries in content["kernels"].items():
+        for name, values in entries.items():
+            found = dict(zip(content["fields"], values, strict=True))
+            kernels.setdefault(name.partition(":")[0], {}).setdefault(target, []).append(found)
+    rows = [["kernel", "variants", *targets], ["---", "---:", *["---:"] * len(targets)]]
+    for kernel, by_target in sorted(kernels.items()):
+        cells = []
+        for target in targets:
+            most = {field: max(x[field] for x in by_target[target]) for field in content["fields"] if field != "key"}
+            cells.append(f"{most['registers']}, {most['shared'] / 1024:.0f}, {most['spilled']}")
+        rows.append([f"`{kernel}`", str(max(map(len, by_target.values()))), *cells])
+    lines = _lines(rows)
+    lines += ["", f"Registers per thread, KiB of shared memory, bytes spilled; Triton {content['triton']}."]
+    return "\n".join(lines)
+
+
+def _kept(name: str, kind: str) -> list[dict[str, Any]]:
+    return [row for row in read(RESULTS / name) if row["kind"] == kind]
+
+
+# The table NAME of a page, from its result file; a table whose file is missing is an error.
+TABLES: dict[str, Callable[[], str]] = {
+    "rates": lambda: rates_table(last_line(RESULTS / "shapes_rates.jsonl")),
+    "behaviour": lambda: behaviour_table(last_line(RESULTS / "shapes_behaviour.jsonl")),
+    "overhead": lambda: overhead_table(select_overhead(_kept("overhead.jsonl", "overhead"))),
+    "guidance": lambda: guidance_table(last_line(RESULTS / "cpu_guidance.jsonl")),
+    "methods": lambda: methods_table(last_line(RESULTS / "shapes_methods.jsonl")),
+    "gpu": lambda: gpu_table(RESULTS),
+    **{name: partial(operations_table, RESULTS / "ops_cpu.jsonl", name) for name in FAMILIES},
+    "ops": lambda: operations_table(RESULTS / "ops_cpu.jsonl", None),
+    "resources": lambda: resources_table(RESOURCES),
+}
+
+
+def fill(text: str) -> str:
+    """The text with every table in it made anew.
+
+    Raises:
+        ValueError: a table that `TABLES` does not know.
+        OSError: a table's result file is missing.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"there is no table {match[2]!r}; the tables are {', '.join(TABLES)}")
+        return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
+
+    return re.sub(r"(<!-- table:(\w+) -->)\n.*?(<!-- /table -->)", table, text, flags=re.S)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--check", action="store_true", help="change nothing; fail when a table is out of date")
+    return made
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Make the tables of all pages anew. 1 if `--check` finds one out of date, else 0.
+
+    Raises:
+        ValueError, OSError: as `fill`; no page is changed then.
+    """
+    before = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    after = {page: fill(text) for page, text in before.items()}
+    stale = [page for page in PAGES if before[page] != after[page]]
+    for page in stale:
+        if arguments.check:
+            name = page.relative_to(ROOT)
+            print(f"{name} has a table that its result file does not give; run python -m bench report", file=sys.stderr)
+        else:
+            page.write_text(after[page], encoding="utf-8")
+    return int(arguments.check and bool(stale))
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.1f} %"
+
+
+def _seconds(entry: dict[str, Any]) -> str:
+    return f"{entry['seconds_per_image']['median']:.3f}"
+
+
+def _p_value(value: float) -> str:
+    return f"{value:.2g}" if value >= 1e-4 else f"{value:.0e}"
+
+
+def _label(options: dict[str, Any]) -> str:
+    extras = [f"{name.replace('_', ' ')} {value:g}" for name, value in options.items() if name != "layers"]
+    return f"regulation, {', '.join(extras)}, {' and '.join(f'`{layer}`' for layer in options['layers'])}"

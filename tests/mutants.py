@@ -1,0 +1,853 @@
+"""Small faults put into a copy of the tree, one at a time: does a test see each?
+
+    python tests/mutants.py                all of them, two at a time: about ten minutes on two cores
+    python tests/mutants.py -l             their names
+    python tests/mutants.py NAME...        those whose names begin so
+
+The exit status is 1 where one survives or cannot be judged. Run it after taking tests away, and give a new one here
+what it is there to see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 300
+TREE = ("attnctl_fast", "kernels", "tests", "bench", "examples", "pyproject.toml", "setup.py", "CONTRIBUTING.md")
+
+
+class Mutant(NamedTuple):
+    """`before`, which stands in the file once, replaced by `after`; `tests`: what pytest is given, below tests/."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: str
+
+
+ATTENTION = "ops/test_attention.py"
+CONTEXT = "ops/test_context_update.py"
+REGULATION = "ops/test_regulation.py"
+KEYED = "ops/test_key_bias.py"
+MAPS = "ops/test_maps.py"
+KERNELS = "kernels/test_operations.py"
+RESTORE = "attach/test_restore.py"
+KINDS = "attach/test_kinds.py"
+GUIDANCE = "attach/test_guidance.py"
+CASES = "attach/test_cases.py"
+WALKS = "attach/test_contexts.py"
+
+OPS = [
+    Mutant(
+        "attention: no gradient through the logsumexp",
+        "attnctl_fast/ops/attention.py",
+        "wider_v = F.pad(v, (0, 1), value=1.0)",
+        "wider_v = F.pad(v, (0, 1), value=0.0)",
+        f"{ATTENTION} -k 'test_attention_gradients and eager'",
+    ),
+    Mutant(
+        "attention: sign of the logsumexp's gradient, off the CPU",
+        "attnctl_fast/ops/attention.py",
+        "        row = row if grad_lse is None else row - grad_lse\n        grad_logits",
+        "        row = row if grad_lse is None else row + grad_lse\n        grad_logits",
+        f"{ATTENTION} -k the_form_for_accelerators",
+    ),
+    Mutant(
+        "attention: padded targets have a gradient",
+        "attnctl_fast/ops/attention.py",
+        "return found if ids.ndim == 1 else found.masked_fill((ids < 0)[:, None, :, None], 0.0)",
+        "return found",
+        f"{ATTENTION} -k 'gradients_with_the_map_in_memory or padded_targets'",
+    ),
+    Mutant(
+        "attention: key_bias forgotten where columns are left out",
+        "attnctl_fast/ops/attention.py",
+        "return _of_every_row(mask if key_bias is None else mask + key_bias, q)",
+        "return _of_every_row(mask, q)",
+        f"{KEYED} -k eager",
+    ),
+    Mutant(
+        "attention: no scale where the map is held",
+        "attnctl_fast/ops/attention.py",
+        "logits = (scale * q) @ k.mT",
+        "logits = q @ k.mT",
+        f"{ATTENTION} -k gradients_with_the_map_in_memory",
+    ),
+    Mutant(
+        "attention: half precision is not widened",
+        "attnctl_fast/ops/attention.py",
+        "    q, k, v = q.to(wide), k.to(wide), v.to(wide)\n    if differentiated(q, k, v, bias):",
+        "    wide = q.dtype\n    if differentiated(q, k, v, bias):",
+        f"{ATTENTION} -k 'test_attention and float16 and eager'",
+    ),
+    Mutant(
+        "attention: a NaN row is zero",
+        "attnctl_fast/ops/attention.py",
+        "    if not lse.all():",
+        "    if lse.isinf().all():",
+        f"{ATTENTION} -k 'a_nan_query and eager'",
+    ),
+    Mutant(
+        "attention: the key's gradient is not made",
+        "attnctl_fast/ops/attention.py",
+        "grad_k = grad_logits.mT @ q if needed[1] else grad_k",
+        "grad_k = 0 * k if needed[1] else grad_k",
+        f"{ATTENTION} -k the_form_for_accelerators",
+    ),
+    Mutant(
+        "target_statistics: squares at the plain scale",
+        "attnctl_fast/ops/target_statistics.py",
+        "attention_without(q, k, k, target_ids, 2 * scale, impl, double_bias)",
+        "attention_without(q, k, k, target_ids, scale, impl, double_bias)",
+        f"{ATTENTION} -k 'test_statistics_and_merge and eager and 63-77'",
+    ),
+    Mutant(
+        "target_statistics: logits of padded targets are those of token 0",
+        "attnctl_fast/ops/target_statistics.py",
+        "    return logits.masked_fill((target_ids < 0)[:, None, :, None], -torch.inf)",
+        "    return logits",
+        f"{REGULATION} -k 'padded_targets and eager'",
+    ),
+    Mutant(
+        "merge_targets: pinned columns moved the wrong way",
+        "attnctl_fast/ops/merge_targets.py",
+        "restored = torch.exp(pinned_logits - plain_lse) - torch.exp(pinned_logits - lse)",
+        "restored = torch.exp(pinned_logits - lse) - torch.exp(pinned_logits - plain_lse)",
+        f"{ATTENTION} -k 'test_statistics_and_merge and eager and 63-77'",
+    ),
+    Mutant(
+        "merge_targets: the rest keeps its weight",
+        "attnctl_fast/ops/merge_targets.py",
+        "out = rest_out.to(wide) * rest_weight.unsqueeze(-1) + columns",
+        "out = rest_out.to(wide) + columns",
+        f"{ATTENTION} -k 'test_merge_is_stable and eager'",
+    ),
+    Mutant(
+        "gaussian_bias: twice as narrow",
+        "attnctl_fast/ops/gaussian_bias.py",
+        "** 2) / (2 * sigma**2)\n",
+        "** 2) / sigma**2\n",
+        f"{ATTENTION} -k gaussian_bias_equals",
+    ),
+    Mutant(
+        "gaussian_bias: one centre more",
+        "attnctl_fast/ops/gaussian_bias.py",
+        "for p in range(1, int(side / step) + 1)]",
+        "for p in range(1, int(side / step) + 2)]",
+        f"{ATTENTION} -k gaussian_bias_equals",
+    ),
+    Mutant(
+        "gaussian_bias: half the gradient",
+        "attnctl_fast/ops/gaussian_bias.py",
+        "return [basis_y.mT @ (grad",
+        "return [basis_y.mT @ (0.5 * grad",
+        "ops/test_library.py -k 'test_gradcheck and gaussian_bias and eager'",
+    ),
+    Mutant(
+        "context_update: token weights forgotten",
+        "attnctl_fast/ops/context_update.py",
+        "pull = pull * token_weight.unsqueeze(-1).to(pull.dtype)",
+        "pull = pull.clone()",
+        f"{CONTEXT} -k 'released_convention or test_update_before'",
+    ),
+    Mutant(
+        "context_update: sign of the norms' energy",
+        "attnctl_fast/ops/context_update.py",
+        "return pull - gamma_norm * share",
+        "return pull + gamma_norm * share",
+        f"{CONTEXT} -k minus_the_gradient_of_the_energies",
+    ),
+    Mutant(
+        "context_update: conventions swapped",
+        "attnctl_fast/ops/context_update.py",
+        "share = (square / 2 if halved else square).softmax(-1)",
+        "share = (square if halved else square / 2).softmax(-1)",
+        f"{CONTEXT} -k 'minus_the_gradient_of_the_energies or released_convention'",
+    ),
+    Mutant(
+        "context_update: a hooked projection is read",
+        "attnctl_fast/ops/context_update.py",
+        "return own and not to_k._forward_hooks and not to_k._forward_pre_hooks",
+        "return own",
+        f"{CONTEXT} -k 'only_a_bare_linear or called_and_never_read'",
+    ),
+    Mutant(
+        "attention_with_context_gradient: masked columns are updated",
+        "attnctl_fast/ops/attention_with_context_gradient.py",
+        "return (out, without_masked(update, key_bias)) if held else None",
+        "return (out, update) if held else None",
+        f"{KEYED} -k 'eager and (every_column_is_masked or masked_column_is_no or context)'",
+    ),
+    Mutant(
+        "attention_with_context_gradient: sums of the last tile alone",
+        "attnctl_fast/ops/attention_with_context_gradient.py",
+        "columns[b].add_(e.sum(1).unsqueeze(-1))",
+        "columns[b].copy_(e.sum(1).unsqueeze(-1))",
+        f"{CONTEXT} -k 'logits_of_any_size or (test_attention_with_context_gradient and eager)'",
+    ),
+    Mutant(
+        "attention_with_maps: maps of padded tokens are those of token 0",
+        "attnctl_fast/ops/attention_with_maps.py",
+        "    if token_ids is not None and token_ids.ndim == 2:\n        padded",
+        "    if token_ids is not None and token_ids.ndim == 3:\n        padded",
+        f"{MAPS} -k 'ids_and_sharp_maps and eager'",
+    ),
+    Mutant(
+        "attention_with_maps: the heads' mean has the gradient of a sum",
+        "attnctl_fast/ops/attention_with_maps.py",
+        "grad_maps = grad_maps / q.shape[1]",
+        "grad_maps = grad_maps * 1.0",
+        f"{MAPS} -k 'test_gradients and eager'",
+    ),
+    Mutant(
+        "attention_with_maps: no scale on a key's gradient",
+        "attnctl_fast/ops/attention_with_maps.py",
+        "share.mT @ queries, alpha=scale)",
+        "share.mT @ queries)",
+        f"{MAPS} -k 'test_gradients and eager'",
+    ),
+    Mutant(
+        "region_attention: masked columns are extremes",
+        "attnctl_fast/ops/region_attention.py",
+        "low = logits.masked_fill(left_out, torch.inf).amin(-1, keepdim=True)",
+        "low = logits.amin(-1, keepdim=True)",
+        f"{KEYED} -k 'extremes_of_regions or (masked_column_is_no and region)'",
+    ),
+    Mutant(
+        "region_attention: the highest where the lowest belongs",
+        "attnctl_fast/ops/region_attention.py",
+        "lowered = torch.addcmul(share * low, logits, 1 - share)",
+        "lowered = torch.addcmul(share * high, logits, 1 - share)",
+        "ops/test_region_attention.py -k 'any_weight and eager'",
+    ),
+    Mutant(
+        "composed_attention: weights are not normalised",
+        "attnctl_fast/ops/composed_attention.py",
+        "return [x / total for x in weights]",
+        "return list(weights)",
+        f"{CONTEXT} -k 'composed_attention and eager'",
+    ),
+    Mutant(
+        "composed_attention: the last context's gradient of q alone",
+        "attnctl_fast/ops/composed_attention.py",
+        "grads[0] = dq if grads[0] is None else grads[0] + dq",
+        "grads[0] = dq",
+        f"{CONTEXT} -k 'test_composed_attention_gradients'",
+    ),
+    Mutant(
+        "smooth_maps: the border is repeated and not reflected",
+        "attnctl_fast/ops/smooth_maps.py",
+        "reflected = abs(shift) if",
+        "reflected = max(shift, 0) if",
+        "ops/test_similarity.py -k 'released_kernel or published_one'",
+    ),
+    Mutant(
+        "smooth_maps: the gradient is smoothed as the maps are",
+        "attnctl_fast/ops/smooth_maps.py",
+        "return [_forward(grad, grid, taps, True)]",
+        "return [_forward(grad, grid, taps)]",
+        "ops/test_similarity.py -k 'gradcheck or exact_as_plain'",
+    ),
+    Mutant(
+        "similarity_loss: rows counted from one",
+        "attnctl_fast/ops/similarity_loss.py",
+        "factor = weight * xp.asarray(counted * place, dtype",
+        "factor = weight * xp.asarray(counted * (place + 1), dtype",
+        "ops/test_similarity.py -k 'published_one'",
+    ),
+    Mutant(
+        "similarity_loss: a gradient of rows that are not normalised",
+        "attnctl_fast/ops/similarity_loss.py",
+        "slope = (apart - distance * ours) * (inverse",
+        "slope = apart * (inverse",
+        "ops/test_similarity.py -k 'gradcheck or published_one'",
+    ),
+    Mutant(
+        "regulate: up the gradient",
+        "attnctl_fast/ops/regulate.py",
+        "thetas.append(shrunk - (step_size * bias_scale) * descent)",
+        "thetas.append(shrunk + (step_size * bias_scale) * descent)",
+        f"{REGULATION} -k 'eager_equals_the_textbook'",
+    ),
+    Mutant(
+        "regulate: the average weighs the wrong one",
+        "attnctl_fast/ops/regulate.py",
+        "average = average + ema * (before - average)",
+        "average = before + ema * (average - before)",
+        f"{REGULATION} -k 'averaged_with_the_step_before'",
+    ),
+    Mutant(
+        "regulate: samples choose their step together, unasked",
+        "attnctl_fast/ops/regulate.py",
+        '    if select == "batch":',
+        '    if select != "batch":',
+        f"{REGULATION} -k 'best_step_per_sample'",
+    ),
+    Mutant(
+        "regulate: a step with NaN losses may be kept",
+        "attnctl_fast/ops/regulate.py",
+        "best = xp.where(xp.isnan(total), xp.inf, total).argmin(0)",
+        "best = total.argmin(0)",
+        f"{REGULATION} -k 'nan_losses'",
+    ),
+    Mutant(
+        "objective: sign of the mass term's gradient",
+        "attnctl_fast/ops/_objective.py",
+        "(self._dense_slope * (measured.mean - self.mass))",
+        "(self._dense_slope * (self.mass - measured.mean))",
+        f"{REGULATION} -k 'loss_and_all_gradients and eager'",
+    ),
+    Mutant(
+        "objective: the quantile is one order statistic",
+        "attnctl_fast/ops/_objective.py",
+        "following = min(rank + 1, size - 1)",
+        "following = rank",
+        f"{REGULATION} -k 'quantile_is_torchs'",
+    ),
+    Mutant(
+        "objective: softmax's gradient without its sum",
+        "attnctl_fast/ops/_objective.py",
+        "gradient -= gradient.sum(1, keepdims=True) * probabilities",
+        "gradient -= 0.0 * probabilities",
+        f"{REGULATION} -k 'eager_equals_the_textbook'",
+    ),
+]
+TRITON = [
+    Mutant(
+        "kernel of attention: targets' logits without scale",
+        "kernels/attention.py",
+        "special = scale * row_products(",
+        "special = row_products(",
+        f"{KERNELS} -k 'test_families and target_statistics and one'",
+    ),
+    Mutant(
+        "kernel of attention: a column beyond the last",
+        "kernels/attention.py",
+        "free1 = columns1 < N",
+        "free1 = columns1 <= N",
+        f"{KERNELS} -k 'test_shapes and attention and 63-77-40'",
+    ),
+    Mutant(
+        "kernel of attention: sums of earlier tiles are not shrunk",
+        "kernels/attention.py",
+        "total = total * shrink + tl.sum(p, 1)",
+        "total = total + tl.sum(p, 1)",
+        f"{KERNELS} -k 'test_shapes and attention and (64-333 or 16-512)'",
+    ),
+    Mutant(
+        "kernel of attention: padded targets take part",
+        "kernels/_tiles.py",
+        "mask=slots < T, other=-1)",
+        "mask=slots < T, other=-1) * 0",
+        f"{KERNELS} -k 'test_families and biased_attention and own'",
+    ),
+    Mutant(
+        "kernel of attention: every sample has the first one's key_bias",
+        "kernels/_tiles.py",
+        "return tl.load(ptr + b * N + columns, mask=taken, other=0.0)",
+        "return tl.load(ptr + columns, mask=taken, other=0.0)",
+        f"{KERNELS} -k 'test_families and bias and key and attention'",
+    ),
+    Mutant(
+        "kernel of attention's gradient: the logsumexp's is forgotten",
+        "kernels/_attention_gradients.py",
+        "        delta -= tl.load(grad_lse_ptr + head + rows, mask=inside, other=0.0)",
+        "        delta -= 0.0",
+        f"{KERNELS} -k 'test_families and target_statistics and sharp'",
+    ),
+    Mutant(
+        "kernel of attention's gradient: that of the squares halved",
+        "kernels/_attention_gradients.py",
+        "grad += 2.0 * grad_square * share * (own - square)",
+        "grad += grad_square * share * (own - square)",
+        f"{KERNELS} -k 'test_families and target_statistics and one'",
+    ),
+    Mutant(
+        "kernel of attention's gradient: pinned columns move",
+        "kernels/_attention_gradients.py",
+        "grad = weights * (products - delta) - plain * pinned_delta",
+        "grad = weights * (products - delta)",
+        f"{KERNELS} -k 'test_families and biased_attention and sharp'",
+    ),
+    Mutant(
+        "kernel of merge_targets: pinned columns moved the wrong way",
+        "kernels/merge_targets.py",
+        "restored = tl.exp(logits - plain_top) / plain_total - tl.exp(logits - top) / total",
+        "restored = tl.exp(logits - top) / total - tl.exp(logits - plain_top) / plain_total",
+        f"{KERNELS} -k 'test_families and merge_targets and sharp'",
+    ),
+    Mutant(
+        "kernel of merge_targets: the gradient of rest_lse is not written",
+        "kernels/merge_targets.py",
+        "        tl.store(grad_rest_lse_ptr + head * M + rows, of_lse, mask=inside)",
+        "        tl.store(grad_rest_lse_ptr + head * M + rows, of_lse, mask=inside & (of_lse > 9))",
+        f"{KERNELS} -k 'test_families and merge_targets and sharp'",
+    ),
+    Mutant(
+        "kernel of gaussian_bias: rows and columns of the grid swapped",
+        "kernels/_gaussian.py",
+        "    y, x = rows // width, rows % width\n    targets = tl.arange(0, T_BLOCK)\n    bias",
+        "    x, y = rows // width, rows % width\n    targets = tl.arange(0, T_BLOCK)\n    bias",
+        f"{KERNELS} -k 'test_families and gaussian_bias and power'",
+    ),
+    Mutant(
+        "kernel of regulate: the average weighs the wrong one",
+        "kernels/regulate.py",
+        "bias += ema * (before - bias)",
+        "bias += (1 - ema) * (before - bias)",
+        f"{KERNELS} -k 'test_regulate and 63 and 2'",
+    ),
+    Mutant(
+        "kernel of regulate: NaN may win",
+        "kernels/regulate.py",
+        'sums = tl.where((step < steps) & (sums == sums), sums, float("inf"))',
+        'sums = tl.where(step < steps, sums, float("inf"))',
+        f"{REGULATION} -k 'nan_losses'",
+    ),
+    Mutant(
+        "kernel of context_update: the paper's norms in the released softmax",
+        "kernels/context_update.py",
+        "    square = factor * _squares(k_ptr, tokens, taken, ",
+        "    square = _squares(k_ptr, tokens, taken, ",
+        f"{CONTEXT} -k 'test_update_before_the_projection'",
+    ),
+    Mutant(
+        "kernel of similarity_loss: rows counted from one",
+        "kernels/similarity.py",
+        "factor = weight * rows.to(tl.float32)\n",
+        "factor = weight * (rows + 1).to(tl.float32)\n",
+        f"{KERNELS} -k 'test_families and similarity_loss_cosine and one'",
+    ),
+    Mutant(
+        "kernel of similarity: columns on the diagonal count",
+        "kernels/similarity.py",
+        "below = counted[:, None] & (rows[None, :] < rows[:, None])",
+        "below = counted[:, None] & (rows[None, :] <= rows[:, None])",
+        f"{KERNELS} -k 'test_families and similarity_loss_cosine and one'",
+    ),
+]
+ATTACH = [
+    Mutant(
+        "patch: nothing is put back",
+        "attnctl_fast/attach/patching.py",
+        "        if top is self._value:\n            self._set(self._before)",
+        "        if top is self._value:\n            pass",
+        f"{RESTORE} -k 'restored_after_use'",
+    ),
+    Mutant(
+        "patch: accelerate keeps ours",
+        "attnctl_fast/attach/patching.py",
+        '            owner.__dict__["_old_forward"] = self.inner',
+        "            pass",
+        f"{RESTORE} -k 'offload'",
+    ),
+    Mutant(
+        "patch: one that was covered leaves itself in the other",
+        "attnctl_fast/attach/patching.py",
+        "above._before, above.inner = self._before, self.inner",
+        "above.inner = self.inner",
+        f"{RESTORE} -k 'out_of_order' attach/test_guidance_hosts.py",
+    ),
+    Mutant(
+        "intercept: a layer's own forward is lost",
+        "attnctl_fast/attach/intercept.py",
+        '        if self._bound:\n            own["forward"] = self._before',
+        "        pass",
+        f"{RESTORE} {GUIDANCE} -k 'offload'",
+    ),
+    Mutant(
+        "intercept: PyTorch's function is not put back",
+        "attnctl_fast/attach/intercept.py",
+        "            F.scaled_dot_product_attention = _real",
+        "            pass",
+        f"{RESTORE} -k 'restored_after_use'",
+    ),
+    Mutant(
+        "intercept: an adapter's images are edited too",
+        "attnctl_fast/attach/intercept.py",
+        "    _thread.handler = None\n    place, acts",
+        "    place, acts",
+        f"{RESTORE} -k 'ip_adapter'",
+    ),
+    Mutant(
+        "intercept: the handler stays after an exception",
+        "attnctl_fast/attach/intercept.py",
+        "waiting, _thread.handler = _thread.handler is not None, before",
+        "waiting = _thread.handler is not None",
+        f"{KINDS} -k 'never_makes_the_attention_call_is_named'",
+    ),
+    Mutant(
+        "rows: a negative prompt that is the prompt is edited",
+        "attnctl_fast/attach/rows.py",
+        "            whole = whole[1:]",
+        "            whole = whole[:1]",
+        f"{KINDS} -k 'negative_prompt_that_is_the_prompt'",
+    ),
+    Mutant(
+        "rows: the unconditional half where order decides",
+        "attnctl_fast/attach/rows.py",
+        "return Rows(rows, range(samples, rows), range(samples))",
+        "return Rows(rows, range(samples), range(samples))",
+        f"{KINDS} {WALKS} {CASES} -k 'projects_the_text or unet_that or changes or embeddings'",
+    ),
+    Mutant(
+        "rows: samples of several images counted as prompts",
+        "attnctl_fast/attach/rows.py",
+        "        each = context[::images, :length].to(text)",
+        "        each = context[:, :length].to(text)",
+        f"{KINDS} -k 'two_images or batch_of_different_prompts'",
+    ),
+    Mutant(
+        "scheduler: the model's input is not scaled",
+        "attnctl_fast/attach/scheduler.py",
+        "return None if scaled is one else scaled.reshape(())",
+        "return None",
+        f"{GUIDANCE} -k 'by_hand and Euler'",
+    ),
+    Mutant(
+        "evaluation: a move scaled the wrong way",
+        "attnctl_fast/attach/evaluation.py",
+        "[:, : self._channels]) / factor",
+        "[:, : self._channels]) * factor",
+        f"{GUIDANCE} -k 'by_hand and Euler'",
+    ),
+    Mutant(
+        "evaluation: inpainting's mask is moved",
+        "attnctl_fast/attach/evaluation.py",
+        "self._channels = model.config.out_channels if tap.latents is None else tap.latents.shape[1]",
+        "self._channels = self._sample.shape[1]",
+        f"{GUIDANCE} -k 'test_kind_of_pipeline and 9'",
+    ),
+    Mutant(
+        "guidance: weights stay frozen",
+        "attnctl_fast/attach/guidance.py",
+        "owner.get_parameter(name).requires_grad_(True)",
+        "owner.get_parameter(name).requires_grad_(False)",
+        f"{GUIDANCE} -k 'restored_after_an_exception or lora'",
+    ),
+    Mutant(
+        "guidance: what accelerate loaded stays",
+        "attnctl_fast/attach/guidance.py",
+        "        if hook is not None:\n            hook.post_forward",
+        "        if hook is None:\n            hook.post_forward",
+        f"{GUIDANCE} attach/test_guidance_hosts.py -k 'offload'",
+    ),
+    Mutant(
+        "guidance: a mask of the keys is forgotten",
+        "attnctl_fast/attach/guidance.py",
+        "self.token_ids, scale=scale, key_bias=bias)",
+        "self.token_ids, scale=scale)",
+        f"{KINDS} {GUIDANCE} {CASES} -k 'mask'",
+    ),
+    Mutant(
+        "engine: evaluations counted as steps",
+        "attnctl_fast/attach/engine.py",
+        "call.step = call.evaluation // order",
+        "call.step = call.evaluation",
+        f"{GUIDANCE} -k 'by_hand and Heun'",
+    ),
+    Mutant(
+        "engine: a control taken off within a call goes on",
+        "attnctl_fast/attach/engine.py",
+        "            call.drop(entry)",
+        "            pass",
+        f"{RESTORE} -k 'disabled_within'",
+    ),
+    Mutant(
+        "engine: the outer control edits",
+        "attnctl_fast/attach/engine.py",
+        'hooks["edit"][-1] if hooks["edit"] else None',
+        'hooks["edit"][0] if hooks["edit"] else None',
+        f"{RESTORE} -k 'nested'",
+    ),
+    Mutant(
+        "engine: the class's call is not put back",
+        "attnctl_fast/attach/engine.py",
+        "_classes.pop(kind).undo()",
+        "_classes.pop(kind)",
+        f"{RESTORE} -k 'restored_after_use'",
+    ),
+    Mutant(
+        "engine: the scheduler's methods are not put back",
+        "attnctl_fast/attach/engine.py",
+        "            self._tap.remove()",
+        "            pass",
+        f"{GUIDANCE} -k 'restored_after_an_exception'",
+    ),
+    Mutant(
+        "engine: encode_prompt is not put back",
+        "attnctl_fast/attach/engine.py",
+        "        for patch in self._patches:\n            patch.undo()\n        if self._tap",
+        "        if self._tap",
+        f"{RESTORE} -k 'restored_after_use'",
+    ),
+    Mutant(
+        "engine: views share an average",
+        "attnctl_fast/attach/engine.py",
+        "            call.view += 1",
+        "            call.view += 0",
+        f"{KINDS} {CASES} -k 'several_evaluations or panorama'",
+    ),
+    Mutant(
+        "engine: contexts are not composed after they moved",
+        "attnctl_fast/attach/engine.py",
+        'key=lambda pair: not defines(pair[0], "context"))',
+        'key=lambda pair: defines(pair[0], "context"))',
+        f"{WALKS} -k 'by_hand or regulated'",
+    ),
+    Mutant(
+        "prompts: words are found within words",
+        "attnctl_fast/attach/prompts.py",
+        "return marked and position > 1 and not whole",
+        "return False",
+        "attach/test_prompts.py",
+    ),
+    Mutant(
+        "prompts: padded with the start of text",
+        "attnctl_fast/attach/prompts.py",
+        "row + [-1] * (longest - len(row))",
+        "row + [0] * (longest - len(row))",
+        f"{KINDS} -k 'batch_of_different_prompts'",
+    ),
+    Mutant(
+        "capture: summed over the heads",
+        "attnctl_fast/attach/capture.py",
+        "@ total.mT / q.shape[1]",
+        "@ total.mT",
+        "attach/test_capture.py -k 'conditional_rows_probabilities'",
+    ),
+    Mutant(
+        "attention: a mask of -10000 is a logit",
+        "attnctl_fast/attach/attention.py",
+        "bias <= -10000",
+        "bias < -10000",
+        f"{KINDS} -k 'key_padding_masks'",
+    ),
+    Mutant(
+        "attention: conditional rows merged as the others",
+        "attnctl_fast/attach/attention.py",
+        "self._whole = self.rows.merge(conditional, rest)",
+        "self._whole = self.rows.merge(rest, conditional)",
+        "methods/test_attention_regulation.py -k 'only_conditional_rows'",
+    ),
+]
+METHODS = [
+    Mutant(
+        "AttentionRegulation: strength does not decay",
+        "attnctl_fast/methods/attention_regulation.py",
+        "strength = method.strength * method.decay**call.step if",
+        "strength = method.strength if",
+        "methods/test_attention_regulation.py -k 'equals_the_published_loop'",
+    ),
+    Mutant(
+        "AttentionRegulation: the average is not kept",
+        "attnctl_fast/methods/attention_regulation.py",
+        "            site.previous[self.call.view] = found.theta",
+        "            pass",
+        "methods/test_attention_regulation.py -k 'equals_the_published_loop'",
+    ),
+    Mutant(
+        "AttentionRegulation: the same weights at every step",
+        "attnctl_fast/methods/attention_regulation.py",
+        'key = f"{seed}/{layer}/{evaluation}"',
+        'key = f"{seed}/{layer}"',
+        "methods/test_attention_regulation.py -k 'drawn_uniformly'",
+    ),
+    Mutant(
+        "EnergyContext: a step goes on from the last one's context",
+        "attnctl_fast/methods/energy_context.py",
+        "        self._context.reset(evaluation.context_of(text))",
+        "        pass",
+        f"{WALKS} -k 'by_hand and sd1'",
+    ),
+    Mutant(
+        "EnergyContext: one gamma for both energies",
+        "attnctl_fast/methods/energy_context.py",
+        "gamma_norm=self._now[1],",
+        "gamma_norm=self._now[0],",
+        f"{WALKS} -k 'by_hand and sd1'",
+    ),
+    Mutant(
+        "EnergyContext: token weights in every row",
+        "attnctl_fast/methods/energy_context.py",
+        "weights[list(rows.conditional)] = ",
+        "weights[:] = ",
+        f"{WALKS} -k 'token_weights'",
+    ),
+    Mutant(
+        "Composition: an edit has its neighbour's share",
+        "attnctl_fast/methods/composition.py",
+        "out = out + self._now[3 + index] * to_edit",
+        "out = out + self._now[2 + index] * to_edit",
+        f"{WALKS} -k 'by_hand and sd1'",
+    ),
+    Mutant(
+        "Composition: shares of the unconditional rows swapped",
+        "attnctl_fast/methods/composition.py",
+        "(share * own.to(share.dtype) + (1 - share) * one)",
+        "((1 - share) * own.to(share.dtype) + share * one)",
+        f"{WALKS} -k 'by_hand and sd1'",
+    ),
+    Mutant(
+        "AttendAndExcite: the start of text takes its share",
+        "attnctl_fast/methods/attend_and_excite.py",
+        "outside = (token == 0) | (token >= ends[:, None])",
+        "outside = token >= ends[:, None]",
+        "methods/test_attend_and_excite.py",
+    ),
+    Mutant(
+        "TSAM: lengths are forgotten",
+        "attnctl_fast/methods/tsam.py",
+        "lengths=prepared.lengths,",
+        "lengths=None,",
+        "methods/test_tsam.py",
+    ),
+    Mutant(
+        "SynGen: unrelated words attract",
+        "attnctl_fast/methods/syngen.py",
+        "return attracted.sum((1, 2)) - repelled.sum((1, 2))",
+        "return attracted.sum((1, 2)) + repelled.sum((1, 2))",
+        "methods/test_syngen.py",
+    ),
+    Mutant(
+        "CONFORM: a map is its own partner",
+        "attnctl_fast/methods/conform.py",
+        "positive = same & real & ~itself",
+        "positive = same & real",
+        "methods/test_conform.py",
+    ),
+    Mutant(
+        "DenseDiffusion: areas count the wrong way",
+        "attnctl_fast/methods/dense_diffusion.py",
+        "1 - self.method.area * self._shares",
+        "1 + self.method.area * self._shares",
+        "methods/test_dense_diffusion.py -k 'equations'",
+    ),
+    Mutant(
+        "DenseDiffusion: the strength does not fall",
+        "attnctl_fast/methods/dense_diffusion.py",
+        "strength = call.time() ** method.decay if",
+        "strength = 1.0 if",
+        "methods/test_dense_diffusion.py -k 'equations'",
+    ),
+    Mutant(
+        "ComposableDiffusion: the unconditional prediction is not taken off",
+        "attnctl_fast/methods/composable_diffusion.py",
+        "total = total + weight * (one - without)",
+        "total = total + weight * one",
+        "methods/test_composable_diffusion.py -k 'one_by_one'",
+    ),
+    Mutant(
+        "LatentGuidance: up the gradient",
+        "attnctl_fast/methods/latent_guidance.py",
+        "latents - size * point.gradient, latents)",
+        "latents + size * point.gradient, latents)",
+        f"{GUIDANCE} -k 'by_hand and DDIM'",
+    ),
+    Mutant(
+        "LatentGuidance: a bound is always checked at once",
+        "attnctl_fast/methods/latent_guidance.py",
+        "checked = before if self.method.late_check else point",
+        "checked = point",
+        f"{GUIDANCE} -k 'by_hand and DDIM'",
+    ),
+    Mutant(
+        "LatentGuidance: one sample's NaN stops none",
+        "attnctl_fast/methods/latent_guidance.py",
+        "moving = finite if chosen is None else finite & chosen",
+        "moving = torch.ones_like(finite) if chosen is None else chosen",
+        f"{GUIDANCE} -k 'not_finite'",
+    ),
+    Mutant(
+        "schedule: the model's steps are not shared out",
+        "attnctl_fast/methods/latent_guidance.py",
+        "self._sizes = [self.method.scale * factor for factor in factors]",
+        "self._sizes = [self.method.scale for factor in factors]",
+        f"{GUIDANCE} -k 'test_kind_of_pipeline or not_finite' methods/test_attend_and_excite.py",
+    ),
+]
+MUTANTS = (*OPS, *TRITON, *ATTACH, *METHODS)
+
+
+def misplaced() -> list[str]:
+    """Name the mutants whose text does not stand exactly once where they look for it."""
+    return [one.name for one in MUTANTS if (ROOT / one.file).read_text(encoding="utf-8").count(one.before) != 1]
+
+
+def verdict(mutant: Mutant, tree: Path) -> str:
+    """Apply the mutant to `tree`, run its tests there, and take it back."""
+    path = tree / mutant.file
+    sound = path.read_text(encoding="utf-8")
+    path.write_text(sound.replace(mutant.before, mutant.after), encoding="utf-8")
+    options = ("-x", "-q", "--no-header", "-p", "no:xdist", "-p", "no:randomly")
+    tests = [str(tree / "tests" / word) if word.endswith(".py") else word for word in shlex.split(mutant.tests)]
+    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", *options, *tests]
+    try:
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return "hung"
+    finally:
+        path.write_text(sound, encoding="utf-8")
+    said = done.stdout.strip().splitlines()[-1:]
+    return {0: "SURVIVED", 1: "caught"}.get(done.returncode, f"CANNOT BE JUDGED: {said} {done.stderr[-500:]}")
+
+
+def judged(mutants: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, str, float]]:
+    """Yield each mutant with its verdict and the seconds it took, in their order."""
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(jobs) as pool:
+        trees: Queue[Path] = Queue()
+        for number in range(jobs):
+            tree = Path(folder) / str(number)
+            for name in TREE:
+                copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+                tree.mkdir(exist_ok=True)
+                copy(ROOT / name, tree / name)
+            trees.put(tree)
+
+        def one(mutant: Mutant) -> tuple[Mutant, str, float]:
+            tree, start = trees.get(), time.monotonic()
+            try:
+                return mutant, verdict(mutant, tree), time.monotonic() - start
+            finally:
+                trees.put(tree)
+
+        yield from pool.map(one, mutants)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("-l", "--list", action="store_true")
+    parser.add_argument("-j", "--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    options = parser.parse_args()
+    chosen = [one for one in MUTANTS if not options.names or one.name.startswith(tuple(options.names))]
+    if options.list:
+        print(*(one.name for one in chosen), sep="\n")
+        return 0
+    if wrong := misplaced():
+        parser.error(f"what these replace does not stand there exactly once: {'; '.join(wrong)}")
+    left = 0
+    for mutant, found, seconds in judged(chosen, options.jobs):
+        left += found != "caught"
+        print(f"{found:10} {seconds:4.0f} s  {mutant.name}", flush=True)
+    print(f"{len(chosen) - left} of {len(chosen)} caught")
+    return 1 if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

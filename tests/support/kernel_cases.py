@@ -1,0 +1,478 @@
+"""What the kernel tests run over: inputs of every family, fenced in by NaN, and every operation as one function."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnctl_fast import ops
+from attnctl_fast.ops import TargetStatistics
+from tests.support.numerics import (
+    DEVICE,
+    Plain,
+    assert_rows_close,
+    attention_inputs,
+    carried_by_lse,
+    carried_through_maps,
+    carried_to_gradients,
+    carried_to_maps,
+    full_softmax_output,
+    orders,
+    rand,
+    randn,
+)
+
+GRIDS = {1: (1, 1), 16: (4, 4), 63: (7, 9), 64: (8, 8), 240: (12, 20), 256: (16, 16), 1024: (32, 32), 4096: (64, 64)}
+STATISTICS = TargetStatistics._fields
+IMPL = "triton"
+MAP_TOKENS = 7
+Tensors = dict[str, Tensor]
+
+
+def fenced(x: Tensor) -> Tensor:
+    """`x` as a view into storage that is NaN all around it, so that a read out of bounds shows; ids among zeros."""
+    around = x.new_full([side + 2 for side in x.shape], torch.nan if x.is_floating_point() else 0)
+    inner = around[tuple(slice(1, -1) for _ in x.shape)]
+    inner.copy_(x)
+    return inner
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of inputs. `ids`: one row for all samples, or one per sample; `raised`: amplitude of the bias; `keyed`:
+    with a key_bias that masks some columns of every sample and all of the last one of three."""
+
+    m: int = 64
+    n: int = 20
+    d: int = 16
+    dtype: torch.dtype = torch.float32
+    ids: tuple[tuple[int, ...], ...] = ((5, 9),)
+    pinned: tuple[tuple[int, ...], ...] = ((0, 12),)
+    batch: int = 1
+    heads: int = 2
+    sharp: float = 1.0
+    raised: float = 3.0
+    strided: bool = False
+    sigma: float | None = None
+    keyed: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return GRIDS[self.m]
+
+    @property
+    def scale(self) -> float:
+        return self.d**-0.5
+
+    def rows(self, ids: Sequence[tuple[int, ...]]) -> list[list[int]]:
+        return [list(row) for row in (ids * self.batch if len(ids) == 1 else ids)]
+
+    def tensor_ids(self, ids: Sequence[tuple[int, ...]]) -> Tensor:
+        return fenced(torch.tensor(ids[0] if len(ids) == 1 else ids, dtype=torch.int64, device=DEVICE))
+
+    @cached_property
+    def edit(self) -> dict[str, Tensor]:
+        return {"target_ids": self.tensor_ids(self.ids), "pinned_ids": self.tensor_ids(self.pinned)}
+
+    @property
+    def basis(self) -> dict[str, object]:
+        return {"grid": self.grid, "sigma": self.sigma}
+
+    def _key_bias(self) -> Tensor:
+        key_bias = 2 * randn(1, 1, self.batch, self.n, dtype=torch.float32, seed=11)[0, 0]
+        key_bias[:, 2::5] = -torch.inf
+        if self.batch > 2:
+            key_bias[-1] = -torch.inf
+        return key_bias
+
+    def tensors(self) -> Tensors:
+        """Every operation's inputs by name, the statistics as float64 gives them for these q, k and v."""
+        made = dict(zip("qkv", self._qkv(), strict=True))
+        targets, shape = len(self.ids[0]), ops.basis_shape(**self.basis)
+        padded = torch.tensor(self.rows(self.ids), device=DEVICE)[:, None, :, None] < 0
+        bias = self.raised * randn(self.batch, self.heads, targets, self.m, dtype=torch.float32, seed=5)
+        theta = self.raised * (rand(self.batch, self.heads, targets, *shape, seed=6) - 0.3)
+        made["bias"] = bias.masked_fill(padded, torch.nan)
+        made["theta"] = theta.masked_fill(padded.unsqueeze(-1), torch.nan)
+        if self.keyed:
+            made["key_bias"] = self._key_bias()
+        wide = (made[name].double() for name in "qkv")
+        how = {"with_square": True, "key_bias": made.get("key_bias"), "impl": "reference"}
+        statistics = ops.target_statistics(*wide, **self.edit, **how)
+        made |= {name: x.float() for name, x in statistics._asdict().items() if x is not None}
+        made |= self._maps()
+        made["share"] = rand(self.batch, self.m, seed=10)
+        return {name: x if self.strided else fenced(x) for name, x in made.items()}
+
+    @property
+    def regions(self) -> list[Tensor]:
+        """Sets of two regions, some empty, of the image tokens and of the context's."""
+        samples = torch.arange(self.batch, device=DEVICE)[:, None]
+        sides = (torch.arange(side, device=DEVICE) for side in (self.m, self.n))
+        return [fenced(((samples + places) % 4).int()) for places in sides]
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """The number of tokens of every sample's maps."""
+        return None if self.batch == 1 else fenced(MAP_TOKENS - torch.arange(self.batch, device=DEVICE))
+
+    @property
+    def smoothing(self) -> dict[str, object]:
+        return {"grid": self.grid, "kernel_size": 3 if min(self.grid) > 1 else 1}
+
+    def _maps(self) -> Tensors:
+        """Maps as attention gives them, NaN for padded tokens, and causal rows that sum to 1."""
+        logits = self.sharp * randn(self.batch, MAP_TOKENS, self.m, dtype=torch.float64, seed=7)
+        maps = (logits.softmax(1) * rand(self.batch, 1, self.m, seed=8)).to(self.dtype)
+        if self.lengths is not None:
+            padded = torch.arange(MAP_TOKENS, device=DEVICE) >= self.lengths[:, None]
+            maps.masked_fill_(padded.unsqueeze(-1), torch.nan)
+        text = rand(self.batch, MAP_TOKENS, MAP_TOKENS, seed=9).tril()
+        return {"maps": maps, "text": text / text.sum(-1, keepdim=True)}
+
+    def _qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (self.batch, self.heads, self.m, self.n, self.d)
+        return attention_inputs(*shape, self.dtype, self.sharp, strided=self.strided)
+
+
+class Operation(NamedTuple):
+    """`run(case, impl, tensors)` gives the outputs by name; `leaves` are the inputs that the kernels differentiate."""
+
+    leaves: tuple[str, ...]
+    run: Callable[[Case, str, Tensors], Tensors]
+
+
+def _attention(case: Case, impl: str, t: Tensors) -> Tensors:
+    out, lse = ops.attention(t["q"], t["k"], t["v"], key_bias=t.get("key_bias"), return_lse=True, impl=impl)
+    return {"out": out, "lse": lse}
+
+
+def _target_statistics(case: Case, impl: str, t: Tensors) -> Tensors:
+    how = {**case.edit, "key_bias": t.get("key_bias"), "with_square": True, "impl": impl}
+    stats = ops.target_statistics(t["q"], t["k"], t["v"], **how)
+    return {name: x for name, x in stats._asdict().items() if x is not None}
+
+
+def _attention_with_maps(case: Case, impl: str, t: Tensors) -> Tensors:
+    how = {"key_bias": t.get("key_bias"), "impl": impl}
+    out, maps = ops.attention_with_maps(t["q"], t["k"], t["v"], case.edit["target_ids"], **how)
+    return {"out": out, "maps": maps}
+
+
+def _region_attention(case: Case, impl: str, t: Tensors) -> Tensors:
+    how = {"key_bias": t.get("key_bias"), "impl": impl}
+    return {"out": ops.region_attention(t["q"], t["k"], t["v"], *case.regions, t["share"], **how)}
+
+
+def _biased_attention(case: Case, impl: str, t: Tensors) -> Tensors:
+    how = {**case.edit, "key_bias": t.get("key_bias"), "impl": impl}
+    return {"out": ops.biased_attention(t["q"], t["k"], t["v"], t["bias"], **how)}
+
+
+def _regulated_attention(case: Case, impl: str, t: Tensors) -> Tensors:
+    inputs = (t["q"], t["k"], t["v"], t["theta"])
+    how = {**case.edit, **case.basis, "key_bias": t.get("key_bias"), "impl": impl}
+    return {"out": ops.regulated_attention(*inputs, **how)}
+
+
+def _gaussian_bias(case: Case, impl: str, t: Tensors) -> Tensors:
+    return {"bias": ops.gaussian_bias(t["theta"], **case.basis, impl=impl)}
+
+
+def statistics_of(t: Tensors) -> TargetStatistics:
+    return TargetStatistics(*(t.get(name) for name in STATISTICS))
+
+
+def _merge_targets(case: Case, impl: str, t: Tensors) -> Tensors:
+    return {"out": ops.merge_targets(statistics_of(t), t["v"], bias=t["bias"], **case.edit, impl=impl)}
+
+
+def _loss(objective: str) -> Callable[[Case, str, Tensors], Tensors]:
+    def run(case: Case, impl: str, t: Tensors) -> Tensors:
+        theta = t["theta"] if objective == "official" else None
+        how = {"objective": objective, "theta": theta, "impl": impl}
+        return {"loss": ops.regulation_loss(statistics_of(t), t["bias"], **how)}
+
+    return run
+
+
+def _real_maps(case: Case, t: Tensors) -> Tensor:
+    """Zeros for padded tokens, where an operation knows no lengths."""
+    return t["maps"] if case.lengths is None else t["maps"].nan_to_num()
+
+
+def _smooth_maps(case: Case, impl: str, t: Tensors) -> Tensors:
+    return {"smoothed": ops.smooth_maps(_real_maps(case, t), **case.smoothing, impl=impl)}
+
+
+def _map_similarity(case: Case, impl: str, t: Tensors) -> Tensors:
+    return {"similarity": ops.map_similarity(_real_maps(case, t), impl=impl)}
+
+
+def _similarity_loss(variant: str) -> Callable[[Case, str, Tensors], Tensors]:
+    def run(case: Case, impl: str, t: Tensors) -> Tensors:
+        how = {"variant": variant, "lengths": case.lengths, "impl": impl}
+        return {"loss": ops.similarity_loss(t["maps"], t["text"], **case.smoothing, **how)}
+
+    return run
+
+
+OPERATIONS = {
+    "attention": Operation(("q", "k", "v"), _attention),
+    "target_statistics": Operation(("q", "k", "v"), _target_statistics),
+    "attention_with_maps": Operation(("q", "k", "v"), _attention_with_maps),
+    "region_attention": Operation((), _region_attention),
+    "biased_attention": Operation(("q", "k", "v", "bias"), _biased_attention),
+    "regulated_attention": Operation(("q", "k", "v", "theta"), _regulated_attention),
+    "gaussian_bias": Operation(("theta",), _gaussian_bias),
+    "merge_targets": Operation(("rest_out", "rest_lse", "logits", "pinned_logits", "v", "bias"), _merge_targets),
+    "regulation_loss_official": Operation(("logits", "rest_lse", "bias", "theta"), _loss("official")),
+    "regulation_loss_paper": Operation(("logits", "rest_lse", "rest_square", "bias"), _loss("paper")),
+    "smooth_maps": Operation(("maps",), _smooth_maps),
+    "map_similarity": Operation(("maps",), _map_similarity),
+    "similarity_loss_cosine": Operation(("maps",), _similarity_loss("cosine")),
+    "similarity_loss_normalised_cosine": Operation(("maps",), _similarity_loss("normalised_cosine")),
+    "similarity_loss_absolute": Operation(("maps",), _similarity_loss("absolute")),
+}
+ATTENTION = (
+    *("attention", "target_statistics", "attention_with_maps", "region_attention"),
+    *("biased_attention", "regulated_attention"),
+)
+MAPS = tuple(name for name in OPERATIONS if OPERATIONS[name].leaves == ("maps",))
+LOSSES = ("regulation_loss_official", "regulation_loss_paper")
+
+
+def plain(name: str, case: Case, t: Tensors, parts: int = 1) -> Tensors:
+    """The outputs in plain PyTorch, the attention itself in the inputs' dtype, its sums over the head width in `parts`
+    that are added."""
+    outputs = OPERATIONS[name].run(case, "reference", t)
+    # Half-precision logits of region_attention would be judged by the rounding of what is added to them.
+    if name not in ATTENTION or name == "region_attention" or t["q"].dtype in (torch.float32, torch.float64):
+        return outputs
+    if name == "target_statistics":
+        gone = [set(row) for row in case.rows(case.ids)]
+        kept = [[i for i in range(case.n) if i not in row] for row in gone]
+        rest = [
+            _attended(t["q"][i], t["k"][i, :, columns], t["v"][i, :, columns], _of_columns(t, i, columns), parts)
+            for i, columns in enumerate(kept)
+        ]
+        return {**outputs, "rest_out": torch.stack(rest)}
+    if name in ("attention", "attention_with_maps"):
+        return {**outputs, "out": _attended(t["q"], t["k"], t["v"], _of_columns(t, None), parts)}
+    bias = t["bias"] if name == "biased_attention" else ops.gaussian_bias(t["theta"], **case.basis, impl="reference")
+    samples = []
+    for i, (ids, pinned) in enumerate(zip(case.rows(case.ids), case.rows(case.pinned), strict=True)):
+        real = [t for t, token in enumerate(ids) if token >= 0]
+        inputs = (t["q"][i], t["k"][i], t["v"][i], bias[i][:, real], [ids[t] for t in real])
+        pins = [token for token in pinned if token >= 0]
+        samples.append(full_softmax_output(*inputs, pins, case.scale, _of_columns(t, i)))
+    return {"out": torch.stack(samples)}
+
+
+def _of_columns(t: Tensors, sample: int | None, columns: Sequence[int] | slice = slice(None)) -> Tensor | float:
+    """The key_bias of one sample's columns, or as [B,1,1,N]; 0 where there is none."""
+    if "key_bias" not in t:
+        return 0.0
+    return t["key_bias"][:, None, None, :] if sample is None else t["key_bias"][sample, columns]
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | float, parts: int) -> Tensor:
+    logits = sum(a @ b.mT for a, b in zip(q.chunk(parts, -1), k.chunk(parts, -1), strict=True))
+    weights = torch._safe_softmax((q.shape[-1] ** -0.5 * logits + key_bias).to(q.dtype), -1)
+    return torch.cat([weights @ part for part in v.chunk(parts, -1)], -1)
+
+
+def upstream(outputs: Tensors) -> Tensors:
+    """Gradients of the outputs: normal numbers, none where an output is -inf and has no slope."""
+    made = {}
+    for seed, (output, x) in enumerate(outputs.items()):
+        made[output] = randn(*x.shape, dtype=x.dtype, seed=20 + seed).masked_fill(x.isneginf(), 0.0)
+    return made
+
+
+def gradients(
+    case: Case, t: Tensors, grads: Tensors, leaves: Sequence[str], run: Callable[[Case, Tensors], Tensors]
+) -> Tensors:
+    """The gradients of `leaves`, given those of the outputs of `run(case, tensors)`."""
+    if not leaves:
+        return {}
+    inputs = {key: x.detach().requires_grad_(key in leaves) for key, x in t.items()}
+    outputs = run(case, inputs)
+    pairs = [(x, grads[key].to(x.dtype)) for key, x in outputs.items() if x.requires_grad]
+    found = torch.autograd.grad([x for x, _ in pairs], [inputs[leaf] for leaf in leaves], [g for _, g in pairs])
+    return dict(zip(leaves, found, strict=True))
+
+
+def _widened(t: Tensors) -> Tensors:
+    return {name: x.double() for name, x in t.items()}
+
+
+def _permuted(t: Tensors, order: Tensor, names: Sequence[str]) -> Tensors:
+    return {name: x[..., order] if name in names else x for name, x in t.items()}
+
+
+def _mirrored(t: Tensors, grads: Tensors | None, evaluate: Callable[..., Tensors], case: Case) -> list[Tensors]:
+    """What the mirrored maps give, mirrored back: the same sums in other orders. A square may be turned as well."""
+    turns = (False, True) if case.grid[0] == case.grid[1] else (False,)
+    runs = []
+    for turned, axes in itertools.product(turns, ((), (-1,), (-2,), (-2, -1))):
+
+        def there(x: Tensor, turned: bool = turned, axes: tuple[int, ...] = axes) -> Tensor:
+            image = x.unflatten(-1, case.grid).flip(axes)
+            return (image.mT if turned else image).flatten(-2)
+
+        def back(x: Tensor, turned: bool = turned, axes: tuple[int, ...] = axes) -> Tensor:
+            image = x.unflatten(-1, case.grid)
+            return (image.mT if turned else image).flip(axes).flatten(-2)
+
+        def moved(tensors: Tensors, how: Callable[[Tensor], Tensor]) -> Tensors:
+            return {key: how(x) if key in ("maps", "smoothed") else x for key, x in tensors.items()}
+
+        runs.append(moved(evaluate(moved(t, there), grads and moved(grads, there)), back))
+    return runs
+
+
+def _plain_runs(
+    name: str, case: Case, t: Tensors, grads: Tensors | None, evaluate: Callable[..., Tensors]
+) -> list[Tensors]:
+    """Plain PyTorch's results with the head width in several orders, and but for the first in two halves: in half
+    precision, a single row's sums are the same in any order."""
+    if name in MAPS:
+        return _mirrored(t, grads, evaluate, case)
+    runs = []
+    for parts, order in zip((1, 2, 2, 2, 2, 2, 2, 2), orders(t["q"].shape[-1]), strict=True):
+        if name == "merge_targets":
+            summed = ("rest_out", "v", "out")
+            found = evaluate(_permuted(t, order, summed), grads and _permuted(grads, order, summed))
+            runs.append(_permuted(found, order.argsort(), summed))
+        elif name == "gaussian_bias":
+            return [evaluate(t, grads)]
+        else:
+            wide = ("v", "out", "rest_out")
+            moved = _permuted(t, order, ("q", "k", "v"))
+            found = evaluate(moved, grads and _permuted(grads, order, wide), parts)
+            runs.append(_permuted(found, order.argsort(), ("q", "k", "v") if grads else wide))
+    return runs
+
+
+def _by_lse(case: Case) -> bool:
+    """Whether the kernels make maps from a logsumexp, not from the sums of the kernel that makes the output."""
+    from attnctl_fast.kernels._launch import config
+
+    sizes = {"d": case.d, "n": case.n, "m": case.m, "itemsize": case.dtype.itemsize}
+    return case.dtype == torch.float32 or case.n > config("attention_maps_fwd", DEVICE, **sizes)["ON_CHIP_N"]
+
+
+def _carried(name: str, case: Case, t: Tensors, grads: Tensors | None) -> Tensors:
+    """What a logsumexp held in float32 adds to the error of the outputs or, given theirs, of the gradients."""
+    t = _widened(t)
+    if name == "merge_targets":
+        real = [[token >= 0 for token in row] for row in case.rows(case.ids)]
+        bias = t["bias"].masked_fill(~torch.tensor(real, device=DEVICE)[:, None, :, None], 0.0)
+        joint = torch.cat([t["logits"] + bias, t["rest_lse"].unsqueeze(2)], 2)
+        lse = joint.logsumexp(2)
+        if grads is None:
+            return {"out": carried_by_lse(lse, t["v"]).nan_to_num(posinf=0.0)}
+        off = torch.finfo(torch.float32).eps * (lse.abs() * (t["rest_lse"] - lse).exp()).nan_to_num()
+        return {"rest_out": off * grads["out"].double().abs().amax(-1)}
+    if name == "attention_with_maps":
+        inputs, rows = (t["q"], t["k"]), case.rows(case.ids)
+        if grads is None:
+            given = (rows, "mean", case.scale, t.get("key_bias"))
+            return {"maps": carried_to_maps(*inputs, *given)} if _by_lse(case) else {}
+        given = (grads["out"], grads["maps"], rows, case.scale, t.get("key_bias"))
+        return carried_through_maps(*inputs, t["v"], *given)
+    if name not in ATTENTION or grads is None:
+        return {}
+    grad_out = grads.get("out", grads.get("rest_out"))
+    inputs = (t["q"], t["k"], t["v"], grad_out, case.scale)
+    if name in ("attention", "target_statistics"):
+        return carried_to_gradients(*inputs, key_bias=t.get("key_bias"))
+    bias = t["bias"] if name == "biased_attention" else ops.gaussian_bias(t["theta"], **case.basis, impl="reference")
+    columns = torch.zeros(case.batch, bias.shape[2], case.n, dtype=torch.float64, device=DEVICE)
+    for i, row in enumerate(case.rows(case.ids)):
+        for slot, token in enumerate(row):
+            if token >= 0:
+                columns[i, slot, token] = 1
+            else:
+                bias[i, :, slot] = 0
+    carried = carried_to_gradients(*inputs, bias.mT @ columns[:, None], t.get("key_bias"))
+    off = (carried.pop("logits") @ columns.mT[:, None]).mT  # [B,H,T,M]
+    if name == "biased_attention":
+        return {**carried, "bias": off.amax(-1)}
+    theta = t["theta"].nan_to_num().requires_grad_()
+    span = ops.gaussian_bias(theta, **case.basis, impl="reference")
+    (by_centre,) = torch.autograd.grad(span, theta, off)
+    return {**carried, "theta": by_centre.flatten(-2).amax(-1)}
+
+
+def assert_near(ours: Tensor, truth: Tensor, what: str) -> None:
+    """The losses' rule (MATH.md, Chaos): within 1e-5 of the largest element."""
+    off = (ours.double() - truth).abs().amax()
+    assert off <= 1e-5 * truth.abs().amax() + 1e-9, f"{what} is off by {off} of {truth.abs().amax()}"
+
+
+def assert_all_right(name: str, case: Case, ours: Tensors, tensors: Tensors, grads: Tensors | None = None) -> None:
+    """`ours`, the outputs or, given theirs, the gradients, by the rule for errors in numerics.py."""
+
+    def evaluate(t: Tensors, grads: Tensors | None, parts: int = 1) -> Tensors:
+        if grads is None:
+            return plain(name, case, t, parts)
+        return gradients(case, t, grads, list(ours), lambda c, inputs: plain(name, c, inputs, parts))
+
+    truth = evaluate(_widened(tensors), grads)
+    runs = [] if name in LOSSES else _plain_runs(name, case, tensors, grads, evaluate)
+    carried = _carried(name, case, tensors, grads)
+    for key, actual in ours.items():
+        what = f"{name}: {'gradient of ' if grads else ''}{key}, {case}"
+        infinite = truth[key].isneginf()
+        assert torch.equal(actual.isneginf(), infinite), what
+        if key == "rest_square":  # where every column is a target it is zero, whatever the rest is
+            infinite = tensors["rest_lse"].isneginf()
+        kept, expected = (x.masked_fill(infinite, 0.0) for x in (actual, truth[key]))
+        if name in LOSSES:
+            assert not kept.isnan().any(), what
+            assert_near(kept, expected, what)
+            continue
+
+        def rows(x: Tensor, infinite: Tensor = infinite, key: str = key) -> Tensor:
+            x = x.masked_fill(infinite, 0.0)
+            return x.flatten(-2) if key == "theta" else x  # a row is one target's centres
+
+        def once(key: str = key) -> Tensor:
+            return evaluate(tensors, grads)[key]
+
+        rounded = ("out", "rest_out", "q", "k", "v", *(["maps"] if grads else []))
+        judged = case.dtype if key in rounded else torch.float32
+        plains = Plain(truth[key], [run[key] for run in runs], once).each(rows)
+        assert_rows_close(rows(actual), plains, judged, what, carried.get(key, 0.0))
+
+
+def run_triton(name: str, case: Case, tensors: Tensors | None = None, impl: str = IMPL) -> Tensors:
+    """The kernels' outputs."""
+    return OPERATIONS[name].run(case, impl, case.tensors() if tensors is None else tensors)
+
+
+def triton_gradients(
+    name: str, case: Case, tensors: Tensors, grads: Tensors, leaves: Sequence[str] | None = None, impl: str = IMPL
+) -> Tensors:
+    leaves = [x for x in OPERATIONS[name].leaves if x in tensors] if leaves is None else list(leaves)
+    return gradients(case, tensors, grads, leaves, lambda c, t: OPERATIONS[name].run(c, impl, t))
+
+
+def check(name: str, case: Case, backward: bool = True, impl: str = IMPL) -> None:
+    """Outputs and all gradients of one operation by the rule."""
+    tensors = case.tensors()
+    with torch.no_grad():
+        outputs = run_triton(name, case, tensors, impl)
+    assert_all_right(name, case, outputs, tensors)
+    if backward:
+        grads = {key: fenced(x) for key, x in upstream(outputs).items()}
+        found = triton_gradients(name, case, tensors, grads, impl=impl)
+        assert_all_right(name, case, found, tensors, grads)
