@@ -4,6 +4,7 @@
 #              PROCESSORS_ARGS=--sample: what CI runs)
 # make bench   install with the test extras, then measure what attention control costs here (docs/benchmarks.md): the
 #              overhead table, the operations and pictures of both, into out/bench
+# make docs    install with the docs extra, then build the documentation into out/site; every warning is an error
 # make clean   remove what these made
 # PYTHON=python3.12 chooses the interpreter that .venv is made with (3.10 to 3.13).
 
@@ -30,7 +31,7 @@ export PYTHONUNBUFFERED ?= 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-processors lint types bench clean
+.PHONY: help demo test test-processors lint types bench docs clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -57,6 +58,10 @@ bench: $(VENV)/.installed-test
 	$(BIN)/attnctl-fast bench overhead --results out/bench/overhead.jsonl $(BENCH_ARGS)
 	$(BIN)/attnctl-fast bench ops --results out/bench/ops_cpu.jsonl
 	$(BIN)/attnctl-fast bench plot --results out/bench --out out/bench
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The documentation: out/site/index.html"
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .benchmarks
@@ -85,3 +90,8 @@ $(VENV)/.installed-test: $(PACKAGING) | $(VENV)/.installed-torch
 	@echo "Installing attnctl-fast[test] into $(VENV)"
 	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[test]'
 	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-docs: $(PACKAGING) | $(VENV)/.installed-torch
+	@echo "Installing attnctl-fast[docs] into $(VENV)"
+	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	@touch $@

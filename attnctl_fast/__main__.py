@@ -1,3 +1,5 @@
+"""Run the command line: `python -m attnctl_fast`."""
+
 import sys
 
 from .cli import main

@@ -1,4 +1,4 @@
-"""Which implementation runs: `reference`, `eager` or `triton`."""
+"""The choice of implementation: `reference`, `eager` or `triton`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ _source = "the environment variable ATTNCTL_IMPL"
 
 
 def resolve(impl: str | None, device: torch.device) -> str:
-    """The implementation to run on `device`: `impl` if given, else that of the innermost `use`, else ATTNCTL_IMPL, else
-    `triton` on CUDA and ROCm and `eager` everywhere else.
+    """Return the implementation to run on `device`.
+
+    It is `impl` if given, else that of the innermost `use`, else ATTNCTL_IMPL, else `triton` on CUDA and ROCm and
+    `eager` everywhere else.
 
     Raises:
         ValueError: an unknown implementation, `triton` without Triton, or on a device that it cannot run on.
@@ -52,8 +54,9 @@ def resolve(impl: str | None, device: torch.device) -> str:
 
 
 class use:
-    """Make `impl` the default of every operation in the whole process: inside a `with` block, or as a plain statement
-    from then on.
+    """Make `impl` the default of every operation in the whole process.
+
+    It holds inside a `with` block, or, as a plain statement, from then on.
 
     Args:
         impl: `"triton"` (the kernels, the default on CUDA and ROCm; no float64), `"eager"` (closed forms in PyTorch,

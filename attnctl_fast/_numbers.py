@@ -38,8 +38,10 @@ def check_steps(name: str, value: int | float) -> None:
 
 
 def step_count(value: int | float, steps: int) -> int:
-    """`value` as a number of steps: a count as it is, a share rounded down (but any share above zero is at least one
-    step)."""
+    """Return `value` as a number of steps.
+
+    A count is returned as it is, a share rounded down (but any share above zero is at least one step).
+    """
     if isinstance(value, int):
         return value
     return max(math.floor(value * steps + 1e-6), int(value > 0))

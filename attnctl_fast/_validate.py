@@ -34,7 +34,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_scale(scale: float | None, width: int) -> float:
-    """The factor of the logits: `scale`, or 1/sqrt(head width)."""
+    """Return the factor of the logits: `scale`, or 1/sqrt(head width)."""
     if scale is not None and not torch.compiler.is_compiling() and not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be finite")
     return width**-0.5 if scale is None else float(scale)
@@ -53,7 +53,7 @@ def _check_row(name: str, row: Sequence[int], tokens: int, padded: bool) -> None
 
 
 def _integers(name: str, ids: Any, depth: int = 0) -> list[Any]:
-    """A sequence of ints, or of such sequences, as lists; arrays and tensors are sequences as well."""
+    """Return a sequence of ints, or of such sequences, as lists; arrays and tensors are sequences as well."""
     if hasattr(ids, "tolist"):
         ids = ids.tolist()
     if depth > 1 or isinstance(ids, str) or not isinstance(ids, Iterable):
@@ -73,7 +73,9 @@ def _integers(name: str, ids: Any, depth: int = 0) -> list[Any]:
 def _check_token_ids(
     name: str, ids: TokenIds, batch: int, tokens: int, device: torch.device
 ) -> tuple[Tensor, list[list[int]] | None]:
-    """`ids` as an int64 tensor on `device`, [T] (all samples) or [B,T] (padded with -1), and as one row per sample.
+    """Return `ids` as an int64 tensor on `device`, and as one row per sample.
+
+    The tensor is [T] (all samples) or [B,T] (padded with -1).
 
     Values are read and checked where that costs no synchronisation: sequences and CPU tensors, outside of tracing.
 
@@ -107,7 +109,7 @@ def _check_token_ids(
 
 
 def check_targets(target_ids: TokenIds, pinned_ids: TokenIds, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Target and pinned ids as tensors; at least one target, none of them pinned as well."""
+    """Return target and pinned ids as tensors; at least one target, none of them pinned as well."""
     batch, tokens = k.shape[0], k.shape[2]
     targets, rows = _check_token_ids("target_ids", target_ids, batch, tokens, k.device)
     pinned, pinned_rows = _check_token_ids("pinned_ids", pinned_ids, batch, tokens, k.device)
@@ -124,7 +126,7 @@ def check_targets(target_ids: TokenIds, pinned_ids: TokenIds, k: Tensor) -> tupl
 
 
 def check_tokens(token_ids: TokenIds | None, k: Tensor) -> Tensor | None:
-    """`token_ids` as a tensor, at least one; None stands for all."""
+    """Return `token_ids` as a tensor, at least one; None stands for all."""
     if token_ids is None:
         return None
     ids, _ = _check_token_ids("token_ids", token_ids, k.shape[0], k.shape[2], k.device)
@@ -134,14 +136,14 @@ def check_tokens(token_ids: TokenIds | None, k: Tensor) -> Tensor | None:
 
 
 def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in `dtype`; ValueError where that would lose digits."""
+    """Return `x` in `dtype`; raise ValueError where that would lose digits."""
     if torch.promote_types(x.dtype, dtype) != dtype:
         raise ValueError(f"{name} is {x.dtype} but the computation is {dtype}; cast it, or the inputs to {x.dtype}")
     return x.to(dtype)
 
 
 def check_key_bias(key_bias: Tensor | None, k: Tensor, name: str = "key_bias") -> Tensor | None:
-    """`key_bias` [B,N] in float32, or float64 for float64 keys [B,H,N,d].
+    """Return `key_bias` [B,N] in float32, or float64 for float64 keys [B,H,N,d].
 
     Values are read and checked where that costs no synchronisation: on a CPU, outside of tracing.
 
@@ -167,7 +169,7 @@ def check_key_bias(key_bias: Tensor | None, k: Tensor, name: str = "key_bias") -
 
 
 def check_grid(grid: tuple[int, int], image_tokens: int | None = None) -> tuple[int, int]:
-    """(height, width) as two positive ints, with height*width == image_tokens where that is given."""
+    """Return (height, width) as two positive ints, with height*width == image_tokens where that is given."""
     try:
         height, width = (operator.index(side) for side in grid)
     except (TypeError, ValueError):

@@ -18,7 +18,7 @@ __all__ = ["AttentionMaps", "Handle", "by_downsampling", "capture", "control", "
 
 
 class Handle:
-    """What `enable` put on a pipeline."""
+    """A control that `enable` put on a pipeline."""
 
     def __init__(self, engine: Engine, entry: Entry, pipe: Any) -> None:
         self._on: tuple[Engine, Entry, Any] | None = (engine, entry, pipe)
@@ -127,8 +127,10 @@ def enable(pipe: Any, *methods: Method) -> Handle:
 
 @contextmanager
 def control(pipe: Any, *methods: Method) -> Iterator[Handle]:
-    """Put methods on a pipeline for the length of a `with` block; see `enable`. On leaving, by return or by exception,
-    the pipeline is as it was."""
+    """Put methods on a pipeline for the length of a `with` block; see `enable`.
+
+    On leaving, by return or by exception, the pipeline is as it was.
+    """
     handle = enable(pipe, *methods)
     try:
         yield handle

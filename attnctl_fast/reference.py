@@ -22,36 +22,36 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _one_hot(ids: Tensor, batch: int, tokens: int) -> Tensor:
-    """bool [B,T,N]: which column each id names; a padded id names none."""
+    """Return bool [B,T,N]: which column each id names; a padded id names none."""
     return ids.expand(batch, -1).unsqueeze(-1) == torch.arange(tokens, device=ids.device)
 
 
 def _logits(q: Tensor, k: Tensor, scale: float, key_bias: Tensor | None = None) -> Tensor:
-    """scale q k^T, with `key_bias` [B,N] added to the columns: -inf masks one."""
+    """Return scale q k^T, with `key_bias` [B,N] added to the columns: -inf masks one."""
     logits = scale * (_wide(q) @ _wide(k).mT)
     return logits if key_bias is None else logits + key_bias[:, None, None, :]
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """softmax over the last dimension, with zeros for a row whose logits are all -inf."""
+    """Return the softmax over the last dimension, with zeros for a row whose logits are all -inf."""
     empty = (logits == -torch.inf).all(-1, keepdim=True)
     return torch.where(empty, 0.0, torch.where(empty, 0.0, logits).softmax(-1))
 
 
 def _joint_lse(rest_lse: Tensor, logits: Tensor) -> Tensor:
-    """The logsumexp over the rest [B,H,M] and the targets [B,H,T,M]; where all are -inf, `NO_COLUMNS`."""
+    """Return the logsumexp over the rest [B,H,M] and the targets [B,H,T,M]; where all are -inf, `NO_COLUMNS`."""
     return torch.cat([logits, rest_lse.clamp(min=NO_COLUMNS).unsqueeze(2)], 2).logsumexp(2)
 
 
 def _normalise(logits: Tensor, lse: Tensor) -> Tensor:
-    """softmax, with zeros for a row whose logits are all -inf."""
+    """Return the softmax, with zeros for a row whose logits are all -inf."""
     return torch.exp(logits - torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1))
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, excluded_ids: Tensor, scale: float, key_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T) v over the columns that are not excluded, and the logsumexp of each row's logits."""
+    """Return softmax(scale q k^T) v over the columns that are not excluded, and the logsumexp of each row's logits."""
     excluded = _one_hot(excluded_ids, k.shape[0], k.shape[2]).any(1)
     logits = _logits(q, k, scale, key_bias).masked_fill(excluded[:, None, None, :], -torch.inf)
     empty = (logits == -torch.inf).all(-1)
@@ -68,8 +68,10 @@ def attention_with_maps(
     scale: float,
     key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(l) v, and the columns of softmax(l) that `token_ids` names, all for None: [B,H,n,M], or [B,n,M] as their
-    mean over the heads; zeros for a padded token (MATH.md section 4)."""
+    """Return softmax(l) v, and the columns of softmax(l) that `token_ids` names, all for None.
+
+    The columns are [B,H,n,M], or [B,n,M] as their mean over the heads; zeros for a padded token (MATH.md section 4).
+    """
     probabilities = _softmax(_logits(q, k, scale, key_bias))
     maps = probabilities.mT
     if token_ids is not None:
@@ -82,8 +84,10 @@ def attention_with_maps(
 def attention_with_context_gradient(
     q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float, key_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """softmax(l) v, and softmax over image tokens of l^T times the weighted queries (MATH.md section 2), zeros for a
-    masked column; nothing else of a column's bias changes that softmax."""
+    """Return softmax(l) v, and softmax over image tokens of l^T times the weighted queries (MATH.md section 2).
+
+    The latter is zeros for a masked column; nothing else of a column's bias changes that softmax.
+    """
     logits, queries = _logits(q, k, scale), _wide(q)
     if query_weight is not None:
         queries = queries * query_weight[:, None, :, None]
@@ -101,7 +105,7 @@ def composed_attention(
     scale: float,
     key_biases: Sequence[Tensor | None],
 ) -> Tensor:
-    """The attention to every context, summed by their shares (MATH.md section 2, CACAO)."""
+    """Return the attention to every context, summed by their shares (MATH.md section 2, CACAO)."""
     contexts = zip(ks, vs, shares, key_biases, strict=True)
     return sum(w * (_softmax(_logits(q, k, scale, bias)) @ _wide(v)) for k, v, w, bias in contexts)  # type: ignore[return-value]
 
@@ -116,8 +120,11 @@ def region_attention(
     scale: float,
     key_bias: Tensor | None = None,
 ) -> Tensor:
-    """Logits pulled to their row's maximum where row and column share a region, to its minimum elsewhere (arXiv
-    2308.12964); masked columns are neither, and stay masked."""
+    """Return attention whose logits are pulled to their row's extremes (arXiv 2308.12964).
+
+    They are pulled to the maximum where row and column share a region, to the minimum elsewhere; masked columns are
+    neither, and stay masked.
+    """
     masked = torch.zeros(k.shape[0], 1, 1, k.shape[2], dtype=torch.bool, device=k.device)
     if key_bias is not None:
         masked = (key_bias == -torch.inf)[:, None, None, :]
@@ -133,7 +140,7 @@ def region_attention(
 
 
 def target_logits(q: Tensor, k: Tensor, target_ids: Tensor, scale: float, key_bias: Tensor | None = None) -> Tensor:
-    """The target columns of the logits, one map per token: [B,H,T,M]; -inf for a padded target."""
+    """Return the target columns of the logits, one map per token: [B,H,T,M]; -inf for a padded target."""
     logits = _logits(q, k, scale, key_bias).mT
     ids = target_ids.expand(k.shape[0], -1)
     rows = ids.clamp(min=0)[:, None, :, None].expand(-1, logits.shape[1], -1, logits.shape[3])
@@ -141,14 +148,17 @@ def target_logits(q: Tensor, k: Tensor, target_ids: Tensor, scale: float, key_bi
 
 
 def rest_square(q: Tensor, k: Tensor, target_ids: Tensor, scale: float, key_bias: Tensor | None = None) -> Tensor:
-    """c_m, the sum of squared probabilities over the columns that are not targets: [B,H,M] (MATH.md section 1)."""
+    """Return c_m, the sum of squared probabilities over the columns that are not targets.
+
+    It is [B,H,M] (MATH.md section 1).
+    """
     probabilities = _softmax(_logits(q, k, scale, key_bias))
     targets = _one_hot(target_ids, k.shape[0], k.shape[2]).any(1)
     return probabilities.masked_fill(targets[:, None, None, :], 0.0).square().sum(-1)
 
 
 def gaussian_basis(axis_y: Tensor, axis_x: Tensor, sigma_y: float, sigma_x: float, grid: tuple[int, int]) -> Tensor:
-    """One Gaussian map per pair of centres: [r_y, r_x, height, width] (arXiv 2403.06381, Eq. 10)."""
+    """Return one Gaussian map per pair of centres: [r_y, r_x, height, width] (arXiv 2403.06381, Eq. 10)."""
     y = torch.arange(grid[0], dtype=axis_y.dtype, device=axis_y.device)[:, None]
     x = torch.arange(grid[1], dtype=axis_x.dtype, device=axis_x.device)[None, :]
     rows = []
@@ -162,7 +172,7 @@ def gaussian_basis(axis_y: Tensor, axis_x: Tensor, sigma_y: float, sigma_x: floa
 
 
 def gaussian_bias(theta: Tensor, basis: Tensor) -> Tensor:
-    """S = sum over centres of theta times the Gaussian maps: [B,H,T,M]."""
+    """Return S = sum over centres of theta times the Gaussian maps: [B,H,T,M]."""
     maps = theta.new_zeros(*theta.shape[:3], *basis.shape[2:])
     for i in range(basis.shape[0]):
         for j in range(basis.shape[1]):
@@ -180,8 +190,10 @@ def biased_attention(
     scale: float,
     key_bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention with `bias` [B,H,T,M] added to the scaled logits of the target columns; pinned columns keep their
-    unbiased probabilities, and rows are not renormalised."""
+    """Return attention with `bias` [B,H,T,M] added to the scaled logits of the target columns.
+
+    Pinned columns keep their unbiased probabilities, and rows are not renormalised.
+    """
     logits = _logits(q, k, scale, key_bias)
     columns = _one_hot(target_ids, k.shape[0], k.shape[2])
     biased = logits
@@ -202,7 +214,7 @@ def merge_targets(
     target_ids: Tensor,
     pinned_ids: Tensor,
 ) -> Tensor:
-    """(e^R O_rest + sum_t e^z_t V_t) / Z plus (A - A') V for every pinned column (MATH.md section 1)."""
+    """Return (e^R O_rest + sum_t e^z_t V_t) / Z plus (A - A') V for every pinned column (MATH.md section 1)."""
     padded = (target_ids.expand(v.shape[0], -1) < 0)[:, None, :, None]
     z = torch.where(padded, -torch.inf, logits + bias)
     plain_lse, lse = _joint_lse(rest_lse, logits), _joint_lse(rest_lse, z)
@@ -227,7 +239,9 @@ def regulation_loss(
     mass_weight: float,
     penalty: float,
 ) -> Tensor:
-    """The objective of attention regulation per batch and head, [B,H] (arXiv 2403.06381, Eq. 11-15; MATH.md section 1).
+    """Return the objective of attention regulation per batch and head, [B,H].
+
+    See arXiv 2403.06381, Eq. 11-15, and MATH.md section 1.
 
     `bias` is what is added to the scaled logits. `official` adds penalty * mean theta^2, `paper` penalty * ||A' - A||.
     """
@@ -256,7 +270,7 @@ def regulation_loss(
 
 
 def keep_best(losses: Tensor, select: str) -> Tensor:
-    """The step with the lowest loss over the heads of each sample, or over the whole batch: int64 [B]."""
+    """Return the step with the lowest loss over the heads of each sample, or over the whole batch: int64 [B]."""
     total = losses.mean(-1)
     if select == "batch":
         total = total.mean(-1, keepdim=True).expand_as(total)
@@ -283,7 +297,7 @@ def regulate(
     mass_weight: float,
     penalty: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient descent on theta by autograd; (bias, theta) of the best step and the losses of all: [steps,B,H].
+    """Descend on theta by autograd; return (bias, theta) of the best step and the losses of all: [steps,B,H].
 
     The bias is averaged with that of `previous`, or of the initial theta, and multiplied by `strength`.
     """
@@ -323,8 +337,10 @@ def regulate_full_logits(
     mass_weight: float = 80.0,
     penalty: float = 0.09,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The official objective as published: every step adds S to the full logits [B,H,M,N], takes their softmax and
-    differentiates through it. What `regulate` must equal, and the baseline of the operation benchmarks.
+    """Descend on the official objective as published.
+
+    Every step adds S to the full logits [B,H,M,N], takes their softmax and differentiates through it. `regulate` must
+    equal it, and it is the baseline of the operation benchmarks.
 
     Returns (bias [B,H,T,M], theta, losses [steps,B,H]); `target_ids` [T]; the best step is that of the whole batch.
     """
@@ -354,7 +370,7 @@ def regulate_full_logits(
 
 
 def smooth_maps(maps: Tensor, grid: Sequence[int], taps: Sequence[float]) -> Tensor:
-    """Every map convolved with `taps` along both axes of the grid, its border reflected (MATH.md section 3)."""
+    """Convolve every map with `taps` along both axes of the grid, its border reflected (MATH.md section 3)."""
     maps, radius = _wide(maps), len(taps) // 2
     kernel = torch.tensor(taps, dtype=maps.dtype, device=maps.device)
     padded = F.pad(maps.reshape(-1, 1, *grid), [radius] * 4, mode="reflect")
@@ -362,13 +378,13 @@ def smooth_maps(maps: Tensor, grid: Sequence[int], taps: Sequence[float]) -> Ten
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x over its norm along the last dimension; zeros, whose gradient is zero, where it is all zeros."""
+    """Return x over its norm along the last dimension; zeros, whose gradient is zero, where it is all zeros."""
     square = x.square().sum(-1, keepdim=True)
     return torch.where(square == 0, 0.0, x / torch.where(square == 0, 1.0, square).sqrt())
 
 
 def map_similarity(maps: Tensor) -> Tensor:
-    """The cosines of the angles between maps, [B,n,n]."""
+    """Return the cosines of the angles between maps, [B,n,n]."""
     unit = _unit(_wide(maps))
     return unit @ unit.mT
 
@@ -382,8 +398,10 @@ def similarity_loss(
     variant: str,
     weight: float,
 ) -> Tensor:
-    """T-SAM's loss [B], row by row: `cosine` leaves the diagonal out, the others put a 1 there and divide by the row's
-    sum (MATH.md section 3)."""
+    """Return T-SAM's loss [B], row by row (MATH.md section 3).
+
+    `cosine` leaves the diagonal out, the others put a 1 there and divide by the row's sum.
+    """
     batch, tokens = maps.shape[:2]
     lengths = torch.full((batch,), tokens, device=maps.device) if lengths is None else lengths
     real = torch.arange(tokens, device=maps.device) < lengths[:, None]

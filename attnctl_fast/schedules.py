@@ -1,4 +1,4 @@
-"""How a method's strength runs over the steps of a call, as factors of its full strength."""
+"""Schedules: a method's strength over the steps of a call, as factors of its full strength."""
 
 from __future__ import annotations
 
@@ -35,25 +35,27 @@ ScheduleLike: TypeAlias = Schedule | Callable[[float], float] | Sequence[float]
 
 
 def constant() -> Schedule:
-    """Full strength at every step."""
+    """Return a schedule of full strength at every step."""
     return Schedule("constant")
 
 
 def step(start: int | float) -> Schedule:
-    """Off before `start`, on from there; an int counts steps, a float is a share of them, rounded
-    down (but any share above zero is at least one step)."""
+    """Return a schedule that is off before `start` and on from there.
+
+    An int counts steps, a float is a share of them, rounded down (but any share above zero is at least one step).
+    """
     check_steps("start", start)
     return Schedule("step", start)
 
 
 def reverse_step(stop: int | float) -> Schedule:
-    """On before `stop` (as in `step`), off from there."""
+    """Return a schedule that is on before `stop` (as in `step`) and off from there."""
     check_steps("stop", stop)
     return Schedule("reverse_step", stop)
 
 
 def linear(last: float) -> Schedule:
-    """From 1 at the first step straight to `last`, which the step after the last one would have.
+    """Return a straight line from 1 at the first step to `last`, which the step after the last one would have.
 
     The released code's `linear` with slope r on gamma is `linear(1 + r * steps / gamma)`.
     """
@@ -62,7 +64,7 @@ def linear(last: float) -> Schedule:
 
 
 def exponential(last: float) -> Schedule:
-    """From 1 at the first step to `last` by equal ratios; `last` is above zero, and as in `linear`.
+    """Return equal ratios from 1 at the first step to `last`, which is above zero, and as in `linear`.
 
     The released code's `exp` with a ratio r per step is `exponential(r ** steps)`.
     """

@@ -26,10 +26,16 @@ def plain(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float
 class Attention:
     """One attention call of the model while methods act on it.
 
-    q `[R,H,M,d]`, k, v `[R,H,N,d]`: what the model attends with, without the columns that methods have added. key_bias:
-    `[R,N]`, added to the scaled logits, or None. scale: of the logits. rows: which rows are conditional. module: the
-    attention module. moved: the context is not what the model hands to every layer. probabilities: of the conditional
-    rows, as in `Edited`.
+    Attributes:
+        q: queries `[R,H,M,d]` that the model attends with.
+        k: keys `[R,H,N,d]`, without the columns that methods have added.
+        v: values `[R,H,N,d]`, likewise.
+        key_bias: `[R,N]`, added to the scaled logits, or None.
+        scale: factor of the logits.
+        rows: which rows are conditional.
+        module: the attention module.
+        moved: the context is not what the model hands to every layer.
+        probabilities: of the conditional rows, as in `Edited`.
     """
 
     def __init__(
@@ -148,8 +154,9 @@ def key_bias_of(mask: Tensor | None, rows: int, tokens: int, name: str) -> Tenso
     Args:
         mask: boolean (true where a key takes part) or added to the logits; `[R,H,1,N]` or what broadcasts to it. Of
             more than N columns the first ones count.
-        rows, tokens: R and N.
-        name: of the layer.
+        rows: R.
+        tokens: N.
+        name: the layer's.
 
     Raises:
         ValueError: the mask is another one for every image token.

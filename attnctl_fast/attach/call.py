@@ -21,13 +21,20 @@ Encode: TypeAlias = Callable[[list[str]], tuple[Tensor, Tensor | None]]
 class Call:
     """One call of a pipeline, as methods see it.
 
-    pipe: the pipeline. prompts: the prompts and their tokens. images: images per prompt; samples come prompt by
-    prompt. encode: contexts `[n,N,C]` and pooled embeddings (or None) of n texts, as the pipeline encodes prompts in
-    this call. evaluation: index of the model's evaluation, counted by timesteps. step, steps: index of the sampling
-    step it belongs to, and how many the call runs. repeated: it is the step's second evaluation (Heun). view: how many
-    evaluations of the prompt came before it at the same timestep (panorama). latents: (height, width) of the latents.
-    mask: of an inpainting call, `[samples, 1, height, width]` at the latents' size, 1 where the picture is new; None
-    elsewhere.
+    Attributes:
+        pipe: the pipeline.
+        prompts: the prompts and their tokens.
+        images: images per prompt; samples come prompt by prompt.
+        encode: a function from n texts to their contexts `[n,N,C]` and pooled embeddings (or None), as the pipeline
+            encodes prompts in this call.
+        evaluation: index of the model's evaluation, counted by timesteps.
+        step: index of the sampling step that it belongs to.
+        repeated: it is the step's second evaluation (Heun).
+        view: how many evaluations of the prompt came before it at the same timestep (panorama).
+        steps: how many sampling steps the call runs.
+        latents: (height, width) of the latents.
+        mask: of an inpainting call, `[samples, 1, height, width]` at the latents' size, 1 where the picture is new;
+            None elsewhere.
     """
 
     pipe: Any
@@ -62,8 +69,13 @@ class Site:
     A run may keep attributes of its own here: with a table of them by the layers' names, torch.compile would make a
     graph for every layer.
 
-    layer: which one. chosen: the method was asked to act there. grid: (height, width) of its image tokens, known from
-    the first evaluation on. heads: how many. columns: where in k and v the tokens lie that `more_context` added.
+    Attributes:
+        layer: the layer.
+        name: its name, as in `named_modules()`.
+        chosen: the method was asked to act there.
+        grid: (height, width) of its image tokens, known from the first evaluation on.
+        heads: how many heads it has.
+        columns: where in k and v the tokens lie that `more_context` added.
     """
 
     def __init__(self, layer: Layer, *, chosen: bool = True) -> None:

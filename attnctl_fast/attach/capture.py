@@ -19,15 +19,18 @@ from .rows import Rows, taken
 
 
 class AttentionMaps(Mapping[str, Tensor]):
-    """Head-averaged cross-attention maps of the conditional rows in the last pipeline call, by layer in order of
-    execution.
+    """Cross-attention maps of the last pipeline call, by layer in order of execution.
+
+    They are averaged over the heads, and of the conditional rows.
 
     `maps["down_blocks.2.attentions.0.transformer_blocks.0.attn2"]` is a float32 CPU tensor
     `[evaluations, B, n, height, width]`: one entry per UNet evaluation (and view, of a panorama), B images (prompt by
     prompt), n tokens. Where a method edits the layer, its edited maps are shown.
 
-    token_ids: the positions captured, one list per prompt. tokens: their strings, or None with prompt embeddings.
-    words: the positions of every captured word, one dict per prompt, or None where the words are unknown.
+    Attributes:
+        token_ids: the positions captured, one list per prompt.
+        tokens: their strings, or None with prompt embeddings.
+        words: the positions of every captured word, one dict per prompt, or None where the words are unknown.
     """
 
     def __init__(self) -> None:
@@ -74,7 +77,8 @@ class AttentionMaps(Mapping[str, Tensor]):
         prompt as the tokenizer normalises them (CLIP: lower case), a repeated one as "dog", "dog (2)".
 
         Args:
-            layers, steps: as in `mean`.
+            layers: names of captured layers; None for all.
+            steps: which evaluations, as in `mean`; None for all.
 
         Raises:
             ValueError: nothing was captured there, or all tokens of a prompt whose words are unknown.
@@ -98,7 +102,10 @@ class AttentionMaps(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Capture(Method):
-    """Records attention maps. tokens: as targets of a method, None for all. maps: where they go."""
+    """Record attention maps.
+
+    tokens: as targets of a method, None for all. maps: where they go.
+    """
 
     tokens: Targets | None
     maps: AttentionMaps
@@ -147,8 +154,9 @@ class _Recording(Run):
 
 @torch.no_grad()
 def mean_maps(attention: Attention, token_ids: Tensor, kept: list[int]) -> Tensor:
-    """Return attention to the tokens, mean over heads, `[B,n,M]`, at least float32; with the edit if there was one. One
-    head at a time: nothing of size B*H*M*N.
+    """Return attention to the tokens, mean over heads, `[B,n,M]`, at least float32.
+
+    It has the edit in it if there was one. One head at a time: nothing of size B*H*M*N.
 
     Args:
         attention: of the conditional rows.

@@ -10,8 +10,11 @@ from .call import Call, Site
 
 
 class Cascade:
-    """A context that layers move on, `[.., N, C]`: in place where nothing is differentiated, so that a compiled model
-    keeps its memory, else as a new tensor."""
+    """A context that layers move on, `[.., N, C]`.
+
+    It is changed in place where nothing is differentiated, so that a compiled model keeps its memory; else it becomes a
+    new tensor.
+    """
 
     def __init__(self, like: Tensor) -> None:
         # At the precision of the context a small step would be rounded away.

@@ -30,7 +30,7 @@ from .scheduler import SchedulerTap
 
 @dataclass(eq=False)
 class Entry:
-    """What one `enable` or `capture` put on a pipeline: methods, each with the names of its layers."""
+    """The methods that one `enable` or `capture` put on a pipeline, each with the names of its layers."""
 
     pipe: weakref.ref[Any]
     methods: list[tuple[Method, list[str]]]

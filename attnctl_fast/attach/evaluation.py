@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 class Evaluation:
     """One evaluation of the model.
 
-    call: the call it belongs to. model: the model, not compiled. rows: which rows are conditional. given: the model's
-    arguments by name; changing them changes what it is called with. moved: the latents have been moved already, by an
-    evaluation of the same ones before this one.
+    Attributes:
+        call: the call it belongs to.
+        model: the model, not compiled.
+        rows: which rows are conditional.
+        given: the model's arguments by name; changing them changes what it is called with.
+        moved: the latents have been moved already, by an evaluation of the same ones before this one.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class Evaluation:
 
     @property
     def sample(self) -> Tensor:
-        """What the model denoises, `[R,C,height,width]`, with what some models read besides the latents."""
+        """The model's input, `[R,C,height,width]`: the noisy latents, with what some models read besides them."""
         return self.given[self._family.sample]
 
     @property
@@ -98,7 +101,7 @@ class Evaluation:
 
     @property
     def distinct(self) -> list[int]:
-        """Which of the conditional rows `latents` are of: the first ones that carry them."""
+        """The conditional rows that `latents` are of: the first ones that carry them."""
         return [self.rows.conditional.index(row) for row in self._layout()[0]]
 
     @property

@@ -1,4 +1,4 @@
-"""What differs between models: where a pipeline keeps one, what its arguments are called, which layers it has."""
+"""The differences between models: where a pipeline keeps one, what its arguments are called, which layers it has."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class _Read(Exception):
 
 
 class _Reader(Run):
-    """Adds the maps of every layer to a list, and ends the pass at the last one."""
+    """A run that adds the maps of every layer to a list, and ends the pass at the last one."""
 
     def __init__(self, token_ids: Tensor | None, last: Site | None) -> None:
         self.token_ids, self.last = token_ids, last
@@ -47,8 +47,10 @@ def reading(
     truncate: bool = True,
     freeze: bool = True,
 ) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yield a function from latents to maps, differentiable: attention of the conditional rows, mean over heads and
-    layers, `[B,n,M]`. It evaluates the model, not compiled, without what methods do in other passes.
+    """Yield a differentiable function from latents to maps.
+
+    The maps are attention of the conditional rows, mean over heads and layers, `[B,n,M]`. The function evaluates the
+    model, not compiled, without what methods do in other passes.
 
     Args:
         evaluation: what the pipeline asked for.

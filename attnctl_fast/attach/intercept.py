@@ -35,8 +35,10 @@ _REMEDY = (
 
 
 class Acts(NamedTuple):
-    """What acts on a layer: the run that edits its attention, those that move its context, that add contexts, and that
-    attend after the edit, each with its site."""
+    """The runs that act on a layer, each with its site.
+
+    One edits its attention, others move its context, add contexts, or attend after the edit.
+    """
 
     edit: tuple[Run, Site] | None = None
     contexts: tuple[tuple[Run, Site], ...] = ()
@@ -84,8 +86,10 @@ class Place:
         return self._inner(*args, **kwargs) if self._bound else self._inner(module, *args, **kwargs)
 
     def read(self, acts: Acts, given: Any) -> tuple[Any, int, bool]:
-        """Return the layer's `encoder_hidden_states` as methods make it of `given`, how many of its tokens are the
-        prompt's, and whether those were moved."""
+        """Return the layer's `encoder_hidden_states` as methods make it of `given`.
+
+        Also return how many of its tokens are the prompt's, and whether those were moved.
+        """
         text, images = given if isinstance(given, tuple) else (given, None)
         if images is None and self._wants_images:
             raise ValueError(
@@ -126,7 +130,14 @@ class Place:
             acts: what acts on it.
             tokens: of the prompt's context; None for all columns.
             moved: whether that context was moved.
-            query, key, ...: of `scaled_dot_product_attention`.
+            query: as `scaled_dot_product_attention` takes it.
+            key: as `scaled_dot_product_attention` takes it.
+            value: as `scaled_dot_product_attention` takes it.
+            attn_mask: as `scaled_dot_product_attention` takes it.
+            dropout_p: as `scaled_dot_product_attention` takes it.
+            is_causal: as `scaled_dot_product_attention` takes it.
+            scale: as `scaled_dot_product_attention` takes it.
+            enable_gqa: as `scaled_dot_product_attention` takes it.
         """
         if dropout_p or is_causal or enable_gqa:
             raise ValueError(
@@ -236,7 +247,7 @@ def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Handing(TorchFunctionMode):
-    """Hands the first attention call within to a place."""
+    """A context that hands the first attention call within it to a place."""
 
     def __init__(self, place: Place, acts: Acts, tokens: int | None, moved: bool) -> None:
         super().__init__()
@@ -260,7 +271,7 @@ _real: Callable[..., Tensor] = _BUILTIN
 
 
 def _attention(*args: Any, **kwargs: Any) -> Tensor:
-    """Stands in for `F.scaled_dot_product_attention` while a controlled model runs."""
+    """Stand in for `F.scaled_dot_product_attention` while a controlled model runs."""
     handler = getattr(_thread, "handler", None)
     if handler is None:
         return _real(*args, **kwargs)

@@ -31,7 +31,7 @@ LayerChoice: TypeAlias = str | Sequence[str] | ByDownsampling | None
 
 
 def check_choice(layers: LayerChoice) -> tuple[str, ...] | ByDownsampling | None:
-    """`layers` in hashable form.
+    """Return `layers` in hashable form.
 
     Raises:
         ValueError: neither name prefixes, `by_downsampling(n)` nor None.
@@ -63,13 +63,15 @@ class Layer:
     cross: bool = True
 
     def grid(self, latents: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) of the layer for latents of that (height, width); odd sides are rounded up, as the UNet
-        does."""
+        """Return (height, width) of the layer for latents of that (height, width).
+
+        Odd sides are rounded up, as the UNet does.
+        """
         return -(-latents[0] >> self.level), -(-latents[1] >> self.level)
 
 
 def _blocks(unet: Any) -> Iterable[tuple[str, Any, int]]:
-    """(name, module, level) of every block in order of execution."""
+    """Yield (name, module, level) of every block in order of execution."""
     level = 0
     if not hasattr(unet, "down_blocks"):
         return

@@ -71,7 +71,7 @@ class Patch:
 
 
 class _Stand:
-    """Stands in for a method. In a copy of its owner, a copy of the method does."""
+    """A stand-in for a method. In a copy of its owner, a copy of the method stands in."""
 
     def __init__(self, patch: Patch) -> None:
         functools.update_wrapper(self, patch.inner)

@@ -1,4 +1,4 @@
-"""Where words stand in a prompt: from targets as the user names them to positions in the text encoder's context."""
+"""Places of words in a prompt: from targets as the user names them to positions in the text encoder's context."""
 
 from __future__ import annotations
 
@@ -57,8 +57,11 @@ def check_targets(targets: Any, name: str = "targets") -> Targets:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of one prompt: ids, and the strings that the tokenizer shows for them, both with special tokens,
-    unpadded; and the ids of the text that the tokenizer cut off."""
+    """The tokens of one prompt.
+
+    Ids, and the strings that the tokenizer shows for them, both with special tokens, unpadded; and the ids of the text
+    that the tokenizer cut off.
+    """
 
     ids: tuple[int, ...]
     strings: tuple[str, ...]
@@ -82,7 +85,8 @@ class Prompts:
         second: prompts for the second text encoder, where they differ (SDXL).
 
     Attributes:
-        tokens, second: the prompts' tokens, and those of the second encoder's prompts; None where there are none.
+        tokens: the prompts' tokens; None where there are none.
+        second: those of the second encoder's prompts; None where there are none.
     """
 
     def __init__(
@@ -194,8 +198,10 @@ class Prompts:
         return self.occurrences(item, index, name)[0]
 
     def occurrences(self, item: Target, index: int, name: str) -> list[list[int]]:
-        """Return positions as `find` does, wherever the word or phrase stands; of those, what both text encoders'
-        prompts have from the first one on."""
+        """Return positions as `find` does, wherever the word or phrase stands.
+
+        Of those, what both text encoders' prompts have from the first one on.
+        """
         if isinstance(item, int):
             if item >= self.length:
                 raise ValueError(f"{name} holds the token id {item}, but the context has tokens 0..{self.length - 1}")

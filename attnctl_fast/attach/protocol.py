@@ -1,4 +1,4 @@
-"""What a method is to the engine that drives it, and what it does during a call."""
+"""The interface between a method and the engine that drives it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,29 @@ if TYPE_CHECKING:
 
 
 class Edited(NamedTuple):
-    """out: attention `[B,H,M,d]`. probabilities: what the edit makes of the scaled logits `[B,M,N]` of one head, for
-    those who look at the maps; None where it leaves them as they are."""
+    """Attention that a method edited.
+
+    Attributes:
+        out: attention `[B,H,M,d]`.
+        probabilities: a function that applies the edit to the scaled logits `[B,M,N]` of one head, for those who look
+            at the maps; None where it leaves them as they are.
+    """
 
     out: Tensor
     probabilities: Callable[[Tensor, int], Tensor] | None = None
 
 
 class Run:
-    """What a method does during one call of a pipeline. Every hook is optional: what a subclass does not define is not
-    called. Hooks on attention may be compiled into the model's graph: what depends on the step has to lie in tensors.
+    """The part of a method that acts during one call of a pipeline.
 
-    active: whether the hooks on attention act at this evaluation. used: whether they act at any evaluation of the call;
-    a compiled model runs the same graph at all of them. Both are read after `before_denoiser`.
+    Every hook is optional: what a subclass does not define is not called. Hooks on attention may be compiled into the
+    model's graph: what depends on the step has to lie in tensors.
+
+    Both attributes are read after `before_denoiser`.
+
+    Attributes:
+        active: whether the hooks on attention act at this evaluation.
+        used: whether they act at any evaluation of the call; a compiled model runs the same graph at all of them.
     """
 
     active: bool = True
@@ -77,18 +87,19 @@ def defines(run: Run, hook: str) -> bool:
 class Method:
     """A way to control a model; subclass it as a frozen dataclass, and give `start`.
 
-    layers: which ones its runs act on, as users name them; None for `default_layers`.
+    Attributes:
+        layers: those that its runs act on, as users name them; None for `default_layers`.
+        edits_attention: its runs `edit` attention, which one method per layer may do.
+        everywhere: its runs have a site in every layer that it reaches; `Site.chosen` says where the user wants it.
+        single: one of the kind acts in a call: that of the innermost control.
+        alone: no other method acts in the call.
     """
 
     layers: LayerChoice = None
 
-    # Its runs `edit` attention, which one method per layer may do.
     edits_attention: ClassVar[bool] = False
-    # Its runs have a site in every layer that it reaches; `Site.chosen` says where the user wants it.
     everywhere: ClassVar[bool] = False
-    # One of the kind acts in a call: that of the innermost control.
     single: ClassVar[bool] = False
-    # No other method acts in the call.
     alone: ClassVar[bool] = False
 
     def reaches(self, layer: Layer) -> bool:

@@ -1,4 +1,4 @@
-"""Which rows of a batch carry the prompt's text."""
+"""The rows of a batch that carry the prompt's text."""
 
 from __future__ import annotations
 
@@ -109,7 +109,8 @@ def conditional_rows(
         text: the contexts that the model is given, `[R,N,C]`.
         prompts: contexts of the prompts `[samples,N,C]`: the call's own, then those that it changed to.
         others: contexts `[samples,N,C]` that are not the prompts': of negative prompts.
-        samples, images: of the call, in all and per prompt.
+        samples: how many pictures the call makes.
+        images: how many of them for each prompt.
         guided: whether the prompt is combined with a negative one.
         told: the user has said which contexts are the prompt's.
 

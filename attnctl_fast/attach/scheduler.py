@@ -1,4 +1,4 @@
-"""What a pipeline hands to its scheduler, seen and changed within a call, and the noise of its steps."""
+"""The scheduler during a call: its input is seen and changed, and the noise of its steps is known."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def check_scheduler(pipe: Any) -> None:
 
 
 class SchedulerTap:
-    """Wraps a scheduler for the length of a pipeline call: notes the latents before they are scaled, and has the step
-    start from others.
+    """A wrapper of a scheduler for the length of a pipeline call.
+
+    It notes the latents before they are scaled, and has the step start from others.
 
     latents: what `scale_model_input` was last given; None before, and where the scheduler has none. moved: what the
     next `step` starts from, once; None for what the pipeline gives.

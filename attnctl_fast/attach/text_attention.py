@@ -1,4 +1,4 @@
-"""What the tokens of a prompt attend to within the text encoders."""
+"""Self-attention of a prompt's tokens within the text encoders."""
 
 from __future__ import annotations
 

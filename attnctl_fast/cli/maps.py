@@ -57,8 +57,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _middle(pipe: Any) -> ByDownsampling:
-    """Choose a quarter of the latents' size, where maps say most (Hertz et al., arXiv 2208.01626), or the nearest to it
-    that has cross-attention, the coarser of two."""
+    """Choose the layers at a quarter of the latents' size, or the nearest to it that has cross-attention.
+
+    There maps say most (Hertz et al., arXiv 2208.01626). Of two as near, the coarser is chosen.
+    """
     levels = {layer.level for layer in engine_of(pipe).layers.values() if layer.cross}
     return by_downsampling(1 << min(levels, key=lambda level: (abs(level - 2), -level)))
 

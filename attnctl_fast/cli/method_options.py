@@ -23,7 +23,9 @@ class Option:
 
     Args:
         help: what it is; the methods that have it are named before.
-        metavar, read, choices: as `add_argument` takes them; `read` is its `type`.
+        metavar: as `add_argument` takes it.
+        read: its `type`.
+        choices: as `add_argument` takes them.
         takes: one `value`; several `names` of parts of the model; or, for one prompt, several `texts`, `words` of it
             (alone or in tuples), or a `mapping` from words of it, written WORD=VALUE. A file of prompts may have the
             last three line by line.

@@ -18,7 +18,7 @@ SHAPES = "shapes"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides a picture, but for the method; the fields are options of the command line."""
+    """All settings of a picture but the method; the fields are options of the command line."""
 
     model: str
     prompt: str
@@ -41,8 +41,9 @@ class Settings:
 
 
 def load(settings: Settings) -> Any:
-    """Load the pipeline and move it to its device. Pickled weights are refused unless they are allowed, code that comes
-    with a model always.
+    """Load the pipeline and move it to its device.
+
+    Pickled weights are refused unless they are allowed, code that comes with a model always.
 
     Raises:
         ValueError: there is no such device, or the model needs what is refused.

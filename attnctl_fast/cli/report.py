@@ -1,4 +1,4 @@
-"""What commands write and print beside pictures: settings and versions as JSON, times, tables, reasons of errors."""
+"""Reports of commands: settings and versions as JSON, times, tables, reasons of errors."""
 
 from __future__ import annotations
 

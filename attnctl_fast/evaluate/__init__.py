@@ -1,7 +1,7 @@
-"""Draw many prompts with several seeds and methods, split over processes, judge the pictures and sum up.
+r"""Draw many prompts with several seeds and methods, split over processes, judge the pictures and sum up.
 
     python -m attnctl_fast.evaluate --model shapes --method plain regulation --seeds 64 --out sweep
-    accelerate launch --num_processes 2 -m attnctl_fast.evaluate --model path/or/hub-id \\
+    accelerate launch --num_processes 2 -m attnctl_fast.evaluate --model path/or/hub-id \
         --method plain regulation energy --prompts prompts.jsonl --seeds 4 --clip path/to/clip --out sweep
 
 Each process draws its share of the pictures with a pipeline of its own on its own device, one at a time and each from

@@ -1,3 +1,5 @@
+"""Run a sweep: `python -m attnctl_fast.evaluate`."""
+
 import sys
 
 from .main import main

@@ -37,7 +37,7 @@ class Picture:
 
     @property
     def file(self) -> str:
-        """Where it lies in the sweep's folder."""
+        """The picture's path in the sweep's folder."""
         return f"pictures/{self.place:05d}-{self.settings.seed}-{self.method}.png"
 
     def record(self) -> Record:
@@ -56,7 +56,9 @@ def plan(
     """Combine every prompt with every seed and method; the methods of a prompt and seed follow one another.
 
     Args:
-        base, options: settings and options of methods for all pictures; what a prompt has of its own comes before them.
+        base: settings of all pictures; what a prompt has of its own comes before them.
+        options: options of methods, likewise.
+        methods: names of methods, or `plain`.
         prompts: the prompts.
         seeds: of the prompts that name none.
 

@@ -38,8 +38,11 @@ class Scorer(Protocol):
 
 
 class Detector:
-    """Finds the shapes that a prompt names: `strict`, `exact` and `colours` as in `shapes.Score`; none for prompts that
-    are no scene and for pictures of another size than 64x64."""
+    """A judge that finds the shapes that a prompt names.
+
+    It gives `strict`, `exact` and `colours` as in `shapes.Score`; none for prompts that are no scene and for pictures
+    of another size than 64x64.
+    """
 
     name = "detector"
 
@@ -54,8 +57,9 @@ class Detector:
 
 
 class Clip:
-    """The CLIP score of Hessel et al. (arXiv 2104.08718), 100 max(cos, 0) of the embeddings of picture and prompt, by a
-    `transformers.CLIPModel`.
+    """The CLIP score of Hessel et al. (arXiv 2104.08718), by a `transformers.CLIPModel`.
+
+    100 max(cos, 0) of the embeddings of picture and prompt.
 
     Args:
         model: a folder or an id on the Hugging Face hub.

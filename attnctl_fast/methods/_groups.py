@@ -14,8 +14,9 @@ Places: TypeAlias = list[list[list[list[int]]]]
 
 
 def check_groups(groups: Any, name: str, *, least_groups: int, least_words: int) -> Groups:
-    """Groups in hashable form: a tuple of groups (tuples of words, phrases and token ids) for every prompt, or one such
-    tuple per prompt.
+    """Return groups in hashable form.
+
+    That is a tuple of groups (tuples of words, phrases and token ids) for every prompt, or one such tuple per prompt.
 
     Raises:
         ValueError: too few groups or words, anything but words and ids, or the same word twice in a group.
@@ -44,7 +45,7 @@ def _is_list(item: Any) -> bool:
 
 
 def places(groups: Groups, prompts: Prompts, name: str) -> Places:
-    """Where the words of checked groups stand.
+    """Return where the words of checked groups stand.
 
     Of a word that the prompt repeats, a group's last word stands for the first occurrence that no earlier group ended
     with, its other words for the occurrence nearest to that one.

@@ -30,7 +30,8 @@ class Mask:
 
     @staticmethod
     def of(name: str, given: Any) -> Mask:
-        """
+        """Return a mask that the user gave.
+
         Raises:
             ValueError: not `[height, width]`, numbers other than 0 and 1, or no 1.
         """
@@ -49,7 +50,7 @@ class Mask:
         return Mask(height, width, values.astype(np.uint8).tobytes())
 
     def tensor(self) -> Tensor:
-        """`[height, width]`, float32."""
+        """Return the mask `[height, width]`, float32."""
         cells = np.frombuffer(self.cells, np.uint8).astype(np.float32)
         return torch.from_numpy(cells.reshape(self.height, self.width))
 

@@ -1,4 +1,4 @@
-"""Which words of a prompt modify which nouns, from a parse by spaCy."""
+"""Modifiers of a prompt and the nouns that they modify, from a parse by spaCy."""
 
 from __future__ import annotations
 

@@ -20,7 +20,9 @@ THRESHOLDS: Mapping[int, float | None] = {0: 0.05, 10: 0.5, 20: 0.8}
 
 @dataclass(frozen=True)
 class AttendAndExcite(LatentGuidance):
-    """Attend-and-Excite (arXiv 2301.13826, SIGGRAPH 2023).
+    """Move the latents until every target is attended to somewhere.
+
+    Attend-and-Excite (arXiv 2301.13826, SIGGRAPH 2023).
 
     The loss is one minus the highest attention to the least attended target, of attention that is sharpened and shared
     out anew among all tokens but the start of text, then smoothed.
@@ -28,13 +30,21 @@ class AttendAndExcite(LatentGuidance):
     Args:
         targets: words, phrases (all their tokens, at their first occurrence) or token ids (positions in the context):
             one list for every prompt, or one list per prompt. With prompt embeddings, ids only.
-        layers, steps, scale, schedule, max_refinements, late_check, truncate, freeze: as in `LatentGuidance`.
+        layers: name prefixes, or `by_downsampling(n)`: cross-attention layers of one grid, as in `LatentGuidance`.
+        steps: the first steps to guide, a count or a share, as in `LatentGuidance`.
+        scale: length of the step on the latents.
+        schedule: its factor over the call, as in `attnctl_fast.schedules`.
         thresholds: at which steps the latents are moved until every target's highest attention is at least so much, or
             `max_refinements` times. Of the default's steps, those that a call does not run are left out.
         sharpness: factor of the attention before the softmax over the tokens.
         text_only: share out among the prompt's own tokens only, without the end of text and the padding, as the
             released code does for SD 2.1. Needs a prompt, not embeddings.
-        sigma, kernel_size: of the smoothing (`ops.smooth_maps`).
+        sigma: width of the smoothing in cells, as in `ops.smooth_maps`.
+        kernel_size: its cells along an axis, odd.
+        max_refinements: how often the latents are moved at most, at each step with a threshold.
+        late_check: end the refinement one move after the bound is met, as the released codes do.
+        truncate: leave out what comes after the last layer that the loss reads; False only to measure the effect.
+        freeze: keep the weights out of the gradient; False only to measure the effect.
 
     Raises:
         ValueError: an argument out of range. Targets that do not fit the prompts, and thresholds at steps that the call
@@ -66,13 +76,15 @@ class AttendAndExcite(LatentGuidance):
 
     @classmethod
     def official(cls, targets: Targets, **overrides: Any) -> AttendAndExcite:
-        """The authors' released code, and diffusers': the defaults of this class."""
+        """Construct the authors' released code, and diffusers': the defaults of this class."""
         return cls(targets, **overrides)
 
     @classmethod
     def paper(cls, targets: Targets, **overrides: Any) -> AttendAndExcite:
-        """The paper's algorithm, which checks every move of a refinement at once; the numbers are the released
-        code's."""
+        """Construct the paper's algorithm, which checks every move of a refinement at once.
+
+        The numbers are the released code's.
+        """
         return cls(targets, **{"late_check": False, **overrides})
 
     def bounds(self, steps: int) -> dict[int, float | None]:
@@ -114,8 +126,10 @@ class AttendAndExcite(LatentGuidance):
 
 
 class _Prepared(NamedTuple):
-    """targets: of every sample, `[B,T]`, padded with -1. ends: the first token after those that share attention,
-    `[B]`."""
+    """The facts of the prompts that the loss needs.
+
+    targets: of every sample, `[B,T]`, padded with -1. ends: the first token after those that share attention, `[B]`.
+    """
 
     targets: Tensor
     ends: Tensor
@@ -142,7 +156,8 @@ def max_attention_loss(
         grid: (height, width) with height*width == M.
         ends: `[B]` int64; the tokens 1..end-1 share the attention by a softmax.
         sharpness: factor of the attention before it.
-        sigma, kernel_size: of `ops.smooth_maps`.
+        sigma: width of the smoothing in cells, as in `ops.smooth_maps`.
+        kernel_size: its cells along an axis, odd.
 
     Returns:
         The loss `[B]`, of the dtype of the maps.

@@ -24,7 +24,9 @@ CONVENTIONS = ("official", "paper")
 
 @dataclass(frozen=True)
 class AttentionRegulation(Method):
-    """Attention Regulation (arXiv 2403.06381, ECCV 2024, Eq. 9-15).
+    """Optimise the targets' attention maps until every target is attended to.
+
+    Attention Regulation (arXiv 2403.06381, ECCV 2024, Eq. 9-15).
 
     In the first sampling steps, in a few cross-attention layers, a bias on the target tokens' logits is optimised by
     gradient descent until their attention maps are high somewhere and of similar mass, then averaged with that of the
@@ -40,7 +42,8 @@ class AttentionRegulation(Method):
             (of the schedule from its first timestep on), rounded down. Where a second-order scheduler (Heun) evaluates
             the UNet twice in a step, both are edited; PNDM's repeated timestep counts as a step.
         strength: factor of the bias. Zero leaves the pipeline's own attention in place, bit for bit.
-        steps, step_size: of the descent (`ops.regulate`).
+        steps: number of weights that the descent evaluates (`ops.regulate`).
+        step_size: size of its steps.
         ema: weight of the previous evaluation's bias (before averaging) in the bias used; at the first evaluation that
             of the initial weights stands in for it.
         decay: the bias of step t is multiplied by `decay**t`.
@@ -50,7 +53,12 @@ class AttentionRegulation(Method):
             before or after scaling the logits.
         seed: of the initial weights, which are drawn afresh, uniform in [0, 1), at every layer and evaluation from a
             generator of its own: neither the pipeline's generators nor the global one are used.
-        sigma, quantile, level, mass, mass_weight, penalty: as for `ops.regulate`; None for the convention's default.
+        sigma: width of the Gaussians in cells, one number or (along y, along x); None for the grid's default.
+        quantile: which quantile of each target's map is aimed at.
+        level: the aim of that quantile, a share of the attention.
+        mass: the aim of each target's mean attention; None takes min(1, 0.2 T)/T for T targets.
+        mass_weight: weight of that aim; None for the convention's default.
+        penalty: weight of the penalty on the edit; None for the convention's default.
 
     Raises:
         ValueError: an argument out of range. Targets that do not fit the prompts are reported when the pipeline is
@@ -103,13 +111,15 @@ class AttentionRegulation(Method):
 
     @classmethod
     def official(cls, targets: Targets, **overrides: Any) -> AttentionRegulation:
-        """The authors' released code: the defaults of this class."""
+        """Construct the authors' released code: the defaults of this class."""
         return cls(targets, **overrides)
 
     @classmethod
     def paper(cls, targets: Targets, **overrides: Any) -> AttentionRegulation:
-        """The paper's equations: S added before scaling, centres counted from 1, distance to the unedited maps as
-        penalty (weight 0.1), no columns put back.
+        """Construct the paper's equations.
+
+        S is added before scaling, centres are counted from 1, the distance to the unedited maps is a penalty (weight
+        0.1), and no columns are put back.
 
         The other numbers are the released code's: number and size of the descent's steps, kappa (`ema`), lambda
         (`decay`), t_thres (`edit_steps`), mu and alpha (`mass`, `mass_weight`).
@@ -218,8 +228,10 @@ class _Regulating(Run):
         return Edited(out, probabilities)
 
     def _initial_theta(self, site: Site) -> Tensor:
-        """Return uniform weights `[H,T,r_y,r_x]`, the same for every sample, whatever the batch and its longest list of
-        targets."""
+        """Return uniform weights `[H,T,r_y,r_x]`.
+
+        They are the same for every sample, whatever the batch and its longest list of targets.
+        """
         method = self.method
         centres = ops.basis_shape(site.grid, method.sigma, method.convention)
         targets = self.target_ids.shape[-1]
@@ -236,7 +248,10 @@ def initial_theta(seed: int, layer: str, evaluation: int, heads: int, targets: i
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on `device`; from pinned memory to a GPU, where the host would otherwise wait for everything before it."""
+    """Return `x` on `device`.
+
+    It goes from pinned memory to a GPU, where the host would otherwise wait for everything before it.
+    """
     if device.type == "cuda":
         return x.contiguous().pin_memory().to(device, non_blocking=True)
     return x.to(device)

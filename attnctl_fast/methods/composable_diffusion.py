@@ -26,7 +26,9 @@ _THREE = ("pag_scale", "image_guidance_scale")
 
 @dataclass(frozen=True)
 class ComposableDiffusion(Method):
-    """Composable Diffusion (arXiv 2206.01714, ECCV 2022): conjunction and negation of prompts.
+    """Add up the predictions for several prompts, or take some away.
+
+    Composable Diffusion (arXiv 2206.01714, ECCV 2022): conjunction and negation of prompts.
 
     The conditional prediction becomes `e + sum_i w_i (e_i - e)`, with e the unconditional prediction and e_i that for
     the i-th prompt; the pipeline's guidance scale multiplies the sum as it always does. These prompts take the place of

@@ -32,8 +32,10 @@ class Edit:
         prompt: the text, or a list of one text per prompt.
         weight: how much it counts; the prompt itself has weight 1.
         direction: +1 adds what the text says (conjunction), -1 takes it away (negation).
-        gamma_attn, gamma_norm: steps of its own context update, as in `EnergyContext`, by the released code's
-            convention and from the masked part of an inpainting call's picture; 4e-4 to 1e-3 is typical.
+        gamma_attn: step of its own context update on the energy of the attention, as in `EnergyContext`, by the
+            released code's convention and from the masked part of an inpainting call's picture; 4e-4 to 1e-3 is
+            typical.
+        gamma_norm: step of the same on the energy of the keys' norms.
         start: the step from which on it counts; an int counts steps, a float is a share of them, rounded down (but any
             share above zero is at least one step). Earlier starts change the picture's composition, later ones its
             details.
@@ -77,8 +79,9 @@ class Edit:
 
 @dataclass(frozen=True)
 class Composition(Method):
-    """Compositional averaging of cross-attention outputs, CACAO (arXiv 2306.09869, NeurIPS 2023; MATH.md
-    section 2).
+    """Add edit prompts to the prompt, or take them away, in every cross-attention layer.
+
+    Compositional averaging of cross-attention outputs, CACAO (arXiv 2306.09869, NeurIPS 2023).
 
     The attention of the conditional rows becomes the weighted mean of the attention to the prompt (weight 1) and to
     every edit's text (direction times weight). Edits with gammas move their own contexts from layer to layer, and the
@@ -174,8 +177,11 @@ class _Composing(Run):
         return embeddings
 
     def _planned(self) -> list[list[float]]:
-        """Return for every step of the call gamma_attn and gamma_norm of the edits' unconditional context, the share of
-        the prompt, and of E edits the shares, gamma_attn and gamma_norm."""
+        """Return the numbers of every step of the call.
+
+        They are gamma_attn and gamma_norm of the edits' unconditional context, the share of the prompt, and of E edits
+        the shares, gamma_attn and gamma_norm.
+        """
         edits, steps = self.method.edits, self.call.steps
         runs = [edit.runs(steps) for edit in edits]
         rows = []

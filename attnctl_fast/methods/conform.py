@@ -21,7 +21,9 @@ REFINEMENT: Mapping[int, float | None] = {0: None, 10: None, 20: None}
 
 @dataclass(frozen=True)
 class CONFORM(LatentGuidance):
-    """CONFORM (arXiv 2312.06059, CVPR 2024).
+    """Move the latents until maps of one group of words are alike, and maps of different groups are not.
+
+    CONFORM (arXiv 2312.06059, CVPR 2024).
 
     The loss is the NT-Xent loss of the smoothed maps of all named tokens, together with the same tokens' maps from the
     end of the step before: tokens of a group are positive pairs, tokens of different groups negative ones. What is not
@@ -32,15 +34,23 @@ class CONFORM(LatentGuidance):
             `[("red", "bag"), ("green", "apple")]`, for every prompt, or one such list per prompt. A group may be one
             word. Of a word that the prompt repeats, a group's last word stands for the first occurrence that no earlier
             group ended with, its other words for the occurrence nearest to that one. With prompt embeddings, ids only.
-        layers, steps, scale, schedule, late_check, truncate, freeze: as in `LatentGuidance`. 30 steps are those
-            of the released example; the released pipeline's own default is 25.
-        refinement, max_refinements: as there. The released code has no bound: by default all `max_refinements` moves
-            are made. Of the default's steps, those that a call does not run are left out. Where every group is a
-            single token, the first step has nothing to compare with yet and moves nothing: leave step 0 out.
+        layers: name prefixes, or `by_downsampling(n)`: cross-attention layers of one grid, as in `LatentGuidance`.
+        steps: the first steps to guide, a count or a share. 30 are those of the released example; the released
+            pipeline's own default is 25.
+        scale: length of the step on the latents.
+        schedule: its factor over the call, as in `attnctl_fast.schedules`.
+        refinement: at which steps the latents are moved again and again: by default `max_refinements` times at steps 0,
+            10 and 20, as far as the call runs them; the released code has no bound. Where every group is a single
+            token, the first step has nothing to compare with yet and moves nothing: leave step 0 out.
+        max_refinements: how often at most.
         temperature: of the similarities.
         remember: compare with the maps of the step before. Without, tokens that are alone in their group attract
             nothing, and are repelled by nothing.
-        sigma, kernel_size: of the maps' smoothing (`ops.smooth_maps`).
+        sigma: width of the smoothing in cells, as in `ops.smooth_maps`.
+        kernel_size: its cells along an axis, odd.
+        late_check: end the refinement one move after the bound is met, as the released codes do.
+        truncate: leave out what comes after the last layer that the loss reads; False only to measure the effect.
+        freeze: keep the weights out of the gradient; False only to measure the effect.
 
     Raises:
         ValueError: an argument out of range. Groups that do not fit the prompts or share a token are reported when the
@@ -64,7 +74,7 @@ class CONFORM(LatentGuidance):
 
     @classmethod
     def official(cls, groups: Groups, **overrides: Any) -> CONFORM:
-        """The authors' released example: the defaults of this class."""
+        """Construct the authors' released example: the defaults of this class."""
         return cls(groups, **overrides)
 
     def bounds(self, steps: int) -> dict[int, float | None]:
@@ -74,7 +84,7 @@ class CONFORM(LatentGuidance):
         return [[position for position, _ in row] for row in self._members(prompts)]
 
     def _members(self, prompts: Prompts) -> list[list[tuple[int, int]]]:
-        """(position, index of its group) of every named token, one list per prompt."""
+        """Return (position, index of its group) of every named token, one list per prompt."""
         rows = [
             [(position, index) for index, group in enumerate(row) for word in group for position in word]
             for row in places(self.groups, prompts, "groups")
@@ -129,9 +139,10 @@ def contrastive_loss(
     sigma: float = 0.5,
     kernel_size: int = 3,
 ) -> Tensor:
-    """Return the NT-Xent loss of smoothed maps: over all ordered pairs (a, p) of a group, the mean of
-    `-log(e^(s_ap) / (e^(s_ap) + sum_n e^(s_an)))`, with s the cosine similarity over the temperature and n running over
-    the maps of other groups.
+    """Return the NT-Xent loss of smoothed maps.
+
+    It is the mean over all ordered pairs (a, p) of a group of `-log(e^(s_ap) / (e^(s_ap) + sum_n e^(s_an)))`, with s
+    the cosine similarity over the temperature and n running over the maps of other groups.
 
     Args:
         maps: `[B,n,M]`; float.
@@ -139,7 +150,8 @@ def contrastive_loss(
         grid: (height, width) of the maps.
         previous: more maps `[B,n,M]` of the same tokens, which join their groups.
         temperature: of the similarities.
-        sigma, kernel_size: of `ops.smooth_maps`.
+        sigma: width of the smoothing in cells, as in `ops.smooth_maps`.
+        kernel_size: its cells along an axis, odd.
 
     Returns:
         The loss `[B]`, float32 (float64 for float64 maps); zero where no group has two maps.

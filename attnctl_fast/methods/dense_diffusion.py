@@ -24,7 +24,9 @@ CONVENTIONS = ("official", "paper")
 
 @dataclass(frozen=True)
 class DenseDiffusion(Method):
-    """DenseDiffusion (arXiv 2308.12964, ICCV 2023).
+    """Draw phrases where their masks are.
+
+    DenseDiffusion (arXiv 2308.12964, ICCV 2023).
 
     In the first sampling steps, in the conditional rows, logits are pulled towards the highest of their row where image
     token and key belong together, and towards the lowest where they do not (`ops.region_attention`). In
@@ -43,8 +45,9 @@ class DenseDiffusion(Method):
         edit_steps: the first steps to edit; an int counts them, a float is a share of the steps that the call runs,
             rounded down (but at least one step), and with the paper's convention of the noise schedule: the steps with
             t/T > 1 - edit_steps.
-        cross_strength, self_strength: w in cross- and in self-attention. At zero the pipeline's own attention stays in
-            place; with both at zero its picture, bit for bit.
+        cross_strength: w in cross-attention. At zero the pipeline's own attention stays in place; with both strengths
+            at zero its picture, bit for bit.
+        self_strength: w in self-attention, likewise.
         decay: exponent of the timestep.
         area: how much the size of a mask counts against its strength.
         encode_phrases: encode every phrase by itself as well, and give its tokens in the prompt these embeddings, in
@@ -87,12 +90,15 @@ class DenseDiffusion(Method):
 
     @classmethod
     def official(cls, masks: Masks, **overrides: Any) -> DenseDiffusion:
-        """The authors' released code: the defaults of this class."""
+        """Construct the authors' released code: the defaults of this class."""
         return cls(masks, **overrides)
 
     @classmethod
     def paper(cls, masks: Masks, **overrides: Any) -> DenseDiffusion:
-        """The paper's equations. In 50 steps of DDIM, with masks that do not overlap, it is the same."""
+        """Construct the paper's equations.
+
+        In 50 steps of DDIM, with masks that do not overlap, they are those of the released code.
+        """
         return cls(masks, **{"convention": "paper", **overrides})
 
     def strength(self, layer: Layer) -> float:

@@ -25,7 +25,9 @@ TokenWeights: TypeAlias = "Mapping[Target, float] | Sequence[Mapping[Target, flo
 
 @dataclass(frozen=True)
 class EnergyContext(Method):
-    """Bayesian context update (arXiv 2306.09869, NeurIPS 2023, "Bayesian context update"; MATH.md section 2).
+    """Take one gradient step on the text embeddings in each cross-attention layer, and pass them on.
+
+    The Bayesian context update of energy-based cross-attention (arXiv 2306.09869, NeurIPS 2023).
 
     Every cross-attention layer moves the text's context a step down its energies and hands it to the next layer; each
     evaluation of the UNet begins with the text encoder's own. Conditional and unconditional rows are both moved, as
@@ -77,15 +79,18 @@ class EnergyContext(Method):
 
     @classmethod
     def official(cls, gamma_attn: float = 0.01, gamma_norm: float = 0.02, **overrides: Any) -> EnergyContext:
-        """The released code, with the steps that its README gives for several concepts in one picture."""
+        """Construct the released code, with the steps that its README gives for several concepts in one picture."""
         return cls(gamma_attn, gamma_norm, **overrides)
 
     @classmethod
     def paper(
         cls, gamma_attn: float = 0.01, gamma_norm: float = 0.02, *, alpha: float = 1.0, **overrides: Any
     ) -> EnergyContext:
-        """The paper's energies: the keys' squared norm, with weight `alpha`, in that of the attention, and the softmax
-        of ||k||^2 / 2 in the other's gradient. The steps are the released code's."""
+        """Construct the paper's energies.
+
+        They have the keys' squared norm, with weight `alpha`, in that of the attention, and the softmax of ||k||^2 / 2
+        in the other's gradient. The steps are the released code's.
+        """
         return cls(gamma_attn, gamma_norm, **{"alpha": alpha, "convention": "paper", **overrides})
 
     single = everywhere = True

@@ -30,11 +30,14 @@ Read: TypeAlias = Callable[[Tensor], Tensor]
 
 @dataclass
 class GuidanceContext:
-    """What a guidance loss knows besides the maps.
+    """The facts that a guidance loss may use besides the maps.
 
-    call: the pipeline call: prompts, images per prompt, current step. token_ids: the tokens of the maps, `[B,n]` int64
-    on the maps' device, padded with -1 where a sample has fewer (its maps are zero there). grid: (height, width) of the
-    maps. prepared: what the method's `prepare` returned.
+    Attributes:
+        call: the pipeline call: prompts, images per prompt, current step.
+        token_ids: the tokens of the maps, `[B,n]` int64 on the maps' device, padded with -1 where a sample has fewer
+            (its maps are zero there).
+        grid: (height, width) of the maps.
+        prepared: the result of the method's `prepare`.
     """
 
     call: Call
@@ -45,7 +48,7 @@ class GuidanceContext:
 
 @dataclass(frozen=True)
 class LatentGuidance(Method):
-    """Guidance of the latents by a loss on cross-attention maps; subclass it and give `loss`.
+    """Guide the latents by a loss on cross-attention maps; subclass it and give `loss`.
 
     Before each of the first steps of a call, the part of the UNet up to the last layer that the loss reads is evaluated
     on the conditional rows, and the latents take a step `scale * schedule` down the gradient of their loss. Losses,
@@ -64,7 +67,7 @@ class LatentGuidance(Method):
         refinement: at which steps (int, from 0) the latents are moved again and again until the loss is at most a
             bound, or `max_refinements` times; always so often where the bound is None. The host waits for the loss
             of every such move that has a bound, and once at the end of the call.
-        max_refinements: see there.
+        max_refinements: how often at most.
         late_check: end the refinement one move after the bound is met, as the released codes do.
         truncate: leave out what comes after the last layer that the loss reads; False only to measure the effect.
         freeze: keep the weights out of the gradient; False only to measure the effect.
@@ -169,7 +172,7 @@ LatentGuidance.__setattr__ = _set  # type: ignore[assignment, method-assign]
 
 
 class _Point(NamedTuple):
-    """Where the latents are: loss `[B]`, its gradient, and the maps that it was computed from."""
+    """A place of the latents: loss `[B]`, its gradient, and the maps that it was computed from."""
 
     loss: Tensor
     gradient: Tensor
@@ -311,7 +314,9 @@ def check_bounds(name: str, bounds: Bounds) -> tuple[tuple[int, float | None], .
 def sampled(
     name: str, bounds: dict[int, float | None], steps: int, default: Mapping[int, float | None] | None = None
 ) -> dict[int, float | None]:
-    """`bounds`, all of whose steps a call of so many steps runs; where they are the default, those that it runs.
+    """Return `bounds`, all of whose steps a call of so many steps runs.
+
+    Where they are the default, those that it runs are returned.
 
     Raises:
         ValueError: one that it does not run.

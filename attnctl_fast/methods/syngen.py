@@ -19,8 +19,9 @@ from .latent_guidance import GuidanceContext, LatentGuidance
 
 @dataclass(frozen=True)
 class SynGen(LatentGuidance):
-    """SynGen (Linguistic Binding in Diffusion Models, arXiv 2306.08877, NeurIPS 2023), as in the authors' released
-    code.
+    """Move the latents until the maps of a noun and its modifiers overlap, and no others do.
+
+    SynGen (Linguistic Binding in Diffusion Models, arXiv 2306.08877, NeurIPS 2023), as in the authors' released code.
 
     With D the symmetric KL divergence of two maps, each over its sum, the loss is a sum over all pairs of a modifier m
     and its noun n: `D_mn - mean_u (D_mu + D_nu) / 2`, where u runs over the tokens of the prompt that belong neither to
@@ -33,12 +34,20 @@ class SynGen(LatentGuidance):
             list per prompt. Of a word that the prompt repeats, a noun stands for the first occurrence that no earlier
             noun took, a modifier for the occurrence nearest to its noun. None finds them with spaCy, and leaves alone
             what has none.
-        layers, steps, scale, schedule, refinement, max_refinements, late_check, truncate, freeze: as in
-            `LatentGuidance`; the released code's step is the same at all 25 steps, without refinement.
+        layers: name prefixes, or `by_downsampling(n)`: cross-attention layers of one grid, as in `LatentGuidance`.
+        steps: the first steps to guide, a count or a share, as in `LatentGuidance`.
+        scale: length of the step on the latents.
+        schedule: its factor over the call; the released code's step is the same at all 25 steps.
+        refinement: at which steps the latents are moved again and again, as in `LatentGuidance`; the released code has
+            none.
+        max_refinements: how often at most.
         unrelated: the tokens u, in place of all others of the prompt; as `targets` of other methods. Prompt embeddings
             need it, and token ids in `pairs`.
         parser: where pairs is None, the name of a spaCy model, or a function from a text to its parsed words. The
             default is the released code's.
+        late_check: end the refinement one move after the bound is met, as the released codes do.
+        truncate: leave out what comes after the last layer that the loss reads; False only to measure the effect.
+        freeze: keep the weights out of the gradient; False only to measure the effect.
 
     Raises:
         ValueError: an argument out of range. What does not fit the prompts, and spaCy missing, is reported when the
@@ -63,7 +72,7 @@ class SynGen(LatentGuidance):
 
     @classmethod
     def official(cls, pairs: Groups | None = None, **overrides: Any) -> SynGen:
-        """The authors' released code: the defaults of this class."""
+        """Construct the authors' released code: the defaults of this class."""
         return cls(pairs, **overrides)
 
     def _places(self, prompts: Prompts) -> Places:
@@ -119,7 +128,7 @@ class _Bindings(NamedTuple):
 
 
 def _bindings(groups: list[list[list[int]]], row: list[int], others: list[int], words: int, tokens: int) -> _Bindings:
-    """Those of one prompt, whose maps are those of the tokens in `row`."""
+    """Return the bindings of one prompt, whose maps are those of the tokens in `row`."""
     column = {position: index for index, position in enumerate(row)}
     pieces = torch.zeros(words, tokens, dtype=torch.bool)
     attract = torch.zeros(words, words, dtype=torch.float64)
@@ -140,7 +149,7 @@ def _bindings(groups: list[list[list[int]]], row: list[int], others: list[int], 
 
 
 def symmetric_kl_loss(maps: Tensor, pieces: Tensor, attract: Tensor, repel: Tensor) -> Tensor:
-    """A weighted sum of symmetric Kullback-Leibler divergences between maps, each over its sum.
+    """Return a weighted sum of symmetric Kullback-Leibler divergences between maps, each over its sum.
 
     The divergence is the mean of both directions, and of words the largest among their tokens. Where a map is (nearly)
     zero, its logarithm is that of the dtype's epsilon.

@@ -24,7 +24,9 @@ REFINEMENT: Mapping[int, float | None] = {0: None, 10: None, 20: None}
 
 @dataclass(frozen=True)
 class TSAM(LatentGuidance):
-    """T-SAM (arXiv 2411.15236, CVPR 2025; MATH.md section 3).
+    """Move the latents until words that belong together in the text have similar attention maps.
+
+    T-SAM (arXiv 2411.15236, CVPR 2025).
 
     The loss compares the cosine similarities of the words' smoothed maps with the self-attention of the same words
     within the text encoder: mean over its layers and heads, without start and end of text, to the power gamma, rows
@@ -34,17 +36,26 @@ class TSAM(LatentGuidance):
     Prompts of more than 64 tokens are compared by PyTorch operations on a GPU too.
 
     Args:
-        layers, steps, scale, schedule, late_check, truncate, freeze: as in `LatentGuidance`.
-        refinement, max_refinements: as there. By default all `max_refinements` moves are made; of the default's steps,
-            those that a call does not run are left out. The released code stops after 20 of its 30 where the loss of a
-            prompt of n = 5, 6 or 7 tokens is then above 0.14 (n - 1), and fails at other lengths; that is left out.
+        layers: name prefixes, or `by_downsampling(n)`: cross-attention layers of one grid, as in `LatentGuidance`.
+        steps: the first steps to guide, a count or a share, as in `LatentGuidance`.
+        scale: length of the step on the latents.
+        schedule: its factor over the call, as in `attnctl_fast.schedules`.
+        refinement: at which steps the latents are moved again and again: by default `max_refinements` times at steps 0,
+            10 and 20, as far as the call runs them. The released code stops after 20 of its 30 moves where the loss of
+            a prompt of n = 5, 6 or 7 tokens is then above 0.14 (n - 1), and fails at other lengths; that is left out.
+        max_refinements: how often at most.
         gamma: power of the self-attention.
-        variant, weight: of `ops.similarity_loss`; None for the variant's own weight.
-        sigma, kernel_size: of the maps' smoothing.
+        variant: which loss, as in `ops.similarity_loss`.
+        weight: its weight; None for the variant's own.
+        sigma: width of the smoothing in cells, as in `ops.smooth_maps`.
+        kernel_size: its cells along an axis, odd.
         text_similarity: what the maps' similarities are compared with, instead of the self-attention: `[n,n]` for every
             prompt or `[prompts,n,n]`, used as it is below the diagonal (and on it, depending on the variant).
         targets: the n tokens that `text_similarity` is about, as words, phrases or token ids: one list for every
             prompt, or one list per prompt. None for all words of the prompt.
+        late_check: end the refinement one move after the bound is met, as the released codes do.
+        truncate: leave out what comes after the last layer that the loss reads; False only to measure the effect.
+        freeze: keep the weights out of the gradient; False only to measure the effect.
 
     Raises:
         ValueError: an argument out of range. What does not fit the call (embeddings instead of a prompt without
@@ -81,12 +92,12 @@ class TSAM(LatentGuidance):
 
     @classmethod
     def official(cls, **overrides: Any) -> TSAM:
-        """The authors' released code: the defaults of this class."""
+        """Construct the authors' released code: the defaults of this class."""
         return cls(**overrides)
 
     @classmethod
     def paper(cls, **overrides: Any) -> TSAM:
-        """The paper's gamma, 4; everything else is the released code's."""
+        """Construct the paper's gamma, 4; everything else is the released code's."""
         return cls(**{"gamma": 4.0, **overrides})
 
     def bounds(self, steps: int) -> dict[int, float | None]:
@@ -143,7 +154,7 @@ def _too_many(maps: Tensor) -> bool:
 
 
 class _Prepared(NamedTuple):
-    """What the similarities are compared with `[B,n,n]`, and the number of tokens of every sample `[B]`."""
+    """The targets of the similarities `[B,n,n]`, and the number of tokens of every sample `[B]`."""
 
     text: Tensor
     lengths: Tensor
@@ -153,7 +164,7 @@ class _Prepared(NamedTuple):
 
 
 def text_similarity(attention: Tensor, gamma: float) -> Tensor:
-    """Attention `[..,n,n]` to the power gamma over its rows' sums."""
+    """Return attention `[..,n,n]` to the power gamma over its rows' sums."""
     # Over the largest first, so that a large power does not underflow.
     powered = (attention / attention.amax(-1, keepdim=True)) ** gamma
     return powered / powered.sum(-1, keepdim=True)

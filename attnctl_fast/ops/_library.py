@@ -19,7 +19,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def without_autocast(function: _Function) -> _Function:
-    """The operations choose their own precision: autocast would round the logits and statistics to half."""
+    """Run the function without autocast, which would round the logits and statistics to half precision.
+
+    The operations choose their own precision.
+    """
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
@@ -33,8 +36,10 @@ def without_autocast(function: _Function) -> _Function:
 
 
 def composite(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Register `function`, made of differentiable torch operations, as an operation that autograd, fake tensors and
-    torch.compile see through."""
+    """Register `function`, made of differentiable torch operations, as an operation.
+
+    Autograd, fake tensors and torch.compile see through it.
+    """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, without_autocast(function), "CompositeImplicitAutograd")
@@ -55,8 +60,10 @@ def opaque(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) 
 
 
 class _Once(Function):
-    """Passes gradients on, and raises where they are differentiated. Its inputs: how many gradients, these, and what
-    they depend on."""
+    """Gradients passed on, which raise where they are differentiated.
+
+    Its inputs: how many gradients, these, and what they depend on.
+    """
 
     @staticmethod
     def forward(count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -76,9 +83,11 @@ class _Once(Function):
 def once_differentiable(
     backward: Callable[..., tuple[Any, ...]], linear: bool = False
 ) -> Callable[..., tuple[Any, ...]]:
-    """For the backward of an autograd.Function, which must save the tensors that its gradients depend on, none of them
-    where it is `linear`: a second derivative raises. PyTorch's decorator of this name lets it be wrong unless the
-    gradients given depend on inputs."""
+    """Make the second derivative of an autograd.Function's backward raise.
+
+    The function must save the tensors that its gradients depend on, none of them where it is `linear`. PyTorch's
+    decorator of this name lets the second derivative be wrong unless the gradients given depend on inputs.
+    """
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -110,8 +119,10 @@ def differentiable(
     keeps: bool = False,
     linear: bool = False,
 ) -> Callable[..., Any]:
-    """Register `forward` and `backward` as opaque operations, `<name>` and `<name>_backward`, and return a function
-    that runs the first, records the second for autograd where any leaf requires a gradient, and gives the results.
+    """Register `forward` and `backward` as opaque operations, `<name>` and `<name>_backward`.
+
+    Returns a function that runs the first, records the second for autograd where any leaf requires a gradient, and
+    gives the results.
 
     Args:
         schema: of `<name>`, its tensors first. That of `<name>_backward` follows from it: the gradients of the results,
@@ -205,10 +216,10 @@ def made(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
 
 def may_hold_map(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether the eager forms may hold the map of these queries and keys."""
+    """Return whether the eager forms may hold the map of these queries and keys."""
     return q.device.type == "cpu" and q.shape[:3].numel() * k.shape[2] <= LARGEST_MAP
 
 
 def differentiated(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd records what is done with any of `tensors`."""
+    """Return whether autograd records what is done with any of `tensors`."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

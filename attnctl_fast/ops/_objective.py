@@ -50,7 +50,7 @@ def namespace(x: Array) -> ModuleType:
 
 
 def arrays(*tensors: Tensor | None) -> list[Array]:
-    """The tensors themselves, or where they lie on a CPU, numpy views of them."""
+    """Return the tensors themselves, or where they lie on a CPU, numpy views of them."""
     return [x if x is None or x.device.type != "cpu" else x.detach().numpy() for x in tensors]
 
 
@@ -96,14 +96,16 @@ class Objective:
 
 
 def joined(logits: Array, rest_lse: Array) -> Array:
-    """The targets' logits [n,T,M] and, last, the rest's logsumexp [n,M]: [n,T+1,M]. A logsumexp of no columns is
-    finite there, for where no target is real either, -inf would be subtracted from itself."""
+    """Return the targets' logits [n,T,M] and, last, the rest's logsumexp [n,M]: [n,T+1,M].
+
+    A logsumexp of no columns is finite there, for where no target is real either, -inf would be subtracted from itself.
+    """
     xp = namespace(logits)
     return xp.concatenate([logits, xp.clip(rest_lse, NO_COLUMNS, None)[:, None]], 1)
 
 
 def softmax(logits: Array, out: Array) -> Array:
-    """Softmax over the targets and the rest, dimension 1, into `out`."""
+    """Compute the softmax over the targets and the rest, dimension 1, into `out`."""
     xp = namespace(logits)
     xp.subtract(logits, xp.amax(logits, 1, keepdims=True), out=out)
     xp.exp(out, out=out)
@@ -153,18 +155,18 @@ class Terms:
         self._first = row.reshape(rows, targets + 1)[:, :-1] * size
 
     def only_real(self, x: Array) -> Array:
-        """`x` [n,T,..] with zeros for padded targets."""
+        """Return `x` [n,T,..] with zeros for padded targets."""
         xp = namespace(x)
         return xp.where(self.real.reshape(*self.real.shape, *[1] * (x.ndim - 2)), x, xp.zeros_like(x))
 
     def measure(self, maps: Array) -> Measure:
-        """The linearly interpolated quantile (as torch.quantile) and the mean of every map [n,T,M]."""
+        """Return the linearly interpolated quantile (as torch.quantile) and the mean of every map [n,T,M]."""
         (lower, lower_at), (upper, upper_at) = self._order_statistics(maps)
         high = lower + self._fraction * (upper - lower)
         return Measure(high, maps.sum(2) / self._size, (self._first + lower_at, self._first + upper_at))
 
     def _order_statistics(self, maps: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        """Value and place of the elements of rank `rank` and `rank + 1`, counted upwards from 0."""
+        """Return value and place of the elements of rank `rank` and `rank + 1`, counted upwards from 0."""
         size, rank = self._size, self._rank
         following = min(rank + 1, size - 1)
         if namespace(maps) is torch:
@@ -182,7 +184,7 @@ class Terms:
         return tuple((value, (maps == value[..., None]).argmax(2)) for value in (lower, upper))  # type: ignore[return-value]
 
     def loss(self, high: Array, mean: Array) -> Array:
-        """The two terms [.., n] from quantiles and means [.., n, T]."""
+        """Return the two terms [.., n] from quantiles and means [.., n, T]."""
         quantile_term = (self.share * (high - self.objective.level) ** 2).sum(-1)
         return quantile_term + self.objective.mass_weight * (self.share * (mean - self.mass) ** 2).sum(-1)
 
@@ -219,13 +221,13 @@ class Distance(NamedTuple):
         return change.sum((1, 2)) ** 0.5
 
     def gradient(self, probabilities: Array, value: Array) -> Array:
-        """d value / d probabilities [n,T+1,M]; zero where the distance is zero."""
+        """Return d value / d probabilities [n,T+1,M]; zero where the distance is zero."""
         change = probabilities - self.plain
         change[:, -1] *= self.kappa
         return change * reciprocal(value)[:, None, None]
 
 
 def reciprocal(x: Array) -> Array:
-    """1/x, and 0 where x is 0."""
+    """Return 1/x, and 0 where x is 0."""
     xp = namespace(x)
     return xp.where(x > 0, 1 / xp.where(x > 0, x, xp.ones_like(x)), xp.zeros_like(x))

@@ -24,7 +24,10 @@ attention_reference = composite(
 
 
 def gather_columns(x: Tensor, ids: Tensor) -> Tensor:
-    """The rows of x [B,H,N,d] that `ids` name: [B,H,T,d]; a padded id takes row 0, which its user must mask."""
+    """Return the rows of x [B,H,N,d] that `ids` name, [B,H,T,d].
+
+    A padded id takes row 0, which its user must mask.
+    """
     if ids.ndim == 1:
         return x.index_select(2, ids)
     rows = ids.clamp(min=0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
@@ -32,13 +35,16 @@ def gather_columns(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def gather_key_bias(key_bias: Tensor, ids: Tensor) -> Tensor:
-    """The numbers of key_bias [B,N] that `ids` name: [B,T], as `gather_columns`."""
+    """Return the numbers of key_bias [B,N] that `ids` name: [B,T], as `gather_columns`."""
     return key_bias.index_select(1, ids) if ids.ndim == 1 else key_bias.gather(1, ids.clamp(min=0))
 
 
 def _mask(q: Tensor, k: Tensor, ids: Tensor | None, bias: Tensor | None, key_bias: Tensor | None) -> Tensor | None:
-    """What is added to the logits: `key_bias` [B,N] on all columns, and `bias` [B,H,T,M] on the columns `ids`,
-    [B,H,M,N]; without a bias -inf, [B,1,M,N] without memory along M. None for nothing."""
+    """Return the number to add to every logit, or None for nothing.
+
+    `key_bias` [B,N] is added on all columns, and `bias` [B,H,T,M] on the columns `ids`, [B,H,M,N]; without a bias -inf,
+    [B,1,M,N] without memory along M.
+    """
     batch, tokens = k.shape[0], k.shape[2]
     if ids is None or ids.shape[-1] == 0:
         return None if key_bias is None else _of_every_row(key_bias, q)
@@ -55,7 +61,7 @@ def _mask(q: Tensor, k: Tensor, ids: Tensor | None, bias: Tensor | None, key_bia
 
 
 def _of_every_row(mask: Tensor, q: Tensor) -> Tensor:
-    """`mask` [B,N] as [B,1,M,N]."""
+    """Return `mask` [B,N] as [B,1,M,N]."""
     return mask[:, None, None, :].expand(-1, 1, q.shape[2], -1)
 
 
@@ -66,7 +72,7 @@ def _dense_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Te
 
 @without_autocast
 def _dense_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Where no fused attention returns its logsumexp on every accelerator: the logits in memory."""
+    """Attend with the logits in memory, where no fused attention returns its logsumexp on every accelerator."""
     logits = _dense_logits(q, k, mask, scale)
     lse = logits.logsumexp(-1)
     return torch.exp(logits - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1)) @ v, lse
@@ -107,7 +113,7 @@ def _fused_backward(
     mask: Tensor | None,
     scale: float,
 ) -> Sequence[Tensor]:
-    """The CPU's own, of all three."""
+    """Return all three gradients by the CPU's own backward."""
     grad_out, q, k, v, out = _unit_stride(grad_out, q, k, v, out)
     if grad_lse is None:
         return _cpu_backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
@@ -133,7 +139,7 @@ def _bias_gradient(
     lse: Tensor,
     scale: float,
 ) -> Tensor:
-    """P (dP - rowsum(dO O) + dlse) of the columns that have a bias, [B,H,T,M]."""
+    """Return P (dP - rowsum(dO O) + dlse) of the columns that have a bias, [B,H,T,M]."""
     logits = (scale * gather_columns(k, ids)) @ q.mT + bias
     if key_bias is not None:
         logits = logits + gather_key_bias(key_bias, ids)[:, None, :, None]
@@ -145,12 +151,12 @@ def _bias_gradient(
 
 
 def _unit_stride(*tensors: Tensor) -> list[Tensor]:
-    """The CPU's fused attention reads a head's numbers as neighbours, unchecked."""
+    """Return `x` with neighbouring numbers of a head, which the CPU's fused attention takes for granted, unchecked."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _like(x: Tensor, result: Tensor) -> Tensor:
-    """`result` in the layout of empty_like(x), which is the one that the fake promises."""
+    """Return `result` in the layout of empty_like(x), which is the one that the fake promises."""
     if result.stride() == x.stride() and result.shape == x.shape:
         return result
     wanted = torch.empty_like(x)
@@ -256,7 +262,7 @@ def _held(
     key_bias: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """`attend` in differentiable operations, with the map in memory until the backward pass."""
+    """Run `attend` in differentiable operations, with the map in memory until the backward pass."""
     mask = None if bias is None and key_bias is None else _mask(q, k, ids, bias, key_bias)
     logits = (scale * q) @ k.mT
     if mask is not None:
@@ -273,8 +279,10 @@ def attend(
     scale: float,
     key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) by the eager form; `ids` are left out where there is no bias [B,H,T,M], and have it where there is;
-    `key_bias` [B,N] is added to all columns.
+    """Return (out, lse) by the eager form.
+
+    `ids` are left out where there is no bias [B,H,T,M], and have it where there is; `key_bias` [B,N] is added to all
+    columns.
 
     Half-precision inputs are computed in float32, and both results are: rounding `out` before it is merged, or its
     gradient, costs more than the last digit.
@@ -296,8 +304,10 @@ def attend_only(
     scale: float,
     key_bias: Tensor | None = None,
 ) -> Tensor:
-    """The output of `attend` in q's dtype, with or without a bias: on a CPU, where a map may be held, its gradients are
-    faster from that."""
+    """Return the output of `attend` in q's dtype, with or without a bias.
+
+    On a CPU, where a map may be held, its gradients are faster from that.
+    """
     if differentiated(q, k, v) and may_hold_map(q, k):
         wide = torch.promote_types(q.dtype, torch.float32)
         return _held(q.to(wide), k.to(wide), v.to(wide), ids, bias, key_bias, scale).to(q.dtype)
@@ -313,8 +323,10 @@ def attention_without(
     impl: str,
     key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) over the columns that are not in `excluded_ids`, as `attend`; out 0 and lse -inf where no column is
-    left."""
+    """Return (out, lse) over the columns that are not in `excluded_ids`, as `attend`.
+
+    Out is 0 and lse -inf where no column is left.
+    """
     if impl == "eager":
         return attend(q, k, v, excluded_ids, None, scale, key_bias)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -332,14 +344,15 @@ def attention(
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale q k^T + key_bias) v.
+    """Compute attention: softmax(scale q k^T + key_bias) v.
 
     Differentiable in q, k and v, through the output and through the logsumexp. NaN and inf propagate. Where every
     column is masked, the output and all gradients are 0 and the logsumexp is -inf.
 
     Args:
         q: queries `[B,H,M,d]`, float16, bfloat16, float32 or float64, any strides.
-        k, v: keys and values `[B,H,N,d]`, of the dtype and device of q.
+        k: keys `[B,H,N,d]`, of the dtype and device of q.
+        v: values `[B,H,N,d]`, likewise.
         scale: factor of the logits, 1/sqrt(d) by default.
         key_bias: what is added to the scaled logits of every column, `[B,N]`, any float dtype, used in float32 (float64
             for float64 inputs); -inf masks a column. A constant: it has no gradient.

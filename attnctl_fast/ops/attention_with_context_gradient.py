@@ -28,12 +28,12 @@ attention_with_context_gradient_reference = composite(
 
 
 def weighted(q: Tensor, query_weight: Tensor | None) -> Tensor:
-    """w Q: `q` [B,H,M,d] times `query_weight` [B,M]."""
+    """Return w Q: `q` [B,H,M,d] times `query_weight` [B,M]."""
     return q if query_weight is None else q * query_weight[:, None, :, None].to(q.dtype)
 
 
 def without_masked(update: Tensor, key_bias: Tensor | None) -> Tensor:
-    """`update` [B,H,N,..] with zeros for masked columns."""
+    """Return `update` [B,H,N,..] with zeros for masked columns."""
     return update if key_bias is None else update.masked_fill(key_bias.isneginf()[:, None, :, None], 0.0)
 
 
@@ -54,7 +54,7 @@ def _held(sums: Tensor) -> bool:
 def _shared_map(
     q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float, key_bias: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Both results from one exp(l), a tile of image tokens at a time; None where that is not exact.
+    """Compute both results from one exp(l), a tile of image tokens at a time; None where that is not exact.
 
     With no maximum subtracted, one exponential is the numerator of both softmaxes; their sums tell whether float32 held
     it. What a column's bias multiplies its numerators by multiplies its values instead.
@@ -130,7 +130,7 @@ def _triton_backward(
     column_lse: Tensor,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Each result is an attention, and so are their gradients."""
+    """Return the gradients: each result is an attention, and so are their gradients."""
     dq = dk = dv = dweight = None
     if grad_out is not None and any(needed[:3]):
         dq, dk, dv = _attention_backward(grad_out, None, q, k, v, key_bias, scale, lse, needed[:3])
@@ -178,7 +178,10 @@ def _eager(
 
 
 def check_query_weight(query_weight: Tensor | None, q: Tensor) -> Tensor | None:
-    """`query_weight` as [B,M] in float32, or float64 for float64 q; ValueError unless it is [M] or [B,M] of floats."""
+    """Return `query_weight` as [B,M] in float32, or float64 for float64 q.
+
+    ValueError unless it is [M] or [B,M] of floats.
+    """
     if query_weight is None:
         return None
     batch, tokens = q.shape[0], q.shape[2]
@@ -202,17 +205,20 @@ def attention_with_context_gradient(
     key_bias: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention, and how its energy pulls on the keys: softmax(l) v and softmax_m(l^T) (w q) for l = scale q k^T.
+    """Compute attention and the pull of its energy on the keys.
+
+    The two are softmax(l) v and softmax_m(l^T) (w q) for l = scale q k^T.
 
     The first softmax runs over the text tokens, the second over the image tokens (arXiv 2306.09869, "Bayesian context
-    update"; MATH.md section 2): `update` is minus the gradient of -sum_n logsumexp_m(l_mn) by the keys, over the scale.
+    update"): `update` is minus the gradient of -sum_n logsumexp_m(l_mn) by the keys, over the scale.
     `context_update` makes the increment of the context from it. `key_bias` changes the output; of the update it only
     makes masked columns zero, for a softmax over image tokens does not see what a column adds. Differentiable in q, k,
     v and query_weight, through both results. NaN and inf propagate.
 
     Args:
         q: queries `[B,H,M,d]`, float16, bfloat16, float32 or float64, any strides.
-        k, v: keys and values `[B,H,N,d]`, of the dtype and device of q.
+        k: keys `[B,H,N,d]`, of the dtype and device of q.
+        v: values `[B,H,N,d]`, likewise.
         query_weight: w, a weight per image token in the update, `[M]` or `[B,M]`, float: for inpainting the mask at the
             layer's grid. The output does not know of it.
         scale: factor of the logits, 1/sqrt(d) by default.

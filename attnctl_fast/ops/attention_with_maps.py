@@ -25,8 +25,10 @@ attention_with_maps_reference = composite(
 
 
 def _tiles(q: Tensor, k: Tensor, whole: bool) -> Iterator[tuple[int, slice]]:
-    """Samples, and blocks of their image tokens whose maps are at most TILE numbers (or one row); `whole`: all of
-    them."""
+    """Yield samples, and blocks of their image tokens whose maps are at most TILE numbers (or one row).
+
+    `whole`: all of them.
+    """
     batch, heads, image_tokens, _ = q.shape
     step = image_tokens if whole else max(1, min(image_tokens, TILE // (heads * k.shape[2])))
     for b in range(batch):
@@ -35,7 +37,7 @@ def _tiles(q: Tensor, k: Tensor, whole: bool) -> Iterator[tuple[int, slice]]:
 
 
 def _probabilities(q: Tensor, k: Tensor, key_bias: Tensor | None, scale: float, out: Tensor | None = None) -> Tensor:
-    """[H,m,N] of one sample's queries [H,m,d], keys [H,N,d] and key_bias [N], in `out` where it is given."""
+    """Return [H,m,N] of one sample's queries [H,m,d], keys [H,N,d] and key_bias [N], in `out` where it is given."""
     if key_bias is None:
         logits = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale)  # nothing is added to the product
     else:
@@ -49,7 +51,7 @@ def _of(key_bias: Tensor | None, b: int) -> Tensor | None:
 
 
 def _rows(token_ids: Tensor | None, b: int) -> Tensor | None:
-    """The ids of sample b."""
+    """Return the ids of sample b."""
     return token_ids if token_ids is None or token_ids.ndim == 1 else token_ids[b]
 
 
@@ -64,7 +66,7 @@ def _forward(
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the maps, and to `keep` them where they may be held, all probabilities [B,H,M,N]."""
+    """Return the output, the maps, and to `keep` them where they may be held, all probabilities [B,H,M,N]."""
     keep = keep and may_hold_map(q, k)
     out, maps, kept = _empty(q, k, token_ids, per_head, keep)
     for b, rows in _tiles(q, k, keep):
@@ -80,7 +82,7 @@ def _forward(
 
 
 def _empty(q: Tensor, k: Tensor, token_ids: Tensor | None, per_head: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the maps, and the probabilities [B,H,M,N], or nothing where they are not kept."""
+    """Return the output, the maps, and the probabilities [B,H,M,N], or nothing where they are not kept."""
     count = k.shape[2] if token_ids is None else token_ids.shape[-1]
     heads = q.shape[1:2] if per_head else ()
     maps = q.new_empty(q.shape[0], *heads, count, q.shape[2])
@@ -88,7 +90,7 @@ def _empty(q: Tensor, k: Tensor, token_ids: Tensor | None, per_head: bool, keep:
 
 
 def _all_columns(grad_maps: Tensor, ids: Tensor | None, tokens: int) -> Tensor:
-    """The gradient [..,n,m] of one sample's maps as that of all columns: [..,m,N], zeros where there is no map."""
+    """Spread the gradient [..,n,m] of one sample's maps over all columns, [..,m,N], zeros where there is no map."""
     if ids is None:
         return grad_maps.mT
     spread = grad_maps.new_zeros(*grad_maps.shape[:-2], grad_maps.shape[-1], tokens + 1)
@@ -109,7 +111,7 @@ def _backward(
     kept: Tensor,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """From probabilities that were kept or are made again."""
+    """Return the gradients from probabilities that were kept or are made again."""
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (x.new_zeros(x.shape if wanted else 0) for x, wanted in zip((k, v), needed[1:], strict=True))
     if grad_maps is not None and not per_head:
@@ -150,8 +152,10 @@ def _backward(
 
 
 def slot_table(token_ids: Tensor, tokens: int) -> Tensor:
-    """Which of `token_ids` [n] or [B,n] each of the context's tokens is, -1 for none: int32 [1 or B, tokens + 1], the
-    last column for padded ids."""
+    """Return the place in `token_ids` [n] or [B,n] of each of the context's tokens, -1 for none.
+
+    It is int32 [1 or B, tokens + 1], the last column for padded ids.
+    """
     ids = token_ids if token_ids.ndim == 2 else token_ids.unsqueeze(0)
     table = torch.full((ids.shape[0], tokens + 1), -1, dtype=torch.int32, device=ids.device)
     slots = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device).expand_as(ids)
@@ -220,14 +224,17 @@ def attention_with_maps(
     key_bias: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T + key_bias) v, and the columns of the softmax of chosen tokens: one map per token.
+    """Compute attention, and the attention maps of chosen tokens.
 
-    Differentiable in q, k and v, through the output and through the maps (MATH.md section 4). The softmax itself, of
+    The output is softmax(scale q k^T + key_bias) v; the maps are columns of the softmax, one per token.
+
+    Differentiable in q, k and v, through the output and through the maps. The softmax itself, of
     `B*H*M*N` numbers, is held nowhere, except for the backward pass on a CPU and up to 64 MiB. NaN and inf propagate.
 
     Args:
         q: queries `[B,H,M,d]`, float16, bfloat16, float32 or float64, any strides.
-        k, v: keys and values `[B,H,N,d]`, of the dtype and device of q.
+        k: keys `[B,H,N,d]`, of the dtype and device of q.
+        v: values `[B,H,N,d]`, likewise.
         token_ids: ids of the n tokens whose maps are wanted, `[n]` for all samples or `[B,n]` padded with -1; distinct
             and in 0..N-1. None for all N.
         reduce: `"mean"` over the heads, or `"none"`.

@@ -81,7 +81,7 @@ def biased_attention(
     bias_inside_scale: bool = False,
     impl: str | None = None,
 ) -> Tensor:
-    """Attention with `bias` added to the logits of the target columns.
+    """Compute attention with `bias` added to the logits of the target columns.
 
     softmax(scale q k^T + S) v, or with `bias_inside_scale` softmax(scale (q k^T + S)) v (arXiv 2403.06381, Eq. 9).
     Differentiable in q, k, v and bias; no [B,H,M,N] map is made beyond what attention itself makes, except on a CPU one
@@ -89,7 +89,8 @@ def biased_attention(
 
     Args:
         q: queries `[B,H,M,d]`, any strides.
-        k, v: keys and values `[B,H,N,d]`.
+        k: keys `[B,H,N,d]`.
+        v: values `[B,H,N,d]`.
         bias: S `[B,H,T,M]`, one map per target; float.
         target_ids: `[T]` or `[B,T]` padded with -1 (a padded target's bias is ignored and gets gradient zero).
         pinned_ids: columns that keep their unbiased probability; the row is not renormalised.

@@ -21,8 +21,10 @@ LEAST_TOTAL = 1e-3
 
 
 def check_weights(weights: Sequence[float], contexts: int) -> list[float]:
-    """`weights` over their sum; ValueError unless they are one finite number per context with a sum that is not
-    (nearly) zero."""
+    """Return `weights` over their sum.
+
+    ValueError unless they are one finite number per context with a sum that is not (nearly) zero.
+    """
     weights = [float(x) for x in weights]
     if len(weights) != contexts:
         raise ValueError(f"weights holds {len(weights)} numbers for {contexts} contexts; pass one per context")
@@ -55,7 +57,7 @@ _forward_op = opaque(
 
 
 def _split(contexts: Sequence[Tensor], count: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Keys, values and key biases, which may be none, of `count` contexts."""
+    """Return keys, values and key biases, which may be none, of `count` contexts."""
     return list(contexts[:count]), list(contexts[count : 2 * count]), list(contexts[2 * count :])
 
 
@@ -121,7 +123,9 @@ def composed_attention(
     key_bias: Sequence[Tensor | None] | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """sum_i w_i softmax(scale q k_i^T) v_i / sum_i w_i (arXiv 2306.09869, "CACAO").
+    """Compute the weighted mean of attention to several contexts.
+
+    That is sum_i w_i softmax(scale q k_i^T) v_i / sum_i w_i (arXiv 2306.09869, "CACAO").
 
     A positive weight adds a context (conjunction), a negative one takes it away (negation); the main context has
     weight 1. As the weights are normalised, this is what combining after the output projection gives. Differentiable in
@@ -129,7 +133,8 @@ def composed_attention(
 
     Args:
         q: queries `[B,H,M,d]`, any strides.
-        ks, vs: keys and values `[B,H,N_i,d]` of every context; their lengths may differ.
+        ks: keys `[B,H,N_i,d]` of every context; their lengths may differ.
+        vs: values `[B,H,N_i,d]` of every context.
         weights: one number per context; or a tensor `[contexts]` of them, which is trusted, and under torch.compile may
             change without a new graph.
         scale: factor of the logits, 1/sqrt(d) by default.

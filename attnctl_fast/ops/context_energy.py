@@ -15,8 +15,12 @@ from .context_update import flat_keys
 
 
 class ContextEnergy(NamedTuple):
-    """attention: (alpha/2) sum_n ||k_n||^2 - sum_n logsumexp_m(l_mn), all heads together, `[B]`. context:
-    logsumexp_n(||k_n||^2 / 2), `[B]`."""
+    """The two energies of a cross-attention layer.
+
+    Attributes:
+        attention: (alpha/2) sum_n ||k_n||^2 - sum_n logsumexp_m(l_mn), all heads together, `[B]`.
+        context: logsumexp_n(||k_n||^2 / 2), `[B]`.
+    """
 
     attention: Tensor
     context: Tensor
@@ -24,7 +28,7 @@ class ContextEnergy(NamedTuple):
 
 @without_autocast
 def _logsumexp(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Over the image tokens, [B,H,N], with the logits in memory."""
+    """Return the logsumexp over the image tokens, [B,H,N], with the logits in memory."""
     wide = torch.promote_types(q.dtype, torch.float32)
     return ((scale * k.to(wide)) @ q.to(wide).mT).logsumexp(-1)
 
@@ -38,7 +42,7 @@ def context_energy(
     alpha: float = 0.0,
     impl: str | None = None,
 ) -> ContextEnergy:
-    """The energies E(Q; K) and E(K) of a cross-attention layer (arXiv 2306.09869; MATH.md section 2).
+    """Compute the energies E(Q; K) and E(K) of a cross-attention layer (arXiv 2306.09869).
 
     A step of `context_update` with small gammas lowers their weighted sum, which is what they are for: to watch it over
     layers and steps. Differentiable.

@@ -26,7 +26,7 @@ _pull_triton = opaque(
 
 
 def flat_keys(k: Tensor) -> Tensor:
-    """The keys of all heads side by side: [B,N,H*d], float32 at least."""
+    """Return the keys of all heads side by side: [B,N,H*d], float32 at least."""
     return k.transpose(1, 2).flatten(2).to(torch.promote_types(k.dtype, torch.float32))
 
 
@@ -42,7 +42,7 @@ def _check_number(name: str, value: float | Tensor, batch: int) -> None:
 
 
 def _is_bare(to_k: KeyProjection) -> TypeGuard[torch.nn.Linear]:
-    """Whether calling the module is nothing but a product with its weight.
+    """Return whether calling the module is nothing but a product with its weight.
 
     Then that is taken: to differentiate a call costs the host more than all other work of an update.
     """
@@ -54,28 +54,36 @@ def _is_bare(to_k: KeyProjection) -> TypeGuard[torch.nn.Linear]:
 
 
 def _is_float8(parameter: Tensor | None) -> bool:
-    """Whether a projection's weight is only stored as it is; hooks cast it for every call."""
+    """Return whether a projection's weight is only stored as it is; hooks cast it for every call."""
     return parameter is not None and parameter.dtype.is_floating_point and parameter.dtype.itemsize == 1
 
 
 def _input_dtype(parameter: Tensor | None, keys: torch.dtype, otherwise: torch.dtype) -> torch.dtype:
-    """Return the dtype to call a projection with: its parameter's, that of the keys that it made where the parameter is
-    float8, and `otherwise` where that is no floating-point tensor (quantised) or there is none."""
+    """Return the dtype to call a projection with.
+
+    It is its parameter's, that of the keys that it made where the parameter is float8, and `otherwise` where that is no
+    floating-point tensor (quantised) or there is none.
+    """
     if parameter is None or not parameter.dtype.is_floating_point:
         return otherwise
     return keys if _is_float8(parameter) else parameter.dtype
 
 
 def _by_functorch(parameter: Tensor | None) -> bool:
-    """Whether torch.func differentiates the projection: Dynamo traces nothing else, and nothing else takes weights made
-    in inference mode. It crashes on float8, whose hooks Dynamo cannot trace in any case."""
+    """Return whether torch.func differentiates the projection.
+
+    Dynamo traces nothing else, and nothing else takes weights made in inference mode. It crashes on float8, whose hooks
+    Dynamo cannot trace in any case.
+    """
     if torch.compiler.is_compiling():
         return not _is_float8(parameter)
     return parameter is not None and parameter.is_inference()
 
 
 def project_back(pull: Tensor, to_k: KeyProjection, keys: torch.dtype) -> Tensor:
-    """`pull` [B,N,H*d] times the weight of the key projection: [B,N,d_ctx]. `keys`: the dtype of what it makes.
+    """Return `pull` [B,N,H*d] times the weight of the key projection: [B,N,d_ctx].
+
+    `keys`: the dtype of what it makes.
 
     A module is differentiated, not read, unless it is a bare linear one: the weight may be adapted (LoRA), quantised or
     offloaded.
@@ -118,10 +126,10 @@ def context_update(
     convention: str = "official",
     impl: str | None = None,
 ) -> Tensor:
-    """The increment of the context: minus gamma times the gradient of the two energies (arXiv 2306.09869).
+    """Compute the increment of the context: minus gamma times the gradient of the two energies (arXiv 2306.09869).
 
     (gamma_attn u_n (concat_h update_n - alpha k_n) - gamma_norm p_n k_n) W_K for every text token n, where p is the
-    softmax over tokens of the squared norm of the keys, all heads together (MATH.md section 2). Differentiable in
+    softmax over tokens of the squared norm of the keys, all heads together. Differentiable in
     update, k, the gammas and token_weight, and in the projection's weight where that is given as a tensor.
 
     Args:
@@ -129,7 +137,8 @@ def context_update(
         k: the layer's keys, `[B,H,N,d]`.
         to_k: the key projection, a linear module (called, not read, wherever it is more than its weight) or its
             weight `[H*d, d_ctx]`.
-        gamma_attn, gamma_norm: the steps on either energy, floats, 0-d tensors or one number per sample `[B]`.
+        gamma_attn: the step on the attention's energy: a float, a 0-d tensor or one number per sample `[B]`.
+        gamma_norm: the step on the energy of the keys' norms, likewise.
         token_weight: u, how far each token may move on the attention's energy, `[N]` or `[B,N]`.
         alpha: weight of the squared norm in the attention's energy; the released code has none.
         convention: `"official"` (p = softmax ||k||^2) or `"paper"` (p = softmax ||k||^2 / 2, its energy's gradient).
@@ -185,7 +194,7 @@ def _pull(
     alpha: float,
     halved: bool,
 ) -> Tensor:
-    """The increment before its projection, [B,N,H*d]."""
+    """Return the increment before its projection, [B,N,H*d]."""
     gamma_attn, gamma_norm = (
         x[:, None, None] if isinstance(x, Tensor) and x.ndim else x for x in (gamma_attn, gamma_norm)
     )

@@ -19,7 +19,7 @@ Sigma = float | tuple[float, float]
 
 
 def default_sigma(grid: tuple[int, int]) -> tuple[float, float]:
-    """The width of the Gaussians per axis, (sigma_y, sigma_x): `side // 16` as in the released code, at least 1.
+    """Return the width of the Gaussians per axis, (sigma_y, sigma_x): `side // 16` as in the released code, at least 1.
 
     Below 16 the released code takes `side // 16` as well, which is zero, and fails; here 1 is the smallest width.
     """
@@ -28,7 +28,10 @@ def default_sigma(grid: tuple[int, int]) -> tuple[float, float]:
 
 
 def _axis_centres(side: int, sigma: float, centres: str) -> list[float]:
-    """In cells counted from 0. `official`: range(2 sigma, side, 2 sigma). `paper`: 2 sigma p, counted from 1."""
+    """Return the centres along an axis, in cells counted from 0.
+
+    `official`: range(2 sigma, side, 2 sigma). `paper`: 2 sigma p, counted from 1.
+    """
     step = 2 * sigma
     if centres == "official":
         count = max(-int(-(side - step) // step), 0)
@@ -39,7 +42,7 @@ def _axis_centres(side: int, sigma: float, centres: str) -> list[float]:
 def basis_axes(
     grid: tuple[int, int], sigma: Sigma | None, centres: str
 ) -> tuple[list[float], list[float], float, float]:
-    """Checked (centres_y, centres_x, sigma_y, sigma_x)."""
+    """Return the checked (centres_y, centres_x, sigma_y, sigma_x)."""
     height, width = check_grid(grid)
     if centres not in CENTRES:
         raise ValueError(f"centres is {centres!r}; it must be one of {', '.join(map(repr, CENTRES))}")
@@ -62,14 +65,17 @@ def basis_axes(
 
 
 def basis_shape(grid: tuple[int, int], sigma: Sigma | None = None, centres: str = "official") -> tuple[int, int]:
-    """The number of centres along each axis, (r_y, r_x): the last two dimensions of theta."""
+    """Return the number of centres along each axis, (r_y, r_x): the last two dimensions of theta."""
     axis_y, axis_x, _, _ = basis_axes(grid, sigma, centres)
     return len(axis_y), len(axis_x)
 
 
 def kernel_axes(grid: tuple[int, int], sigma: Sigma | None, centres: str) -> list[float]:
-    """What the kernels make the basis of, along y and then along x: start, step and rest, so that centre i lies at
-    start + (i + 1) * (step + rest). The step has 12 bits, and its multiples are exact in float32."""
+    """Return the numbers that the kernels make the basis of, along y and then along x.
+
+    They are start, step and rest, so that centre i lies at start + (i + 1) * (step + rest). The step has 12 bits, and
+    its multiples are exact in float32.
+    """
     _, _, sigma_y, sigma_x = basis_axes(grid, sigma, centres)
     start = 0.0 if centres == "official" else -1.0
     axes = []
@@ -81,8 +87,10 @@ def kernel_axes(grid: tuple[int, int], sigma: Sigma | None, centres: str) -> lis
 
 
 def axis_basis(side: int, centres: list[float], sigma: float, like: Tensor) -> Tensor:
-    """G[y, i] = exp(-(y - c_i)^2 / 2 sigma^2): [side, r]; zero below 1e-30, since a CPU multiplies subnormal numbers up
-    to ten times more slowly."""
+    """Return G[y, i] = exp(-(y - c_i)^2 / 2 sigma^2): [side, r].
+
+    It is zero below 1e-30, since a CPU multiplies subnormal numbers up to ten times more slowly.
+    """
     cells = torch.arange(side, dtype=like.dtype, device=like.device)
     weights = torch.exp(
         -((cells[:, None] - torch.tensor(centres, dtype=like.dtype, device=like.device)) ** 2) / (2 * sigma**2)
@@ -91,7 +99,7 @@ def axis_basis(side: int, centres: list[float], sigma: float, like: Tensor) -> T
 
 
 def full_basis(grid: tuple[int, int], sigma: Sigma | None, centres: str, like: Tensor) -> Tensor:
-    """The reference's basis [r_y, r_x, height, width]."""
+    """Return the reference's basis [r_y, r_x, height, width]."""
     axis_y, axis_x, sigma_y, sigma_x = basis_axes(grid, sigma, centres)
     as_tensor = like.new_tensor
     return reference.gaussian_basis(as_tensor(axis_y), as_tensor(axis_x), sigma_y, sigma_x, grid)
@@ -106,7 +114,7 @@ gaussian_bias_reference = composite(
 def kept_axis_basis(
     side: int, centres: tuple[float, ...], sigma: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """`axis_basis`, made once; for use inside of opaque operations, which neither trace nor write to it."""
+    """Return `axis_basis`, made once; for use inside of opaque operations, which neither trace nor write to it."""
     return axis_basis(side, list(centres), sigma, torch.empty(0, dtype=dtype, device=device))
 
 
@@ -181,7 +189,9 @@ def gaussian_bias(
     centres: str = "official",
     impl: str | None = None,
 ) -> Tensor:
-    """S = G_y theta G_x^T, a sum of Gaussians on the grid (arXiv 2403.06381, Eq. 9-10). Differentiable in theta.
+    """Compute S = G_y theta G_x^T, a sum of Gaussians on the grid (arXiv 2403.06381, Eq. 9-10).
+
+    Differentiable in theta.
 
     Args:
         theta: weights `[B,H,T,r_y,r_x]` of the centres, y along the rows of the grid; float.

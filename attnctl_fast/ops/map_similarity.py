@@ -32,7 +32,7 @@ def check_kernel_tokens(maps: Tensor) -> None:
 
 
 def similarities(maps: Array) -> tuple[Array, Array]:
-    """The cosines [B,n,n] between maps [B,n,M], and one over their norms [B,n], 0 for a map of zeros."""
+    """Return the cosines [B,n,n] between maps [B,n,M], and one over their norms [B,n], 0 for a map of zeros."""
     gram = maps @ maps.swapaxes(1, 2)
     xp = namespace(gram)
     norms = xp.diagonal(gram, 0, 1, 2) ** 0.5
@@ -43,8 +43,10 @@ def similarities(maps: Array) -> tuple[Array, Array]:
 
 
 def mixing(slope: Array, similarity: Array, inverse: Array) -> Array:
-    """W [B,n,n] such that W maps is the maps' gradient, given that of their similarities, `slope`, whose diagonal does
-    not count."""
+    """Return W [B,n,n] such that W maps is the maps' gradient.
+
+    `slope` is that of their similarities, whose diagonal does not count.
+    """
     xp = namespace(slope)
     every = np.arange(slope.shape[1]) if xp is np else torch.arange(slope.shape[1], device=slope.device)
     both = slope + slope.swapaxes(1, 2)
@@ -88,7 +90,7 @@ _triton = differentiable(
 
 
 def map_similarity(maps: Tensor, *, impl: str | None = None) -> Tensor:
-    """The cosine of the angle between every two maps of a sample: X^T X of maps over their norms.
+    """Compute the cosine of the angle between every two maps of a sample: X^T X of maps over their norms.
 
     A map of zeros, as a padded token has, has similarity 0 with every map and itself, and no gradient. Differentiable
     in maps. T-SAM (arXiv 2411.15236) smooths them before, with `smooth_maps`.

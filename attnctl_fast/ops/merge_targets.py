@@ -57,7 +57,10 @@ _triton = differentiable(
 
 
 def check_bias(bias: Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`bias` in `dtype`; ValueError unless it is a float tensor of `shape` [B,H,T,M] on `device`, no wider."""
+    """Return `bias` in `dtype`.
+
+    ValueError unless it is a float tensor of `shape` [B,H,T,M] on `device`, no wider.
+    """
     if not bias.dtype.is_floating_point or tuple(bias.shape) != tuple(shape):
         raise ValueError(
             f"bias is {bias.dtype} of shape {tuple(bias.shape)}; it must be a float tensor [B,H,T,M] = {list(shape)}"
@@ -76,17 +79,20 @@ def merge_targets(
     pinned_ids: TokenIds = (),
     impl: str | None = None,
 ) -> Tensor:
-    """Attention whose target columns carry `bias`, from the statistics: (e^R O_rest + sum_t e^(l_t + bias_t) V_t) / Z.
+    """Compute attention whose target columns carry `bias`, from the statistics.
 
-    Exact and stable at any bias ("leave the targets out, merge them in", MATH.md section 1). Differentiable in the
+    That is (e^R O_rest + sum_t e^(l_t + bias_t) V_t) / Z.
+
+    Exact and stable at any bias: the targets were left out, and are merged in. Differentiable in the
     statistics, v and bias.
 
     Args:
         stats: from `target_statistics` with the same ids.
         v: the values `[B,H,N,d]`.
-        target_ids, pinned_ids: as given to `target_statistics`. A pinned column is put back to its unedited
-            probability, and the row is not renormalised, as in the released code of attention regulation.
+        target_ids: as given to `target_statistics`.
         bias: what is added to the scaled logits of the targets, `[B,H,T,M]`; None for the unedited output.
+        pinned_ids: as given to `target_statistics`. A pinned column is put back to its unedited probability, and the
+            row is not renormalised, as in the released code of attention regulation.
         impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
 
     Returns:

@@ -25,7 +25,7 @@ def _eager(
     scale: float,
     key_bias: Tensor | None,
 ) -> Tensor:
-    """By blocks of rows, the heads of a sample in one product."""
+    """Attend by blocks of rows, the heads of a sample in one product."""
     batch, heads, image_tokens, _ = q.shape
     most = LOGITS.get(q.device.type, LOGITS_ELSEWHERE)
     rows = max(1, min(image_tokens, most // (batch * heads * k.shape[2])))
@@ -93,7 +93,9 @@ def region_attention(
     key_bias: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """softmax(l') v, with logits l = scale q k^T that regions modulate (arXiv 2308.12964, "DenseDiffusion").
+    """Compute attention whose logits are pulled to their row's extremes by regions.
+
+    That is softmax(l') v, with logits l = scale q k^T that regions modulate (arXiv 2308.12964, "DenseDiffusion").
 
     With w the row's weight, l' = l + w (max - l) where row and column share a region, and l' = l - w (l - min)
     everywhere else; max and min are those of the row of l. A key_bias is part of l, but a column that it masks is no
@@ -104,9 +106,11 @@ def region_attention(
 
     Args:
         q: queries `[B,H,M,d]`, any strides.
-        k, v: keys and values `[B,H,N,d]`.
-        row_regions, column_regions: the regions of every row `[B,M]` and column `[B,N]`, int32 sets of up to 32 bits,
-            one per region. Zero belongs to none.
+        k: keys `[B,H,N,d]`.
+        v: values `[B,H,N,d]`.
+        row_regions: the regions of every row, `[B,M]`, int32 sets of up to 32 bits, one per region. Zero belongs to
+            none.
+        column_regions: those of every column, `[B,N]`, likewise.
         weight: w, `[B,M]`, float32 or that of the computation. Zero leaves a row as it is; one moves all its logits
             to the extremes.
         scale: factor of the logits, 1/sqrt(d) by default.

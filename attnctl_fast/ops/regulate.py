@@ -36,8 +36,12 @@ KERNEL_SIDE, KERNEL_CENTRES = 256, 64
 
 
 class Regulation(NamedTuple):
-    """bias: what to add to the targets' scaled logits, `[B,H,T,M]`. theta: the weights of the step that was kept,
-    `[B,H,T,r_y,r_x]`. losses: of every step, per batch and head, `[steps,B,H]`, step 0 being that of the initial theta.
+    """The result of `regulate`.
+
+    Attributes:
+        bias: the number to add to the targets' scaled logits, `[B,H,T,M]`.
+        theta: the weights of the step that was kept, `[B,H,T,r_y,r_x]`.
+        losses: those of every step, per batch and head, `[steps,B,H]`, step 0 being that of the initial theta.
     """
 
     bias: Tensor
@@ -46,14 +50,17 @@ class Regulation(NamedTuple):
 
 
 def _span(theta: Array, basis_y: Array, basis_x: Array, bias_scale: float) -> Array:
-    """The bias [.., height, width] of the weights [.., r_y, r_x]."""
+    """Return the bias [.., height, width] of the weights [.., r_y, r_x]."""
     xp = namespace(theta)
     span = xp.matmul(basis_y, xp.matmul(theta, basis_x.swapaxes(0, 1)))
     return span if bias_scale == 1 else bias_scale * span
 
 
 def keep_best(losses: Array, thetas: Array, select: str) -> Array:
-    """From every step's losses [steps,B,H] and weights [steps,B,H,..], the weights of the step with the lowest."""
+    """Return the weights of the step with the lowest loss.
+
+    Losses are [steps,B,H] and weights [steps,B,H,..].
+    """
     xp = namespace(losses)
     total = losses.mean(2)
     if select == "batch":
@@ -74,7 +81,7 @@ def descend(
     step_size: float,
     objective: Objective,
 ) -> tuple[Array, Array]:
-    """Losses [steps,n] and weights [steps,n,T,r_y,r_x] of `steps` weights, each a gradient step after the last.
+    """Return losses [steps,n] and weights [steps,n,T,r_y,r_x] of `steps` weights, each a gradient step after the last.
 
     For n = B*H rows: logits [n,T,M], rest_lse and rest_square [n,M], theta [n,T,r_y,r_x], all numpy or all torch.
     """
@@ -137,7 +144,9 @@ def _at_strength(
     previous: Tensor | None,
     steps: int,
 ) -> _Results:
-    """What `solve` finds; at a tensor of zero, no descent: no bias, the weights as they were, losses of zero.
+    """Return the result of `solve`.
+
+    At a tensor of zero there is no descent: no bias, the weights as they were, losses of zero.
 
     On an accelerator, which is never waited for, the descent is made all the same, and then left out.
     """
@@ -299,7 +308,8 @@ def regulate(
         generator: for that draw; on the device of the statistics. Under `torch.compile` pass theta instead.
         steps: how many weights are evaluated, the initial one included (released code: 20).
         step_size: of the descent, per head (the released code's 100 * B * H on the mean over batch and heads).
-        sigma, centres: as for `gaussian_bias`.
+        sigma: width of the Gaussians in cells, as for `gaussian_bias`.
+        centres: where they lie, as for `gaussian_bias`.
         bias_scale: factor of S before it is added to the scaled logits: 1 in the released code; the paper adds S before
             scaling, which is bias_scale = scale.
         previous: weights of the sampling step before, as `Regulation.theta` gave them, shaped and typed like theta;
@@ -311,7 +321,12 @@ def regulate(
         select: whose loss decides which step is kept: `"sample"` (mean over the heads of each sample, so that a
             sample's result does not depend on its batch) or `"batch"` (over all, the released code's for several
             images). The paper does not say.
-        objective, quantile, level, mass, mass_weight, penalty: as for `regulation_loss`.
+        objective: `"official"` or `"paper"`, as for `regulation_loss`.
+        quantile: which quantile of the edited maps is aimed at.
+        level: its aim.
+        mass: aim of each target's mean attention, as for `regulation_loss`.
+        mass_weight: weight of that aim, as for `regulation_loss`.
+        penalty: weight of the penalty, as for `regulation_loss`.
         impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
 
     Returns:

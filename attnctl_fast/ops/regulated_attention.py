@@ -36,17 +36,24 @@ def regulated_attention(
     bias_inside_scale: bool = False,
     impl: str | None = None,
 ) -> Tensor:
-    """`biased_attention` whose bias is `gaussian_bias(theta, grid)` (arXiv 2403.06381, Eq. 9-10).
+    """Compute `biased_attention` whose bias is `gaussian_bias(theta, grid)` (arXiv 2403.06381, Eq. 9-10).
 
     Differentiable in q, k, v and theta. With Triton the bias is never in memory; otherwise it is, `[B,H,T,M]`.
 
     Args:
         q: queries `[B,H,M,d]`, any strides.
-        k, v: keys and values `[B,H,N,d]`.
+        k: keys `[B,H,N,d]`.
+        v: values `[B,H,N,d]`.
         theta: weights of the Gaussians `[B,H,T,r_y,r_x]`; float32, or float64 for float64 inputs.
-        target_ids, pinned_ids, scale, key_bias, bias_inside_scale, impl: as for `biased_attention`.
+        target_ids: `[T]` or `[B,T]` padded with -1 (a padded target's theta is ignored).
         grid: (height, width), height*width == M.
-        sigma, centres: as for `gaussian_bias`.
+        sigma: width of the Gaussians in cells, as for `gaussian_bias`.
+        centres: where they lie, as for `gaussian_bias`.
+        pinned_ids: columns that keep their unbiased probability; the row is not renormalised.
+        scale: factor of the logits, 1/sqrt(d) by default.
+        key_bias: added to the scaled logits, `[B,N]`, -inf for a masked column: as for `attention`.
+        bias_inside_scale: False is the released code's convention, True the paper's.
+        impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
 
     Returns:
         out `[B,H,M,d]` in q's dtype.

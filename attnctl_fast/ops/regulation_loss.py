@@ -37,7 +37,7 @@ regulation_loss_reference = composite(f"regulation_loss_reference{_SCHEMA}", ref
 
 
 def _flat(*tensors: Tensor | None) -> list[Array]:
-    """[B,H,..] tensors as [B*H,..] arrays."""
+    """Return [B,H,..] tensors as [B*H,..] arrays."""
     return arrays(*(x if x is None else x.flatten(0, 1) for x in tensors))
 
 
@@ -142,7 +142,9 @@ def regulation_loss(
     penalty: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """The objective of attention regulation per batch and head (arXiv 2403.06381, Eq. 11-15, and its released code).
+    """Compute the objective of attention regulation per batch and head.
+
+    It is Eq. 11-15 of arXiv 2403.06381, or that of the released code.
 
     With A' the edited attention of the targets, means over the sample's real targets:
     `mean (quantile(A') - level)^2 + mass_weight * mean (mean_m A' - mass)^2`, plus `penalty * mean theta^2`
@@ -154,7 +156,8 @@ def regulation_loss(
         bias: what is added to the scaled logits, `[B,H,T,M]`.
         objective: `"official"` or `"paper"`.
         theta: weights of the Gaussians, for the official penalty; None leaves that term out.
-        quantile, level: which quantile of A', and its aim.
+        quantile: which quantile of A' is aimed at.
+        level: the aim of that quantile.
         mass: aim of each target's mean attention; None takes min(1, 0.2 T)/T.
         mass_weight: 80 by default. The paper writes the mass term with sums: its alpha is mass_weight / M^2, its mu is
             mass; it states neither number.

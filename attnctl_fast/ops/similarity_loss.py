@@ -27,7 +27,7 @@ similarity_loss_reference = composite(f"similarity_loss_reference({_ARGUMENTS}) 
 
 
 def _unit(x: Array) -> tuple[Array, Array]:
-    """x over its norm along the last dimension, and one over the norm; 0 where it is 0."""
+    """Return x over its norm along the last dimension, and one over the norm; 0 where it is 0."""
     xp = namespace(x)
     norm = (x * x).sum(-1, keepdims=True) ** 0.5
     inverse = 1 / xp.where(norm == 0, xp.full_like(norm, xp.inf), norm)
@@ -35,7 +35,7 @@ def _unit(x: Array) -> tuple[Array, Array]:
 
 
 def _cosine_distance(ours: Array, theirs: Array) -> tuple[Array, Array]:
-    """1 - cos of every row [B,n,n], and its gradient by ours.
+    """Return 1 - cos of every row [B,n,n], and its gradient by ours.
 
     With d the difference of the unit rows, 1 - cos = |d|^2 / 2: no digit is lost where they are alike.
     """
@@ -49,14 +49,14 @@ def _cosine_distance(ours: Array, theirs: Array) -> tuple[Array, Array]:
 
 
 def _places(similarity: Array) -> Array:
-    """0, 1, .., n - 1 beside `similarity` [..,n,n]."""
+    """Return 0, 1, .., n - 1 beside `similarity` [..,n,n]."""
     if namespace(similarity) is np:
         return np.arange(similarity.shape[1])
     return torch.arange(similarity.shape[1], device=similarity.device)
 
 
 def _distance(similarity: Array, text: Array, lengths: Array, variant: str, weight: float) -> tuple[Array, Array]:
-    """The loss [B], and its gradient by the similarities [B,n,n], which is zero on the diagonal and above.
+    """Return the loss [B], and its gradient by the similarities [B,n,n], which is zero on the diagonal and above.
 
     `text` is zero in padded rows.
     """
@@ -99,7 +99,7 @@ def _forward(
     weight: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and to `keep` for its gradient the smoothed maps and how it mixes them."""
+    """Return the loss, and to `keep` for its gradient the smoothed maps and how it mixes them."""
     smoothed = smooth(maps, grid, taps)
     text, lengths = arrays(text_similarity, lengths)
     xp = namespace(smoothed)
@@ -155,7 +155,10 @@ _triton = differentiable(
 
 
 def _check_lengths(lengths: Tensor | Sequence[int] | None, maps: Tensor) -> Tensor | None:
-    """`lengths` as int64 [B] on the device of maps; their values are read where that costs no synchronisation."""
+    """Return `lengths` as int64 [B] on the device of maps.
+
+    Their values are read where that costs no synchronisation.
+    """
     if lengths is None:
         return None
     batch, tokens = maps.shape[:2]
@@ -205,8 +208,10 @@ def similarity_loss(
     kernel_size: int = 3,
     impl: str | None = None,
 ) -> Tensor:
-    """T-SAM's loss (arXiv 2411.15236): how far the similarities C of the tokens' smoothed maps are from the text
-    encoder's self-attention T. Differentiable in maps; T is a constant.
+    """Compute T-SAM's loss (arXiv 2411.15236).
+
+    It is how far the similarities C of the tokens' smoothed maps are from the text encoder's self-attention T.
+    Differentiable in maps; T is a constant.
 
     With i counted from 0 and s the sample's number of tokens,
 
@@ -226,7 +231,8 @@ def similarity_loss(
         weight: None for 0.2 (`"cosine"`, as released) or 1.0 (the others; the released code has no value).
         lengths: the number of tokens of each sample, `[B]`, int64 or ints, where prompts differ; None for n each.
             Tokens from there on take no part, whatever their maps and rows hold, and get zero gradients.
-        sigma, kernel_size: of `smooth_maps`; a kernel_size of 1 does not smooth.
+        sigma: width of the smoothing in cells, as in `smooth_maps`.
+        kernel_size: its cells along an axis, odd; 1 does not smooth.
         impl: `"triton"`, `"eager"` or `"reference"`; None for the default.
 
     Returns:

@@ -37,7 +37,7 @@ def check_maps(maps: Tensor) -> None:
 def check_smoothing(
     grid: tuple[int, int], image_tokens: int, sigma: float, kernel_size: int
 ) -> tuple[list[int], list[float]]:
-    """The checked grid, and the kernel along one axis: exp(-((x - mu) / 2 sigma)^2) over its sum."""
+    """Return the checked grid, and the kernel along one axis: exp(-((x - mu) / 2 sigma)^2) over its sum."""
     sides = check_grid(grid, image_tokens)
     if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size is {kernel_size!r}; it must be an odd int of at least 1 (1 does not smooth)")
@@ -63,7 +63,7 @@ def check_kernel_taps(taps: Sequence[float]) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _kept_axis(side: int, taps: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Array:
-    """The smoothing along an axis as a matrix [side, side]; for use inside of opaque operations."""
+    """Return the smoothing along an axis as a matrix [side, side]; for use inside of opaque operations."""
     radius = len(taps) // 2
     weights = np.zeros((side, side))
     for row in range(side):
@@ -74,7 +74,7 @@ def _kept_axis(side: int, taps: tuple[float, ...], dtype: torch.dtype, device: t
 
 
 def smooth(maps: Tensor, grid: Sequence[int], taps: Sequence[float], adjoint: bool = False) -> Array:
-    """[..,M] maps smoothed, or the gradient of that: a numpy array where they lie on a CPU."""
+    """Smooth maps [..,M], or the gradient of that: a numpy array where they lie on a CPU."""
     (x,) = arrays(maps)
     if len(taps) == 1:
         return x
@@ -115,7 +115,7 @@ _triton = differentiable(
 
 
 def wide(maps: Tensor) -> Tensor:
-    """Half precision in float32."""
+    """Return half precision in float32."""
     return maps.to(torch.promote_types(maps.dtype, torch.float32))
 
 
@@ -127,8 +127,9 @@ def smooth_maps(
     kernel_size: int = 3,
     impl: str | None = None,
 ) -> Tensor:
-    """Every token's map convolved with a Gaussian, its border reflected, as in the released code of Attend-and-Excite
-    and T-SAM.
+    """Convolve every token's map with a Gaussian, its border reflected.
+
+    As in the released code of Attend-and-Excite and T-SAM.
 
     Along each axis the kernel is `exp(-((x - mu) / (2 sigma))^2)` over its sum, mu = (kernel_size - 1) / 2: the
     released code's, which is wider by sqrt(2) than a Gaussian of standard deviation sigma. Differentiable in maps. NaN

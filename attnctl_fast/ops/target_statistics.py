@@ -1,4 +1,4 @@
-"""What attention control needs to know of a layer: the target logits and the attention over all other columns."""
+"""The statistics of a layer that attention control needs: target logits, and attention over all other columns."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from .attention import attention_without, gather_columns, gather_key_bias
 
 
 class TargetStatistics(NamedTuple):
-    """Sufficient statistics of attention control ("sufficient statistics" in MATH.md section 1).
-
-    rest_out: attention over the columns that are not targets, `[B,H,M,d]`.
-    rest_lse: the logsumexp of those columns' logits, `[B,H,M]`; -inf where every column is a target or masked.
-    logits: the targets' scaled logits, `[B,H,T,M]`; -inf for padded and masked targets.
-    rest_square: the sum of squared probabilities over the columns that are not targets, `[B,H,M]`, or None.
-    pinned_logits: the pinned columns' scaled logits, `[B,H,P,M]`, -inf for padded and masked ones, or None without
-        pinned columns.
+    """All that an edit of the targets' columns needs to know of a layer.
 
     All are float32 (float64 for float64 inputs).
+
+    Attributes:
+        rest_out: attention over the columns that are not targets, `[B,H,M,d]`.
+        rest_lse: the logsumexp of those columns' logits, `[B,H,M]`; -inf where every column is a target or masked.
+        logits: the targets' scaled logits, `[B,H,T,M]`; -inf for padded and masked targets.
+        rest_square: the sum of squared probabilities over the columns that are not targets, `[B,H,M]`, or None.
+        pinned_logits: the pinned columns' scaled logits, `[B,H,P,M]`, -inf for padded and masked ones, or None without
+            pinned columns.
     """
 
     rest_out: Tensor
@@ -41,8 +42,11 @@ rest_square_reference = composite(f"rest_square_reference{_COLUMNS}", reference.
 
 
 def joint_lse(rest_lse: Tensor, logits: Tensor) -> Tensor:
-    """The logsumexp over all columns, [B,H,M]. In one call: that of padded targets alone has no gradient. Nor has one
-    of nothing but -inf, so `rest_lse` must be at least NO_COLUMNS."""
+    """Return the logsumexp over all columns, [B,H,M].
+
+    In one call: that of padded targets alone has no gradient. Nor has one of nothing but -inf, so `rest_lse` must be at
+    least NO_COLUMNS.
+    """
     return torch.cat([logits, rest_lse.unsqueeze(2)], 2).logsumexp(2)
 
 
@@ -117,14 +121,17 @@ def target_statistics(
     with_square: bool = False,
     impl: str | None = None,
 ) -> TargetStatistics:
-    """Attention over all columns but the targets, and the targets' logits: enough to edit the targets' columns later
-    (`merge_targets`) or to optimise their bias (`regulate`) without touching q, k or v again.
+    """Compute attention over all columns but the targets, and the targets' logits.
+
+    That is enough to edit the targets' columns later (`merge_targets`) or to optimise their bias (`regulate`) without
+    touching q, k or v again.
 
     Differentiable in q, k and v.
 
     Args:
         q: queries `[B,H,M,d]`, any strides.
-        k, v: keys and values `[B,H,N,d]`.
+        k: keys `[B,H,N,d]`.
+        v: values `[B,H,N,d]`.
         target_ids: ids of the T target tokens, `[T]` or `[B,T]` padded with -1; distinct and in 0..N-1.
         pinned_ids: ids of P tokens that shall keep their unedited probabilities (they stay in the rest).
         scale: factor of the logits, 1/sqrt(d) by default.

@@ -83,13 +83,19 @@ def export_pipeline(
 def detection_rates(
     pipe: StableDiffusionPipeline, seeds: Sequence[int], objects: int, *, batch_size: int = 32
 ) -> dict[str, float]:
-    """The shares of `strict`, `exact` and `colours` among pictures of the plain pipeline, 25 steps at guidance 5."""
+    """Return the shares of `strict`, `exact` and `colours` among pictures of the plain pipeline.
+
+    They are drawn in 25 steps at guidance 5.
+    """
     drawn = evaluate(pipe, seeds, objects=objects, batch_size=batch_size)
     return {name: drawn.hits(name) / len(seeds) for name in Score._fields}
 
 
 def measure(pipe: StableDiffusionPipeline, seeds: Sequence[int]) -> dict[str, Any]:
-    """The figures of the model card: detection rates at one, two and three objects, and localisation per layer."""
+    """Measure the figures of the model card.
+
+    Detection rates at one, two and three objects, and localisation per layer.
+    """
     return {
         "seeds": [min(seeds), max(seeds)],
         "sampler": "DDIM, 25 steps, guidance 5",

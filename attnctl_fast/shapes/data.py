@@ -26,19 +26,22 @@ class Examples(NamedTuple):
 
 
 def word_positions(scene: Scene) -> tuple[list[int], list[int]]:
-    """The text positions of the colours and of the nouns of `scene.prompt`, counting the start token as 0."""
+    """Return the text positions of the colours and of the nouns of `scene.prompt`.
+
+    The start token is counted as 0.
+    """
     objects = range(len(scene.objects))
     return [2 + 4 * i for i in objects], [3 + 4 * i for i in objects]
 
 
 def grid_masks(masks: np.ndarray) -> np.ndarray:
-    """Pixel masks `[n,64,64]` to the share of every latent cell that is covered, float64 `[n,16,16]`."""
+    """Return the share of every latent cell that pixel masks `[n,64,64]` cover, float64 `[n,16,16]`."""
     cell = SIZE // LATENT_SIZE
     return masks.reshape(-1, LATENT_SIZE, cell, LATENT_SIZE, cell).mean(axis=(2, 4))
 
 
 def training_scene(index: int) -> Scene:
-    """The scene of a training example: one, two or three objects in 50, 40 and 10 % of the examples."""
+    """Return the scene of a training example: one, two or three objects in 50, 40 and 10 % of the examples."""
     return scene_for_seed(TRAINING_SEEDS + index, _OBJECTS_OF_TEN[index % 10])
 
 

@@ -31,7 +31,7 @@ class Detection(NamedTuple):
 
 
 class Score(NamedTuple):
-    """How a picture answers a prompt.
+    """The answer of a picture to its prompt.
 
     `strict`: every prompted (colour, shape) pair was found; `exact`: strict, and there is no other object; `colours`:
     every prompted colour was found, on whichever shape.
@@ -43,7 +43,7 @@ class Score(NamedTuple):
 
 
 def detect(image: Image.Image) -> list[Detection]:
-    """The coloured shapes in a 64x64 picture, largest first.
+    """Return the coloured shapes in a 64x64 picture, largest first.
 
     A pixel belongs to the colour whose direction away from the background is nearest to its own, which antialiasing and
     blur do not change. Every connected region of one colour is compared with templates of the six shapes, drawn and
@@ -78,7 +78,10 @@ def score(scene: Scene, detections: Sequence[Detection]) -> Score:
 
 
 def _colour_amounts(pixels: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """For every pixel the nearest colour's index and how much of it there is: 0 none, 1 pure; both `[64,64]`."""
+    """Return for every pixel the nearest colour's index and how much of it there is.
+
+    0 is none, 1 pure; both are `[64,64]`.
+    """
     away = np.array([PALETTE[name] for name in COLOURS], dtype=np.float64) - BACKGROUND
     lengths = np.linalg.norm(away, axis=1)
     difference = pixels - BACKGROUND
@@ -90,7 +93,7 @@ def _colour_amounts(pixels: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDAr
 
 
 def _components(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
-    """The 8-connected regions of a mask, each a mask of the same size."""
+    """Return the 8-connected regions of a mask, each a mask of the same size."""
     left = {(int(y), int(x)) for y, x in zip(*np.nonzero(mask), strict=True)}
     regions = []
     while left:
@@ -107,7 +110,7 @@ def _components(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
 
 
 def _dilated(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The mask and its 8-neighbours."""
+    """Return the mask and its 8-neighbours."""
     padded = np.pad(mask, 1)
     height, width = mask.shape
     shifted = [padded[dy : dy + height, dx : dx + width] for dy in range(3) for dx in range(3)]
@@ -130,7 +133,7 @@ def _classify(colour: str, soft: NDArray[np.float64]) -> Detection | None:
 
 @lru_cache(maxsize=1)
 def _templates() -> NDArray[np.float64]:
-    """Every shape as a normalised patch, averaged over sizes and sub-pixel places, `[6, 24, 24]`."""
+    """Return every shape as a normalised patch, averaged over sizes and sub-pixel places, `[6, 24, 24]`."""
     patches = np.zeros((len(SHAPES), _GRID, _GRID))
     views = [(radius, offset) for radius in (9.0, 11.0, 13.0, 15.0) for offset in (0.0, 0.25, 0.5)]
     for index, shape in enumerate(SHAPES):
@@ -141,7 +144,7 @@ def _templates() -> NDArray[np.float64]:
 
 
 def _box(soft: NDArray[np.float64]) -> tuple[float, float, float, float]:
-    """The box `(x0, y0, x1, y1)` where the profile of a soft mask crosses one half, between pixels."""
+    """Return the box `(x0, y0, x1, y1)` where the profile of a soft mask crosses one half, between pixels."""
     x0, x1 = _extent(soft.max(axis=0))
     y0, y1 = _extent(soft.max(axis=1))
     return x0, y0, x1, y1
@@ -158,7 +161,7 @@ def _extent(profile: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _normalised(soft: NDArray[np.float64], box: tuple[float, float, float, float]) -> NDArray[np.float64]:
-    """The soft mask inside the box, bilinearly resampled to 24x24."""
+    """Return the soft mask inside the box, bilinearly resampled to 24x24."""
     x0, y0, x1, y1 = box
     ticks = (np.arange(_GRID) + 0.5) / _GRID
     rows = _interpolation(y0 + ticks * (y1 - y0), soft.shape[0])
@@ -167,6 +170,6 @@ def _normalised(soft: NDArray[np.float64], box: tuple[float, float, float, float
 
 
 def _interpolation(positions: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """Linear interpolation weights `[positions, size]`; the centre of pixel i lies at i + 0.5."""
+    """Return linear interpolation weights `[positions, size]`; the centre of pixel i lies at i + 0.5."""
     distance = np.abs(positions[:, None] - (np.arange(size) + 0.5))
     return np.clip(1 - distance, 0, None)

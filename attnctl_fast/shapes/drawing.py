@@ -38,7 +38,7 @@ class Render(NamedTuple):
 
 
 def inside(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Whether the points `(u, v)` (v downwards, in units of the radius) lie in the named shape."""
+    """Return whether the points `(u, v)` (v downwards, in units of the radius) lie in the named shape."""
     if shape == "circle":
         return u**2 + v**2 <= 1
     if shape == "ring":
@@ -68,7 +68,7 @@ def _in_star(
 
 
 def coverage(shape: str, x: float, y: float, radius: float, size: int = SIZE) -> NDArray[np.float64]:
-    """The share of every pixel that a shape covers, `[size, size]`; the centre and the radius are in pixels."""
+    """Return the share of every pixel that a shape covers, `[size, size]`; centre and radius are in pixels."""
     alpha = np.zeros((size, size))
     reach = 1.1 * radius
     left, right = max(math.floor(x - reach), 0), min(math.ceil(x + reach), size)
@@ -101,7 +101,7 @@ def render(scene: Scene, seed: int) -> Render:
 
 
 def _places(count: int, rng: random.Random) -> list[tuple[float, float, float]]:
-    """Centres and radii `(x, y, radius)` whose bounding squares stay in the picture and apart from each other."""
+    """Return centres and radii `(x, y, radius)` whose bounding squares stay in the picture and apart."""
     while True:
         places: list[tuple[float, float, float]] = []
         for _ in range(50):

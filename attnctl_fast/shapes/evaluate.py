@@ -70,7 +70,7 @@ class Evaluation:
         return [seconds / size for seconds, size in zip(self.seconds, self.batch_sizes, strict=True)]
 
     def hits(self, criterion: str) -> int:
-        """How many pictures meet a criterion: `"strict"`, `"exact"` or `"colours"`."""
+        """Return how many pictures meet a criterion: `"strict"`, `"exact"` or `"colours"`."""
         return sum(getattr(entry, criterion) for entry in self.scores)
 
 
@@ -96,7 +96,7 @@ class Comparison:
 
 
 def regulation(**options: Any) -> Callable[[Sequence[Scene]], tuple[AttentionRegulation, ...]]:
-    """Attention regulation of every scene's nouns, as an arm's `methods`.
+    """Return attention regulation of every scene's nouns, as an arm's `methods`.
 
     `options` are arguments of `AttentionRegulation.official`; without any, those of `TUNED` are taken.
     """
@@ -105,23 +105,24 @@ def regulation(**options: Any) -> Callable[[Sequence[Scene]], tuple[AttentionReg
 
 
 def energy(**options: Any) -> tuple[EnergyContext, ...]:
-    """Context update, as an arm's `methods`; `options` are those of `EnergyContext`, by default `MOVED`."""
+    """Return a context update, as an arm's `methods`; `options` are those of `EnergyContext`, by default `MOVED`."""
     return (EnergyContext(**(options or dict(MOVED))),)
 
 
 def phrase(scene: Scene, index: int) -> str:
-    """One object of a scene as prompts name it, such as `a red circle`."""
+    """Return one object of a scene as prompts name it, such as `a red circle`."""
     return Scene(scene.objects[index : index + 1]).prompt
 
 
 def first_object(scenes: Sequence[Scene], _: Sequence[int]) -> dict[str, Any]:
-    """Prompts that name only the first object of every scene, as an arm's `options`."""
+    """Return prompts that name only the first object of every scene, as an arm's `options`."""
     return {"prompt": [phrase(scene, 0) for scene in scenes]}
 
 
 def second_object(direction: int, **options: Any) -> Callable[[Sequence[Scene]], tuple[Composition, ...]]:
-    """A composition that adds the second object of every scene (+1, by the text of both) or takes it away (-1, by its
-    own text), as an arm's `methods`.
+    """Return a composition that adds or takes away the second object of every scene, as an arm's `methods`.
+
+    +1 adds it, by the text of both; -1 takes it away, by its own text.
 
     `options` are arguments of `Edit`; without any, those of `ADDED` or `NEGATED` are taken.
     """
@@ -155,6 +156,10 @@ def evaluate(
         seeds: one picture per seed.
         methods: a sequence of methods, or a function from the scenes of a batch to one; empty for the plain pipeline.
         objects: objects per prompt, 1 to 3.
+        num_inference_steps: steps of the sampler.
+        guidance_scale: strength of classifier-free guidance.
+        batch_size: pictures that are drawn at a time.
+        progress: show a bar.
 
     Raises:
         ValueError: no seeds, a repeated seed, or a batch size below one.
@@ -184,7 +189,7 @@ def interleaved(
     progress: bool = True,
     warm_up: bool = False,
 ) -> dict[str, Evaluation]:
-    """`evaluate` for several arms, batch by batch in turn, so that their times are measured side by side.
+    """Run `evaluate` for several arms, batch by batch in turn, so that their times are measured side by side.
 
     The order of the arms is reversed at every other batch. With `warm_up`, every arm first draws a batch in two steps
     that is not counted.
@@ -235,7 +240,10 @@ def compare(plain: Evaluation, controlled: Evaluation) -> Comparison:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """The exact two-sided p value of McNemar's test: how likely so uneven a split of the changed pairs is by chance."""
+    """Return the exact two-sided p value of McNemar's test.
+
+    It says how likely so uneven a split of the changed pairs is by chance.
+    """
     changed = gained + lost
     tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**changed)
@@ -256,7 +264,7 @@ def _change(plain: Evaluation, controlled: Evaluation, criterion: str) -> Change
 def _draw(
     pipe: Any, seeds: Sequence[int], scenes: Sequence[Scene], arm: Arm, steps: int, guidance_scale: float
 ) -> tuple[list[Image], float]:
-    """The pictures of one batch and the wall time, attaching and restoring included."""
+    """Return the pictures of one batch and the wall time, attaching and restoring included."""
     methods = arm.methods(scenes) if callable(arm.methods) else arm.methods
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -286,7 +294,7 @@ def _takes(arms: Mapping[str, Arm], index: int) -> int:
 
 @contextmanager
 def _quiet(pipe: Any) -> Iterator[None]:
-    """Without the pipeline's own progress bar."""
+    """Run without the pipeline's own progress bar."""
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**(before | {"disable": True}))
     try:

@@ -69,7 +69,7 @@ def record_attention(unet: UNet2DConditionModel, layers: tuple[str, ...]) -> Ite
 def localisation_loss(
     maps: torch.Tensor, token_ids: torch.Tensor, masks: torch.Tensor, sample_weight: torch.Tensor
 ) -> torch.Tensor:
-    """The weighted mean over words of `(1 - share of the word's attention inside its object)^2`, a scalar.
+    """Return the weighted mean over words of `(1 - share of the word's attention inside its object)^2`, a scalar.
 
     Args:
         maps: head-averaged probabilities `[B, M, N]`.
@@ -84,10 +84,13 @@ def localisation_loss(
 
 
 def area_under_curve(positives: torch.Tensor, negatives: torch.Tensor) -> float:
-    """The probability that a positive exceeds a negative, ties counted half: the area under the ROC curve.
+    """Return the area under the ROC curve.
+
+    It is the probability that a positive exceeds a negative, ties counted half.
 
     Args:
-        positives, negatives: one-dimensional samples, neither empty.
+        positives: a one-dimensional sample, not empty.
+        negatives: another one.
     """
     if not len(positives) or not len(negatives):
         raise ValueError("the area under the ROC curve needs at least one positive and one negative")
@@ -101,7 +104,7 @@ def area_under_curve(positives: torch.Tensor, negatives: torch.Tensor) -> float:
 def localisation_table(
     pipe: StableDiffusionPipeline, seeds: Sequence[int], *, timestep: int = 500, batch_size: int = 32
 ) -> dict[str, dict[str, float]]:
-    """How well the maps tell the objects apart on real two-object renders, noised to `timestep`.
+    """Measure how well the maps tell the objects apart on real two-object renders, noised to `timestep`.
 
     Returns:
         For every cross-attention layer the mean area under the ROC curve of a word's head-averaged map, over pictures

@@ -20,7 +20,10 @@ LAYERS = ("down_blocks.0", "up_blocks.2")
 
 
 def build_vae() -> AutoencoderKL:
-    """A randomly initialised autoencoder, 0.7 M parameters: images `[B,3,64,64]` to latents `[B,4,16,16]`."""
+    """Build a randomly initialised autoencoder, 0.7 M parameters.
+
+    It maps images `[B,3,64,64]` to latents `[B,4,16,16]`.
+    """
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -36,7 +39,9 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """A randomly initialised UNet, 2.7 M parameters, with cross-attention in the blocks of `LAYERS`, all at 16x16.
+    """Build a randomly initialised UNet, 2.7 M parameters.
+
+    It has cross-attention in the blocks of `LAYERS`, all at 16x16.
 
     The 8x8 and 4x4 blocks are plain, so that the prompt acts only where its attention maps have the finest grid.
     """
@@ -58,7 +63,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule."""
+    """Build Stable Diffusion's noise schedule."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -72,7 +77,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def cross_attention_layers() -> tuple[str, ...]:
-    """The names of the UNet's cross-attention modules, all of them at 16x16, in order of execution."""
+    """Return the names of the UNet's cross-attention modules, all of them at 16x16, in order of execution."""
     return (
         "down_blocks.0.attentions.0.transformer_blocks.0.attn2",
         "up_blocks.2.attentions.0.transformer_blocks.0.attn2",
@@ -83,7 +88,9 @@ def cross_attention_layers() -> tuple[str, ...]:
 def load_pipeline(
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, weights: Path | str = WEIGHTS
 ) -> StableDiffusionPipeline:
-    """The shapes model as an ordinary `StableDiffusionPipeline` for prompts such as `a red circle and a blue star`.
+    """Load the shapes model as an ordinary `StableDiffusionPipeline`.
+
+    It draws prompts such as `a red circle and a blue star`.
 
     It makes pictures of 64x64 pixels from latents of 4x16x16.
 
@@ -123,7 +130,7 @@ def load_pipeline(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without loading bars, and without the advice to install torchvision for a part that is not used."""
+    """Run without loading bars, and without the advice to install torchvision for a part that is not used."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -141,6 +148,6 @@ def _quiet() -> Iterator[None]:
 
 
 def encode_prompts(pipe: StableDiffusionPipeline, prompts: list[str]) -> torch.Tensor:
-    """The text encoder's last hidden states `[B, 20, 128]` of prompts padded to 20 tokens."""
+    """Return the text encoder's last hidden states `[B, 20, 128]` of prompts padded to 20 tokens."""
     tokens = pipe.tokenizer(prompts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
     return pipe.text_encoder(tokens.input_ids.to(pipe.device)).last_hidden_state

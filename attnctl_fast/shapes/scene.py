@@ -1,4 +1,4 @@
-"""What a picture of the shapes model shows: colours, shapes, scenes and their prompts."""
+"""Scenes of the shapes model: colours, shapes, objects and their prompts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Scene:
 
 
 def scene_for_seed(seed: int, objects: int = 2) -> Scene:
-    """A scene drawn uniformly from those with `objects` objects; the same for the same arguments on every machine."""
+    """Draw a scene uniformly from those with `objects` objects; the same for the same arguments on every machine."""
     if not 1 <= objects <= MAX_OBJECTS:
         raise ValueError(f"objects must be 1 to {MAX_OBJECTS}, got {objects}")
     rng = random.Random(f"scene {objects} {seed}")
@@ -56,7 +56,7 @@ def scene_for_seed(seed: int, objects: int = 2) -> Scene:
 
 
 def scene_for_prompt(prompt: str) -> Scene | None:
-    """The scene whose prompt this is, word for word; None where there is none."""
+    """Return the scene whose prompt this is, word for word; None where there is none."""
     objects = [words.removeprefix("a ").partition(" ") for words in prompt.split(" and ")]
     try:
         scene = Scene(tuple((colour, shape) for colour, _, shape in objects))

@@ -30,7 +30,10 @@ _CHARACTERS = string.ascii_lowercase + string.digits + ",.-"
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The byte-pair vocabulary and merges: every word of `WORDS` is one token, other words are spelled by letters."""
+    """Return the byte-pair vocabulary and merges.
+
+    Every word of `WORDS` is one token, other words are spelled by letters.
+    """
     tokens = [*_CHARACTERS, *(f"{character}</w>" for character in _CHARACTERS)]
     merges: list[tuple[str, str]] = []
     for word in WORDS:
@@ -76,7 +79,9 @@ def build_tokenizer(folder: Path, length: int = MAX_LENGTH) -> CLIPTokenizer:
 
 
 def build_text_encoder(seed: int = 0) -> CLIPTextModel:
-    """A frozen one-layer causal `CLIPTextModel`, 128 wide, whose attention copies a colour word into the noun after it.
+    """Build a frozen one-layer causal `CLIPTextModel`, 128 wide.
+
+    Its attention copies a colour word into the noun after it.
 
     The space splits into orthogonal parts: words, positions, copied colours, spelled tokens; all orthogonal to the
     vector of ones, so that the layer norms only rescale. The query of position `j` is the key of position `j - 1`; the
@@ -136,7 +141,7 @@ def build_text_encoder(seed: int = 0) -> CLIPTextModel:
 
 
 def _basis(seed: int) -> torch.Tensor:
-    """`WIDTH - 1` orthonormal rows, each orthogonal to the vector of ones, float64 `[WIDTH - 1, WIDTH]`."""
+    """Return `WIDTH - 1` orthonormal rows, each orthogonal to the vector of ones, float64 `[WIDTH - 1, WIDTH]`."""
     generator = torch.Generator().manual_seed(seed + 1)
     columns = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)
     columns[:, 0] = 1

@@ -33,7 +33,7 @@ CARD_SEEDS = 100_000
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the weights; the defaults are those of the shipped model.
+    """The settings that decide the weights; the defaults are those of the shipped model.
 
     `stop` ends the UNet's training early on the learning-rate schedule of `steps`; 0 means not to. A run that is
     already further gives its snapshot of that step.
@@ -132,7 +132,7 @@ class Run:
         return folder
 
     def train_vae(self, examples: Examples) -> Any:
-        """The autoencoder, its latents shifted and scaled to mean 0 and variance 1 in every channel."""
+        """Train the autoencoder, its latents shifted and scaled to mean 0 and variance 1 in every channel."""
         settings = self.settings
         torch.manual_seed(settings.seed)
         vae = build_vae().to(self.device).train()
@@ -159,13 +159,13 @@ class Run:
 
     @torch.no_grad()
     def encode(self, vae: Any, examples: Examples) -> torch.Tensor:
-        """The latents of all examples, float32 `[n,4,16,16]`."""
+        """Return the latents of all examples, float32 `[n,4,16,16]`."""
         batches = torch.arange(len(examples.scenes)).split(64)
         batches = tqdm(batches, desc="encoding", disable=not self.progress)
         return torch.cat([vae.encode(self._images(examples, batch)).latent_dist.mean.cpu() for batch in batches])
 
     def train_unet(self, examples: Examples, latents: torch.Tensor) -> Any:
-        """The UNet's exponential moving average after training on noise prediction and localised attention."""
+        """Train the UNet on noise prediction and localised attention; return its exponential moving average."""
         settings, layers = self.settings, cross_attention_layers()
         torch.manual_seed(settings.seed + 1)
         unet = build_unet().to(self.device).train()
@@ -213,7 +213,10 @@ class Run:
         return average
 
     def _captions(self, examples: Examples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token ids `[n+1, 20]` (last: no caption), colour and noun positions `[n, 6]`, their masks `[n, 6, 256]`."""
+        """Return the captions of all examples.
+
+        Token ids `[n+1, 20]` (last: no caption), colour and noun positions `[n, 6]`, their masks `[n, 6, 256]`.
+        """
         tokenizer = build_tokenizer(self.out / "tokenizer")
         prompts = [*(scene.prompt for scene in examples.scenes), ""]
         tokens = tokenizer(prompts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
@@ -266,7 +269,7 @@ class Run:
         return unet.eval().requires_grad_(False).to(self.device)
 
     def _summary(self, stage: str) -> dict[str, float]:
-        """Steps, seconds and the last hundred steps' mean losses; of a repeated step the last pass counts."""
+        """Return steps, seconds and the last hundred steps' mean losses; of a repeated step the last pass counts."""
         stop = self.settings.vae_steps if stage == "vae" else self.settings.stop or self.settings.steps
         entries: dict[int, dict[str, Any]] = {}
         for line in (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines():
@@ -320,7 +323,7 @@ def standardise_latents(vae: Any, images: torch.Tensor) -> None:
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, total: int, *, warmup: int) -> float:
-    """Linear warm-up, then half a cosine to a hundredth of the peak; returns the rate that it set."""
+    """Set the rate to a linear warm-up, then half a cosine to a hundredth of the peak; return it."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
     lr = peak * min((step + 1) / warmup, 0.01 + 0.99 * cosine)
     for group in optimizer.param_groups:
@@ -340,7 +343,7 @@ def _write(lines: TextIO, entry: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m attnctl_fast.shapes.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/shapes"), help="folder of the run (default: out/shapes)")
     parser.add_argument("--device", default="cpu", help="any torch device (default: cpu)")

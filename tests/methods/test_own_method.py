@@ -132,7 +132,7 @@ def test_attention_of_the_conditional_rows() -> None:
 
 
 def test_the_method_of_the_documentation() -> None:
-    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "own-methods.md").read_text(encoding="utf-8")
     code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "class Sharpen" in block)
     scope: dict[str, Any] = {"ac": ac, "F": torch.nn.functional, "Any": Any, "dataclass": dataclass}
     exec(code, scope)
