@@ -92,7 +92,9 @@ def test_guidance_moves_the_models_input_alike_under_every_scheduler(name: str) 
     for scale in (0.0, 20.0):
         inputs.clear()
         hook = pipe.unet.conv_in.register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()))
-        drawn(pipe, ac.AttendAndExcite(TARGETS, layers=LAYERS, scale=scale, thresholds={}), num_inference_steps=20)
+        method = ac.AttendAndExcite(TARGETS, layers=LAYERS, scale=scale, thresholds={})
+        with pytest.raises(Stop):
+            drawn(pipe, method, num_inference_steps=20, callback_on_step_end=stop_at(0))
         hook.remove()
         moves.append(next(x[-1:] for x in inputs if len(x) == 2))
     # DPM-Solver++'s own input at its first step, whose noise is the same.

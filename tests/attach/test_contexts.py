@@ -13,7 +13,7 @@ import attnctl_fast as ac
 from tests.support import tiny
 from tests.support.context_walk import EditWalk, Walk
 from tests.support.graphs import counted_graphs
-from tests.support.pipelines import KINDS, OTHER, PROMPT, a_mask, call, picture
+from tests.support.pipelines import FEW_KINDS, OTHER, PROMPT, a_mask, built, call, picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -132,13 +132,10 @@ def test_guidance_off_has_conditional_rows_only() -> None:
         torch.testing.assert_close(ours, call(pipe, guidance_scale=1.0), **EXACT)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW_KINDS)
 def test_kind_of_pipeline(kind: str) -> None:
     """Moved or composed, repeatable, and the plain image bit for bit with nothing to do and after use."""
-    build, options = KINDS[kind]
-    pipe = tiny.pipeline(**build)
-    options = {("strength" if name == "strength_" else name): value for name, value in options.items()}
-    plain = call(pipe, **options)
+    pipe, options, plain = built(kind)
     for methods in (
         [ac.EnergyContext(0, 0)],
         [ac.Composition([ac.Edit("a dog", 0)])],

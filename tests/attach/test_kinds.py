@@ -9,7 +9,7 @@ import torch
 
 import attnctl_fast as ac
 from tests.support import tiny
-from tests.support.pipelines import KINDS, OTHER, PROMPT, TARGETS, call, controlled, picture
+from tests.support.pipelines import KINDS, OTHER, PROMPT, TARGETS, built, call, controlled, picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -19,9 +19,7 @@ EXACT = {"rtol": 0, "atol": 1e-8}  # in float64; in float32 the descent is chaot
 @pytest.mark.parametrize("kind", KINDS)
 def test_kind_of_pipeline(kind: str) -> None:
     """Edited, repeatable, and the plain pipeline's image bit for bit at strength zero and after use."""
-    build, options = KINDS[kind]
-    pipe = tiny.pipeline(**build)
-    options = {("strength" if name == "strength_" else name): value for name, value in options.items()}
+    pipe, options, plain = built(kind)
 
     def once(**method: Any) -> torch.Tensor:
         if not method:
@@ -29,7 +27,6 @@ def test_kind_of_pipeline(kind: str) -> None:
         with ac.control(pipe, ac.AttentionRegulation(TARGETS, **method)):
             return call(pipe, **options)
 
-    plain = once()
     edited = once(strength=1.0)
     assert torch.isfinite(edited).all()
     assert (edited - plain).abs().max() > 0.05

@@ -200,6 +200,18 @@ def carried_through_maps(
     return {**carried, "v": carried_to_gradients(q, k, v, grad_out, scale, key_bias=key_bias)["v"]}
 
 
+def _allowed(plain: Plain, error: Tensor, ulps: Tensor) -> Tensor:
+    """Twice plain PyTorch's error, or what chance allows it, and the ulps; of a row of one number, whose error in all
+    orders may be nearly zero, what chance allows alone."""
+    if plain.truth.shape[-1] == 1:
+        return ulps + floor(plain.compute, plain.truth.double()) if (error > ulps).any() else ulps
+    plain_error = torch.stack([(run.double() - plain.truth).abs().amax(-1) for run in plain.runs]).amax(0)
+    allowed = 2 * plain_error + ulps
+    if (error > allowed).any():
+        allowed = torch.maximum(2 * plain_error, floor(plain.compute, plain.truth.double())) + ulps
+    return allowed
+
+
 def assert_rows_close(
     actual: Tensor, plain: Plain, dtype: torch.dtype, what: str, carried: Tensor | float = 0.0
 ) -> None:
@@ -207,18 +219,16 @@ def assert_rows_close(
 
     The ulp is that of the row's largest element. One rounding error may be nearly zero by luck, which every processor
     draws anew: plain PyTorch's is the largest of several runs that sum in another order, and twice that counts as no
-    less than what its roundings may add up to by chance (`rounding.floor`; made only where it decides). `carried` is
-    what the operation's float32 interface adds. The worst row is reported, never a mean over the tensor.
+    less than what its roundings may add up to by chance (`rounding.floor`; made only where it decides). For a row of
+    one number that alone counts. `carried` is what the operation's float32 interface adds. The worst row is reported,
+    never a mean over the tensor.
     """
     truth = plain.truth.double()
     assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     assert not actual.isnan().any(), f"{what}: NaN"
     error = (actual.double() - truth).abs().amax(-1)
-    plain_error = torch.stack([(run.double() - truth).abs().amax(-1) for run in plain.runs]).amax(0)
     ulps = ULPS * torch.finfo(dtype).eps * truth.abs().amax(-1) + carried
-    allowed = 2 * plain_error + ulps
-    if (error > allowed).any():
-        allowed = torch.maximum(2 * plain_error, floor(plain.compute, truth)) + ulps
+    allowed = _allowed(plain, error, ulps)
     worst = int((error - allowed).argmax())
     found, limit = error.flatten()[worst], allowed.flatten()[worst]
     assert found <= limit, f"{what}: row {worst} is off by {found}, allowed {limit}"
