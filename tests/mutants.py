@@ -229,10 +229,10 @@ OPS = [
         f"{KEYED} -k 'extremes_of_regions or (masked_column_is_no and region)'",
     ),
     Mutant(
-        "region_attention: the highest where the lowest belongs",
+        "region_attention: pulled from zero and not from the lowest",
         "attnctl_fast/ops/region_attention.py",
-        "lowered = torch.addcmul(share * low, logits, 1 - share)",
-        "lowered = torch.addcmul(share * high, logits, 1 - share)",
+        "moved = torch.addcmul(lowered, shared, share * (high - low))",
+        "moved = torch.addcmul(lowered, shared, share * high)",
         "ops/test_region_attention.py -k 'any_weight and eager'",
     ),
     Mutant(

@@ -27,6 +27,7 @@ from tests.support.numerics import (
     rand,
     randn,
 )
+from tests.support.rounding import Shared
 
 GRIDS = {1: (1, 1), 16: (4, 4), 63: (7, 9), 64: (8, 8), 240: (12, 20), 256: (16, 16), 1024: (32, 32), 4096: (64, 64)}
 STATISTICS = TargetStatistics._fields
@@ -428,7 +429,7 @@ def assert_all_right(name: str, case: Case, ours: Tensors, tensors: Tensors, gra
 
     truth = evaluate(_widened(tensors), grads)
     runs = [] if name in LOSSES else _plain_runs(name, case, tensors, grads, evaluate)
-    carried = _carried(name, case, tensors, grads)
+    carried, drawn = _carried(name, case, tensors, grads), Shared(lambda: evaluate(tensors, grads))
     for key, actual in ours.items():
         what = f"{name}: {'gradient of ' if grads else ''}{key}, {case}"
         infinite = truth[key].isneginf()
@@ -445,12 +446,9 @@ def assert_all_right(name: str, case: Case, ours: Tensors, tensors: Tensors, gra
             x = x.masked_fill(infinite, 0.0)
             return x.flatten(-2) if key == "theta" else x  # a row is one target's centres
 
-        def once(key: str = key) -> Tensor:
-            return evaluate(tensors, grads)[key]
-
         rounded = ("out", "rest_out", "q", "k", "v", *(["maps"] if grads else []))
         judged = case.dtype if key in rounded else torch.float32
-        plains = Plain(truth[key], [run[key] for run in runs], once).each(rows)
+        plains = Plain(truth[key], [run[key] for run in runs], drawn.of(key)).each(rows)
         assert_rows_close(rows(actual), plains, judged, what, carried.get(key, 0.0))
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tests.support.rounding import floor
+from tests.support.rounding import Shared, floor
 
 # Other inputs for the same tests: `make test-processors` runs them with several.
 SEED = int(os.environ.get("ATTNCTL_TEST_SEED", "0"))
@@ -98,10 +98,8 @@ def plain_gradients(total: Callable[..., Tensor], leaves: Sequence[Tensor]) -> l
     every = slice(None)
     truths = evaluate(every, [x.detach().double().requires_grad_(x.requires_grad) for x in leaves])
     runs = zip(*(evaluate(order, leaves) for order in orders(leaves[0].shape[-1])), strict=True)
-    return [
-        Plain(truth, run, lambda i=i: evaluate(every, leaves)[i])
-        for i, (truth, run) in enumerate(zip(truths, runs, strict=True))
-    ]
+    drawn = Shared(lambda: evaluate(every, leaves))
+    return [Plain(truth, run, drawn.of(i)) for i, (truth, run) in enumerate(zip(truths, runs, strict=True))]
 
 
 def carried_by_lse(lse: Tensor, values: Tensor) -> Tensor:
