@@ -338,8 +338,8 @@ TRITON = [
     Mutant(
         "kernel of attention: a column beyond the last",
         "kernels/attention.py",
-        "free1 = columns1 < N",
-        "free1 = columns1 <= N",
+        "free2 = columns2 < N",
+        "free2 = columns2 <= N",
         f"{KERNELS} -k 'test_shapes and attention and 63-77-40'",
     ),
     Mutant(
@@ -399,11 +399,11 @@ TRITON = [
         f"{KERNELS} -k 'test_families and merge_targets and sharp'",
     ),
     Mutant(
-        "kernel of gaussian_bias: rows and columns of the grid swapped",
+        "kernel of regulated_attention: rows and columns of the grid swapped",
         "kernels/_gaussian.py",
         "    y, x = rows // width, rows % width\n    targets = tl.arange(0, T_BLOCK)\n    bias",
         "    x, y = rows // width, rows % width\n    targets = tl.arange(0, T_BLOCK)\n    bias",
-        f"{KERNELS} -k 'test_families and gaussian_bias and power'",
+        f"{KERNELS} -k 'test_families and regulated_attention and power'",
     ),
     Mutant(
         "kernel of regulate: the average weighs the wrong one",
@@ -411,13 +411,6 @@ TRITON = [
         "bias += ema * (before - bias)",
         "bias += (1 - ema) * (before - bias)",
         f"{KERNELS} -k 'test_regulate and 63 and 2'",
-    ),
-    Mutant(
-        "kernel of regulate: NaN may win",
-        "kernels/regulate.py",
-        'sums = tl.where((step < steps) & (sums == sums), sums, float("inf"))',
-        'sums = tl.where(step < steps, sums, float("inf"))',
-        f"{REGULATION} -k 'nan_losses'",
     ),
     Mutant(
         "kernel of context_update: the paper's norms in the released softmax",
@@ -461,14 +454,14 @@ ATTACH = [
         "attnctl_fast/attach/patching.py",
         "above._before, above.inner = self._before, self.inner",
         "above.inner = self.inner",
-        f"{RESTORE} -k 'out_of_order' attach/test_guidance_hosts.py",
+        "attach/test_guidance_hosts.py -k 'any_order'",
     ),
     Mutant(
         "intercept: a layer's own forward is lost",
         "attnctl_fast/attach/intercept.py",
         '        if self._bound:\n            own["forward"] = self._before',
         "        pass",
-        f"{RESTORE} {GUIDANCE} -k 'offload'",
+        f"{RESTORE} -k 'own_forward'",
     ),
     Mutant(
         "intercept: PyTorch's function is not put back",
@@ -503,7 +496,7 @@ ATTACH = [
         "attnctl_fast/attach/rows.py",
         "return Rows(rows, range(samples, rows), range(samples))",
         "return Rows(rows, range(samples), range(samples))",
-        f"{KINDS} {WALKS} {CASES} -k 'projects_the_text or unet_that or changes or embeddings'",
+        f"{KINDS} -k 'beyond_recognition'",
     ),
     Mutant(
         "rows: samples of several images counted as prompts",
@@ -552,7 +545,7 @@ ATTACH = [
         "attnctl_fast/attach/guidance.py",
         "self.token_ids, scale=scale, key_bias=bias)",
         "self.token_ids, scale=scale)",
-        f"{KINDS} {GUIDANCE} {CASES} -k 'mask'",
+        f"{KINDS} -k 'key_padding_masks'",
     ),
     Mutant(
         "engine: evaluations counted as steps",
@@ -566,7 +559,7 @@ ATTACH = [
         "attnctl_fast/attach/engine.py",
         "            call.drop(entry)",
         "            pass",
-        f"{RESTORE} -k 'disabled_within'",
+        f"{WALKS} -k 'disabling_during'",
     ),
     Mutant(
         "engine: the outer control edits",
@@ -604,11 +597,11 @@ ATTACH = [
         f"{KINDS} {CASES} -k 'several_evaluations or panorama'",
     ),
     Mutant(
-        "engine: contexts are not composed after they moved",
+        "engine: a second evaluation starts from the latents as they were",
         "attnctl_fast/attach/engine.py",
-        'key=lambda pair: not defines(pair[0], "context"))',
-        'key=lambda pair: defines(pair[0], "context"))',
-        f"{WALKS} -k 'by_hand or regulated'",
+        "            evaluation.replay(self._replayed[1])",
+        "            pass",
+        f"{GUIDANCE} -k 'second_evaluation'",
     ),
     Mutant(
         "prompts: words are found within words",

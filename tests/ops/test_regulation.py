@@ -284,6 +284,16 @@ def test_a_step_with_nan_losses_is_never_kept(kind):
     assert int(reference.keep_best(losses, "sample")) == 2
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_descent_that_overflows_keeps_a_step_from_before(impl):
+    stats, grid = statistics(2, dtype=widest(impl)), (16, 16)
+    theta = initial(stats, grid)
+    found = ops.regulate(stats, grid, theta=theta, steps=4, step_size=torch.finfo(theta.dtype).max ** 0.75, impl=impl)
+    assert found.losses[0].isfinite().all() and found.losses[-1].isnan().all()
+    assert found.theta.isfinite().all() and found.bias.isfinite().all()
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_loss_without_theta_has_no_theta_term(impl):
     stats = statistics(dtype=widest(impl))
