@@ -11,8 +11,8 @@ from torch import Tensor
 from attnctl_fast import ops
 from bench.ops.base import upstream, wide
 from bench.ops.inputs import Case, Tensors, fenced
-from bench.ops.regulation import statistics_of  # noqa: F401
 from bench.ops.registry import DECLARED
+from bench.ops.regulation import statistics_of  # noqa: F401
 from tests.support.numerics import (
     DEVICE,
     Plain,
@@ -24,6 +24,7 @@ from tests.support.numerics import (
     full_softmax_output,
     orders,
 )
+from tests.support.rounding import Shared
 
 IMPL = "triton"
 ATTENTION = (
@@ -203,7 +204,7 @@ def assert_all_right(name: str, case: Case, ours: Tensors, tensors: Tensors, gra
 
     truth = evaluate(wide(tensors), grads)
     runs = [] if name in LOSSES else _plain_runs(name, case, tensors, grads, evaluate)
-    carried = _carried(name, case, tensors, grads)
+    carried, drawn = _carried(name, case, tensors, grads), Shared(lambda: evaluate(tensors, grads))
     for key, actual in ours.items():
         what = f"{name}: {'gradient of ' if grads else ''}{key}, {case}"
         infinite = truth[key].isneginf()
@@ -220,12 +221,9 @@ def assert_all_right(name: str, case: Case, ours: Tensors, tensors: Tensors, gra
             x = x.masked_fill(infinite, 0.0)
             return x.flatten(-2) if key == "theta" else x  # a row is one target's centres
 
-        def once(key: str = key) -> Tensor:
-            return evaluate(tensors, grads)[key]
-
         rounded = ("out", "rest_out", "q", "k", "v", *(["maps"] if grads else []))
         judged = case.dtype if key in rounded else torch.float32
-        plains = Plain(truth[key], [run[key] for run in runs], once).each(rows)
+        plains = Plain(truth[key], [run[key] for run in runs], drawn.of(key)).each(rows)
         assert_rows_close(rows(actual), plains, judged, what, carried.get(key, 0.0))
 
 

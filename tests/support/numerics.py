@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.ops.inputs import SEED, attention_inputs, default_device, rand, randn  # noqa: F401
-from tests.support.rounding import floor
+from tests.support.rounding import Shared, floor
 
 ULPS = 4
 RUNS = 8
@@ -61,10 +61,8 @@ def plain_gradients(total: Callable[..., Tensor], leaves: Sequence[Tensor]) -> l
     every = slice(None)
     truths = evaluate(every, [x.detach().double().requires_grad_(x.requires_grad) for x in leaves])
     runs = zip(*(evaluate(order, leaves) for order in orders(leaves[0].shape[-1])), strict=True)
-    return [
-        Plain(truth, run, lambda i=i: evaluate(every, leaves)[i])
-        for i, (truth, run) in enumerate(zip(truths, runs, strict=True))
-    ]
+    drawn = Shared(lambda: evaluate(every, leaves))
+    return [Plain(truth, run, drawn.of(i)) for i, (truth, run) in enumerate(zip(truths, runs, strict=True))]
 
 
 def carried_by_lse(lse: Tensor, values: Tensor) -> Tensor:
@@ -163,6 +161,18 @@ def carried_through_maps(
     return {**carried, "v": carried_to_gradients(q, k, v, grad_out, scale, key_bias=key_bias)["v"]}
 
 
+def _allowed(plain: Plain, error: Tensor, ulps: Tensor) -> Tensor:
+    """Twice plain PyTorch's error, or what chance allows it, and the ulps; of a row of one number, whose error in all
+    orders may be nearly zero, what chance allows alone."""
+    if plain.truth.shape[-1] == 1:
+        return ulps + floor(plain.compute, plain.truth.double()) if (error > ulps).any() else ulps
+    plain_error = torch.stack([(run.double() - plain.truth).abs().amax(-1) for run in plain.runs]).amax(0)
+    allowed = 2 * plain_error + ulps
+    if (error > allowed).any():
+        allowed = torch.maximum(2 * plain_error, floor(plain.compute, plain.truth.double())) + ulps
+    return allowed
+
+
 def assert_rows_close(
     actual: Tensor, plain: Plain, dtype: torch.dtype, what: str, carried: Tensor | float = 0.0
 ) -> None:
@@ -170,18 +180,16 @@ def assert_rows_close(
 
     The ulp is that of the row's largest element. One rounding error may be nearly zero by luck, which every processor
     draws anew: plain PyTorch's is the largest of several runs that sum in another order, and twice that counts as no
-    less than what its roundings may add up to by chance (`rounding.floor`; made only where it decides). `carried` is
-    what the operation's float32 interface adds. The worst row is reported, never a mean over the tensor.
+    less than what its roundings may add up to by chance (`rounding.floor`; made only where it decides). For a row of
+    one number that alone counts. `carried` is what the operation's float32 interface adds. The worst row is reported,
+    never a mean over the tensor.
     """
     truth = plain.truth.double()
     assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     assert not actual.isnan().any(), f"{what}: NaN"
     error = (actual.double() - truth).abs().amax(-1)
-    plain_error = torch.stack([(run.double() - truth).abs().amax(-1) for run in plain.runs]).amax(0)
     ulps = ULPS * torch.finfo(dtype).eps * truth.abs().amax(-1) + carried
-    allowed = 2 * plain_error + ulps
-    if (error > allowed).any():
-        allowed = torch.maximum(2 * plain_error, floor(plain.compute, truth)) + ulps
+    allowed = _allowed(plain, error, ulps)
     worst = int((error - allowed).argmax())
     found, limit = error.flatten()[worst], allowed.flatten()[worst]
     assert found <= limit, f"{what}: row {worst} is off by {found}, allowed {limit}"
