@@ -45,7 +45,7 @@ OPERATIONS = {
         (*QKV, "key_bias"),
         ("out", "lse"),
         QKV,
-        {
+        timings={
             "attention": Timing(lambda case: products(case, 2), _backends, kernels=("attention_fwd",)),
             "attention_all": Timing(
                 lambda case: products(case, 6), _backends, leaves=QKV, kernels=("attention_bwd_short",)
@@ -56,6 +56,7 @@ OPERATIONS = {
         _region_attention,
         (*QKV, *REGIONS, "key_bias"),
         ("out",),
+        more_leaves=(*QKV, "share"),
         timings={
             "region_attention": Timing(lambda case: products(case, 2), _in_memory, kernels=("region_attention_fwd",))
         },

@@ -81,20 +81,26 @@ class Timing:
 class Operation:
     """One operation, declared once: for its timing, its checks against the textbook, its kernels' machine code.
 
-    bind: makes of a case, its tensors and an implementation what computes the outputs. inputs: the names of the tensors
-    that it reads. outputs: the names of its results. leaves: the inputs that the kernels have gradients by. timings: by
-    the names that results are kept under.
+    bind: makes of a case, its tensors and an implementation what computes the outputs.
+    inputs: the names of the tensors that it reads.
+    outputs: the names of its results.
+    leaves: the inputs that all implementations have gradients by; more_leaves: those that all but the kernels have.
+    timings: by the names that results are kept under.
     """
 
     bind: Callable[[Case, Tensors, str], Run]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     leaves: tuple[str, ...] = ()
+    more_leaves: tuple[str, ...] = ()
     timings: Mapping[str, Timing] = field(default_factory=dict)
 
     def run(self, case: Case, impl: str, t: Tensors) -> Tensors:
         """Return the outputs by name, without those that there are none of."""
         return self.named(self.bind(case, t, impl)())
+
+    def leaves_of(self, impl: str) -> tuple[str, ...]:
+        return self.leaves if impl == "triton" else (*self.leaves, *self.more_leaves)
 
     def named(self, results: Any) -> Tensors:
         found = results if isinstance(results, (tuple, list)) else (results,)

@@ -113,21 +113,21 @@ OPERATIONS = {
         (*QKV, "bias", *EDIT, "key_bias"),
         ("out",),
         (*QKV, "bias"),
-        _training("biased_attention", "bias", lambda case: 0),
+        timings=_training("biased_attention", "bias", lambda case: 0),
     ),
     "regulated_attention": Operation(
         _regulated,
         (*QKV, "theta", *EDIT, "key_bias"),
         ("out",),
         (*QKV, "theta"),
-        _training("regulated_attention", "theta", spanning),
+        timings=_training("regulated_attention", "theta", spanning),
     ),
     "gaussian_bias": Operation(
         _gaussian_bias,
         ("theta",),
         ("bias",),
         ("theta",),
-        {
+        timings={
             "gaussian_bias": Timing(spanning, _two_products, kernels=("gaussian_bias_fwd",)),
             "gaussian_bias_all": Timing(
                 lambda case: 2 * spanning(case), _two_products, leaves=("theta",), kernels=("gaussian_bias_bwd",)

@@ -37,13 +37,15 @@ def _update(convention: str, case: Case, t: Tensors, impl: str) -> Run:
     return partial(ops.context_update, update, t["k"], t["projection"], gamma_attn=attn, gamma_norm=norm, **how)
 
 
-def _contexts(t: Tensors) -> tuple[list[Tensor], list[Tensor]]:
-    """The prompt and two edits, one of them negated."""
-    return [t["k"].roll(i, 2) for i in range(3)], [t["v"].roll(i, 2) for i in range(3)]
+def _contexts(case: Case, t: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+    """The prompt and two edits, one of them negated, and one shorter where a case has more of everything."""
+    lengths = (case.n, max(case.n - 4, 1) if case.more else case.n, case.n)
+    ks, vs = ([t[x].roll(i, 2)[:, :, :length] for i, length in enumerate(lengths)] for x in "kv")
+    return ks, vs
 
 
 def _composed(case: Case, t: Tensors, impl: str) -> Run:
-    ks, vs = _contexts(t)
+    ks, vs = _contexts(case, t)
     how: dict[str, Any] = {"impl": impl}
     if "key_bias" in t:
         how["key_bias"] = [t["key_bias"], None, None]
@@ -61,7 +63,7 @@ def _twice(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
 
 def _each(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
     def each(name: str) -> Rival:
-        return Rival(lambda t: partial(rivals.sdpa_each, name, t["q"], *_contexts(t), WEIGHTS))
+        return Rival(lambda t: partial(rivals.sdpa_each, name, t["q"], *_contexts(case, t), WEIGHTS))
 
     return {f"SDPA {name}, each": each(name) for name in rivals.backends(case.device)}
 
@@ -85,7 +87,7 @@ OPERATIONS = {
         (*QKV, "key_bias"),
         ("out", "update"),
         QKV,
-        {
+        timings={
             "attention_with_context_gradient": Timing(
                 lambda case: products(case, 3), _twice, kernels=("context_gradient_fwd", "context_gradient_merge")
             )
@@ -99,21 +101,27 @@ OPERATIONS = {
         ("q", "k", "key_bias"),
         ("attention", "context"),
         ("q", "k"),
-        {"context_energy": Timing(products, _kept)},
+        timings={"context_energy": Timing(products, _kept)},
     ),
     "context_update": Operation(
         partial(_update, "official"),
         UPDATE,
         ("increment",),
+        more_leaves=UPDATE,
         timings={"context_update": Timing(_projecting, _compiled, kernels=("context_pull_fwd",))},
     ),
-    "context_update_paper": Operation(partial(_update, "paper"), (*UPDATE, "token_weight"), ("increment",)),
+    "context_update_paper": Operation(
+        partial(_update, "paper"),
+        (*UPDATE, "token_weight"),
+        ("increment",),
+        more_leaves=(*UPDATE, "token_weight"),
+    ),
     "composed_attention": Operation(
         _composed,
         (*QKV, "key_bias"),
         ("out",),
         QKV,
-        {
+        timings={
             "composed_attention": Timing(
                 lambda case: products(case, 2 * len(WEIGHTS)), _each, kernels=("composed_attention_fwd",)
             )

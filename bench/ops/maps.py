@@ -100,7 +100,7 @@ OPERATIONS = {
         (*QKV, "target_ids", "key_bias"),
         ("out", "maps"),
         QKV,
-        {
+        timings={
             "attention_with_maps": Timing(
                 lambda case: products(case, 2), _forward_rivals, kernels=("attention_maps_fwd", "maps_fwd")
             ),
@@ -119,21 +119,23 @@ OPERATIONS = {
         MAPS,
         ("smoothed",),
         ("maps",),
-        {"smooth_maps": Timing(_smoothing, _convolution, options=SINGLE, kernels=("smooth_maps_fwd",))},
+        timings={"smooth_maps": Timing(_smoothing, _convolution, options=SINGLE, kernels=("smooth_maps_fwd",))},
     ),
     "map_similarity": Operation(
         _map_similarity,
         MAPS,
         ("similarity",),
         ("maps",),
-        {"map_similarity": Timing(lambda case: 2 * _comparing(case), _cosines, leaves=("maps",), options=SINGLE)},
+        timings={
+            "map_similarity": Timing(lambda case: 2 * _comparing(case), _cosines, leaves=("maps",), options=SINGLE)
+        },
     ),
     "similarity_loss_cosine": Operation(
         partial(_similarity_loss, "cosine"),
         COMPARED,
         ("loss",),
         ("maps",),
-        {
+        timings={
             "similarity_loss": Timing(
                 lambda case: 2 * (_smoothing(case) + _comparing(case)),
                 _losses,

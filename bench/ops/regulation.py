@@ -168,14 +168,14 @@ OPERATIONS = {
         (*QKV, *EDIT, "key_bias"),
         STATISTICS,
         QKV,
-        {"target_statistics": Timing(lambda case: products(case, 2), kernels=("attention_fwd",))},
+        timings={"target_statistics": Timing(lambda case: products(case, 2), kernels=("attention_fwd",))},
     ),
     "merge_targets": Operation(
         _merge_targets,
         (*MERGED, *EDIT),
         ("out",),
         MERGED,
-        {
+        timings={
             "merge_targets": Timing(_merging, kernels=("merge_targets_fwd",)),
             "merge_targets_all": Timing(
                 lambda case: 3 * _merging(case),
@@ -189,7 +189,7 @@ OPERATIONS = {
         OFFICIAL,
         ("loss",),
         OFFICIAL,
-        {
+        timings={
             "regulation_loss": Timing(
                 rivals=_no_fusing, leaves=("bias",), kernels=("regulation_loss_fwd", "regulation_loss_bwd")
             )
