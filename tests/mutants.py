@@ -767,11 +767,11 @@ METHODS = [
         f"{GUIDANCE} -k 'not_finite'",
     ),
     Mutant(
-        "schedule: the model's steps are not shared out",
+        "LatentGuidance: every step has one size",
         "attnctl_fast/methods/latent_guidance.py",
         "self._sizes = [self.method.scale * factor for factor in factors]",
         "self._sizes = [self.method.scale for factor in factors]",
-        f"{GUIDANCE} -k 'test_kind_of_pipeline or not_finite' methods/test_attend_and_excite.py",
+        "methods/test_attend_and_excite.py -k 'same_latents'",
     ),
 ]
 MUTANTS = (*OPS, *TRITON, *ATTACH, *METHODS)
