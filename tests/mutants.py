@@ -424,14 +424,14 @@ TRITON = [
         "kernels/similarity.py",
         "factor = weight * rows.to(tl.float32)\n",
         "factor = weight * (rows + 1).to(tl.float32)\n",
-        f"{KERNELS} -k 'test_families and similarity_loss_cosine and one'",
+        f"{KERNELS} -k 'test_families and similarity_loss_cosine and sharp'",
     ),
     Mutant(
         "kernel of similarity: columns on the diagonal count",
         "kernels/similarity.py",
         "below = counted[:, None] & (rows[None, :] < rows[:, None])",
         "below = counted[:, None] & (rows[None, :] <= rows[:, None])",
-        f"{KERNELS} -k 'test_families and similarity_loss_cosine and one'",
+        f"{KERNELS} -k 'test_families and similarity_loss_cosine and sharp'",
     ),
 ]
 ATTACH = [
