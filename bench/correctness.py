@@ -43,7 +43,7 @@ class Check(NamedTuple):
 def _cases() -> Any:
     """tests/support/kernel_cases.py. Importing it asks whether there is a GPU."""
     if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))
+        sys.path.insert(0, str(ROOT))
     return importlib.import_module("tests.support.kernel_cases")
 
 
