@@ -424,14 +424,14 @@ TRITON = [
         "kernels/similarity.py",
         "factor = weight * rows.to(tl.float32)\n",
         "factor = weight * (rows + 1).to(tl.float32)\n",
-        f"{KERNELS} -k 'test_families and similarity_loss_cosine and one'",
+        f"{KERNELS} -k 'test_families and similarity_loss_cosine and sharp'",
     ),
     Mutant(
         "kernel of similarity: columns on the diagonal count",
         "kernels/similarity.py",
         "below = counted[:, None] & (rows[None, :] < rows[:, None])",
         "below = counted[:, None] & (rows[None, :] <= rows[:, None])",
-        f"{KERNELS} -k 'test_families and similarity_loss_cosine and one'",
+        f"{KERNELS} -k 'test_families and similarity_loss_cosine and sharp'",
     ),
 ]
 ATTACH = [
@@ -767,11 +767,11 @@ METHODS = [
         f"{GUIDANCE} -k 'not_finite'",
     ),
     Mutant(
-        "schedule: the model's steps are not shared out",
+        "LatentGuidance: every step has one size",
         "attnctl_fast/methods/latent_guidance.py",
         "self._sizes = [self.method.scale * factor for factor in factors]",
         "self._sizes = [self.method.scale for factor in factors]",
-        f"{GUIDANCE} -k 'test_kind_of_pipeline or not_finite' methods/test_attend_and_excite.py",
+        "methods/test_attend_and_excite.py -k 'same_latents'",
     ),
 ]
 MUTANTS = (*OPS, *TRITON, *ATTACH, *METHODS)

@@ -20,6 +20,7 @@ from attnctl_fast.attach.layers import cross_attention_layers
 from attnctl_fast.attach.rows import Rows
 from bench.pictures import architectures
 from tests.support import tiny
+from tests.support.marks import full
 
 
 class Sum(ac.LatentGuidance):
@@ -79,7 +80,7 @@ def saved(unet: Any, run: Callable[[], Any]) -> int:
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
-@pytest.mark.parametrize(("name", "forward", "both"), [("sd15", 0.495, 1.05), ("sdxl", 0.766, 1.6)])
+@pytest.mark.parametrize(("name", "forward", "both"), [("sd15", 0.495, 1.05), full("sdxl", 0.766, 1.6)])
 def test_operations(name: str, forward: float, both: float) -> None:
     """In units of a full forward pass: the cut one, and with its backward pass; the whole UNet takes far more."""
     with torch.device("meta"):

@@ -7,6 +7,7 @@ Triton's interpreter; `-m full` has every size of image, context and head.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -153,21 +154,26 @@ def subsets(name):
     return itertools.chain.from_iterable(itertools.combinations(leaves, size) for size in sizes)
 
 
+@functools.cache
+def everything(name):
+    """The inputs of an operation, gradients of its outputs, and all gradients of its inputs."""
+    t = SMALL.tensors()
+    with torch.no_grad():
+        grads = upstream(run_triton(name, SMALL, t))
+    return t, grads, triton_gradients(name, SMALL, t, grads)
+
+
 @pytest.mark.parametrize(
     ("name", "leaves"),
     [(n, s) for n in OPERATIONS for s in subsets(n)],
     ids=_named,
 )
 def test_only_the_gradients_asked_for_are_made(name, leaves):
-    t = SMALL.tensors()
-    with torch.no_grad():
-        outputs = run_triton(name, SMALL, t)
-    grads = upstream(outputs)
-    everything = triton_gradients(name, SMALL, t, grads)
+    t, grads, every = everything(name)
     with _Backward() as backward:
         some = triton_gradients(name, SMALL, t, grads, leaves)
     for leaf in leaves:
-        torch.testing.assert_close(some[leaf], everything[leaf])
+        torch.testing.assert_close(some[leaf], every[leaf])
     wanted = [tuple(t[leaf].shape) for leaf in leaves]
     unwanted = [tuple(t[leaf].shape) for leaf in OPERATIONS[name].leaves if leaf not in leaves]
     assert backward.shapes, "no backward operation ran"

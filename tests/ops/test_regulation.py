@@ -12,7 +12,7 @@ from attnctl_fast.ops import TargetStatistics
 from attnctl_fast.ops._objective import Objective
 from attnctl_fast.ops.gaussian_bias import axis_basis, basis_axes, full_basis
 from attnctl_fast.ops.regulate import descend
-from tests.support.marks import pairs
+from tests.support.marks import full, pairs
 from tests.support.numerics import DEVICE, FAST, IMPLS, SEED, attention_inputs, rand, randn, widest
 
 OBJECTIVES = ["official", "paper"]
@@ -174,8 +174,7 @@ def test_the_bias_is_averaged_with_the_step_before(impl, objective):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("targets", [2, 3])
+@pytest.mark.parametrize(("impl", "targets"), [*((impl, 3) for impl in IMPLS), *(full(impl, 2) for impl in IMPLS)])
 def test_strength_may_be_a_tensor(impl, targets):
     """Equal to a number; at zero nothing is descended."""
     ids = [[3, 5, 7][:targets], [4, -1, -1][:targets]]
