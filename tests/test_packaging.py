@@ -129,17 +129,12 @@ def test_editable_install_imports_kernels(mode, checkout, tmp_path):
     assert where["found"] == (mode == "compat") and where["theirs"] is None
 
 
-def test_uninstalled_checkout_imports_kernels():
+def test_uninstalled_checkout_imports_kernels_which_are_no_module_of_that_name():
     where = json.loads(python(LOCATE, cwd=ROOT))
     assert Path(where["package"]) == ROOT / "attnctl_fast" / "__init__.py"
     assert where["kernels"] == [str(ROOT / "kernels")]
-
-
-def test_kernels_at_the_root_is_no_module_of_that_name():
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    code = "import importlib.util as u; spec = u.find_spec('kernels'); print(spec is not None and spec.origin or '')"
-    origin = python(code, cwd=ROOT).strip()
-    assert not origin or not Path(origin).is_relative_to(ROOT)
+    assert not where["theirs"] or not Path(where["theirs"]).is_relative_to(ROOT)
 
 
 def test_kernels_package_of_hugging_face_wins_at_the_root(tmp_path):
@@ -164,26 +159,23 @@ def test_hugging_face_libraries_import_at_the_root():
 
 
 IMPORTED = """
-import sys, json, torch
+import importlib, sys, json, torch
 before = set(sys.modules)
-import {module}
-new = {{name.split(".")[0] for name in set(sys.modules) - before}}
-print(json.dumps([sorted(new), torch.cuda.is_initialized()]))
+for name in ("attnctl_fast", "attnctl_fast.ops", "attnctl_fast.cli"):
+    importlib.import_module(name)
+    print(json.dumps(sorted({name.split(".")[0] for name in set(sys.modules) - before})))
+print(torch.cuda.is_initialized())
 """
 
 
-def test_importing_the_package_imports_nothing_else():
-    new, cuda = json.loads(python(IMPORTED.format(module="attnctl_fast"), cwd=ROOT))
-    assert "attnctl_fast" in new
-    assert [name for name in new if name not in {"attnctl_fast", *sys.stdlib_module_names}] == []
-    assert not cuda
-
-
-@pytest.mark.parametrize("module", ["attnctl_fast.ops", "attnctl_fast.cli"])
-def test_importing_operations_and_commands_needs_no_extra(module):
-    new, cuda = json.loads(python(IMPORTED.format(module=module), cwd=ROOT))
-    assert not {"triton", "diffusers", "transformers", "PIL", "tqdm"} & set(new)
-    assert not cuda
+def test_importing_imports_nothing_else_and_needs_no_extra():
+    *lines, cuda = python(IMPORTED, cwd=ROOT).splitlines()
+    package, operations, commands = map(json.loads, lines)
+    assert "attnctl_fast" in package
+    assert [name for name in package if name not in {"attnctl_fast", *sys.stdlib_module_names}] == []
+    for new in (operations, commands):
+        assert not {"triton", "diffusers", "transformers", "PIL", "tqdm"} & set(new)
+    assert cuda == "False"
 
 
 WITHOUT_TRITON = """

@@ -41,9 +41,7 @@ class Worker:
 
         model, heads, grid, *rest = layer
         where = torch.device(device)
-        this = comparison(
-            operation, Layer(model, heads, tuple(grid), *rest), getattr(torch, dtype), where, lambda function: function
-        )
+        this = comparison(operation, Layer(model, heads, tuple(grid), *rest), getattr(torch, dtype), where)
         if impl not in this.contenders:
             raise ValueError(f"{operation} has no form {impl!r}")
         run = this.contenders[impl].build()

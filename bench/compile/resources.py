@@ -28,9 +28,9 @@ from pathlib import Path
 import triton
 from attnctl_fast.kernels import _launch
 
+from bench.compile.cases import kernel_cases
 from bench.compile.compiler import TARGETS, Cases, Job, Resources, in_parallel, recorded
 from bench.harness import checkout
-from bench.ops.layers import kernel_cases
 
 COMMITTED = checkout.ROOT / "bench" / "resources.json"
 FIELDS = ["key", *(field.name for field in fields(Resources))]

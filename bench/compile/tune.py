@@ -33,8 +33,9 @@ from bench.compile.archive import compile_jobs, jobs
 from bench.gpu.contest import OURS
 from bench.harness.checkout import git_state
 from bench.harness.timing import Clock, Run, first_line
+from bench.ops.base import Comparison
 from bench.ops.layers import LARGE, LARGEST, LAYERS, SMALL, TINY, Layer
-from bench.ops.registry import Comparison, comparison
+from bench.ops.registry import OPERATIONS, comparison
 
 Config = dict[str, int]
 Sizes = dict[str, int]
@@ -58,33 +59,10 @@ VALUES = {
     "PROGRAMS": (64, 128, 256, 512),
     "maxnreg": (96, 128, 168, 255),
 }
-# The operations by whose time, together, a kernel's configuration is judged.
+# The timings by which, together, a kernel's configuration is judged.
 JUDGED_BY = {
-    "regulate_fwd": ("regulate",),
-    "attention_fwd": ("attention", "target_statistics", "regulated_attention"),
-    "attention_maps_fwd": ("attention_with_maps",),
-    "maps_fwd": ("attention_with_maps",),
-    "context_gradient_fwd": ("attention_with_context_gradient",),
-    "context_gradient_merge": ("attention_with_context_gradient",),
-    "context_pull_fwd": ("context_update",),
-    "composed_attention_fwd": ("composed_attention",),
-    "merge_targets_fwd": ("merge_targets",),
-    "region_attention_fwd": ("region_attention",),
-    "select_fwd": ("regulate",),
-    "gaussian_bias_fwd": ("gaussian_bias",),
-    "attention_bwd_short": ("attention_all",),
-    "attention_bwd_rows": ("regulated_attention_all",),
-    "attention_bwd_columns": ("regulated_attention_all",),
-    "attention_bwd_special": ("regulated_attention_all",),
-    "merge_targets_bwd": ("merge_targets_all",),
-    "merge_targets_values_bwd": ("merge_targets_all",),
-    "gaussian_bias_bwd": ("gaussian_bias_all",),
-    "regulation_loss_fwd": ("regulation_loss",),
-    "regulation_loss_bwd": ("regulation_loss",),
-    "smooth_maps_fwd": ("smooth_maps",),
-    "similarity_products_fwd": ("similarity_loss",),
-    "similarity_fwd": ("similarity_loss",),
-    "similarity_bwd": ("similarity_loss",),
+    kernel: tuple(name for name, (_, timing) in OPERATIONS.items() if kernel in timing.kernels)
+    for kernel in dict.fromkeys(kernel for _, timing in OPERATIONS.values() for kernel in timing.kernels)
 }
 
 
@@ -136,7 +114,7 @@ class Tuner:
         self.clock, self.kernel = clock, kernel
         self._comparisons: list[tuple[Comparison, Run]] = []
         for operation in JUDGED_BY[kernel]:
-            one = comparison(operation, layer, dtype, clock.device, lambda function: function)
+            one = comparison(operation, layer, dtype, clock.device)
             self._comparisons.append((one, one.contenders[OURS].build()))
         with _launch.recording(), asked(kernel) as sizes:
             self._run()

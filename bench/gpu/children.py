@@ -24,6 +24,7 @@ from bench.gpu.correctness import Check
 from bench.gpu.stages import Row, Write
 from bench.harness.timing import Clock, first_line
 from bench.ops.layers import SMALL, TINY
+from bench.ops.registry import launch
 
 
 def _device(dry: bool) -> torch.device:
@@ -118,7 +119,7 @@ def install(folder: Path, write: Write) -> None:
 def prove(write: Write) -> None:
     """Launch the first kernels of the run, and write which of them Triton had to compile."""
     start = time.perf_counter()
-    contest.launch(Task("regulated_layer", SMALL, torch.float16), _clock(False))
+    launch("regulated_layer", SMALL, torch.float16, _device(False))
     torch.cuda.synchronize()
     write({"kind": "cache", "compiled": list(stages.COMPILED), "seconds": time.perf_counter() - start})
 

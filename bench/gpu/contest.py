@@ -11,8 +11,9 @@ from attnctl_fast.kernels import _launch
 
 from bench.harness.timing import Clock, Run, first_line
 from bench.ops import rivals
+from bench.ops.base import Comparison
 from bench.ops.layers import LARGE, LAYERS, SMALL, Layer
-from bench.ops.registry import Comparison, comparison
+from bench.ops.registry import comparison
 
 Record = dict[str, Any]
 # The kernels, on a GPU or interpreted.
@@ -45,11 +46,6 @@ def comparison_of(task: Task, clock: Clock) -> Comparison:
         torch.compiler.reset()
         compile = partial(torch.compile, dynamic=False)
     return comparison(task.operation, task.layer, task.dtype, clock.device, compile)
-
-
-def launch(task: Task, clock: Clock) -> None:
-    """Launch the kernels of a task."""
-    comparison_of(task, clock).contenders[OURS].build()()
 
 
 def measure(task: Task, clock: Clock, bandwidth: float) -> list[Record]:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from bench.compile import tune
-from bench.gpu import contest, correctness
+from bench.gpu import correctness
 from bench.gpu.contest import Task
 from bench.harness.timing import Clock
 from bench.ops.layers import LARGE, LAYERS, REGULATED, SMALL, TINY, Layer
-from bench.ops.registry import OPERATIONS
+from bench.ops.registry import OPERATIONS, launch
 
 # Four images at once, for these.
 BATCHED = ("regulated_layer", "attention", "regulated_attention", "attention_with_maps")
@@ -53,7 +53,10 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
     clock = Clock(torch.device("cpu"))
     found: list[tuple[str, Callable[[], Any]]] = []
     for part in tasks():
-        found += [(f"{x.operation} {x.layer.sizes}", partial(contest.launch, x, clock)) for x in part]
+        found += [
+            (f"{x.operation} {x.layer.sizes}", partial(launch, x.operation, x.layer, x.dtype, clock.device))
+            for x in part
+        ]
     for check in (*correctness.first_checks(), *correctness.further_checks()):
         found.append((f"check {check.name} {check.case}", partial(correctness.launch, check)))
     for kernel, layers in tune.FIRST.items():

@@ -6,139 +6,132 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attnctl_fast import ops
 from bench.harness.timing import Run
 from bench.ops import rivals
-from bench.ops.base import (
-    TOLERANCES,
-    Build,
-    Comparison,
-    Contender,
-    first,
-    implementations,
-    impls,
-    products,
-    ready,
-    size,
-    spanning,
-    trained,
-    upstream,
-    wide,
-)
-from bench.ops.layers import Inputs, Layer
+from bench.ops.attention import QKV
+from bench.ops.base import EDIT, Operation, Rival, Timing, products, spanning
+from bench.ops.inputs import Case, Tensors, qkv
+
+# No rival has pinned columns.
+UNPINNED: dict[str, Any] = {"pinned": ((),)}
 
 
-def gaussian_bias(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    truth = first(ops.gaussian_bias(x.theta.double(), layer.grid, impl="reference"))
-    contenders = implementations(partial(ops.gaussian_bias, x.theta, layer.grid), x.theta.device)
-    contenders["two products"] = ready(partial(rivals.span, x.theta, rivals.axes(layer.grid, x.theta)))
-    tolerance, moved = TOLERANCES[torch.float32], size(x.theta, x.bias)
-    return Comparison("gaussian_bias", layer, dtype, contenders, truth, tolerance, moved, spanning(layer), first)
+def _gaussian_bias(case: Case, t: Tensors, impl: str) -> Run:
+    return partial(ops.gaussian_bias, t["theta"], **case.basis, impl=impl)
 
 
-def gaussian_bias_all(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    """Forward and backward."""
-
-    def run(function: Callable[[Tensor], Tensor], theta: Tensor = x.theta) -> Contender:
-        return ready(trained([theta], function, x.bias.to(theta.dtype)))
-
-    spread = partial(ops.gaussian_bias, grid=layer.grid)
-    contenders = {name: run(partial(spread, impl=name)) for name in impls(x.q.device)}
-    contenders["two products"] = run(partial(rivals.span, basis=rivals.axes(layer.grid, x.theta)))
-    truth = run(partial(spread, impl="reference"), x.theta.double()).build()()
-    tolerance, moved, flops = TOLERANCES[torch.float32], 2 * size(x.theta, x.bias), 2 * spanning(layer)
-    return Comparison("gaussian_bias_all", layer, dtype, contenders, truth, tolerance, moved, flops, tuple)
+def _how(t: Tensors, impl: str) -> dict[str, Any]:
+    return {**{name: t[name] for name in EDIT}, "key_bias": t.get("key_bias"), "impl": impl}
 
 
-def _biased_rivals(
-    device: torch.device,
-    attend: Callable[[Callable[..., Tensor]], Callable[..., Any]],
+def _biased(case: Case, t: Tensors, impl: str) -> Run:
+    how = _how(t, impl)
+    return lambda: ops.biased_attention(*qkv(t), t["bias"], **how)
+
+
+def _regulated(case: Case, t: Tensors, impl: str) -> Run:
+    how = {**case.basis, **_how(t, impl)}
+    return lambda: ops.regulated_attention(*qkv(t), t["theta"], **how)
+
+
+def _two_products(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    axes = rivals.axes(case.grid, t["theta"])
+    return {"two products": Rival(lambda t: partial(rivals.span, t["theta"], _like(axes, t["theta"])))}
+
+
+def _like(axes: tuple[Tensor, Tensor], theta: Tensor) -> tuple[Tensor, Tensor]:
+    return axes[0].to(theta.dtype), axes[1].to(theta.dtype)
+
+
+def _stock(
+    bias: Callable[[Case, Tensors], Callable[[Tensors], Tensor]],
+    differentiated: bool,
+    case: Case,
+    t: Tensors,
     compile: rivals.Compile,
-    differentiated: bool = False,
-) -> dict[str, Contender]:
-    """Stock PyTorch for attention with a bias on columns. `attend` puts `function(q, k, v, bias, columns)` to work;
-    `differentiated`: by the bias too."""
+) -> dict[str, Rival]:
+    """Stock PyTorch for attention with a bias on columns. bias: makes of the case what makes the bias of the tensors;
+    differentiated: by the bias too."""
+    columns, biased = rivals.Columns.of(t["target_ids"], t["k"]), bias(case, t)
     # Flash attention takes no mask on a GPU, and none that needs a gradient on a CPU. What does not fuse gains nothing
     # from a lower rank.
-    maskless = device.type == "cuda" or differentiated
-    masked = [name for name in rivals.backends(device) if not (name == "flash" and maskless)]
-    fused = [name for name in rivals.backends(device) if name != "math"]
+    maskless = case.device.type == "cuda" or differentiated
+    masked = [name for name in rivals.backends(case.device) if not (name == "flash" and maskless)]
+    fused = [name for name in rivals.backends(case.device) if name != "math"]
     forms = {
         **{f"SDPA {name}, mask": partial(rivals.masked_sdpa, name) for name in masked},
         **{f"SDPA {name}, low rank": partial(rivals.low_rank_sdpa, name) for name in fused},
     }
-    found = {name: ready(attend(function)) for name, function in forms.items()}
-    found["FlexAttention"] = Contender(lambda: attend(rivals.flex(compile)), compiles=True)
-    return found
+
+    def bind(attend: Callable[..., Tensor]) -> Callable[[Tensors], Run]:
+        return lambda t: lambda: attend(*qkv(t), biased(t), columns)
+
+    found = {name: Rival(bind(attend)) for name, attend in forms.items()}
+    return {**found, "FlexAttention": Rival(lambda t: bind(rivals.flex(compile))(t), compiles=True)}
 
 
-def biased_attention(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    """Without pinned columns, which no rival has."""
-    exact, columns = wide(x), rivals.Columns.of(x.target_ids, x.k)
-    truth = first(ops.biased_attention(*exact[:3], exact.bias, x.target_ids, impl="reference"))
-    given = (*x[:3], x.bias)
-    contenders = implementations(partial(ops.biased_attention, *given, x.target_ids), x.q.device)
-    contenders |= _biased_rivals(x.q.device, lambda function: partial(function, *given, columns), compile)
-    moved, flops = size(*given, x.q), products(layer, 2)
-    return Comparison("biased_attention", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, flops, first)
+def _given(case: Case, t: Tensors) -> Callable[[Tensors], Tensor]:
+    return lambda t: t["bias"]
 
 
-def regulated_attention(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    exact, basis, columns = wide(x), rivals.axes(layer.grid, x.theta), rivals.Columns.of(x.target_ids, x.k)
-    truth = first(ops.regulated_attention(*exact[:3], exact.theta, x.target_ids, layer.grid, impl="reference"))
-    run = partial(ops.regulated_attention, *x[:3], x.theta, x.target_ids, layer.grid)
-    contenders = implementations(run, x.q.device)
-    contenders |= _biased_rivals(
-        x.q.device, lambda function: lambda: function(*x[:3], rivals.span(x.theta, basis), columns), compile
-    )
-    moved, flops = size(*x[:3], x.theta, x.q), products(layer, 2) + spanning(layer)
-    return Comparison("regulated_attention", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, flops, first)
+def _spanned(case: Case, t: Tensors) -> Callable[[Tensors], Tensor]:
+    axes = rivals.axes(case.grid, t["theta"])
+    return lambda t: rivals.span(t["theta"], axes)
 
 
-def _training(op: str, wanted: str, x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    """Forward and backward, to the bias (or theta) alone or to q, k and v as well."""
-    edit = x.bias if op == "biased_attention" else x.theta
-    basis, columns = rivals.axes(layer.grid, x.theta), rivals.Columns.of(x.target_ids, x.k)
-
-    def ours(impl: str, q: Tensor, k: Tensor, v: Tensor, edit: Tensor) -> Tensor:
-        if op == "biased_attention":
-            return ops.biased_attention(q, k, v, edit, x.target_ids, impl=impl)
-        return ops.regulated_attention(q, k, v, edit, x.target_ids, layer.grid, impl=impl)
-
-    def run(function: Callable[..., Tensor], x: Inputs, edit: Tensor) -> Run:
-        grad = upstream(x)
-        if wanted == "edit":
-            return trained([edit], partial(function, *x[:3]), grad)
-        return trained([*x[:3], edit], function, grad)
-
-    def attend(function: Callable[..., Tensor]) -> Run:
-        def stock(q: Tensor, k: Tensor, v: Tensor, edit: Tensor) -> Tensor:
-            bias = edit if op == "biased_attention" else rivals.span(edit, basis)
-            return function(q, k, v, bias, columns)
-
-        return run(stock, x, edit)
-
-    exact = wide(x)
-    contenders = {name: ready(run(partial(ours, name), x, edit)) for name in impls(x.q.device)}
-    contenders |= _biased_rivals(x.q.device, attend, compile, differentiated=True)
-    truth = run(partial(ours, "reference"), exact, edit.double())()
-    moved = 2 * size(*x[:3], edit, x.q) if wanted == "all" else size(*x[:3], edit, x.q, x.q, edit)
-    # To the edit alone, its columns of dO V^T; to everything, dV, dP, dQ and dK.
-    flops = products(layer, 6) if wanted == "all" else products(layer, 2) + products(layer, columns=layer.targets)
-    flops += 2 * spanning(layer) if op == "regulated_attention" else 0
-    return Comparison(f"{op}_{wanted}", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, flops, tuple)
+def _training(op: str, edit: str, extra: Callable[[Case], int]) -> dict[str, Timing]:
+    """Forward, and forward and backward: to the edit alone, or to q, k and v as well. To the edit alone it takes its
+    columns of dO V^T; to everything, dV, dP, dQ and dK."""
+    stock = partial(_stock, _given if edit == "bias" else _spanned)
+    how: dict[str, Any] = {"options": UNPINNED}
+    trained: dict[str, Any] = {"rivals": partial(stock, True), **how}
+    kernels = ("attention_bwd_rows", "attention_bwd_columns", "attention_bwd_special") if edit == "theta" else ()
+    return {
+        op: Timing(
+            lambda case: products(case, 2) + extra(case),
+            partial(stock, False),
+            kernels=("attention_fwd",) if edit == "theta" else (),
+            **how,
+        ),
+        f"{op}_edit": Timing(
+            lambda case: products(case, 2) + products(case, columns=len(case.ids[0])) + 2 * extra(case),
+            leaves=(edit,),
+            **trained,
+        ),
+        f"{op}_all": Timing(
+            lambda case: products(case, 6) + 2 * extra(case), leaves=(*QKV, edit), kernels=kernels, **trained
+        ),
+    }
 
 
-OPERATIONS: dict[str, Build] = {
-    "biased_attention": biased_attention,
-    "regulated_attention": regulated_attention,
-    "biased_attention_edit": partial(_training, "biased_attention", "edit"),
-    "biased_attention_all": partial(_training, "biased_attention", "all"),
-    "regulated_attention_edit": partial(_training, "regulated_attention", "edit"),
-    "regulated_attention_all": partial(_training, "regulated_attention", "all"),
-    "gaussian_bias": gaussian_bias,
-    "gaussian_bias_all": gaussian_bias_all,
+OPERATIONS = {
+    "biased_attention": Operation(
+        _biased,
+        (*QKV, "bias", *EDIT, "key_bias"),
+        ("out",),
+        (*QKV, "bias"),
+        _training("biased_attention", "bias", lambda case: 0),
+    ),
+    "regulated_attention": Operation(
+        _regulated,
+        (*QKV, "theta", *EDIT, "key_bias"),
+        ("out",),
+        (*QKV, "theta"),
+        _training("regulated_attention", "theta", spanning),
+    ),
+    "gaussian_bias": Operation(
+        _gaussian_bias,
+        ("theta",),
+        ("bias",),
+        ("theta",),
+        {
+            "gaussian_bias": Timing(spanning, _two_products, kernels=("gaussian_bias_fwd",)),
+            "gaussian_bias_all": Timing(
+                lambda case: 2 * spanning(case), _two_products, leaves=("theta",), kernels=("gaussian_bias_bwd",)
+            ),
+        },
+    ),
 }

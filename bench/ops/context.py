@@ -3,82 +3,120 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnctl_fast import ops
+from bench.harness.timing import Run
 from bench.ops import rivals
-from bench.ops.base import (
-    TOLERANCES,
-    Comparison,
-    Contender,
-    first,
-    implementations,
-    impls,
-    plain,
-    products,
-    ready,
-    size,
-    wide,
-)
-from bench.ops.layers import Inputs, Layer
+from bench.ops.attention import QKV
+from bench.ops.base import Operation, Rival, Timing, plain, products
+from bench.ops.inputs import Case, Tensors, qkv
+
+WEIGHTS = [1.0, 1.3, -0.4]
 
 
-def attention_with_context_gradient(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    q, k, v = x[:3]
-    contenders = implementations(partial(ops.attention_with_context_gradient, q, k, v), q.device)
-    for name in rivals.backends(q.device):
-        contenders[f"SDPA {name}, twice"] = ready(partial(rivals.sdpa_pair, name, q, k, v))
-    contenders["published"] = ready(partial(rivals.published_context_gradient, q, k, v))
-    contenders["plain attention"] = plain(x)
-    truth = ops.attention_with_context_gradient(*wide(x)[:3], impl="reference")
-    op, moved, flops = "attention_with_context_gradient", size(q, k, v, q) + 4 * k.numel(), products(layer, 3)
-    return Comparison(op, layer, dtype, contenders, truth, TOLERANCES[dtype], moved, flops, tuple)
+def _with_context_gradient(case: Case, t: Tensors, impl: str) -> Run:
+    how: dict[str, Any] = {"key_bias": t.get("key_bias"), "query_weight": t.get("share"), "impl": impl}
+    return partial(ops.attention_with_context_gradient, *qkv(t), **how)
 
 
-def context_energy(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    contenders = implementations(partial(ops.context_energy, x.q, x.k), x.q.device)
-    contenders["logits in memory"] = ready(partial(rivals.kept_energy, x.q, x.k))
-    truth = tuple(ops.context_energy(*wide(x)[:2], impl="reference"))
-    moved, flops = size(x.q, x.k) + 2 * 4 * layer.batch, products(layer)
-    return Comparison("context_energy", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, flops, tuple)
+def _energy(case: Case, t: Tensors, impl: str) -> Run:
+    def run() -> tuple[Tensor, ...]:
+        return tuple(ops.context_energy(t["q"], t["k"], key_bias=t.get("key_bias"), impl=impl))
+
+    return run
 
 
-def context_update(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    """With a projection to as many numbers as all heads have."""
-    update, gammas = x.v.float().contiguous(), torch.tensor([0.3, 0.7], device=x.k.device)
-    inner = layer.heads * layer.width
-    weight = torch.eye(inner, dtype=dtype, device=x.k.device)
-
-    def run(k: Tensor, weight: Tensor, impl: str) -> Tensor:
-        return ops.context_update(update, k, weight, gamma_attn=gammas[0], gamma_norm=gammas[1], impl=impl)
-
-    contenders = {name: ready(partial(run, x.k, weight, name)) for name in impls(x.q.device)}
-    contenders["torch.compile"] = Contender(lambda: compile(partial(run, x.k, weight, "eager")), compiles=True)
-    truth = (run(x.k.double(), weight.double(), "reference"),)
-    moved = size(update, x.k, weight, x.k)
-    flops = 2 * layer.batch * layer.tokens * inner * inner
-    return Comparison("context_update", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, flops, first)
+def _update(convention: str, case: Case, t: Tensors, impl: str) -> Run:
+    """With gammas as a method has them: tensors."""
+    update, (attn, norm) = t["v"].to(torch.promote_types(t["v"].dtype, torch.float32)).contiguous(), t["gammas"]
+    how: dict[str, Any] = {"token_weight": t.get("token_weight"), "convention": convention, "impl": impl}
+    return partial(ops.context_update, update, t["k"], t["projection"], gamma_attn=attn, gamma_norm=norm, **how)
 
 
-def composed_attention(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
+def _contexts(t: Tensors) -> tuple[list[Tensor], list[Tensor]]:
     """The prompt and two edits, one of them negated."""
-    shift = [(x.k.roll(i, 2), x.v.roll(i, 1)) for i in range(3)]
-    ks, vs = ([pair[i] for pair in shift] for i in range(2))
-    weights = [1.0, 1.3, -0.4]
-    contenders = implementations(partial(ops.composed_attention, x.q, ks, vs, weights), x.q.device)
-    for name in rivals.backends(x.q.device):
-        contenders[f"SDPA {name}, each"] = ready(partial(rivals.sdpa_each, name, x.q, ks, vs, weights))
-    wide_ks, wide_vs = ([t.double() for t in ts] for ts in (ks, vs))
-    truth = first(ops.composed_attention(x.q.double(), wide_ks, wide_vs, weights, impl="reference"))
-    moved, flops = size(x.q, x.q, *ks, *vs), products(layer, 2 * len(ks))
-    return Comparison("composed_attention", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, flops, first)
+    return [t["k"].roll(i, 2) for i in range(3)], [t["v"].roll(i, 2) for i in range(3)]
 
 
+def _composed(case: Case, t: Tensors, impl: str) -> Run:
+    ks, vs = _contexts(t)
+    how: dict[str, Any] = {"impl": impl}
+    if "key_bias" in t:
+        how["key_bias"] = [t["key_bias"], None, None]
+    return partial(ops.composed_attention, t["q"], ks, vs, WEIGHTS, **how)
+
+
+def _twice(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    def pair(name: str) -> Rival:
+        return Rival(lambda t: partial(rivals.sdpa_pair, name, *qkv(t)))
+
+    found = {f"SDPA {name}, twice": pair(name) for name in rivals.backends(case.device)}
+    published = Rival(lambda t: partial(rivals.published_context_gradient, *qkv(t)))
+    return {**found, "published": published, "plain attention": plain(case)}
+
+
+def _each(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    def each(name: str) -> Rival:
+        return Rival(lambda t: partial(rivals.sdpa_each, name, t["q"], *_contexts(t), WEIGHTS))
+
+    return {f"SDPA {name}, each": each(name) for name in rivals.backends(case.device)}
+
+
+def _kept(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    return {"logits in memory": Rival(lambda t: partial(rivals.kept_energy, t["q"], t["k"]))}
+
+
+def _compiled(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    return {"torch.compile": Rival(lambda t: compile(_update("official", case, t, "eager")), compiles=True)}
+
+
+def _projecting(case: Case) -> int:
+    return 2 * case.batch * case.n * (case.heads * case.d) ** 2
+
+
+UPDATE = ("v", "k", "projection", "gammas")
 OPERATIONS = {
-    "attention_with_context_gradient": attention_with_context_gradient,
-    "context_energy": context_energy,
-    "context_update": context_update,
-    "composed_attention": composed_attention,
+    "attention_with_context_gradient": Operation(
+        _with_context_gradient,
+        (*QKV, "key_bias"),
+        ("out", "update"),
+        QKV,
+        {
+            "attention_with_context_gradient": Timing(
+                lambda case: products(case, 3), _twice, kernels=("context_gradient_fwd", "context_gradient_merge")
+            )
+        },
+    ),
+    "attention_with_context_gradient_weighted": Operation(
+        _with_context_gradient, (*QKV, "key_bias", "share"), ("out", "update"), (*QKV, "share")
+    ),
+    "context_energy": Operation(
+        _energy,
+        ("q", "k", "key_bias"),
+        ("attention", "context"),
+        ("q", "k"),
+        {"context_energy": Timing(products, _kept)},
+    ),
+    "context_update": Operation(
+        partial(_update, "official"),
+        UPDATE,
+        ("increment",),
+        timings={"context_update": Timing(_projecting, _compiled, kernels=("context_pull_fwd",))},
+    ),
+    "context_update_paper": Operation(partial(_update, "paper"), (*UPDATE, "token_weight"), ("increment",)),
+    "composed_attention": Operation(
+        _composed,
+        (*QKV, "key_bias"),
+        ("out",),
+        QKV,
+        {
+            "composed_attention": Timing(
+                lambda case: products(case, 2 * len(WEIGHTS)), _each, kernels=("composed_attention_fwd",)
+            )
+        },
+    ),
 }

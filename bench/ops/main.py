@@ -27,8 +27,9 @@ from bench.harness.cpu import Effort, Times, compare
 from bench.harness.rows import Log, Row, stamp
 from bench.harness.timing import Clock, Run, first_line
 from bench.ops import rivals
+from bench.ops.base import ours
 from bench.ops.layers import LARGE, LAYERS, REGULATED, SMALL, Layer
-from bench.ops.registry import OPERATIONS, comparison, ours
+from bench.ops.registry import OPERATIONS, comparison
 
 DTYPES = ("float32", "bfloat16", "float16")
 FULL, QUICK = Effort(3, 0.3), Effort(1, 0.1)

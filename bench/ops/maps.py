@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,133 +9,142 @@ import torch
 from torch import Tensor
 
 from attnctl_fast import ops
-from attnctl_fast.ops.map_similarity import KERNEL_TOKENS
 from bench.harness.timing import Run
 from bench.ops import rivals
-from bench.ops.base import (
-    TOLERANCES,
-    Comparison,
-    Contender,
-    first,
-    implementations,
-    impls,
-    plain,
-    products,
-    ready,
-    size,
-    trained,
-    wide,
-)
-from bench.ops.layers import Inputs, Layer
+from bench.ops.attention import QKV
+from bench.ops.base import Operation, Rival, Timing, plain, products
+from bench.ops.inputs import Case, Tensors, qkv
+
+# Losses read the maps that attention returns, which are in float32.
+SINGLE: dict[str, Any] = {"dtype": torch.float32}
 
 
-def _map_contenders(x: Inputs) -> dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]]:
-    """By name, what makes the output and the maps of the targets."""
-    columns = rivals.Columns.of(x.target_ids, x.k)
-    found: dict[str, Any] = {
-        name: lambda q, k, v, name=name: ops.attention_with_maps(q, k, v, x.target_ids, impl=name)
-        for name in impls(x.q.device)
-    }
-    for name in rivals.backends(x.q.device):
+def _with_maps(reduce: str, case: Case, t: Tensors, impl: str) -> Run:
+    how: dict[str, Any] = {"key_bias": t.get("key_bias"), "reduce": reduce, "impl": impl}
+    return partial(ops.attention_with_maps, *qkv(t), t.get("target_ids"), **how)
+
+
+def _real(case: Case, t: Tensors) -> Tensor:
+    """Zeros for padded tokens, where an operation knows no lengths."""
+    return t["maps"].nan_to_num() if "lengths" in t else t["maps"]
+
+
+def _smooth_maps(case: Case, t: Tensors, impl: str) -> Run:
+    return lambda: ops.smooth_maps(_real(case, t), **case.smoothing, impl=impl)
+
+
+def _map_similarity(case: Case, t: Tensors, impl: str) -> Run:
+    return lambda: ops.map_similarity(_real(case, t), impl=impl)
+
+
+def _similarity_loss(variant: str, case: Case, t: Tensors, impl: str) -> Run:
+    how: dict[str, Any] = {"variant": variant, "lengths": t.get("lengths"), "impl": impl}
+    return partial(ops.similarity_loss, t["maps"], t["text"], **case.smoothing, **how)
+
+
+def _map_rivals(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    columns = rivals.Columns.of(t["target_ids"], t["k"])
+
+    def one_hot(name: str) -> Rival:
         attend = partial(rivals.sdpa, name)
-        found[f"SDPA {name}, one-hot"] = lambda q, k, v, attend=attend: rivals.one_hot_maps(
-            attend, q, k, v, columns.one_hot
-        )
-    found["published"] = lambda q, k, v: rivals.kept_maps(q, k, v, x.target_ids)
-    return found
+        return Rival(lambda t: lambda: rivals.one_hot_maps(attend, *qkv(t), columns.one_hot))
+
+    found = {f"SDPA {name}, one-hot": one_hot(name) for name in rivals.backends(case.device)}
+    return {**found, "published": Rival(lambda t: lambda: rivals.kept_maps(*qkv(t), t["target_ids"]))}
 
 
-def attention_with_maps(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    contenders = {name: ready(partial(run, *x[:3])) for name, run in _map_contenders(x).items()}
-    contenders["plain attention"] = plain(x)
-    truth = ops.attention_with_maps(*wide(x)[:3], x.target_ids, impl="reference")
-    moved, flops = size(*x[:3], x.q) + 4 * truth[1].numel(), products(layer, 2)
-    return Comparison("attention_with_maps", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, flops, tuple)
+def _forward_rivals(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    return {**_map_rivals(case, t, compile), "plain attention": plain(case)}
 
 
-def attention_with_maps_guidance(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    """Forward, and the queries' gradient by the maps alone: the last layer that a loss of the maps reads."""
-    exact = ops.attention_with_maps(*wide(x)[:3], x.target_ids, impl="reference")[1]
-    grad = torch.randn(exact.shape, generator=torch.Generator(x.q.device).manual_seed(1), device=x.q.device)
-
-    def run(function: Callable[..., tuple[Tensor, Tensor]], x: Inputs, grad: Tensor) -> Run:
-        return trained([x.q], lambda q: function(q, x.k, x.v)[1], grad)
-
-    contenders = {name: ready(run(function, x, grad)) for name, function in _map_contenders(x).items()}
-    reference = partial(ops.attention_with_maps, token_ids=x.target_ids, impl="reference")
-    truth = run(reference, wide(x), grad.double())()
-    op, moved, flops = "attention_with_maps_guidance", size(*x[:3], x.q, x.q) + 8 * exact.numel(), products(layer, 3)
-    return Comparison(op, layer, dtype, contenders, truth, TOLERANCES[dtype], moved, flops, tuple)
+def _convolution(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    reference = Rival(lambda t: _smooth_maps(case, t, "reference"))
+    return {"reference": reference, "conv2d": Rival(lambda t: partial(rivals.convolved, t["maps"], case.grid))}
 
 
-def _maps(x: Inputs) -> tuple[Tensor, Tensor]:
-    """The tokens' maps [B,n,M], averaged over heads, and causal rows [B,n,n] that sum to 1: of 12 tokens, or as many as
-    there are targets, within the prompt and what the kernels take."""
-    probabilities = rivals.full_logits(x.q, x.k).softmax(-1).mean(1)
-    tokens = min(max(12, len(x.target_ids)), probabilities.shape[2] - 2, KERNEL_TOKENS)
-    maps = probabilities[..., 1 : 1 + tokens].mT.contiguous()
-    generator = torch.Generator(x.q.device).manual_seed(1)
-    text = torch.rand(len(maps), tokens, tokens, generator=generator, device=maps.device).tril()
-    return maps, text / text.sum(-1, keepdim=True)
+def _cosines(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    return {"closed form": Rival(lambda t: partial(rivals.plain_similarity, t["maps"]))}
 
 
-def _smoothing(maps: Tensor) -> int:
+def _losses(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    def rival(loss: Any, **how: Any) -> Rival:
+        return Rival(lambda t: partial(loss(), t["maps"], t["text"], case.grid), **how)
+
+    return {
+        "closed form": rival(lambda: rivals.plain_similarity_loss),
+        "torch.compile": rival(lambda: compile(rivals.plain_similarity_loss), compiles=True),
+        "published": rival(lambda: rivals.published_similarity_loss),
+    }
+
+
+def _cells(case: Case) -> int:
+    return case.batch * case.map_tokens * case.m
+
+
+def _smoothing(case: Case) -> int:
     """FLOPs of a kernel of three cells along both axes."""
-    return 2 * 2 * 3 * maps.numel()
+    return 2 * 2 * 3 * _cells(case)
 
 
-def _comparing(maps: Tensor) -> int:
+def _comparing(case: Case) -> int:
     """FLOPs of all similarities."""
-    return 2 * maps.numel() * maps.shape[1]
+    return 2 * _cells(case) * case.map_tokens
 
 
-def smooth_maps(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    maps, _ = _maps(x)
-    contenders = implementations(partial(ops.smooth_maps, maps, layer.grid), maps.device)
-    contenders["reference"] = ready(partial(ops.smooth_maps, maps, layer.grid, impl="reference"))
-    contenders["conv2d"] = ready(partial(rivals.convolved, maps, layer.grid))
-    truth = first(ops.smooth_maps(maps.double(), layer.grid, impl="reference"))
-    tolerance, moved, flops = TOLERANCES[torch.float32], size(maps, maps), _smoothing(maps)
-    return Comparison("smooth_maps", layer, dtype, contenders, truth, tolerance, moved, flops, first)
-
-
-def map_similarity(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    """Forward and the maps' gradient."""
-    maps, text = _maps(x)
-
-    def run(function: Callable[..., Tensor], maps: Tensor = maps) -> Contender:
-        return ready(trained([maps], function, text.to(maps.dtype)))
-
-    contenders = {name: run(partial(ops.map_similarity, impl=name)) for name in impls(maps.device)}
-    contenders["closed form"] = run(rivals.plain_similarity)
-    truth = run(partial(ops.map_similarity, impl="reference"), maps.double()).build()()
-    moved, flops = 2 * size(maps) + 2 * size(text), 2 * _comparing(maps)
-    tolerance = TOLERANCES[torch.float32]
-    return Comparison("map_similarity", layer, dtype, contenders, truth, tolerance, moved, flops, tuple)
-
-
-def similarity_loss(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    """Forward and the maps' gradient."""
-    maps, text = _maps(x)
-    grad = torch.ones(len(maps), device=maps.device)
-
-    def run(function: Callable[..., Tensor], maps: Tensor = maps, text: Tensor = text) -> Run:
-        return trained([maps], lambda m: function(m, text, layer.grid), grad.to(maps.dtype))
-
-    contenders = {name: ready(run(partial(ops.similarity_loss, impl=name))) for name in impls(maps.device)}
-    contenders["closed form"] = ready(run(rivals.plain_similarity_loss))
-    contenders["torch.compile"] = Contender(lambda: run(compile(rivals.plain_similarity_loss)), compiles=True)
-    contenders["published"] = ready(run(rivals.published_similarity_loss))
-    truth = run(partial(ops.similarity_loss, impl="reference"), maps.double(), text.double())()
-    moved, flops = 2 * size(maps) + size(text), 2 * (_smoothing(maps) + _comparing(maps))
-    tolerance = TOLERANCES[torch.float32]
-    return Comparison("similarity_loss", layer, dtype, contenders, truth, tolerance, moved, flops, first)
-
-
+MAPS = ("maps", "lengths")
+COMPARED = ("maps", "text", "lengths")
+KERNELS = ("similarity_products_fwd", "similarity_fwd", "similarity_bwd")
 OPERATIONS = {
-    "attention_with_maps": attention_with_maps,
-    "attention_with_maps_guidance": attention_with_maps_guidance,
-    "smooth_maps": smooth_maps,
-    "map_similarity": map_similarity,
-    "similarity_loss": similarity_loss,
+    "attention_with_maps": Operation(
+        partial(_with_maps, "mean"),
+        (*QKV, "target_ids", "key_bias"),
+        ("out", "maps"),
+        QKV,
+        {
+            "attention_with_maps": Timing(
+                lambda case: products(case, 2), _forward_rivals, kernels=("attention_maps_fwd", "maps_fwd")
+            ),
+            # As in the last layer that a loss of the maps reads.
+            "attention_with_maps_guidance": Timing(
+                lambda case: products(case, 3), _map_rivals, leaves=("q",), outputs=("maps",)
+            ),
+        },
+    ),
+    "attention_with_all_maps": Operation(partial(_with_maps, "mean"), (*QKV, "key_bias"), ("out", "maps"), QKV),
+    "attention_with_maps_of_heads": Operation(
+        partial(_with_maps, "none"), (*QKV, "target_ids", "key_bias"), ("out", "maps"), QKV
+    ),
+    "smooth_maps": Operation(
+        _smooth_maps,
+        MAPS,
+        ("smoothed",),
+        ("maps",),
+        {"smooth_maps": Timing(_smoothing, _convolution, options=SINGLE, kernels=("smooth_maps_fwd",))},
+    ),
+    "map_similarity": Operation(
+        _map_similarity,
+        MAPS,
+        ("similarity",),
+        ("maps",),
+        {"map_similarity": Timing(lambda case: 2 * _comparing(case), _cosines, leaves=("maps",), options=SINGLE)},
+    ),
+    "similarity_loss_cosine": Operation(
+        partial(_similarity_loss, "cosine"),
+        COMPARED,
+        ("loss",),
+        ("maps",),
+        {
+            "similarity_loss": Timing(
+                lambda case: 2 * (_smoothing(case) + _comparing(case)),
+                _losses,
+                leaves=("maps",),
+                options=SINGLE,
+                kernels=KERNELS,
+            )
+        },
+    ),
+    **{
+        f"similarity_loss_{variant}": Operation(partial(_similarity_loss, variant), COMPARED, ("loss",), ("maps",))
+        for variant in ("normalised_cosine", "absolute")
+    },
 }

@@ -1,30 +1,40 @@
-"""What competes with what, registered once: per operation the implementations and their rivals, what all must give, and
-the bytes and FLOPs that it takes. The shapes are in shapes.py, the operations in registry_*.py by their family."""
+"""Every operation, declared once, and what of them is timed: by name. The declarations are in the files of families."""
 
 from __future__ import annotations
 
 import torch
 
-from bench.harness.timing import Run
 from bench.ops import attention, biased, context, maps, regulation, rivals
-from bench.ops.base import Build, Comparison, Contender, ours
-from bench.ops.layers import Layer, inputs
+from bench.ops.base import Comparison, Operation, Timed, Timing
+from bench.ops.layers import Layer
 
-__all__ = ["OPERATIONS", "Comparison", "Contender", "Run", "comparison", "ours"]
-
-# An operation's name is its public function's, with what is differentiated behind it.
-OPERATIONS: dict[str, Build] = {
+DECLARED: dict[str, Operation] = {
     **attention.OPERATIONS,
     **regulation.OPERATIONS,
     **biased.OPERATIONS,
     **maps.OPERATIONS,
     **context.OPERATIONS,
 }
+# Operation and timing, by the timing's name: the public function's, with what is differentiated behind it.
+OPERATIONS: dict[str, tuple[Operation, Timing]] = {
+    name: (operation, timing) for operation in DECLARED.values() for name, timing in operation.timings.items()
+}
+
+
+def timed(
+    name: str, layer: Layer, dtype: torch.dtype, device: torch.device, compile: rivals.Compile = rivals.uncompiled
+) -> Timed:
+    """Put a timing of `OPERATIONS` on random inputs. compile: torch.compile, or what stands for it."""
+    return Timed.at(*OPERATIONS[name], layer, dtype, device, compile)
 
 
 def comparison(
-    operation: str, layer: Layer, dtype: torch.dtype, device: torch.device, compile: rivals.Compile
+    name: str, layer: Layer, dtype: torch.dtype, device: torch.device, compile: rivals.Compile = rivals.uncompiled
 ) -> Comparison:
-    """The comparison of an operation of `OPERATIONS` on random inputs. `compile`: torch.compile, or what stands for
-    it."""
-    return OPERATIONS[operation](inputs(layer, dtype, device), layer, dtype, compile)
+    """Compare the forms of a timing of `OPERATIONS` on random inputs."""
+    return timed(name, layer, dtype, device, compile).comparison(name, layer, dtype)
+
+
+def launch(name: str, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
+    """Launch the kernels of a timing."""
+    timed(name, layer, dtype, device).ours("triton")()

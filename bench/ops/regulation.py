@@ -13,185 +13,217 @@ from attnctl_fast import ops
 from attnctl_fast.ops.gaussian_bias import full_basis
 from bench.harness.timing import Run
 from bench.ops import rivals
-from bench.ops.base import (
-    TOLERANCES,
-    Comparison,
-    Contender,
-    first,
-    implementations,
-    impls,
-    plain,
-    products,
-    ready,
-    size,
-    spanning,
-    trained,
-    upstream,
-    wide,
-)
-from bench.ops.layers import Inputs, Layer
-from bench.ops.regulation_results import LOSS_TOLERANCE, Results, lowest
+from bench.ops.attention import QKV
+from bench.ops.base import EDIT, Operation, Rival, Timing, plain, products, spanning
+from bench.ops.inputs import STATISTICS, Case, Tensors, qkv
+from bench.ops.regulation_results import judge_layer, judge_solver
+
+GIVEN = ("rest_lse", "logits", "theta")
 
 
-def _present(stats: ops.TargetStatistics) -> tuple[Tensor, ...]:
-    return tuple(t for t in stats if t is not None)
+def statistics_of(t: Tensors) -> ops.TargetStatistics:
+    """Return the statistics among the tensors; what is not there is None."""
+    out, lse, logits = t["rest_out"], t["rest_lse"], t["logits"]
+    return ops.TargetStatistics(out, lse, logits, t.get("rest_square"), t.get("pinned_logits"))
 
 
-def _retyped(stats: ops.TargetStatistics, dtype: torch.dtype) -> ops.TargetStatistics:
-    made: dict[str, Any] = {name: None if t is None else t.to(dtype) for name, t in stats._asdict().items()}
-    return stats._replace(**made)
+def _edit(t: Tensors) -> dict[str, Any]:
+    return {name: t[name] for name in EDIT}
 
 
-def _merging(x: Inputs, layer: Layer) -> int:
-    """FLOPs of the products with the values of the targets and the pinned columns."""
-    return products(layer, columns=layer.targets + len(x.pinned_ids))
+def _target_statistics(case: Case, t: Tensors, impl: str) -> Run:
+    how: dict[str, Any] = {**_edit(t), "key_bias": t.get("key_bias"), "with_square": case.more, "impl": impl}
+
+    def run() -> tuple[Tensor | None, ...]:
+        return tuple(ops.target_statistics(*qkv(t), **how))
+
+    return run
 
 
-def _solving(layer: Layer) -> int:
-    """FLOPs of the steps: the bias from its weights, and their gradient from the bias's."""
-    return 2 * layer.steps * spanning(layer)
+def _merge_targets(case: Case, t: Tensors, impl: str) -> Run:
+    return partial(ops.merge_targets, statistics_of(t), t["v"], bias=t["bias"], **_edit(t), impl=impl)
 
 
-def target_statistics(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    how: dict[str, Any] = {"pinned_ids": x.pinned_ids}
-    run = partial(ops.target_statistics, *x[:3], x.target_ids, **how)
-    stats = ops.target_statistics(*wide(x)[:3], x.target_ids, **how, impl="reference")
-    contenders, truth = implementations(run, x.q.device), _present(stats)
-    moved, flops = size(*x[:3]) + size(*stats) // 2, products(layer, 2)
-    return Comparison("target_statistics", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, flops, _present)
+def _loss(objective: str, case: Case, t: Tensors, impl: str) -> Run:
+    how: dict[str, Any] = {"objective": objective, "theta": t.get("theta"), "impl": impl}
+    return partial(ops.regulation_loss, _solvable(t), t["bias"], **how)
 
 
-def merge_targets(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    how: dict[str, Any] = {"pinned_ids": x.pinned_ids}
-    exact = wide(x)
-    stats = _retyped(ops.target_statistics(*exact[:3], x.target_ids, **how, impl="reference"), torch.float32)
-    run = partial(ops.merge_targets, stats, x.v, x.target_ids, x.bias, **how)
-    truth = first(
-        ops.merge_targets(_retyped(stats, torch.float64), exact.v, x.target_ids, exact.bias, **how, impl="reference")
-    )
-    contenders = implementations(run, x.q.device)
-    moved, flops = size(*stats, x.bias, x.q), _merging(x, layer)
-    return Comparison("merge_targets", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, flops, first)
+def _solvable(t: Tensors) -> ops.TargetStatistics:
+    """The statistics that the objectives read, whatever their output is."""
+    rest = t["rest_lse"]
+    return ops.TargetStatistics(rest.unsqueeze(-1), rest, t["logits"], t.get("rest_square"), None)
 
 
-def merge_targets_all(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    """Forward and backward, to everything."""
-    how: dict[str, Any] = {"pinned_ids": x.pinned_ids}
-    stats = ops.target_statistics(*x[:3], x.target_ids, **how, impl="eager")
-    grad = upstream(x)
+def _regulate(objective: str, how: dict[str, Any], case: Case, t: Tensors, impl: str) -> Run:
+    given: dict[str, Any] = {"theta": t["theta"], "steps": case.steps, "objective": objective, "impl": impl, **how}
+    if how.get("ema"):
+        given["previous"] = t["theta"]
+    if "gammas" in t:
+        given["strength"] = t["gammas"][0]
 
-    def run(impl: str, x: Inputs, stats: ops.TargetStatistics) -> Contender:
-        def merged(out: Tensor, lse: Tensor, logits: Tensor, pinned: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-            made = ops.TargetStatistics(out, lse, logits, None, pinned)
-            return ops.merge_targets(made, v, x.target_ids, bias, **how, impl=impl)
-
-        leaves = [t for t in (*stats, x.v, x.bias) if t is not None]
-        return ready(trained(leaves, merged, grad))
-
-    contenders = {name: run(name, x, stats) for name in impls(x.q.device)}
-    truth = run("reference", wide(x), _retyped(stats, torch.float64)).build()()
-    moved, flops = 2 * size(*stats, x.bias, x.q, x.v), 3 * _merging(x, layer)
-    return Comparison("merge_targets_all", layer, dtype, contenders, truth, TOLERANCES[dtype], moved, flops, tuple)
-
-
-def regulation_loss(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    """Forward and the bias's gradient."""
-    stats = ops.target_statistics(*x[:3], x.target_ids, impl="eager")
-
-    def loss(impl: str, stats: ops.TargetStatistics, bias: Tensor) -> Tensor:
-        return ops.regulation_loss(stats, bias, impl=impl)
-
-    grad = torch.ones(layer.batch, layer.heads, device=x.q.device)
-    contenders = {
-        name: ready(trained([x.bias], partial(loss, name, stats), grad)) for name in (*impls(x.q.device), "reference")
-    }
-    exact = _retyped(stats, torch.float64)
-    truth = trained([x.bias.double()], partial(loss, "reference", exact), grad.double())()
-    tolerance, moved = TOLERANCES[torch.float32], size(stats.logits, stats.rest_lse, x.bias, x.bias)
-    return Comparison("regulation_loss", layer, dtype, contenders, truth, tolerance, moved, 0, first)
-
-
-def regulate(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    """The inner loop; the published form starts from q and k, as it has no statistics."""
-    stats = ops.target_statistics(*x[:3], x.target_ids, impl="eager")
-    basis = full_basis(layer.grid, None, "official", x.theta)
-
-    def solve(impl: str) -> tuple[Tensor, Tensor]:
-        found = ops.regulate(stats, layer.grid, theta=x.theta, steps=layer.steps, impl=impl)
+    def run() -> tuple[Tensor, Tensor]:
+        found = ops.regulate(_solvable(t), case.grid, **given)
         return found.losses, found.bias
 
-    def loop(compile: rivals.Compile) -> Run:
-        run = rivals.statistics_loop(layer.grid, rivals.axes(layer.grid, x.theta), layer.steps, compile)
-        return partial(run, stats.logits, stats.rest_lse, x.theta)
-
-    old = (x.q, x.k, x.target_ids, x.theta, basis, layer.steps)
-    contenders = {
-        **{name: ready(partial(solve, name)) for name in impls(x.q.device)},
-        "published": ready(partial(rivals.published, *old)),
-        "published, no sync": ready(partial(rivals.published_without_sync, *old)),
-        "closed form": ready(loop(rivals.uncompiled)),
-        "torch.compile": Contender(partial(loop, compile), compiles=True),
-    }
-    moved, flops = size(stats.logits, stats.rest_lse, x.theta, stats.logits, x.theta), _solving(layer)
-    results = Results(x, layer)
-    truth, check = results.truth(), results.check_bias
-    return Comparison("regulate", layer, dtype, contenders, truth, LOSS_TOLERANCE, moved, flops, lowest, check)
+    return run
 
 
-def regulated_layer(x: Inputs, layer: Layer, dtype: torch.dtype, compile: rivals.Compile) -> Comparison:
-    """A whole layer under attention regulation, pinned columns and all, and plain ones beside it."""
-    basis = full_basis(layer.grid, None, "official", x.theta)
-    how: dict[str, Any] = {"pinned_ids": x.pinned_ids}
+def _layer(solve: Callable[[ops.TargetStatistics], tuple[Tensor, Tensor]], t: Tensors, impl: str) -> Run:
+    """A whole layer under attention regulation, pinned columns and all."""
 
-    def layered(impl: str, solve: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-        stats = ops.target_statistics(*x[:3], x.target_ids, **how, impl=impl)
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        stats = ops.target_statistics(*qkv(t), **_edit(t), impl=impl)
         losses, bias = solve(stats)
-        return losses, bias, ops.merge_targets(stats, x.v, x.target_ids, bias, **how, impl=impl)
+        return losses, bias, ops.merge_targets(stats, t["v"], bias=bias, **_edit(t), impl=impl)
 
-    def solver(impl: str) -> Run:
-        def solve(stats: ops.TargetStatistics) -> tuple[Tensor, Tensor]:
-            found = ops.regulate(stats, layer.grid, theta=x.theta, steps=layer.steps, impl=impl)
-            return found.losses, found.bias
+    return run
 
-        return partial(layered, impl, solve)
 
-    def closed(compile: rivals.Compile) -> Run:
-        loop = rivals.statistics_loop(layer.grid, rivals.axes(layer.grid, x.theta), layer.steps, compile)
-        return partial(layered, "eager", lambda stats: loop(stats.logits, stats.rest_lse, x.theta))
+def _regulated_layer(case: Case, t: Tensors, impl: str) -> Run:
+    def solve(stats: ops.TargetStatistics) -> tuple[Tensor, Tensor]:
+        found = ops.regulate(stats, case.grid, theta=t["theta"], steps=case.steps, impl=impl)
+        return found.losses, found.bias
 
-    def old(loop: Callable[..., tuple[Tensor, Tensor]]) -> Run:
-        def run() -> tuple[Tensor, Tensor, Tensor]:
-            losses, bias = loop(x.q, x.k, x.target_ids, x.theta, basis, layer.steps)
-            logits = rivals.full_logits(x.q, x.k)
-            probabilities = logits.index_add(3, x.target_ids, bias.mT).softmax(-1)
-            kept = logits.softmax(-1).index_select(3, x.pinned_ids)
-            probabilities = probabilities.index_copy(3, x.pinned_ids, kept)
-            return losses, bias, probabilities.to(x.v.dtype) @ x.v
+    return _layer(solve, t, impl)
 
-        return run
 
-    contenders = {
-        **{name: ready(solver(name)) for name in impls(x.q.device)},
-        "published": ready(old(rivals.published)),
-        "published, no sync": ready(old(rivals.published_without_sync)),
-        "closed form": ready(closed(rivals.uncompiled)),
-        "torch.compile": Contender(partial(closed, compile), compiles=True),
-        "plain layer": plain(x),
-        "plain layer, SDPA": Contender(
-            lambda: partial(torch.nn.functional.scaled_dot_product_attention, *x[:3]), checked=False
-        ),
+def _no_fusing(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    return {"reference": Rival(lambda t: _loss("official", case, t, "reference"))}
+
+
+def _closed(case: Case, t: Tensors, compile: rivals.Compile) -> Callable[..., tuple[Tensor, Tensor]]:
+    return rivals.statistics_loop(case.grid, rivals.axes(case.grid, t["theta"]), case.steps, compile)
+
+
+def _solvers(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    """The published form starts from q and k, as it has no statistics."""
+
+    def loop(compile: rivals.Compile) -> Callable[[Tensors], Run]:
+        return lambda t: partial(_closed(case, t, compile), t["logits"], t["rest_lse"], t["theta"])
+
+    def old(solve: Callable[..., Any]) -> Rival:
+        basis = full_basis(case.grid, None, "official", t["theta"])
+        return Rival(lambda t: partial(solve, t["q"], t["k"], t["target_ids"], t["theta"], basis, case.steps))
+
+    return {
+        "published": old(rivals.published),
+        "published, no sync": old(rivals.published_without_sync),
+        "closed form": Rival(loop(rivals.uncompiled)),
+        "torch.compile": Rival(loop(compile), compiles=True),
     }
-    moved, flops = size(*x[:3], x.theta, x.q), products(layer, 2) + _solving(layer) + _merging(x, layer)
-    results = Results(x, layer)
-    truth, check = results.truth(), results.check_layer
-    return Comparison("regulated_layer", layer, dtype, contenders, truth, LOSS_TOLERANCE, moved, flops, lowest, check)
 
 
+def _layers(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    basis = full_basis(case.grid, None, "official", t["theta"])
+
+    def closed(compile: rivals.Compile) -> Callable[[Tensors], Run]:
+        def bind(t: Tensors) -> Run:
+            loop = _closed(case, t, compile)
+            return _layer(lambda stats: loop(stats.logits, stats.rest_lse, t["theta"]), t, "eager")
+
+        return bind
+
+    def old(loop: Callable[..., tuple[Tensor, Tensor]]) -> Rival:
+        return Rival(lambda t: partial(_published_layer, loop, t, basis, case.steps))
+
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    return {
+        "published": old(rivals.published),
+        "published, no sync": old(rivals.published_without_sync),
+        "closed form": Rival(closed(rivals.uncompiled)),
+        "torch.compile": Rival(closed(compile), compiles=True),
+        "plain layer": plain(case),
+        "plain layer, SDPA": Rival(lambda t: partial(sdpa, *qkv(t)), checked=False),
+    }
+
+
+def _published_layer(
+    loop: Callable[..., tuple[Tensor, Tensor]], t: Tensors, basis: Tensor, steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    losses, bias = loop(t["q"], t["k"], t["target_ids"], t["theta"], basis, steps)
+    logits = rivals.full_logits(t["q"], t["k"])
+    probabilities = logits.index_add(3, t["target_ids"], bias.mT).softmax(-1)
+    kept = logits.softmax(-1).index_select(3, t["pinned_ids"])
+    probabilities = probabilities.index_copy(3, t["pinned_ids"], kept)
+    return losses, bias, probabilities.to(t["v"].dtype) @ t["v"]
+
+
+def _merging(case: Case) -> int:
+    """FLOPs of the products with the values of the targets and the pinned columns."""
+    return products(case, columns=len(case.ids[0]) + len(case.pinned[0]))
+
+
+def _solving(case: Case) -> int:
+    """FLOPs of the steps: the bias from its weights, and their gradient from the bias's."""
+    return 2 * case.steps * spanning(case)
+
+
+MERGED = ("rest_out", "rest_lse", "logits", "pinned_logits", "v", "bias")
+OFFICIAL, PAPER = ("logits", "rest_lse", "bias", "theta"), ("logits", "rest_lse", "rest_square", "bias")
+SOLVED = ("losses", "bias")
 OPERATIONS = {
-    "regulate": regulate,
-    "regulated_layer": regulated_layer,
-    "target_statistics": target_statistics,
-    "merge_targets": merge_targets,
-    "merge_targets_all": merge_targets_all,
-    "regulation_loss": regulation_loss,
+    "target_statistics": Operation(
+        _target_statistics,
+        (*QKV, *EDIT, "key_bias"),
+        STATISTICS,
+        QKV,
+        {"target_statistics": Timing(lambda case: products(case, 2), kernels=("attention_fwd",))},
+    ),
+    "merge_targets": Operation(
+        _merge_targets,
+        (*MERGED, *EDIT),
+        ("out",),
+        MERGED,
+        {
+            "merge_targets": Timing(_merging, kernels=("merge_targets_fwd",)),
+            "merge_targets_all": Timing(
+                lambda case: 3 * _merging(case),
+                leaves=MERGED,
+                kernels=("merge_targets_bwd", "merge_targets_values_bwd"),
+            ),
+        },
+    ),
+    "regulation_loss_official": Operation(
+        partial(_loss, "official"),
+        OFFICIAL,
+        ("loss",),
+        OFFICIAL,
+        {
+            "regulation_loss": Timing(
+                rivals=_no_fusing, leaves=("bias",), kernels=("regulation_loss_fwd", "regulation_loss_bwd")
+            )
+        },
+    ),
+    "regulation_loss_paper": Operation(partial(_loss, "paper"), PAPER, ("loss",), PAPER),
+    "regulate": Operation(
+        partial(_regulate, "official", {}),
+        GIVEN,
+        SOLVED,
+        timings={
+            "regulate": Timing(
+                _solving,
+                _solvers,
+                also=(*QKV, *EDIT),
+                judge=judge_solver,
+                kernels=("regulate_fwd", "select_fwd"),
+            )
+        },
+    ),
+    # As a method solves that knows the weights of the step before.
+    "regulate_again": Operation(partial(_regulate, "official", {"ema": 0.25}), GIVEN, SOLVED),
+    "regulate_scaled": Operation(partial(_regulate, "official", {}), (*GIVEN, "gammas"), SOLVED),
+    "regulate_scaled_again": Operation(partial(_regulate, "official", {"ema": 0.25}), (*GIVEN, "gammas"), SOLVED),
+    "regulate_paper": Operation(partial(_regulate, "paper", {}), (*GIVEN, "rest_square"), SOLVED),
+    "regulate_paper_again": Operation(partial(_regulate, "paper", {"ema": 0.25}), (*GIVEN, "rest_square"), SOLVED),
+    "regulated_layer": Operation(
+        _regulated_layer,
+        (*QKV, "theta", *EDIT),
+        (*SOLVED, "out"),
+        timings={
+            "regulated_layer": Timing(
+                lambda case: products(case, 2) + _solving(case) + _merging(case), _layers, judge=judge_layer
+            )
+        },
+    ),
 }

@@ -92,7 +92,9 @@ def test_guidance_moves_the_models_input_alike_under_every_scheduler(name: str) 
     for scale in (0.0, 20.0):
         inputs.clear()
         hook = pipe.unet.conv_in.register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()))
-        drawn(pipe, ac.AttendAndExcite(TARGETS, layers=LAYERS, scale=scale, thresholds={}), num_inference_steps=20)
+        method = ac.AttendAndExcite(TARGETS, layers=LAYERS, scale=scale, thresholds={})
+        with pytest.raises(Stop):
+            drawn(pipe, method, num_inference_steps=20, callback_on_step_end=stop_at(0))
         hook.remove()
         moves.append(next(x[-1:] for x in inputs if len(x) == 2))
     # DPM-Solver++'s own input at its first step, whose noise is the same.
@@ -439,17 +441,16 @@ def test_instruct_pix2pix(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("batch", [1, 2])
-def test_panorama(method: str, batch: int) -> None:
-    """Several views a step, one or two at a time; their order in the batch is not that of other pipelines."""
+def test_panorama(method: str) -> None:
+    """Several views a step, one and two at a time; their order in the batch is not that of other pipelines."""
     pipe = tiny.pipeline("StableDiffusionPanoramaPipeline").to(torch.float64)
-    options: dict[str, Any] = {"view_batch_size": batch, "num_inference_steps": 4}
+    options: dict[str, Any] = {"view_batch_size": 1, "num_inference_steps": 4}
     options |= {"height": 32 * tiny.SCALE, "width": 48 * tiny.SCALE, "latents": tiny.latents(size=(32, 48)).double()}
     pipe.get_views = lambda *args, **kwargs: [(0, 32, 0, 32), (0, 32, 16, 48)]
     plain = call(pipe, **options)
     found = drawn(pipe, METHODS[method], **options)
     assert (found - plain).abs().max() > 0.02
-    options["view_batch_size"] = 3 - batch
+    options["view_batch_size"] = 2
     torch.testing.assert_close(drawn(pipe, METHODS[method], **options), found, rtol=0, atol=1e-6)
 
 

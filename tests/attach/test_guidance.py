@@ -12,7 +12,21 @@ from torch import Tensor
 import attnctl_fast as ac
 from tests.support import tiny
 from tests.support.guidance_walk import sample
-from tests.support.pipelines import KINDS, LAYERS, OTHER, PROMPT, Peaks, Stop, call, guided, peaks, snapshot, stop_at
+from tests.support.pipelines import (
+    FEW_KINDS,
+    KINDS,
+    LAYERS,
+    OTHER,
+    PROMPT,
+    Peaks,
+    Stop,
+    built,
+    call,
+    guided,
+    peaks,
+    snapshot,
+    stop_at,
+)
 from tests.support.rounding import RandomRounding
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -66,13 +80,11 @@ def test_equal_to_the_loop_by_hand(name: str, late_check: bool) -> None:
     assert len(refined) - 1 == met + late_check
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW_KINDS)
 def test_kind_of_pipeline(kind: str) -> None:
     """Guided, repeatable, the same without the cut, and the plain picture bit for bit with no step and after use."""
-    build, options = KINDS[kind]
-    pipe = tiny.pipeline(**build)
-    options = {("strength" if name == "strength_" else name): value for name, value in options.items()}
-    plain, before = call(pipe, **options), snapshot(pipe)
+    pipe, options, plain = built(kind)
+    before = snapshot(pipe)
     result = guided(pipe, Peaks(), **options)
     assert torch.isfinite(result).all()
     assert (result - plain).abs().max() > 0.05

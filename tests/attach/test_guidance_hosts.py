@@ -13,7 +13,7 @@ import attnctl_fast as ac
 from attnctl_fast.attach.rows import with_rows
 from attnctl_fast.attach.scheduler import SchedulerTap
 from tests.support import tiny
-from tests.support.pipelines import Peaks, Stop, call, guided, snapshot, stop_at
+from tests.support.pipelines import PROMPT, Peaks, Stop, call, guided, snapshot, stop_at
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -84,6 +84,19 @@ def test_taps_on_one_scheduler_in_any_order() -> None:
         with pytest.raises(Stop):
             call(pipe, callback_on_step_end=stop_at(0))
     for handle in handles:
+        handle.disable()
+    assert snapshot(first) == before
+
+
+def test_loops_on_one_scheduler_end_in_any_order() -> None:
+    first = tiny.pipeline()
+    pipes = first, tiny.pipeline(scheduler=first.scheduler)
+    before = snapshot(first)
+    handles = [ac.enable(pipe, Peaks()) for pipe in pipes]
+    for handle, pipe in zip(handles, pipes, strict=True):
+        handle.begin(prompt_embeds=pipe.encode_prompt(PROMPT, "cpu", 1, False)[0])
+    for handle in handles:
+        handle.end()
         handle.disable()
     assert snapshot(first) == before
 

@@ -9,7 +9,7 @@ import torch
 
 import attnctl_fast as ac
 from tests.support import tiny
-from tests.support.pipelines import KINDS, OTHER, PROMPT, TARGETS, call, controlled, picture
+from tests.support.pipelines import KINDS, OTHER, PROMPT, TARGETS, Peaks, built, call, controlled, picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -19,9 +19,7 @@ EXACT = {"rtol": 0, "atol": 1e-8}  # in float64; in float32 the descent is chaot
 @pytest.mark.parametrize("kind", KINDS)
 def test_kind_of_pipeline(kind: str) -> None:
     """Edited, repeatable, and the plain pipeline's image bit for bit at strength zero and after use."""
-    build, options = KINDS[kind]
-    pipe = tiny.pipeline(**build)
-    options = {("strength" if name == "strength_" else name): value for name, value in options.items()}
+    pipe, options, plain = built(kind)
 
     def once(**method: Any) -> torch.Tensor:
         if not method:
@@ -29,7 +27,6 @@ def test_kind_of_pipeline(kind: str) -> None:
         with ac.control(pipe, ac.AttentionRegulation(TARGETS, **method)):
             return call(pipe, **options)
 
-    plain = once()
     edited = once(strength=1.0)
     assert torch.isfinite(edited).all()
     assert (edited - plain).abs().max() > 0.05
@@ -299,6 +296,19 @@ def test_rows_are_told_by_their_text() -> None:
         torch.testing.assert_close(noise(*((negative, embeddings)[i] for i in three)), both[three], **EXACT)
 
 
+def test_texts_changed_beyond_recognition_go_by_their_order() -> None:
+    pipe = tiny.pipeline().to(torch.float64)
+    embeddings, negative = (x.double() for x in pipe.encode_prompt(PROMPT, "cpu", 1, True))
+    latents, text = tiny.latents().double().expand(2, -1, -1, -1), 1.1 * torch.cat([negative, embeddings])
+    with torch.no_grad():
+        plain = pipe.unet(latents, 751, encoder_hidden_states=text).sample
+        with ac.control(pipe, ac.AttentionRegulation(TARGETS)) as handle:
+            handle.begin(prompt=PROMPT, prompt_embeds=embeddings, negative_prompt_embeds=negative)
+            found = pipe.unet(latents, 751, encoder_hidden_states=text).sample
+    torch.testing.assert_close(found[0], plain[0], **EXACT)
+    assert (found[1] - plain[1]).abs().max() > 0.05
+
+
 def test_a_negative_prompt_that_is_the_prompt() -> None:
     """Their text does not tell the rows apart, so their order does: the unconditional ones come first."""
     pipe = tiny.pipeline().to(torch.float64)
@@ -339,6 +349,7 @@ def test_key_padding_masks() -> None:
         ac.Composition([ac.Edit("a dog", 0.5)]),
         ac.Composition([ac.Edit("a dog", 0.5, gamma_attn=0.02)]),
         ac.DenseDiffusion({2: torch.eye(8), 5: 1 - torch.eye(8)}, self_strength=0.0),
+        Peaks(),
         ac.AttendAndExcite([2, 5], layers=layers, thresholds={}, text_only=False),
     ):
         short = noise(method, embeddings[:, :7])
@@ -390,9 +401,9 @@ def test_processors_that_never_make_the_attention_call_are_refused(processor: st
 
 
 def test_a_layer_that_never_makes_the_attention_call_is_named() -> None:
-    """One whose processor nobody knows, at its first evaluation."""
+    """One whose processor nobody knows, at its first evaluation; nothing of that is left for the next."""
     pipe = tiny.pipeline()
-    plain = call(pipe)
+    plain, edited = call(pipe), controlled(pipe)
 
     class Mine:
         def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, **_: Any) -> Any:
@@ -402,12 +413,13 @@ def test_a_layer_that_never_makes_the_attention_call_is_named() -> None:
     own = attn.processor
     attn.set_processor(Mine())
     message = r"down_blocks\.1\.attentions\.0.* runs Mine, which never calls scaled_dot_product_attention"
-    for methods in ([ac.AttentionRegulation(TARGETS)], [ac.EnergyContext(0.02, 0.02)]):
-        with pytest.raises(RuntimeError, match=message), ac.control(pipe, *methods):
-            call(pipe)
     with pytest.raises(RuntimeError, match=message), ac.capture(pipe):
         call(pipe)
+    for method in (ac.EnergyContext(0.02, 0.02), ac.AttentionRegulation(TARGETS)):
+        with pytest.raises(RuntimeError, match=message), ac.control(pipe, method):
+            call(pipe)
     attn.set_processor(own)
+    assert torch.equal(controlled(pipe), edited)
     assert torch.equal(call(pipe), plain)
 
 

@@ -203,6 +203,24 @@ def test_unet_replaced_while_control_is_on() -> None:
     call(pipe)
 
 
+def test_a_layers_own_forward_runs_and_stays() -> None:
+    pipe, ran = tiny.pipeline(), []
+    attn = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    inner = attn.forward
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        ran.append(1)
+        return inner(*args, **kwargs)
+
+    attn.forward = mine
+    method = ac.EnergyContext(0.02, 0.03)
+    with ac.control(pipe, method):
+        found = call(pipe)
+    assert len(ran) == 4 and vars(attn)["forward"] is mine
+    with ac.control(other := tiny.pipeline(), method):
+        assert torch.equal(found, call(other))
+
+
 def test_user_wrappers_put_on_top_stay() -> None:
     pipe = tiny.pipeline()
     plain = call(pipe)

@@ -15,12 +15,11 @@ FEW = """
 import json, sys, torch
 from pathlib import Path
 from bench.compile import archive, compiler, precompile
-from bench.gpu import contest, plan
-def cases():
-    clock = contest.Clock(torch.device("cpu"))
-    task = contest.Task("gaussian_bias_all", contest.SMALL, torch.float16)
-    return [("gaussian_bias_all", lambda: contest.launch(task, clock))]
-plan.cases = cases
+from bench.gpu import plan
+from bench.ops.layers import SMALL
+from bench.ops.registry import launch
+name = "gaussian_bias_all"
+plan.cases = lambda: [(name, lambda: launch(name, SMALL, torch.float16, torch.device("cpu")))]
 folder, gpu = Path(sys.argv[1]), compiler.TARGETS["sm_90"].gpu
 """
 PACK = "sys.exit(precompile.run(precompile.parser().parse_args(['--cache', str(folder), '--processes', '1'])))"

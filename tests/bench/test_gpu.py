@@ -242,7 +242,7 @@ def test_memory_errors_are_rows_of_their_cases(bench, monkeypatch, tmp_path):
 
 
 def test_a_contender_that_is_wrong_or_fails_is_not_timed(bench, monkeypatch):
-    from bench.ops.registry import Comparison, Contender
+    from bench.ops.base import Comparison, Contender
 
     x = torch.arange(1.0, 5.0)
 
@@ -269,7 +269,7 @@ def test_a_contender_that_is_wrong_or_fails_is_not_timed(bench, monkeypatch):
 
 
 def test_a_contender_that_breaks_the_context_ends_the_comparison(bench, monkeypatch):
-    from bench.ops.registry import Comparison, Contender
+    from bench.ops.base import Comparison, Contender
 
     def broken():
         raise RuntimeError("an illegal memory access")

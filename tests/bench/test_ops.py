@@ -52,7 +52,7 @@ def competing(bench: Any, monkeypatch: pytest.MonkeyPatch, operation: str, **oth
         made = registered(name, *rest)
         if name != operation:
             return made
-        from bench.ops.registry import Contender
+        from bench.ops.base import Contender
 
         return replace(made, contenders=made.contenders | {k: Contender(v) for k, v in others.items()})
 
@@ -96,7 +96,7 @@ def test_ours_is_what_the_device_runs(bench: Any, monkeypatch: pytest.MonkeyPatc
 )
 def test_flops_are_those_of_a_form_that_repeats_nothing(bench: Any, operation: str, form: str) -> None:
     layer = bench.Layer("tiny", 3, (4, 6), 8, tokens=9, batch=2)
-    this = bench.comparison(operation, layer, torch.float32, CPU, lambda function: function)
+    this = bench.comparison(operation, layer, torch.float32, CPU)
     run = this.contenders[form].build()
     with FlopCounterMode(display=False) as counted:
         run()
@@ -144,7 +144,7 @@ def test_what_fails_is_a_row_and_the_others_are_measured(
         truth = bench.comparison("region_attention", *given).truth
         return lambda: (next(calls), truth[0])[1]
 
-    given = (next(bench.SHAPES["tiny"]()).layer, torch.float32, CPU, lambda function: function)
+    given = (next(bench.SHAPES["tiny"]()).layer, torch.float32, CPU)
     competing(bench, monkeypatch, "region_attention", broken=unbuildable, tired=tired)
     path = tmp_path / "ops.jsonl"
     assert command("--only", "region", "--results", path) == 0
@@ -159,7 +159,7 @@ def test_what_is_wrong_is_not_timed(bench: Any, monkeypatch: pytest.MonkeyPatch,
 
     def off() -> Any:
         layer = next(bench.SHAPES["tiny"]()).layer
-        exact = bench.comparison("gaussian_bias", layer, torch.float32, CPU, lambda function: function).truth[0]
+        exact = bench.comparison("gaussian_bias", layer, torch.float32, CPU).truth[0]
         return lambda: (calls.append(1), 1.001 * exact)[1]
 
     competing(bench, monkeypatch, "gaussian_bias", eager=off)
@@ -198,7 +198,7 @@ def test_every_part_of_a_result_is_checked(
 ) -> None:
     """A form that is right but for one part is not timed; those whose results it spoils are."""
     layer = bench.Layer("tiny", 2, (4, 4), 8, tokens=16, batch=2, steps=5)
-    real = bench.comparison(operation, layer, torch.float32, CPU, lambda function: function).contenders
+    real = bench.comparison(operation, layer, torch.float32, CPU).contenders
     names = [name for name, contender in real.items() if contender.checked and not contender.compiles]
 
     def spoilt(name: str) -> Any:
@@ -221,8 +221,8 @@ def test_every_part_of_a_result_is_checked(
 
 def test_a_loss_that_its_bias_has_but_is_not_the_lowest_is_wrong(bench: Any) -> None:
     layer = bench.Layer("small", 2, (16, 16), 8, tokens=16)
-    this = bench.comparison("regulate", layer, torch.float32, CPU, lambda function: function)
-    shorter = bench.comparison("regulate", layer._replace(steps=1), torch.float32, CPU, lambda function: function)
+    this = bench.comparison("regulate", layer, torch.float32, CPU)
+    shorter = bench.comparison("regulate", layer._replace(steps=1), torch.float32, CPU)
     relative = this.errors(shorter.contenders["eager"].build()())[1]
     with pytest.raises(ValueError, match="of the norm, allowed 0.02"):
         this.judge(relative)
@@ -283,7 +283,7 @@ def test_an_interrupt_keeps_what_was_measured(
         return made
 
     layer = next(bench.SHAPES["tiny"]()).layer
-    made = bench.comparison("gaussian_bias_all", layer, torch.float32, CPU, lambda function: function).truth
+    made = bench.comparison("gaussian_bias_all", layer, torch.float32, CPU).truth
     competing(bench, monkeypatch, "gaussian_bias_all", late=lambda: run)
     path = tmp_path / "ops.jsonl"
     assert command("--only", "gaussian_bias", "--results", path) == 130

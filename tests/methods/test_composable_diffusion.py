@@ -10,7 +10,7 @@ from torch import Tensor
 
 import attnctl_fast as ac
 from tests.support import tiny
-from tests.support.pipelines import KINDS, OTHER, PROMPT, call, snapshot
+from tests.support.pipelines import FEW_KINDS, KINDS, OTHER, PROMPT, call, snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -60,7 +60,7 @@ def test_a_batch_equals_each_alone() -> None:
         torch.testing.assert_close(batch[index], alone[0], **EXACT)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW_KINDS)
 def test_kind_of_pipeline(kind: str) -> None:
     """The prompt itself with weight 1 is the plain picture; others change it; afterwards all is as it was."""
     build, options = KINDS[kind]

@@ -16,6 +16,7 @@ import attnctl_fast as ac
 from attnctl_fast.methods import Method, Run
 from tests.support import tiny
 from tests.support.graphs import counted_graphs
+from tests.support.marks import full
 from tests.support.pipelines import PROMPT, call, snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' schedulers
@@ -175,7 +176,7 @@ def test_of_a_single_kind_the_innermost_starts() -> None:
     assert started == [inner]
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["alone", "with others"])
+@pytest.mark.parametrize("together", [full(False), True])
 def test_a_second_context(together: bool) -> None:
     """Away from nothing but the prompt itself is the plain picture; one graph serves weights that change."""
     pipe = double()

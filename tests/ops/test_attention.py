@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnctl_fast import ops, reference, use
+from tests.support.marks import full_pairs, pairs
 from tests.support.numerics import (
     DEVICE,
     FAST,
@@ -31,20 +32,16 @@ from tests.support.numerics import (
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# (M, N, d): one of each size that matters, and the whole grid under `-m full`.
+# (M, N, d): one of each size that matters; and sizes that meet in pairs under `-m full`.
 SHAPES = [(1, 1, 8), (63, 77, 40), (64, 120, 80), (256, 77, 160), (256, 154, 64), (64, 333, 128), (256, 512, 40)]
-FULL = [
-    (m, n, d) for m in (1, 63, 64, 256, 1024, 4096) for n in (1, 77, 120, 154, 333, 512) for d in (40, 64, 80, 128, 160)
-]
-ALL_SHAPES = [*SHAPES, *(pytest.param(*shape, marks=pytest.mark.full) for shape in FULL)]
+SIZES = ((1, 63, 64, 256, 1024, 4096), (1, 77, 120, 154, 333, 512), (40, 64, 80, 128, 160))
+MEETING = full_pairs(FAST, DTYPES, *SIZES)
 
 
 _plain_attention = F.scaled_dot_product_attention
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "n", "d"), SHAPES)
+@pytest.mark.parametrize(("impl", "dtype", "m", "n", "d"), pairs(IMPLS, DTYPES, SHAPES))
 def test_attention(impl, dtype, m, n, d):
     q, k, v = attention_inputs(2, 3, m, n, d, dtype, strided=True)
     out, lse = ops.attention(q, k, v, return_lse=True, impl=impl)
@@ -54,18 +51,13 @@ def test_attention(impl, dtype, m, n, d):
     torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("impl", FAST)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "n", "d"), FULL)
-def test_attention_full_grid(impl, dtype, m, n, d):
+@pytest.mark.parametrize(("impl", "dtype", "m", "n", "d"), MEETING)
+def test_attention_at_every_size(impl, dtype, m, n, d):
     q, k, v = attention_inputs(1, 2, m, n, d, dtype, strided=True)
     assert_right(ops.attention(q, k, v, impl=impl), _plain_attention, q, k, v)
 
 
-@pytest.mark.parametrize("impl", FAST)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sharp", [1.0, 6.0])
+@pytest.mark.parametrize(("impl", "dtype", "sharp"), pairs(FAST, DTYPES, [1.0, 6.0]))
 def test_attention_gradients(impl, dtype, sharp):
     leaves = [x.requires_grad_() for x in attention_inputs(1, 2, 64, 77, 40, dtype, sharp)]
     weight, lse_weight = (
@@ -201,9 +193,10 @@ def check_merged(merged, q, k, v, bias, ids, pinned, lse):
     assert_rows_close(merged, expected, merged.dtype, "merged", carried_by_lse(lse, v))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "n", "d"), ALL_SHAPES[1:])
+@pytest.mark.parametrize(
+    ("impl", "dtype", "m", "n", "d"),
+    [*pairs(IMPLS, DTYPES, SHAPES[1:]), *MEETING],
+)
 def test_statistics_and_merge(impl, dtype, m, n, d):
     q, k, v = attention_inputs(2, 2, m, n, d, dtype, 3.0, strided=True)
     ids, pinned = ([0], []) if n == 1 else ([n - 1, 3], [0, 7])
@@ -318,9 +311,7 @@ def test_biased_attention_gradients(impl, dtype):
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a map is held on a CPU only")
-@pytest.mark.parametrize("held", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("ids", [[], [5, 9], [[5, 9], [3, -1]]], ids=str)
+@pytest.mark.parametrize(("ids", "dtype", "held"), pairs([[], [5, 9], [[5, 9], [3, -1]]], DTYPES, [True, False]))
 def test_gradients_with_the_map_in_memory_and_without(ids, dtype, held, monkeypatch):
     if not held:
         monkeypatch.setattr(importlib.import_module("attnctl_fast.ops._library"), "LARGEST_MAP", 0)
@@ -502,18 +493,18 @@ class _LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("impl", FAST)
 def test_no_full_map_is_made(impl, monkeypatch):
     """Above a bound on a CPU."""
-    monkeypatch.setattr(importlib.import_module("attnctl_fast.ops._library"), "LARGEST_MAP", 2 * 1024 * 300 - 1)
+    monkeypatch.setattr(importlib.import_module("attnctl_fast.ops._library"), "LARGEST_MAP", 2 * 256 * 300 - 1)
     if impl == "eager" and DEVICE.type != "cpu":
         pytest.skip("off the CPU, eager materialises the logits")
-    q, k, v = attention_inputs(1, 2, 1024, 300, 8, torch.float32)
-    full_map = 2 * 1024 * 300 * 4
-    bias = torch.zeros(1, 2, 2, 1024, device=DEVICE, requires_grad=True)
+    q, k, v = attention_inputs(1, 2, 256, 300, 8, torch.float32)
+    full_map = 2 * 256 * 300 * 4
+    bias = torch.zeros(1, 2, 2, 256, device=DEVICE, requires_grad=True)
     with _LargestTensor() as ours:
         ops.biased_attention(q.requires_grad_(), k, v, bias, [3, 6], pinned_ids=[0], impl=impl).sum().backward()
         ops.biased_attention(q, k, v, bias, [3, 6], impl=impl).sum().backward()
         ops.attention_with_maps(q, k, v, [3, 6], impl=impl)[1].sum().backward()
         stats = ops.target_statistics(q.detach(), k, v, [3, 6], with_square=True, impl=impl)
-        ops.regulate(stats, (32, 32), objective="paper", steps=2, impl=impl)
+        ops.regulate(stats, (16, 16), objective="paper", steps=2, impl=impl)
         out, update = ops.attention_with_context_gradient(q, k, v, impl=impl)
         (out.sum() + update.sum() + ops.context_energy(q, k, impl=impl).attention.sum()).backward()
         ops.composed_attention(q, [k, k], [v, v], [1.0, 0.5], impl=impl).sum().backward()

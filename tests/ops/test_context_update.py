@@ -11,6 +11,7 @@ import torch
 
 from attnctl_fast import ops
 from tests.support.kernel_cases import fenced
+from tests.support.marks import full, full_pairs, pairs
 from tests.support.numerics import (
     DEVICE,
     FAST,
@@ -32,7 +33,10 @@ from tests.support.numerics import (
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (M, N, d): kept on chip and not, one part and several, one piece and two of the head and of the context.
 SHAPES = [(1, 1, 8), (63, 77, 40), (200, 77, 64), (64, 120, 80), (256, 20, 160), (64, 154, 16)]
-FULL = [(m, n, d) for m in (1, 63, 256, 1024, 4096) for n in (1, 77, 120, 154, 333) for d in (40, 64, 80, 128, 160)]
+SIZES = ((1, 63, 256, 1024, 4096), (1, 77, 120, 154, 333), (40, 64, 80, 128, 160))
+# (M, lengths, d) of a composition, and (H, N, d) of a layer whose context moves.
+SIDES = [(1, (1,), 8), (63, (77, 9, 154), 40), (64, (20, 20), 160)]
+HEADS = [(1, 1, 8), (3, 77, 40), (2, 150, 80), (1, 20, 160)]
 
 
 def plain_out(q, k, v):
@@ -66,18 +70,14 @@ def check_forward(impl, dtype, m, n, d, masked):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "n", "d"), SHAPES)
+@pytest.mark.parametrize(("impl", "dtype", "m", "n", "d", "masked"), pairs(IMPLS, DTYPES, SHAPES, [False, True]))
 def test_attention_with_context_gradient(impl, dtype, m, n, d, masked):
     check_forward(impl, dtype, m, n, d, masked)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
-@pytest.mark.parametrize("programs", [1, 12])
-@pytest.mark.parametrize("d", [40, 64, 160])
+@pytest.mark.parametrize(("d", "programs"), [(40, 1), (64, 12), (160, 12), full(40, 12), full(64, 1), full(160, 1)])
 def test_a_program_goes_over_several_tiles(d, programs, monkeypatch):
     """All of them in one program, and three parts of three tiles, the last one shorter, merged by twos."""
     launch, kernels = (
@@ -125,11 +125,11 @@ def test_eager_with_logits_of_any_size(name, monkeypatch):
     assert_right(update, plain_update, q, k, q, weight, what="update")
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("impl", FAST)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "n", "d"), FULL)
-def test_attention_with_context_gradient_full_grid(impl, dtype, m, n, d):
+@pytest.mark.parametrize(
+    ("impl", "dtype", "m", "n", "d"),
+    full_pairs(FAST, DTYPES, *SIZES),
+)
+def test_attention_with_context_gradient_at_every_size(impl, dtype, m, n, d):
     check_forward(impl, dtype, m, n, d, True)
 
 
@@ -161,9 +161,7 @@ def test_gradients_through_both_results(impl, dtype):
         assert_rows_close(a, b, dtype, f"d{name}", extra)
 
 
-@pytest.mark.parametrize("impl", FAST)
-@pytest.mark.parametrize("leaf", range(4))
-@pytest.mark.parametrize("result", range(2))
+@pytest.mark.parametrize(("impl", "leaf", "result"), pairs(FAST, range(4), range(2)))
 def test_only_wanted_gradients_are_made(impl, leaf, result):
     """Each alone is what it is with all others, and what a result does not depend on has none."""
     tensors = [*attention_inputs(1, 2, 16, 9, 8, torch.float32), rand(1, 16)]
@@ -191,9 +189,7 @@ def test_nan_stays_where_it_is(impl):
     assert not out[0, 1].isnan().any() and not update[0, 1].isnan().any() and not update[1, 0].isnan().any()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "lengths", "d"), [(1, (1,), 8), (63, (77, 9, 154), 40), (64, (20, 20), 160)])
+@pytest.mark.parametrize(("impl", "dtype", "m", "lengths", "d"), pairs(IMPLS, DTYPES, SIDES))
 def test_composed_attention(impl, dtype, m, lengths, d):
     weights = [1.0, 1.3, -0.4][: len(lengths)]
     q = randn(2, 2, m, d, dtype=dtype, seed=1, strided=True)
@@ -475,10 +471,10 @@ def plain_step(update, k, gamma_attn, gamma_norm, tokens, alpha, convention, ord
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("impl", FAST)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("h", "n", "d"), [(1, 1, 8), (3, 77, 40), (2, 150, 80), (1, 20, 160)])
-@pytest.mark.parametrize(("alpha", "convention"), [(0.0, "official"), (0.2, "paper")])
+@pytest.mark.parametrize(
+    ("impl", "dtype", "h", "n", "d", "alpha", "convention"),
+    pairs(FAST, DTYPES, HEADS, [(0.0, "official"), (0.2, "paper")]),
+)
 def test_update_before_the_projection(impl, dtype, h, n, d, alpha, convention):
     """By a projection that does nothing; keys as a layer makes them, [B,N,H*d]; squares of up to about 60."""
     k = fenced(randn(1, 2, n, h * d, dtype=dtype, seed=1)[0] * (60 / (h * d)) ** 0.5 * 0.8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -228,27 +227,29 @@ def test_tensors_where_no_kernel_runs(qkv):
     refused("the implementation is 'triton', but the tensors are on meta; move them", ops.attention, q, k, v, **KERNELS)
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ("reference", "reference"),
-        pytest.param("triton", "triton", marks=needs_triton),
-        ("", "triton" if DEVICE.type == "cuda" else "eager"),
-        ("nonsense", "ATTNCTL_IMPL is 'nonsense'"),
-    ],
-)
-def test_environment_variable(value, expected):
-    program = (
-        f"import torch; from attnctl_fast._impl import resolve; print(resolve(None, torch.device({DEVICE.type!r})))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "ATTNCTL_IMPL": value},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert expected in run.stdout + run.stderr
+ENVIRONMENT = """
+import importlib, os, sys, torch
+from attnctl_fast import _impl
+for os.environ["ATTNCTL_IMPL"] in sys.argv[2:]:
+    importlib.reload(_impl)
+    try:
+        print(_impl.resolve(None, torch.device(sys.argv[1])))
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_environment_variable():
+    expected = {
+        "reference": "reference",
+        **({"triton": "triton"} if TRITON else {}),
+        "": "triton" if DEVICE.type == "cuda" else "eager",
+        "nonsense": "the environment variable ATTNCTL_IMPL is 'nonsense'; it must be one of",
+    }
+    command = [sys.executable, "-c", ENVIRONMENT, DEVICE.type, *expected]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(said) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(said, expected.values(), strict=True)), said
 
 
 def test_maps_and_their_smoothing():

@@ -232,7 +232,7 @@ def test_a_masked_target_is_a_padded_one(objective, impl):
 @pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_precision_of_the_eager_form(name, dtype):
-    """The kernels' is in test_kernels.py."""
+    """The kernels' is in tests/kernels."""
     case = Case(16, 20, 24, batch=3, ids=((3, 7), (5, -1), (2, 4)), pinned=((0, 2), (0, -1), (1, 3)), keyed=True)
     check(name, replace(case, dtype=dtype), impl="eager")
 

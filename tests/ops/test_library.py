@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 
 import pytest
@@ -13,7 +14,8 @@ from torch.library import opcheck
 from attnctl_fast import ops
 from attnctl_fast.ops.attention_with_maps import slot_table
 from attnctl_fast.ops.gaussian_bias import kernel_axes
-from tests.support.numerics import DEVICE, FAST, IMPLS, TRITON, attention_inputs, rand, randn, widest
+from tests.support.marks import full
+from tests.support.numerics import DEVICE, FAST, TRITON, attention_inputs, rand, randn, widest
 
 GRID = (4, 6)
 
@@ -289,18 +291,43 @@ def test_every_registered_operation_is_checked():
     assert not TRITON or set(KERNELS) <= names
 
 
+def is_composite(name):
+    """PyTorch itself makes the fake and the derivative of such a one."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"attnctl_fast::{name}", "CompositeImplicitAutograd")
+
+
+# What a composite can be wrong in by itself, and a kernel's operation for tensors that lie otherwise.
+DECLARED = ("test_schema", "test_faketensor")
+COMPOSITE = [name for name in NAMES if is_composite(name)]
+OWN = [name for name in NAMES if not is_composite(name)]
+
+
 @pytest.mark.parametrize(("grad", "strided"), [(False, False), (True, True)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OWN)
 def test_opcheck(name, grad, strided):
     for arguments in registered(grad, strided)[name]:
         opcheck(getattr(torch.ops.attnctl_fast, name), arguments)
 
 
-@pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("name", KERNELS)
-def test_opcheck_of_kernels(name, strided):
-    for arguments in kernels(strided)[name]:
+@pytest.mark.parametrize("name", COMPOSITE)
+def test_opcheck_of_composites(name):
+    opcheck(getattr(torch.ops.attnctl_fast, name), registered(True)[name][-1], test_utils=DECLARED)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("grad", "strided"), [(False, False), (True, True)])
+@pytest.mark.parametrize("name", COMPOSITE)
+def test_everything_that_opcheck_knows_of_composites(name, grad, strided):
+    for arguments in registered(grad, strided)[name]:
         opcheck(getattr(torch.ops.attnctl_fast, name), arguments)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_opcheck_of_kernels(name):
+    for arguments in kernels(False)[name]:
+        opcheck(getattr(torch.ops.attnctl_fast, name), arguments)
+    for arguments in kernels(True)[name]:
+        opcheck(getattr(torch.ops.attnctl_fast, name), arguments, test_utils=DECLARED)
 
 
 KEYED = key_bias(torch.float64)
@@ -429,7 +456,7 @@ def _grads(function, arguments):
     return out, torch.autograd.grad(total, arguments, allow_unused=True) if torch.is_tensor(total) else ()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [full("reference"), *FAST])
 @pytest.mark.parametrize("name", PUBLIC)
 def test_one_graph_under_compile(name, impl):
     function = public(impl, real_ids)[name]
@@ -440,7 +467,7 @@ def test_one_graph_under_compile(name, impl):
         torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name != "regulate"])
 def test_second_derivatives_are_right_or_an_error(name, impl):
     """Never those of a gradient that is taken for a constant."""
@@ -461,7 +488,6 @@ def test_second_derivatives_are_right_or_an_error(name, impl):
     try:
         ours = second(function, arguments)
     except RuntimeError as error:
-        assert impl != "reference"
         assert "derivative of their own" in str(error) or "no autograd formula" in str(error), error
     else:
         for a, b in zip(ours, expected, strict=True):
@@ -494,8 +520,7 @@ def test_compile_takes_ids_as_a_sequence(impl):
     torch.testing.assert_close(compiled(*arguments), function(*arguments))
 
 
-@pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("impl", "strided"), [full("reference", True), *itertools.product(FAST, [False, True])])
 @pytest.mark.parametrize("name", PUBLIC)
 def test_fake_tensors_have_the_real_shapes(name, impl, strided):
     arguments = inputs(strided=strided)

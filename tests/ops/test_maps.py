@@ -12,6 +12,7 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnctl_fast import ops
+from tests.support.marks import pairs
 from tests.support.numerics import (
     DEVICE,
     FAST,
@@ -71,18 +72,13 @@ def check_forward(impl, dtype, m, n, d, heads, ids, reduce, sharp=1.0):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "n", "d", "heads"), SHAPES)
+@pytest.mark.parametrize(("impl", "dtype", "m", "n", "d", "heads", "reduce"), pairs(IMPLS, DTYPES, SHAPES, REDUCTIONS))
 def test_out_and_maps(impl, dtype, m, n, d, heads, reduce):
     for ids in (None, [[3, -1, 6], [-1, 2, 0]]):
         check_forward(impl, dtype, m, n, d, heads, chosen(ids, n), reduce)
 
 
-@pytest.mark.parametrize("ids", IDS)
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize(("ids", "impl", "reduce"), pairs(list(IDS), IMPLS, REDUCTIONS))
 def test_ids_and_sharp_maps(impl, ids, reduce):
     check_forward(impl, torch.float32, 40, 20, 16, 2, IDS[ids], reduce, sharp=8.0)
 
@@ -117,19 +113,14 @@ USED = {"both": (True, True), "maps": (False, True), "out": (True, False)}
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("impl", FAST)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("used", USED)
-@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize(("impl", "dtype", "used", "reduce"), pairs(FAST, DTYPES, list(USED), REDUCTIONS))
 def test_gradients(impl, dtype, used, reduce):
     check_gradients(impl, dtype, (40, 20, 40, 2), [[3, -1, 6], [-1, 2, 0]], reduce, USED[used])
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
-@pytest.mark.parametrize("needed", ["q", "qkv"])
-@pytest.mark.parametrize("programs", [1, 12])
-@pytest.mark.parametrize("d", [40, 64])
+@pytest.mark.parametrize(("d", "programs", "needed"), pairs([40, 64], [1, 12], ["q", "qkv"]))
 def test_a_backward_program_goes_over_several_tiles(d, programs, needed):
     """All of them in one program, and several parts, the last one shorter."""
     launch = importlib.import_module("attnctl_fast.kernels._launch")
@@ -138,9 +129,7 @@ def test_a_backward_program_goes_over_several_tiles(d, programs, needed):
         check_gradients("triton", torch.float16, (100, 77, d, 2), [3, 6], "mean", USED["both"], needed=needed)
 
 
-@pytest.mark.parametrize("impl", FAST)
-@pytest.mark.parametrize("ids", IDS)
-@pytest.mark.parametrize("used", USED)
+@pytest.mark.parametrize(("impl", "ids", "used"), pairs(FAST, list(IDS), list(USED)))
 def test_gradients_of_sharp_maps(impl, ids, used):
     check_gradients(impl, torch.float32, (33, 20, 16, 3), IDS[ids], "mean", USED[used], sharp=6.0)
 
@@ -163,9 +152,7 @@ def test_no_map_depends_on_v(impl):
     assert dv is None and dq.any() and dk.any()
 
 
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("impl", ["reference", "eager"])
-@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize(("ids", "reduce", "impl"), pairs(list(IDS), REDUCTIONS, ["reference", "eager"]))
 def test_gradcheck(impl, reduce, ids):
     leaves = [x.requires_grad_() for x in attention_inputs(2, 2, 6, 9, 8, torch.float64, 2.0, strided=True)]
     assert gradcheck(lambda *x: ops.attention_with_maps(*x, IDS[ids], reduce=reduce, impl=impl), leaves, fast_mode=True)

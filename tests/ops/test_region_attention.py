@@ -9,13 +9,14 @@ import torch
 
 from attnctl_fast import ops
 from tests.support.kernel_cases import fenced
+from tests.support.marks import full_pairs, pairs
 from tests.support.numerics import DEVICE, IMPLS, assert_right, attention_inputs, rand, widest
 from tests.support.regions import full_maps, regions
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (M, N, d): text and image columns; one block and several; one piece and two of the head.
 SHAPES = [(1, 1, 8), (63, 77, 40), (130, 130, 16), (64, 154, 80), (48, 20, 160)]
-FULL = [(m, n, d) for m in (1, 63, 256, 1024) for n in (1, 77, 120, 333, 1024) for d in (8, 40, 64, 80, 128, 160, 250)]
+SIZES = ((1, 63, 256, 1024), (1, 77, 120, 333, 1024), (8, 40, 64, 80, 128, 160, 250))
 
 
 def check(impl, dtype, m, n, d, weight, sharp=2.0):
@@ -28,18 +29,16 @@ def check(impl, dtype, m, n, d, weight, sharp=2.0):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "n", "d"), SHAPES)
+@pytest.mark.parametrize(("impl", "dtype", "m", "n", "d"), pairs(IMPLS, DTYPES, SHAPES))
 def test_equals_full_maps(impl, dtype, m, n, d):
     check(impl, dtype, m, n, d, rand(2, m))
 
 
-@pytest.mark.full
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "n", "d"), FULL)
+@pytest.mark.parametrize(
+    ("impl", "dtype", "m", "n", "d"),
+    full_pairs(IMPLS, DTYPES, *SIZES),
+)
 def test_equals_full_maps_at_every_size(impl, dtype, m, n, d):
     check(impl, dtype, m, n, d, rand(2, m))
 

@@ -12,9 +12,11 @@ from attnctl_fast.ops import TargetStatistics
 from attnctl_fast.ops._objective import Objective
 from attnctl_fast.ops.gaussian_bias import axis_basis, basis_axes, full_basis
 from attnctl_fast.ops.regulate import descend
+from tests.support.marks import pairs
 from tests.support.numerics import DEVICE, FAST, IMPLS, SEED, attention_inputs, rand, randn, widest
 
 OBJECTIVES = ["official", "paper"]
+GRIDS = [((16, 16),), ((12, 20),), ((8, 8),)]
 # Below these, a float32 loss or gradient is no longer told from rounding (MATH.md, Chaos).
 SINGLE = {"atol": 1e-6, "rtol": 1e-5}
 
@@ -177,7 +179,8 @@ def test_the_bias_is_averaged_with_the_step_before(impl, objective):
 def test_strength_may_be_a_tensor(impl, targets):
     """Equal to a number; at zero nothing is descended."""
     ids = [[3, 5, 7][:targets], [4, -1, -1][:targets]]
-    stats, grid = statistics(2, ids=ids, impl=impl, dtype=widest(impl)), (16, 16)
+    grid = (8, 8)
+    stats = statistics(2, grid, ids, impl=impl, dtype=widest(impl))
     theta, previous = initial(stats, grid), initial(stats, grid) + 1
     how = {"theta": theta, "steps": 3, "ema": 0.25, "impl": impl}
     for given in (previous, None):
@@ -281,6 +284,16 @@ def test_a_step_with_nan_losses_is_never_kept(kind):
     assert int(reference.keep_best(losses, "sample")) == 2
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_descent_that_overflows_keeps_a_step_from_before(impl):
+    stats, grid = statistics(2, dtype=widest(impl)), (16, 16)
+    theta = initial(stats, grid)
+    found = ops.regulate(stats, grid, theta=theta, steps=4, step_size=torch.finfo(theta.dtype).max ** 0.75, impl=impl)
+    assert found.losses[0].isfinite().all() and found.losses[-1].isnan().all()
+    assert found.theta.isfinite().all() and found.bias.isfinite().all()
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_loss_without_theta_has_no_theta_term(impl):
     stats = statistics(dtype=widest(impl))
@@ -323,9 +336,7 @@ def test_ties_share_the_quantiles_gradient(impl):
     torch.testing.assert_close(bias.grad.sum().item(), 2 * (0.5 - 0.9) * 0.25, **close)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("centres", OBJECTIVES)
-@pytest.mark.parametrize("grid", [(16, 16), (12, 20), (8, 8)])
+@pytest.mark.parametrize(("objective", "centres", "grid"), pairs(OBJECTIVES, OBJECTIVES, GRIDS))
 def test_eager_equals_the_textbook(objective, centres, grid):
     stats = statistics(grid=grid)
     theta = initial(stats, grid, centres=centres)
@@ -385,10 +396,7 @@ def _second_theta(stats, theta, objective):
     return torch.from_numpy(thetas[1]).view(theta.shape).to(DEVICE)
 
 
-@pytest.mark.parametrize("impl", FAST)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("centres", OBJECTIVES)
-@pytest.mark.parametrize("grid", [(16, 16), (12, 20), (8, 8)])
+@pytest.mark.parametrize(("impl", "objective", "centres", "grid"), pairs(FAST, OBJECTIVES, OBJECTIVES, GRIDS))
 def test_the_kept_theta_is_a_gradient_step_in_float32(impl, objective, centres, grid):
     """With two steps of a small size, which lowers the loss, what is kept is the second theta."""
     stats = statistics(grid=grid, heads=2, dtype=torch.float32)
@@ -426,7 +434,7 @@ def test_the_solver_runs_the_same_on_torch_tensors(objective):
 
 @pytest.mark.parametrize("impl", FAST)
 def test_float32_losses_end_where_the_textbooks_do(impl):
-    wide = statistics(grid=(32, 32), ids=(3, 5, 8), batch=1, heads=8)
+    wide = statistics(grid=(32, 32), ids=(3, 5, 8), batch=1, heads=2)
     theta = initial(wide, (32, 32))
     ours = ops.regulate(narrower(wide), (32, 32), theta=theta.float(), impl=impl).losses.mean(-1).amin()
     truth = ops.regulate(wide, (32, 32), theta=theta, impl="reference").losses.mean(-1).amin()
@@ -435,15 +443,15 @@ def test_float32_losses_end_where_the_textbooks_do(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_best_step_per_sample_or_batch(impl):
-    stats = statistics(batch=3, dtype=widest(impl), heads=2 if impl == "triton" else 4)
-    theta = initial(stats, (16, 16))
+    stats, grid = statistics(2, batch=3, dtype=widest(impl)), (16, 16)
+    how = {"theta": initial(stats, grid), "steps": 8, "impl": impl}
     close = SINGLE if impl == "triton" else {}
-    sample = ops.regulate(stats, (16, 16), theta=theta, impl=impl)
+    sample = ops.regulate(stats, grid, **how)
     best = sample.losses.mean(-1).argmin(0)
     assert SEED or len(set(best.tolist())) > 1, "the case must tell samples apart"
     kept = ops.regulation_loss(stats, sample.bias, theta=sample.theta, impl=impl)
     torch.testing.assert_close(kept.mean(-1), sample.losses.mean(-1).amin(0), **close)
-    batch = ops.regulate(stats, (16, 16), theta=theta, select="batch", impl=impl)
+    batch = ops.regulate(stats, grid, select="batch", **how)
     kept = ops.regulation_loss(stats, batch.bias, theta=batch.theta, impl=impl)
     torch.testing.assert_close(kept, batch.losses[batch.losses.mean((-1, -2)).argmin()], **close)
     assert batch.losses.mean((-1, -2)).amin() < batch.losses[0].mean()

@@ -14,10 +14,15 @@ from torch.autograd import gradcheck
 
 from attnctl_fast import ops
 from tests.support.kernel_cases import MAPS, Case, check
+from tests.support.marks import pairs
 from tests.support.numerics import DEVICE, IMPLS, TRITON, Plain, assert_rows_close, rand, randn, widest
 
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 VARIANTS = ["cosine", "normalised_cosine", "absolute"]
 GRIDS = [(16, 16), (7, 9), (4, 6), (2, 3)]
+# Grid and number of tokens.
+SIDES = [((16, 16), 5), ((7, 9), 8), ((2, 3), 3), ((4, 6), 2), ((4, 6), 1)]
+CASES = {"plain": Case(256), "strided": Case(63, batch=3, strided=True), "sharp": Case(64, sharp=7.0)}
 
 
 def some_maps(batch, tokens, grid, dtype=torch.float64, seed=0):
@@ -108,9 +113,7 @@ def test_similarity_is_the_cosine(impl):
     torch.testing.assert_close(ours.double(), expected, **tolerance(impl))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("grid", "tokens"), [((16, 16), 5), ((7, 9), 8), ((2, 3), 3), ((4, 6), 2), ((4, 6), 1)])
+@pytest.mark.parametrize(("impl", "variant", "grid", "tokens"), pairs(IMPLS, VARIANTS, SIDES))
 def test_loss_is_the_published_one(impl, variant, grid, tokens):
     maps = some_maps(2, tokens, grid, widest(impl)).requires_grad_()
     text = some_text(2, tokens, widest(impl))
@@ -181,12 +184,10 @@ def test_gradcheck(impl):
             assert gradcheck(lambda m, how=how: ops.similarity_loss(m, text, (3, 4), **how), [maps])
 
 
-@pytest.mark.parametrize("name", MAPS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [Case(256), Case(63, batch=3, strided=True), Case(64, sharp=7.0)])
+@pytest.mark.parametrize(("name", "dtype", "case"), pairs(MAPS, DTYPES, list(CASES)))
 def test_eager_is_as_exact_as_plain_pytorch(name, dtype, case):
-    """As test_kernels.py has it of the kernels."""
-    check(name, replace(case, dtype=dtype), impl="eager")
+    """As tests/kernels has it of the kernels."""
+    check(name, replace(CASES[case], dtype=dtype), impl="eager")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -1,251 +1,39 @@
-"""What the kernel tests run over: inputs of every family, fenced in by NaN, and every operation as one function."""
+"""The rule for errors on every operation whose kernels have one: what plain PyTorch gives, and what may be off."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnctl_fast import ops
-from attnctl_fast.ops import TargetStatistics
+from bench.ops.base import upstream, wide
+from bench.ops.inputs import Case, Tensors, fenced
+from bench.ops.registry import DECLARED
+from bench.ops.regulation import statistics_of  # noqa: F401
 from tests.support.numerics import (
     DEVICE,
     Plain,
     assert_rows_close,
-    attention_inputs,
     carried_by_lse,
     carried_through_maps,
     carried_to_gradients,
     carried_to_maps,
     full_softmax_output,
     orders,
-    rand,
-    randn,
 )
+from tests.support.rounding import Shared
 
-GRIDS = {1: (1, 1), 16: (4, 4), 63: (7, 9), 64: (8, 8), 240: (12, 20), 256: (16, 16), 1024: (32, 32), 4096: (64, 64)}
-STATISTICS = TargetStatistics._fields
 IMPL = "triton"
-MAP_TOKENS = 7
-Tensors = dict[str, Tensor]
-
-
-def fenced(x: Tensor) -> Tensor:
-    """`x` as a view into storage that is NaN all around it, so that a read out of bounds shows; ids among zeros."""
-    around = x.new_full([side + 2 for side in x.shape], torch.nan if x.is_floating_point() else 0)
-    inner = around[tuple(slice(1, -1) for _ in x.shape)]
-    inner.copy_(x)
-    return inner
-
-
-@dataclass(frozen=True)
-class Case:
-    """One set of inputs. `ids`: one row for all samples, or one per sample; `raised`: amplitude of the bias; `keyed`:
-    with a key_bias that masks some columns of every sample and all of the last one of three."""
-
-    m: int = 64
-    n: int = 20
-    d: int = 16
-    dtype: torch.dtype = torch.float32
-    ids: tuple[tuple[int, ...], ...] = ((5, 9),)
-    pinned: tuple[tuple[int, ...], ...] = ((0, 12),)
-    batch: int = 1
-    heads: int = 2
-    sharp: float = 1.0
-    raised: float = 3.0
-    strided: bool = False
-    sigma: float | None = None
-    keyed: bool = False
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return GRIDS[self.m]
-
-    @property
-    def scale(self) -> float:
-        return self.d**-0.5
-
-    def rows(self, ids: Sequence[tuple[int, ...]]) -> list[list[int]]:
-        return [list(row) for row in (ids * self.batch if len(ids) == 1 else ids)]
-
-    def tensor_ids(self, ids: Sequence[tuple[int, ...]]) -> Tensor:
-        return fenced(torch.tensor(ids[0] if len(ids) == 1 else ids, dtype=torch.int64, device=DEVICE))
-
-    @cached_property
-    def edit(self) -> dict[str, Tensor]:
-        return {"target_ids": self.tensor_ids(self.ids), "pinned_ids": self.tensor_ids(self.pinned)}
-
-    @property
-    def basis(self) -> dict[str, object]:
-        return {"grid": self.grid, "sigma": self.sigma}
-
-    def _key_bias(self) -> Tensor:
-        key_bias = 2 * randn(1, 1, self.batch, self.n, dtype=torch.float32, seed=11)[0, 0]
-        key_bias[:, 2::5] = -torch.inf
-        if self.batch > 2:
-            key_bias[-1] = -torch.inf
-        return key_bias
-
-    def tensors(self) -> Tensors:
-        """Every operation's inputs by name, the statistics as float64 gives them for these q, k and v."""
-        made = dict(zip("qkv", self._qkv(), strict=True))
-        targets, shape = len(self.ids[0]), ops.basis_shape(**self.basis)
-        padded = torch.tensor(self.rows(self.ids), device=DEVICE)[:, None, :, None] < 0
-        bias = self.raised * randn(self.batch, self.heads, targets, self.m, dtype=torch.float32, seed=5)
-        theta = self.raised * (rand(self.batch, self.heads, targets, *shape, seed=6) - 0.3)
-        made["bias"] = bias.masked_fill(padded, torch.nan)
-        made["theta"] = theta.masked_fill(padded.unsqueeze(-1), torch.nan)
-        if self.keyed:
-            made["key_bias"] = self._key_bias()
-        wide = (made[name].double() for name in "qkv")
-        how = {"with_square": True, "key_bias": made.get("key_bias"), "impl": "reference"}
-        statistics = ops.target_statistics(*wide, **self.edit, **how)
-        made |= {name: x.float() for name, x in statistics._asdict().items() if x is not None}
-        made |= self._maps()
-        made["share"] = rand(self.batch, self.m, seed=10)
-        return {name: x if self.strided else fenced(x) for name, x in made.items()}
-
-    @property
-    def regions(self) -> list[Tensor]:
-        """Sets of two regions, some empty, of the image tokens and of the context's."""
-        samples = torch.arange(self.batch, device=DEVICE)[:, None]
-        sides = (torch.arange(side, device=DEVICE) for side in (self.m, self.n))
-        return [fenced(((samples + places) % 4).int()) for places in sides]
-
-    @property
-    def lengths(self) -> Tensor | None:
-        """The number of tokens of every sample's maps."""
-        return None if self.batch == 1 else fenced(MAP_TOKENS - torch.arange(self.batch, device=DEVICE))
-
-    @property
-    def smoothing(self) -> dict[str, object]:
-        return {"grid": self.grid, "kernel_size": 3 if min(self.grid) > 1 else 1}
-
-    def _maps(self) -> Tensors:
-        """Maps as attention gives them, NaN for padded tokens, and causal rows that sum to 1."""
-        logits = self.sharp * randn(self.batch, MAP_TOKENS, self.m, dtype=torch.float64, seed=7)
-        maps = (logits.softmax(1) * rand(self.batch, 1, self.m, seed=8)).to(self.dtype)
-        if self.lengths is not None:
-            padded = torch.arange(MAP_TOKENS, device=DEVICE) >= self.lengths[:, None]
-            maps.masked_fill_(padded.unsqueeze(-1), torch.nan)
-        text = rand(self.batch, MAP_TOKENS, MAP_TOKENS, seed=9).tril()
-        return {"maps": maps, "text": text / text.sum(-1, keepdim=True)}
-
-    def _qkv(self) -> tuple[Tensor, Tensor, Tensor]:
-        shape = (self.batch, self.heads, self.m, self.n, self.d)
-        return attention_inputs(*shape, self.dtype, self.sharp, strided=self.strided)
-
-
-class Operation(NamedTuple):
-    """`run(case, impl, tensors)` gives the outputs by name; `leaves` are the inputs that the kernels differentiate."""
-
-    leaves: tuple[str, ...]
-    run: Callable[[Case, str, Tensors], Tensors]
-
-
-def _attention(case: Case, impl: str, t: Tensors) -> Tensors:
-    out, lse = ops.attention(t["q"], t["k"], t["v"], key_bias=t.get("key_bias"), return_lse=True, impl=impl)
-    return {"out": out, "lse": lse}
-
-
-def _target_statistics(case: Case, impl: str, t: Tensors) -> Tensors:
-    how = {**case.edit, "key_bias": t.get("key_bias"), "with_square": True, "impl": impl}
-    stats = ops.target_statistics(t["q"], t["k"], t["v"], **how)
-    return {name: x for name, x in stats._asdict().items() if x is not None}
-
-
-def _attention_with_maps(case: Case, impl: str, t: Tensors) -> Tensors:
-    how = {"key_bias": t.get("key_bias"), "impl": impl}
-    out, maps = ops.attention_with_maps(t["q"], t["k"], t["v"], case.edit["target_ids"], **how)
-    return {"out": out, "maps": maps}
-
-
-def _region_attention(case: Case, impl: str, t: Tensors) -> Tensors:
-    how = {"key_bias": t.get("key_bias"), "impl": impl}
-    return {"out": ops.region_attention(t["q"], t["k"], t["v"], *case.regions, t["share"], **how)}
-
-
-def _biased_attention(case: Case, impl: str, t: Tensors) -> Tensors:
-    how = {**case.edit, "key_bias": t.get("key_bias"), "impl": impl}
-    return {"out": ops.biased_attention(t["q"], t["k"], t["v"], t["bias"], **how)}
-
-
-def _regulated_attention(case: Case, impl: str, t: Tensors) -> Tensors:
-    inputs = (t["q"], t["k"], t["v"], t["theta"])
-    how = {**case.edit, **case.basis, "key_bias": t.get("key_bias"), "impl": impl}
-    return {"out": ops.regulated_attention(*inputs, **how)}
-
-
-def _gaussian_bias(case: Case, impl: str, t: Tensors) -> Tensors:
-    return {"bias": ops.gaussian_bias(t["theta"], **case.basis, impl=impl)}
-
-
-def statistics_of(t: Tensors) -> TargetStatistics:
-    return TargetStatistics(*(t.get(name) for name in STATISTICS))
-
-
-def _merge_targets(case: Case, impl: str, t: Tensors) -> Tensors:
-    return {"out": ops.merge_targets(statistics_of(t), t["v"], bias=t["bias"], **case.edit, impl=impl)}
-
-
-def _loss(objective: str) -> Callable[[Case, str, Tensors], Tensors]:
-    def run(case: Case, impl: str, t: Tensors) -> Tensors:
-        theta = t["theta"] if objective == "official" else None
-        how = {"objective": objective, "theta": theta, "impl": impl}
-        return {"loss": ops.regulation_loss(statistics_of(t), t["bias"], **how)}
-
-    return run
-
-
-def _real_maps(case: Case, t: Tensors) -> Tensor:
-    """Zeros for padded tokens, where an operation knows no lengths."""
-    return t["maps"] if case.lengths is None else t["maps"].nan_to_num()
-
-
-def _smooth_maps(case: Case, impl: str, t: Tensors) -> Tensors:
-    return {"smoothed": ops.smooth_maps(_real_maps(case, t), **case.smoothing, impl=impl)}
-
-
-def _map_similarity(case: Case, impl: str, t: Tensors) -> Tensors:
-    return {"similarity": ops.map_similarity(_real_maps(case, t), impl=impl)}
-
-
-def _similarity_loss(variant: str) -> Callable[[Case, str, Tensors], Tensors]:
-    def run(case: Case, impl: str, t: Tensors) -> Tensors:
-        how = {"variant": variant, "lengths": case.lengths, "impl": impl}
-        return {"loss": ops.similarity_loss(t["maps"], t["text"], **case.smoothing, **how)}
-
-    return run
-
-
-OPERATIONS = {
-    "attention": Operation(("q", "k", "v"), _attention),
-    "target_statistics": Operation(("q", "k", "v"), _target_statistics),
-    "attention_with_maps": Operation(("q", "k", "v"), _attention_with_maps),
-    "region_attention": Operation((), _region_attention),
-    "biased_attention": Operation(("q", "k", "v", "bias"), _biased_attention),
-    "regulated_attention": Operation(("q", "k", "v", "theta"), _regulated_attention),
-    "gaussian_bias": Operation(("theta",), _gaussian_bias),
-    "merge_targets": Operation(("rest_out", "rest_lse", "logits", "pinned_logits", "v", "bias"), _merge_targets),
-    "regulation_loss_official": Operation(("logits", "rest_lse", "bias", "theta"), _loss("official")),
-    "regulation_loss_paper": Operation(("logits", "rest_lse", "rest_square", "bias"), _loss("paper")),
-    "smooth_maps": Operation(("maps",), _smooth_maps),
-    "map_similarity": Operation(("maps",), _map_similarity),
-    "similarity_loss_cosine": Operation(("maps",), _similarity_loss("cosine")),
-    "similarity_loss_normalised_cosine": Operation(("maps",), _similarity_loss("normalised_cosine")),
-    "similarity_loss_absolute": Operation(("maps",), _similarity_loss("absolute")),
-}
 ATTENTION = (
     *("attention", "target_statistics", "attention_with_maps", "region_attention"),
     *("biased_attention", "regulated_attention"),
 )
-MAPS = tuple(name for name in OPERATIONS if OPERATIONS[name].leaves == ("maps",))
+MAPS = tuple(name for name in DECLARED if DECLARED[name].leaves == ("maps",))
 LOSSES = ("regulation_loss_official", "regulation_loss_paper")
+OPERATIONS = {name: DECLARED[name] for name in (*ATTENTION, "gaussian_bias", "merge_targets", *LOSSES, *MAPS)}
 
 
 def plain(name: str, case: Case, t: Tensors, parts: int = 1) -> Tensors:
@@ -288,14 +76,6 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | float, parts: 
     return torch.cat([weights @ part for part in v.chunk(parts, -1)], -1)
 
 
-def upstream(outputs: Tensors) -> Tensors:
-    """Gradients of the outputs: normal numbers, none where an output is -inf and has no slope."""
-    made = {}
-    for seed, (output, x) in enumerate(outputs.items()):
-        made[output] = randn(*x.shape, dtype=x.dtype, seed=20 + seed).masked_fill(x.isneginf(), 0.0)
-    return made
-
-
 def gradients(
     case: Case, t: Tensors, grads: Tensors, leaves: Sequence[str], run: Callable[[Case, Tensors], Tensors]
 ) -> Tensors:
@@ -307,10 +87,6 @@ def gradients(
     pairs = [(x, grads[key].to(x.dtype)) for key, x in outputs.items() if x.requires_grad]
     found = torch.autograd.grad([x for x, _ in pairs], [inputs[leaf] for leaf in leaves], [g for _, g in pairs])
     return dict(zip(leaves, found, strict=True))
-
-
-def _widened(t: Tensors) -> Tensors:
-    return {name: x.double() for name, x in t.items()}
 
 
 def _permuted(t: Tensors, order: Tensor, names: Sequence[str]) -> Tensors:
@@ -371,7 +147,7 @@ def _by_lse(case: Case) -> bool:
 
 def _carried(name: str, case: Case, t: Tensors, grads: Tensors | None) -> Tensors:
     """What a logsumexp held in float32 adds to the error of the outputs or, given theirs, of the gradients."""
-    t = _widened(t)
+    t = wide(t)
     if name == "merge_targets":
         real = [[token >= 0 for token in row] for row in case.rows(case.ids)]
         bias = t["bias"].masked_fill(~torch.tensor(real, device=DEVICE)[:, None, :, None], 0.0)
@@ -426,9 +202,9 @@ def assert_all_right(name: str, case: Case, ours: Tensors, tensors: Tensors, gra
             return plain(name, case, t, parts)
         return gradients(case, t, grads, list(ours), lambda c, inputs: plain(name, c, inputs, parts))
 
-    truth = evaluate(_widened(tensors), grads)
+    truth = evaluate(wide(tensors), grads)
     runs = [] if name in LOSSES else _plain_runs(name, case, tensors, grads, evaluate)
-    carried = _carried(name, case, tensors, grads)
+    carried, drawn = _carried(name, case, tensors, grads), Shared(lambda: evaluate(tensors, grads))
     for key, actual in ours.items():
         what = f"{name}: {'gradient of ' if grads else ''}{key}, {case}"
         infinite = truth[key].isneginf()
@@ -445,12 +221,9 @@ def assert_all_right(name: str, case: Case, ours: Tensors, tensors: Tensors, gra
             x = x.masked_fill(infinite, 0.0)
             return x.flatten(-2) if key == "theta" else x  # a row is one target's centres
 
-        def once(key: str = key) -> Tensor:
-            return evaluate(tensors, grads)[key]
-
         rounded = ("out", "rest_out", "q", "k", "v", *(["maps"] if grads else []))
         judged = case.dtype if key in rounded else torch.float32
-        plains = Plain(truth[key], [run[key] for run in runs], once).each(rows)
+        plains = Plain(truth[key], [run[key] for run in runs], drawn.of(key)).each(rows)
         assert_rows_close(rows(actual), plains, judged, what, carried.get(key, 0.0))
 
 

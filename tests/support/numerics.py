@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -10,14 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tests.support.rounding import floor
+from bench.ops.inputs import SEED, attention_inputs, default_device, rand, randn  # noqa: F401
+from tests.support.rounding import Shared, floor
 
-# Other inputs for the same tests: `make test-processors` runs them with several.
-SEED = int(os.environ.get("ATTNCTL_TEST_SEED", "0"))
 ULPS = 4
 RUNS = 8
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+DEVICE = default_device()
 TRITON = ["triton"] if find_spec("triton") else []  # there is none for macOS and Windows
 FAST = ["eager", *TRITON]
 IMPLS = ["reference", *FAST]
@@ -26,40 +23,6 @@ IMPLS = ["reference", *FAST]
 def widest(impl: str) -> torch.dtype:
     """The widest dtype that an implementation takes."""
     return torch.float32 if impl == "triton" else torch.float64
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed + 1000 * SEED)
-
-
-def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Numbers from [0, 1), the same on every device."""
-    return torch.rand(shape, dtype=torch.float64, generator=seeded(seed)).to(DEVICE, dtype)
-
-
-def randn(*shape: int, dtype: torch.dtype, seed: int, strided: bool = False) -> Tensor:
-    """[B,H,M,d] normal numbers, rounded to dtype, the same on every device; strided: a view of [B,M,H*d]."""
-    generator = seeded(seed)
-    if not strided:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-    batch, heads, tokens, width = shape
-    flat = torch.randn(batch, tokens, heads * width, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-    return flat.unflatten(-1, (heads, width)).transpose(1, 2)
-
-
-def attention_inputs(
-    batch: int,
-    heads: int,
-    image_tokens: int,
-    tokens: int,
-    width: int,
-    dtype: torch.dtype,
-    sharp: float = 1.0,
-    **how: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q = randn(batch, heads, image_tokens, width, dtype=dtype, seed=1, **how)
-    k = (sharp * randn(batch, heads, tokens, width, dtype=torch.float64, seed=2, **how)).to(dtype)
-    return q, k, randn(batch, heads, tokens, width, dtype=dtype, seed=3, **how)
 
 
 def orders(width: int) -> list[Tensor]:
@@ -98,10 +61,8 @@ def plain_gradients(total: Callable[..., Tensor], leaves: Sequence[Tensor]) -> l
     every = slice(None)
     truths = evaluate(every, [x.detach().double().requires_grad_(x.requires_grad) for x in leaves])
     runs = zip(*(evaluate(order, leaves) for order in orders(leaves[0].shape[-1])), strict=True)
-    return [
-        Plain(truth, run, lambda i=i: evaluate(every, leaves)[i])
-        for i, (truth, run) in enumerate(zip(truths, runs, strict=True))
-    ]
+    drawn = Shared(lambda: evaluate(every, leaves))
+    return [Plain(truth, run, drawn.of(i)) for i, (truth, run) in enumerate(zip(truths, runs, strict=True))]
 
 
 def carried_by_lse(lse: Tensor, values: Tensor) -> Tensor:
@@ -200,6 +161,18 @@ def carried_through_maps(
     return {**carried, "v": carried_to_gradients(q, k, v, grad_out, scale, key_bias=key_bias)["v"]}
 
 
+def _allowed(plain: Plain, error: Tensor, ulps: Tensor) -> Tensor:
+    """Twice plain PyTorch's error, or what chance allows it, and the ulps; of a row of one number, whose error in all
+    orders may be nearly zero, what chance allows alone."""
+    if plain.truth.shape[-1] == 1:
+        return ulps + floor(plain.compute, plain.truth.double()) if (error > ulps).any() else ulps
+    plain_error = torch.stack([(run.double() - plain.truth).abs().amax(-1) for run in plain.runs]).amax(0)
+    allowed = 2 * plain_error + ulps
+    if (error > allowed).any():
+        allowed = torch.maximum(2 * plain_error, floor(plain.compute, plain.truth.double())) + ulps
+    return allowed
+
+
 def assert_rows_close(
     actual: Tensor, plain: Plain, dtype: torch.dtype, what: str, carried: Tensor | float = 0.0
 ) -> None:
@@ -207,18 +180,16 @@ def assert_rows_close(
 
     The ulp is that of the row's largest element. One rounding error may be nearly zero by luck, which every processor
     draws anew: plain PyTorch's is the largest of several runs that sum in another order, and twice that counts as no
-    less than what its roundings may add up to by chance (`rounding.floor`; made only where it decides). `carried` is
-    what the operation's float32 interface adds. The worst row is reported, never a mean over the tensor.
+    less than what its roundings may add up to by chance (`rounding.floor`; made only where it decides). For a row of
+    one number that alone counts. `carried` is what the operation's float32 interface adds. The worst row is reported,
+    never a mean over the tensor.
     """
     truth = plain.truth.double()
     assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     assert not actual.isnan().any(), f"{what}: NaN"
     error = (actual.double() - truth).abs().amax(-1)
-    plain_error = torch.stack([(run.double() - truth).abs().amax(-1) for run in plain.runs]).amax(0)
     ulps = ULPS * torch.finfo(dtype).eps * truth.abs().amax(-1) + carried
-    allowed = 2 * plain_error + ulps
-    if (error > allowed).any():
-        allowed = torch.maximum(2 * plain_error, floor(plain.compute, truth)) + ulps
+    allowed = _allowed(plain, error, ulps)
     worst = int((error - allowed).argmax())
     found, limit = error.flatten()[worst], allowed.flatten()[worst]
     assert found <= limit, f"{what}: row {worst} is off by {found}, allowed {limit}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import attnctl_fast as ac
 from tests.support import tiny
+from tests.support.marks import full
 
 PROMPT = "a bag and an apple"
 OTHER = "the red ball of two dog, and a black cat"
@@ -91,6 +93,30 @@ class Peaks(ac.LatentGuidance):
 
     def loss(self, maps: Tensor, context: ac.GuidanceContext) -> Tensor:
         return peaks(maps)
+
+
+# The kinds that differ most: more methods than one need no other by default.
+FEW_KINDS = [
+    kind if kind in ("sd2", "sdxl img2img", "inpaint, 9 channels", "controlnet, guess mode") else full(kind)
+    for kind in KINDS
+]
+
+
+class Built(NamedTuple):
+    """A pipeline, how it is called, and the latents that it then draws by itself."""
+
+    pipe: Any
+    options: dict[str, Any]
+    plain: Tensor
+
+
+@cache
+def built(kind: str) -> Built:
+    """One for all tests of a process: what a test does not put back, the next one sees."""
+    parts, options = KINDS[kind]
+    pipe = tiny.pipeline(**parts)
+    options = {("strength" if name == "strength_" else name): value for name, value in options.items()}
+    return Built(pipe, options, call(pipe, **options))
 
 
 def snapshot(pipe: Any) -> dict[str, Any]:

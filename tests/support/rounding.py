@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -113,6 +114,28 @@ def _is_float(dtype: Any) -> bool:
 
 def _widened(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+class Shared:
+    """A computation of several results, each of which `floor` may ask for: drawn once for all of them.
+
+    The n-th call of what `of` returns gives the n-th draw, for `floor` draws in one order.
+    """
+
+    def __init__(self, compute: Callable[[], Any]) -> None:
+        self._compute = compute
+        self._drawn: list[Any] = []
+
+    def of(self, key: Any) -> Callable[[], Tensor]:
+        places = itertools.count()
+
+        def result() -> Tensor:
+            place = next(places)
+            if place == len(self._drawn):
+                self._drawn.append(self._compute())
+            return self._drawn[place][key]
+
+        return result
 
 
 def floor(compute: Callable[[], Tensor], truth: Tensor) -> Tensor:

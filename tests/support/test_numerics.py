@@ -200,6 +200,22 @@ def test_only_what_can_be_drawn_is_drawn():
         ops.attention(q, k, v, impl="eager")
 
 
+def test_a_row_of_one_number_is_judged_by_its_roundings_alone() -> None:
+    """Whether plain PyTorch was lucky, in all orders of its sum, or went astray."""
+    q, k = (randn(1, 1, 50, 64, dtype=torch.float32, seed=seed)[0, 0] for seed in (1, 2))
+
+    def dots(q: Tensor, k: Tensor) -> Tensor:
+        return (q.unsqueeze(1) @ k.unsqueeze(2)).squeeze(2)
+
+    truth = dots(q.double(), k.double())
+    chance = floor(lambda: dots(q, k), truth).unsqueeze(1)
+    for run in (truth.float(), truth.float() + 1):
+        plain = Plain(truth, [run], lambda: dots(q, k))
+        assert not refused((truth + 0.9 * chance).float(), plain, torch.float32)
+        ulps = ULPS * torch.finfo(torch.float32).eps * truth.abs()
+        assert refused((truth + 1.5 * (chance + ulps)).float(), plain, torch.float32)
+
+
 def test_the_floor_decides_only_where_plain_pytorch_had_luck(monkeypatch: Any) -> None:
     from tests.support import numerics
 
