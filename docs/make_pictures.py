@@ -1,4 +1,4 @@
-"""Draw the pictures of the documentation's method pages on the shapes model, into docs/img/methods.
+"""Draw the pictures of the first page and of the method pages on the shapes model, into docs/img/methods.
 
     python docs/make_pictures.py [METHOD ...]     three minutes on one core
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -106,20 +107,26 @@ def _outlines(regions: dict[str, torch.Tensor]) -> Image.Image:
 
 
 def compositions() -> list[Strip]:
-    """Add the second object to pictures of the first, and take it away from pictures of both."""
+    """Add the second object to pictures of the first, and take it away where that works first."""
     shown = []
     for seed in (0, 1):
         scene = scene_for_seed(seed)
         first = phrase(scene, 0)
         edit = ac.Composition([ac.Edit(scene.prompt, **ADDED)])
         panels = [panel(plain_picture(first, seed), scene, "plain"), panel(draw(first, seed, edit), scene, "added")]
-        shown.append(Strip(f"seed {seed}: {first}  +  {scene.prompt}", panels))
-    for seed in (0, 1, 2, 5):
+        shown.append(Strip(f"seed {seed}: {first}", panels))
+    seed = -1
+    while len(shown) < 4:
+        seed += 1
         scene = scene_for_seed(seed)
         edit = ac.Composition([ac.Edit(phrase(scene, 1), direction=-1, **NEGATED)])
-        plain, without = plain_picture(scene.prompt, seed), draw(scene.prompt, seed, edit)
-        panels = [panel(plain, scene, "plain"), panel(without, scene, "taken away")]
-        shown.append(Strip(f"seed {seed}: {scene.prompt}  -  {phrase(scene, 1)}", panels))
+        plain = plain_picture(scene.prompt, seed)
+        if not panel(plain, scene, "").good:
+            continue
+        without = panel(draw(scene.prompt, seed, edit), scene, "taken away")
+        if [mark for mark, _ in without.lines[:2]] == ["right", "wrong"]:
+            panels = [Panel(plain, "plain"), Panel(without.image, without.title)]
+            shown.append(Strip(f"seed {seed}: {scene.prompt}", panels))
     return shown
 
 
@@ -137,6 +144,22 @@ def attention_maps() -> list[Strip]:
     return shown
 
 
+def start() -> list[Strip]:
+    """Draw what docs/index.md draws, with the pipeline's own number of steps."""
+    prompt, method = (
+        "a red cross and a purple star",
+        ac.SynGen([("red", "cross"), ("purple", "star")], scale=1.0, layers=LAYERS),
+    )
+    shown = []
+    for seed in (12, 13, 14):
+        images = []
+        for methods in ((), (method,)):
+            with ac.control(pipeline(), *methods) if methods else nullcontext():
+                images += pipeline()(prompt, generator=torch.Generator().manual_seed(seed)).images
+        shown.append(Strip(f"seed {seed}", [Panel(images[0], "plain"), Panel(images[1], "with SynGen")]))
+    return shown
+
+
 def sheet(shown: Sequence[Strip], columns: int = 2) -> Image.Image:
     drawn = draw_sheet(shown, title="Seeds on the shapes model", columns=columns, side=200)
     return drawn.quantize(128, dither=Image.Dither.NONE)
@@ -145,10 +168,10 @@ def sheet(shown: Sequence[Strip], columns: int = 2) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="METHOD", help="pages to draw for; default: all")
-    others = {"composition": compositions, "attention-maps": attention_maps}
+    others = {"composition": compositions, "attention-maps": attention_maps, "start": start}
     for name in parser.parse_args().names or [*METHODS, *others]:
         if name in others:
-            picture = sheet(others[name](), 1 if name == "attention-maps" else 2)
+            picture = sheet(others[name](), {"attention-maps": 1, "composition": 2, "start": 3}[name])
         elif name == "dense-diffusion":
             picture = sheet(strips(name, 3), 1)
         else:

@@ -269,14 +269,14 @@ def test_make_installs_again_only_after_a_change(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     names = ["setup.py", "pyproject.toml", "constraints.txt", ".venv/bin/python", ".venv/.installed-torch"]
-    for name in [*names, ".venv/.installed-demo", ".venv/.installed-test"]:
+    for name in [*names, *(f".venv/.installed-{extra}" for extra in ("demo", "docs", "test"))]:
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (1, 1))
-    assert "pip" not in run("make", "-n", "demo", cwd=tmp_path)
-    assert "pip" not in run("make", "-n", "test", cwd=tmp_path)
+    for goal in ("demo", "docs", "test"):
+        assert "pip" not in run("make", "-n", goal, cwd=tmp_path)
     for changed in ("setup.py", "pyproject.toml", "constraints.txt"):
         os.utime(tmp_path / changed, (2, 2))
-        for goal, extra in (("demo", ".[diffusers]"), ("test", ".[test]")):
+        for goal, extra in (("demo", ".[diffusers]"), ("docs", ".[docs]"), ("test", ".[test]")):
             assert extra in run("make", "-n", goal, cwd=tmp_path)
         os.utime(tmp_path / changed, (1, 1))
 
