@@ -1,29 +1,20 @@
 """Ratios of two programs' times that were taken in turns, and what they say.
 
-A round is A B B A or B A A B, so that a steady drift of the machine cancels within it. Its log ratio is one sample. The
-interval comes from the ranks of the samples' pairwise means (Wilcoxon's signed-rank test inverted, Hodges and Lehmann
-1963): exact for any noise that is as likely to hit either program, and what a neighbour on the machine does to some
-rounds moves it no further than those rounds' number, however slow they were.
+A round is A B B A or B A A B, so that a steady drift of the machine cancels within it. Its log ratio is one sample of
+`by_ranks`: what a neighbour on the machine does to some rounds moves the interval no further than those rounds' number,
+however slow they were.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+
+from bench.harness.intervals import Interval, by_ranks
 
 # Counts of instructions that differ by less come from the same work: with the same code they differ by up to 0.12 %, as
 # addresses decide which of the interpreter's dictionary entries collide.
 SAME_COUNT = 2e-3
-
-
-class Interval(NamedTuple):
-    """The Hodges-Lehmann estimate of a ratio within its confidence interval."""
-
-    low: float
-    middle: float
-    high: float
 
 
 def turns(rounds: int) -> Iterator[tuple[str, str, str, str]]:
@@ -33,38 +24,13 @@ def turns(rounds: int) -> Iterator[tuple[str, str, str, str]]:
         yield first, second, second, first
 
 
-def fewest_rounds(error: float) -> int:
-    """The rounds below which no interval misses with a probability of at most `error`."""
-    return math.ceil(1 - math.log2(error))
-
-
 def interval(ratios: Sequence[float], error: float) -> Interval:
     """The interval of the ratio that misses it with a probability of at most `error`.
 
     Raises:
         ValueError: fewer than `fewest_rounds(error)` ratios.
     """
-    count = len(ratios)
-    if count < fewest_rounds(error):
-        raise ValueError(f"{count} rounds cannot bound a ratio; use --rounds {fewest_rounds(error)} or more")
-    logs = [math.log(x) for x in ratios]
-    means = sorted((x + y) / 2 for i, x in enumerate(logs) for y in logs[: i + 1])
-    outside, cut = 0.0, -1
-    for chance in _rank_sums(count):
-        outside += chance
-        if outside > error / 2:
-            break
-        cut += 1
-    return Interval(*(math.exp(x) for x in (means[cut], statistics.median(means), means[-1 - cut])))
-
-
-def _rank_sums(count: int) -> list[float]:
-    """The probability of every sum of the ranks 1 to `count` that each count or not, as a coin falls."""
-    chances = [1.0]
-    for rank in range(1, count + 1):
-        without = [*chances, *[0.0] * rank]
-        chances = [(x + y) / 2 for x, y in zip(without, [*[0.0] * rank, *chances], strict=True)]
-    return chances
+    return Interval(*map(math.exp, by_ranks([math.log(x) for x in ratios], error)))
 
 
 def side(found: Interval, threshold: float) -> int:

@@ -36,11 +36,12 @@ from typing import Any
 import torch
 
 from bench.compare.instructions import has_counter, has_valgrind
-from bench.compare.intervals import Interval, agreed, fewest_rounds, interval, verdict
+from bench.compare.intervals import agreed, interval, verdict
 from bench.compare.pair import Case, Counts, Failure, Pair
 from bench.compare.suites import refusal
 from bench.compare.worktree import resolve, termination_raised, worktree
 from bench.harness.checkout import ROOT
+from bench.harness.intervals import Interval, fewest_rounds
 from bench.harness.rows import Log, Row, stamp
 from bench.ops.layers import LAYERS, TINY
 from bench.ops.registry import OPERATIONS

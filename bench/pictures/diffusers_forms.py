@@ -52,6 +52,8 @@ def _pipeline(pipe: Any) -> Any:
     finally:
         logging.set_verbosity(verbosity)
     made.set_progress_bar_config(disable=True)
+    # Its own is a copy; this one may answer from memory.
+    made.encode_prompt = pipe.encode_prompt
     return made
 
 

@@ -10,6 +10,7 @@ import torch
 
 import attnctl_fast as ac
 from attnctl_fast import ops
+from attnctl_fast._numbers import step_count
 from bench.pictures.sampling import EDIT, NOUNS, PAIRS, PHRASES, PROMPT, Drawn, Setting, call
 
 SOURCE = "arXiv 2403.06381, Table 1: SD 2, 512x512, 50 steps, A4000"
@@ -36,16 +37,17 @@ def _masks(setting: Setting) -> Any:
     return dict(zip(PHRASES, (1 - right, right), strict=True))
 
 
+# By method, the most important first.
 _MAKE: dict[str, Callable[[Setting], Any]] = {
     "AttentionRegulation": lambda x: ac.AttentionRegulation(list(NOUNS), edit_steps=x.edited),
     "EnergyContext": lambda x: ac.EnergyContext.official(),
     "Composition": lambda x: ac.Composition([ac.Edit(EDIT, 0.5)]),
     "AttendAndExcite": lambda x: ac.AttendAndExcite(list(NOUNS), thresholds={}, **_guidance(x)),
-    "TSAM": lambda x: ac.TSAM(refinement={}, **_guidance(x)),
-    "SynGen": lambda x: ac.SynGen(PAIRS, **_guidance(x)),
-    "CONFORM": lambda x: ac.CONFORM(PAIRS, refinement={}, **_guidance(x)),
-    "DenseDiffusion": lambda x: ac.DenseDiffusion(_masks(x)),
+    "DenseDiffusion": lambda x: ac.DenseDiffusion(_masks(x), edit_steps=x.edited),
     "ComposableDiffusion": lambda x: ac.ComposableDiffusion([PROMPT, *PHRASES], [1.0, 0.5, 0.5]),
+    "SynGen": lambda x: ac.SynGen(PAIRS, **_guidance(x)),
+    "TSAM": lambda x: ac.TSAM(refinement={}, **_guidance(x)),
+    "CONFORM": lambda x: ac.CONFORM(PAIRS, refinement={}, **_guidance(x)),
 }
 METHODS = tuple(_MAKE)
 
@@ -53,6 +55,13 @@ METHODS = tuple(_MAKE)
 def method(name: str, setting: Setting) -> Any:
     """One of `METHODS` for this task."""
     return _MAKE[name](setting)
+
+
+def edited_steps(name: str, steps: int) -> int:
+    """In how many of so many steps a method is at work by default."""
+    kind: Any = getattr(ac, name)
+    share = kind.edit_steps if hasattr(kind, "edit_steps") else getattr(kind, "steps", 1.0)
+    return step_count(share, steps)
 
 
 def draw(name: str, setting: Setting) -> Drawn:

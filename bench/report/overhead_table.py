@@ -3,73 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from attnctl_fast._numbers import step_count
-from attnctl_fast.methods import DenseDiffusion
-
-Row = dict[str, Any]
+from bench.harness.rows import Row
+from bench.pictures.overhead_rows import KIND, told_apart
 
 
 def overhead_table(rows: Sequence[Row]) -> str:
-    """The rows of one run of `overhead.py` as a Markdown table with its settings below."""
-    measured = [row for row in rows if row.get("kind") == "overhead"]
-    lines = [
-        "| method | form | s per image | overhead | extra memory | in the paper | off ours |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in measured]
-    return "\n".join([*lines, "", _settings(measured)])
+    """The rows of one run of `bench overhead` as a Markdown table with its settings below."""
+    rows = [row for row in rows if row["kind"] == KIND]
+    memory = any(row.get("extra_mb") is not None for row in rows)
+    header = ["method", "form", "s added to a step", "s to 50 steps", "share of plain sampling"]
+    header += [*(["extra memory"] if memory else []), "in the paper", "off ours"]
+    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
+    lines += [_cells(row, memory) for row in rows if row["form"] != "plain"]
+    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", _settings(rows)])
 
 
-def _cells(row: Row) -> list[str]:
-    name = "plain" if row["form"] == "plain" else f"`{row['method']}`"
-    form = "" if row["form"] == "plain" else row["form"]
+def _cells(row: Row, memory: bool) -> list[str]:
     paper = row["published_percent"]
     figure = f"+{paper:g} %" if paper is not None and row["form"] == "published" else ""
+    name = [f"`{row['method']}`", row["form"]]
     if "failed" in row:
-        return [name, form, f"failed: {row['failed']}".replace("|", "\\|"), "", "", figure, ""]
-    cost, memory = row["overhead_percent"], row["extra_mb"]
-    return [
-        name,
-        form,
-        f"{row['median']:.3g} ({row['low']:.3g} to {row['high']:.3g})",
-        "" if cost is None else f"{cost['median']:+.0f} % ({cost['low']:+.0f} to {cost['high']:+.0f})",
-        "" if memory is None else f"{memory:+.0f} MB",
-        figure,
-        _off(row["difference"]),
-    ]
+        return [*name, f"failed: {row['failed']}".replace("|", "\\|"), "", "", *([""] if memory else []), figure, ""]
+    extra = [f"{row['extra_mb']:+.0f} MB" if row["extra_mb"] is not None else ""] if memory else []
+    values = [_interval(row[key], unit) for key, unit in (("step", ""), ("image", ""), ("percent", " %"))]
+    return [*name, *values, *extra, figure, _off(row["difference"])]
+
+
+def _interval(value: dict[str, float], unit: str) -> str:
+    low, middle, high = (figure(value[key]) for key in ("low", "middle", "high"))
+    if not told_apart(value):
+        return f"not distinguishable from zero ({low} to {high}{unit})"
+    return f"{middle}{unit} ({low} to {high})"
+
+
+def figure(value: float) -> str:
+    """With its sign, to two digits or whole."""
+    return f"{value:+.0f}" if abs(value) >= 9.95 else f"{value:+#.2g}".rstrip(".")
 
 
 def _off(difference: dict[str, float | None] | None) -> str:
     if difference is None:
         return ""
     if "loss_percent" in difference:
-        percent = difference["loss_percent"]
-        return "no loss found" if percent is None else f"chaotic: loss differs by {percent:.1g} %"
-    image, effect = difference["image"], difference["effect"]
-    if image is None:
-        return "not finite"
-    return f"{image:.1g}" if effect is None else f"{image:.1g} of {effect:.1g}"
+        return f"chaotic: loss differs by {difference['loss_percent']:.1g} %"
+    return f"{difference['latent']:.1g} of {difference['effect']:.1g}"
 
 
 def _settings(rows: Sequence[Row]) -> str:
     first = rows[0]
-    sources = sorted({row["source"] for row in rows if row["source"]})
+    sources = sorted({row["source"] for row in rows if row.get("source")})
     weights = "trained weights" if first["arch"] == "shapes" else "random weights"
     commit = f"{first['git']}{' and uncommitted changes' if first['dirty'] else ''}" if first["git"] else "unknown"
-    dense = step_count(DenseDiffusion.edit_steps, first["steps"])
-    turns = max(
-        (len(row["seconds"]) for row in rows if row["form"] not in ("plain", "failed") and "seconds" in row), default=0
+    plain = next((row["step"]["middle"] for row in rows if row["form"] == "plain"), None)
+    measured = [row for row in rows if "rounds" in row]
+    steps = dict.fromkeys(f"{row['method']} {row['edited']}" for row in measured)
+    few = "; Student's t below six rounds" if not all(row["ranks"] for row in measured) else ""
+    rounds = (
+        f"{min(row['rounds'] for row in measured)} to {max(row['rounds'] for row in measured)}" if measured else "no"
     )
-    bounds = "quartiles" if turns >= 5 else "the lowest and highest"
+    how = "with all that a form does not touch standing still" if first["still"] else "of whole evaluations"
     return (
-        f"{first['arch']}, {weights}, {first['size']}x{first['size']} pixels, batch {first['batch']}, DDIM of "
-        f"{first['steps']} steps, methods at work in the first {first['edited']} (DenseDiffusion in {dense}, the "
-        f"context methods and Composable Diffusion in all), without refinement; {first['dtype']}"
-        f"{', compiled but for published and diffusers' if first['compile'] else ''}; encoding and decoding included. "
-        f"Medians and {bounds} of {turns} turns, each overhead over the plain picture drawn beside it; memory: the "
-        "highest over plain sampling's; off ours: the largest difference of a pixel (0..1), of what the method itself "
-        f"changes. {first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, commit {commit}."
-        + (f" In the paper: {'; '.join(sources)}." if sources else "")
+        f"{first['arch']}, {weights}, {first['size']}x{first['size']} pixels, batch {first['batch']}, DDIM, guidance, "
+        f"without refinement; {first['dtype']}"
+        f"{', compiled but for published and diffusers' if first['compile'] else ''}; without encoding and decoding. "
+        f"A plain step takes {plain:.3g} s. Added: the middle of {rounds} rounds in turn with plain steps, {how}, and "
+        f"the 95 % interval of the paired differences by signed ranks{few}. A step is one in which the method is at "
+        f"work; of 50 these are by default: {', '.join(steps)}. Off ours: the largest difference of a latent after a "
+        f"step, of what the method itself changes. {first['device']}, {first['threads']} threads, torch "
+        f"{first['versions']['torch']}, commit {commit}." + (f" In the paper: {'; '.join(sources)}." if sources else "")
     )

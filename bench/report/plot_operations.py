@@ -173,7 +173,7 @@ def draw_growth(rows: Sequence[Row], letter: str) -> Figure:
     handles = [handle(role, NAMES[role]) for role in present]
     figure = canvas(title, rows, notes, handles, panel_body(len(panels))[2])
     label = {"M": "image tokens M", "B": "batch B"}[letter]
-    fill_panels(figure, panels, label, f"time per call, {unit}", share=False)
+    fill_panels(figure, panels, label, f"time per call, {unit}")
     return figure
 
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from bench.harness.checkout import RESULTS, ROOT
 from bench.harness.rows import Row, read
-from bench.pictures.overhead_rows import select_overhead
+from bench.pictures.overhead_rows import KIND, select_overhead
 from bench.report import plot_operations, plot_overhead
 from bench.report.style import STYLE, digest, png, remembered, styled
 
@@ -41,15 +41,6 @@ class Picture(NamedTuple):
     source: str
 
 
-def _batch_rows(results: Results) -> list[Row]:
-    whole = plot_overhead.select_growth(results.overhead, "batch", "median")
-    return whole or plot_operations.select_growth(results.operations, "B")
-
-
-def _draw_batch(rows: Sequence[Row]) -> Figure:
-    return plot_overhead.draw_batch(rows) if "method" in rows[0] else plot_operations.draw_growth(rows, "B")
-
-
 PICTURES = {
     "overhead": Picture(
         lambda results: select_overhead(results.overhead),
@@ -62,12 +53,9 @@ PICTURES = {
         "attnctl-fast bench ops",
     ),
     "time_against_batch": Picture(
-        _batch_rows, _draw_batch, "attnctl-fast bench overhead with --batch 1, then with --batch 4"
-    ),
-    "memory_against_resolution": Picture(
-        lambda results: plot_overhead.select_growth(results.overhead, "size", "extra_mb"),
-        plot_overhead.draw_memory,
-        "attnctl-fast bench overhead with --size 256, then with --size 512",
+        lambda results: plot_operations.select_growth(results.operations, "B"),
+        partial(plot_operations.draw_growth, letter="B"),
+        "attnctl-fast bench ops",
     ),
     "roofline": Picture(
         lambda results: plot_operations.select_roofline(results.operations),
@@ -88,7 +76,7 @@ def load(folder: Path) -> Results:
     found = Results([], [])
     for path in sorted(folder.glob("*.jsonl")):
         rows = list(read(path))
-        found.overhead.extend(row for row in rows if row.get("kind") == "overhead")
+        found.overhead.extend(row for row in rows if row.get("kind") == KIND)
         found.operations.extend(row for row in rows if _of_an_operation(row, path))
     return found
 

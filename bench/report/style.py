@@ -161,26 +161,20 @@ def fill_panels(
     panels: Sequence[Panel],
     x_label: str,
     y_label: str,
-    *,
-    share: bool,
-    linear_below: float | None = None,
 ) -> None:
-    """Draw every panel, both axes logarithmic; `linear_below`: y is linear below that, for values around zero."""
+    """Draw every panel, both axes logarithmic."""
     rows, columns, _ = panel_body(len(panels))
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=share)
+    grid = figure.subplots(rows, columns, squeeze=False)
     for index, (axes, panel) in enumerate(zip(grid.flat, panels, strict=False)):
-        _fill(axes, panel, linear_below)
+        _fill(axes, panel)
         if index + columns >= len(panels):
             axes.set_xlabel(x_label)
         if index % columns == 0:
             axes.set_ylabel(y_label)
     for axes in list(grid.flat)[len(panels) :]:
         axes.remove()
-    if linear_below is None:
-        for group in [panels] if share else [[panel] for panel in panels]:
-            values = [p.median for panel in group for points in panel.lines.values() for p in points]
-            for panel in group:
-                plain_numbers(grid.flat[panels.index(panel)].yaxis, values)
+    for panel, axes in zip(panels, grid.flat, strict=False):
+        plain_numbers(axes.yaxis, [point.median for points in panel.lines.values() for point in points])
 
 
 def plain_numbers(axis: Axis, values: Sequence[float]) -> None:
@@ -192,13 +186,10 @@ def plain_numbers(axis: Axis, values: Sequence[float]) -> None:
     axis.set_minor_formatter("")
 
 
-def _fill(axes: Axes, panel: Panel, linear_below: float | None) -> None:
+def _fill(axes: Axes, panel: Panel) -> None:
     axes.set_title(panel.title)
     axes.set_xscale("log", base=2)
-    if linear_below is None:
-        axes.set_yscale("log")
-    else:
-        axes.set_yscale("symlog", linthresh=linear_below)
+    axes.set_yscale("log")
     for form, points in panel.lines.items():
         x = [point.x for point in points]
         middle = [point.median for point in points]
@@ -219,8 +210,6 @@ def _fill(axes: Axes, panel: Panel, linear_below: float | None) -> None:
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
-    if linear_below is not None:
-        axes.yaxis.set_major_formatter("{x:g}")
 
 
 def digest(rows: Sequence[Row]) -> str:

@@ -108,26 +108,6 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
-def guidance_table(run: dict[str, Any]) -> str:
-    """A run of `guidance.py` as a Markdown table with its settings below."""
-    settings, versions = run["settings"], run["versions"]
-    rows = [["one iteration of Attend-and-Excite", "seconds", "ratio to ours"], ["---", "---:", "---:"]]
-    for form, times in run["iteration"].items():
-        rows.append([form, _quartiles(times), "" if form == "ours" else _quartiles(times["ratio"])])
-    lines = _lines(rows)
-    lines += [
-        "",
-        f"{settings['arch']}, random weights, {8 * settings['side']}x{8 * settings['side']} pixels, float32, one "
-        "sample. Medians and quartiles over forms that alternate, ratios over their turns; "
-        f"torch {versions['torch']}, {versions['threads']} threads, {versions['processor']}.",
-    ]
-    return "\n".join(lines)
-
-
-def _quartiles(times: dict[str, float]) -> str:
-    return f"{times['median']:.3g} ({times['low']:.3g} to {times['high']:.3g})"
-
-
 def methods_table(run: dict[str, Any]) -> str:
     """A run of `methods.py` as a Markdown table with its settings below."""
     settings, versions = run["settings"], run["versions"]
@@ -317,16 +297,11 @@ def resources_table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def _kept(name: str, kind: str) -> list[dict[str, Any]]:
-    return [row for row in read(RESULTS / name) if row["kind"] == kind]
-
-
 # The table NAME of a page, from its result file; a table whose file is missing is an error.
 TABLES: dict[str, Callable[[], str]] = {
     "rates": lambda: rates_table(last_line(RESULTS / "shapes_rates.jsonl")),
     "behaviour": lambda: behaviour_table(last_line(RESULTS / "shapes_behaviour.jsonl")),
-    "overhead": lambda: overhead_table(select_overhead(_kept("overhead.jsonl", "overhead"))),
-    "guidance": lambda: guidance_table(last_line(RESULTS / "cpu_guidance.jsonl")),
+    "overhead": lambda: overhead_table(select_overhead(read(RESULTS / "overhead.jsonl"))),
     "methods": lambda: methods_table(last_line(RESULTS / "shapes_methods.jsonl")),
     "gpu": lambda: gpu_table(RESULTS),
     **{name: partial(operations_table, RESULTS / "ops_cpu.jsonl", name) for name in FAMILIES},

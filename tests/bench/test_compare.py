@@ -520,8 +520,9 @@ def test_a_slowdown_is_no_noise(compare: Callable[..., int], slowdown: float, ex
 
 
 def test_intervals(compare: Callable[..., int]) -> None:
-    from bench.compare.intervals import Interval, fewest_rounds, interval, turns, verdict, waiting
+    from bench.compare.intervals import interval, turns, verdict, waiting
     from bench.compare.main import widened
+    from bench.harness.intervals import Interval, fewest_rounds
 
     assert list(turns(2)) == [("base", "current", "current", "base"), ("current", "base", "base", "current")]
     # Of every table of the signed-rank test: at 5 %, 8 samples have the critical value 3; the 4th of 36 means counts.
