@@ -18,7 +18,7 @@ DIFFUSERS = [
     "pillow>=10.1",
     "tqdm>=4.60",
 ]
-BENCH = ["matplotlib>=3.9", "pytest>=8", "pytest-benchmark>=5", "tqdm>=4.60"]
+BENCH = ["matplotlib>=3.9", "pytest>=8", "tqdm>=4.60"]
 # ruff lays out the signatures.
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", "ruff>=0.6"]
 TEST = ["allpairspy>=2.5", "hypothesis>=6.100", "mypy>=1.10", "peft>=0.17", "pytest-xdist>=3.6", "ruff>=0.6"]

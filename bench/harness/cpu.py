@@ -1,26 +1,19 @@
-"""Times of functions that take turns on a CPU, by pytest-benchmark."""
+"""Times of functions that take turns on a CPU, by PyTorch's own timer."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
+import itertools
 import statistics
-import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from collections.abc import Mapping
+from typing import NamedTuple
 
-import pytest
-import pytest_benchmark  # noqa: F401  its lack is then an ImportError, not a test without a fixture
-import torch
+from torch.utils.benchmark import Timer
 
 from bench.harness.timing import Run
 
 THREADS = (1, 2)
-# Calls of a function in a turn.
-LEAST, MOST = 3, 1000
+# Samples of a function in a turn.
+LEAST = 3
 
 
 class Effort(NamedTuple):
@@ -40,80 +33,26 @@ class Times(NamedTuple):
     samples: int
 
 
-class Turns:
-    """A pytest plugin that makes a test of every turn and collects the times."""
-
-    def __init__(self, runs: Mapping[str, Run], effort: Effort) -> None:
-        self.runs, self.effort = runs, effort
-        self.milliseconds: dict[str, dict[int, list[float]]] = {name: {x: [] for x in THREADS} for name in runs}
-        self.failed: dict[str, Exception] = {}
-
-    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        turns = [
-            pytest.param(self, name, threads, id=f"{name} {threads} {turn}")
-            for turn in range(self.effort.turns)
-            for threads in THREADS
-            for name in self.runs
-        ]
-        metafunc.parametrize(("turns", "name", "threads"), turns)
-
-    def take(self, benchmark: Any, name: str, threads: int) -> None:
-        """One function's turn, unless it failed before; its first call only says how many fill the time."""
-        if name in self.failed:
-            return
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            start = time.perf_counter()
-            self.runs[name]()
-            once = time.perf_counter() - start
-            rounds = min(max(int(self.effort.seconds / once), LEAST), MOST)
-            benchmark.pedantic(self.runs[name], rounds=rounds)
-            self.milliseconds[name][threads] += [1e3 * x for x in benchmark.stats.stats.data]
-        except Exception as error:
-            self.failed[name] = error
-        finally:
-            torch.set_num_threads(before)
-
-    def times(self, name: str) -> Times:
-        found = []
-        for threads, values in self.milliseconds[name].items():
-            q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-            found.append(Times(threads, median, q1, q3, len(values)))
-        return min(found, key=lambda x: x.median)
-
-
-def test_turn(benchmark: Any, turns: Turns, name: str, threads: int) -> None:
-    turns.take(benchmark, name, threads)
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """pytest without what the user's environment adds to it: options, plugins, and being a worker of pytest-xdist,
-    where pytest-benchmark measures nothing."""
-    with mock.patch.dict(os.environ, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}):
-        for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_XDIST_WORKER"):
-            os.environ.pop(name, None)
-        yield
-
-
 def compare(runs: Mapping[str, Run], effort: Effort) -> dict[str, Times | Exception]:
-    """The times of every function, or what it raised.
+    """The times of every function, or what it raised."""
+    taken: dict[tuple[str, int], list[float]] = {(name, threads): [] for name in runs for threads in THREADS}
+    failed: dict[str, Exception] = {}
+    for _, threads, name in itertools.product(range(effort.turns), THREADS, runs):
+        if name in failed:
+            continue
+        timer = Timer("run()", globals={"run": runs[name]}, num_threads=threads)
+        try:
+            turn = timer.blocked_autorange(min_run_time=effort.seconds).times
+            turn += [timer.timeit(1).mean for _ in range(LEAST - len(turn))]
+            taken[name, threads] += [1e3 * seconds for seconds in turn]
+        except Exception as error:
+            failed[name] = error
+    return {name: failed[name] if name in failed else _best({x: taken[name, x] for x in THREADS}) for name in runs}
 
-    Raises:
-        KeyboardInterrupt: interrupted.
-        RuntimeError: pytest did not run the turns.
-    """
-    turns, said = Turns(runs, effort), io.StringIO()
-    # The project's and the user's settings of pytest are not for these.
-    folder = Path(__file__).parent
-    options = ["-q", "-s", "-c", os.devnull, f"--rootdir={folder}", f"--confcutdir={folder}"]
-    options += ["-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
-    if runs:
-        with _alone(), contextlib.redirect_stdout(said):
-            code = pytest.main([__file__, *options], plugins=[turns])
-        if code == pytest.ExitCode.INTERRUPTED:
-            raise KeyboardInterrupt
-        if code:
-            raise RuntimeError(f"pytest ended with {code}: {said.getvalue()[-2000:]}")
-    return {name: turns.failed.get(name) or turns.times(name) for name in runs}
+
+def _best(taken: Mapping[int, list[float]]) -> Times:
+    found = []
+    for threads, values in taken.items():
+        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+        found.append(Times(threads, median, q1, q3, len(values)))
+    return min(found, key=lambda x: x.median)

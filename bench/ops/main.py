@@ -1,4 +1,4 @@
-"""Every operation against its rivals: the registry's comparisons, timed on a CPU by pytest-benchmark and on a GPU by
+"""Every operation against its rivals: the registry's comparisons, timed on a CPU by PyTorch's timer and on a GPU by
 `bench gpu`, which has its own plan of shapes and dtypes.
 
 What a form returns (forward and backward: the gradients) is checked against the textbook's operation in float64 before
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from attnctl_fast import _impl
 from bench.harness.checkout import RESULTS, ROOT
-from bench.harness.cpu import Effort, Times, compare
+from bench.harness.cpu import Effort, compare
 from bench.harness.rows import Log, Row, stamp
 from bench.harness.timing import Clock, Run, first_line
 from bench.ops import rivals
@@ -180,12 +180,7 @@ def measure(case: Case, dtype: torch.dtype, effort: Effort, compiled: bool = Fal
             runs[name] = form
         except Exception as error:
             row["failed"] = first_line(error)
-    times_of: Mapping[str, Times | Exception]
-    try:
-        times_of = compare(runs, effort)
-    except RuntimeError as error:
-        times_of = dict.fromkeys(runs, error)
-    for name, times in times_of.items():
+    for name, times in compare(runs, effort).items():
         found[name] |= {"failed": first_line(times)} if isinstance(times, Exception) else times._asdict()
     return list(found.values())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -246,34 +245,11 @@ def test_an_operation_that_cannot_be_compared_is_a_row(
     assert {row["op"] for row in others} == {"gaussian_bias_all"}
 
 
-def test_the_users_settings_of_pytest_are_not_for_the_measurement(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    settings = {"PYTEST_ADDOPTS": "-k x --benchmark-disable", "PYTEST_PLUGINS": "nowhere", "PYTEST_XDIST_WORKER": "gw0"}
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", raising=False)
-    path = tmp_path / "ops.jsonl"
-    assert command("--only", "smooth_maps", "--results", path) == 0
-    found = rows(path)
-    assert len(found) == 3 and all(row["samples"] >= 3 for row in found)
-    assert settings.items() <= os.environ.items() and "PYTEST_DISABLE_PLUGIN_AUTOLOAD" not in os.environ
-
-
-def test_turns_that_pytest_does_not_run_are_failures(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pytest, "main", lambda *_, **__: pytest.ExitCode.USAGE_ERROR)
-    case = next(case for case in bench.SHAPES["tiny"]() if case.operation == "gaussian_bias")
-    found = {row["impl"]: row for row in bench.measure(case, torch.float32, bench.QUICK)}
-    assert set(found) == {"eager", "two products"}
-    for row in found.values():
-        assert row["failed"].startswith("RuntimeError: pytest ended with") and "median" not in row
-
-
 @pytest.mark.parametrize("call", [1, 2])
 def test_an_interrupt_keeps_what_was_measured(
     bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """While results are checked, and while pytest runs the turns."""
+    """While results are checked, and while the turns run."""
     seen: list[int] = []
 
     def run() -> Any:
