@@ -10,6 +10,7 @@ from torch import Tensor
 
 import attnctl_fast as ac
 from tests.support import tiny
+from tests.support.marks import full
 from tests.support.pipelines import FEW_KINDS, KINDS, OTHER, PROMPT, call, snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -75,7 +76,7 @@ def test_kind_of_pipeline(kind: str) -> None:
     assert torch.equal(call(pipe, **options), plain)
 
 
-@pytest.mark.parametrize("place", ["wrapped", "in place"])
+@pytest.mark.parametrize("place", ["wrapped", full("in place")])
 def test_a_compiled_unet(place: str) -> None:
     pipe = tiny.pipeline()
     expected, unet = composed(pipe), pipe.unet
