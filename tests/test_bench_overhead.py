@@ -1,4 +1,4 @@
-"""What methods add to a step: measured exactly by a clock that the work itself moves, on UNets a thousandth of the size."""
+"""What methods add to a step, by a clock that the work itself moves, on UNets a thousandth of the size."""
 
 from __future__ import annotations
 
