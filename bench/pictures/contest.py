@@ -133,7 +133,9 @@ class Contest:
         reference = self._checked(own, setting)
         for arm in group:
             drawn = None if arm is own else self._checked(arm, setting)
-            if drawn is not None and reference is not None:
+            if reference is None:
+                arm.failed = arm.failed or f"has nothing to be compared with, as ours failed: {own.failed}"
+            elif drawn is not None:
                 arm.difference = difference(drawn, reference, plain)
                 if not same(arm.difference, reference.latents, setting.latents.dtype):
                     arm.failed = "draws another picture: " + ", ".join(f"{k} {v}" for k, v in arm.difference.items())
@@ -170,8 +172,8 @@ class Contest:
                 for arm in group:
                     arm.added.clear()
             for index in range(1, MOST):
-                rounds = min((len(arm.added) for arm in group if arm.failed is None), default=MOST)
-                if rounds >= LEAST and time.monotonic() + took > until:
+                alive = [arm for arm in group if arm.failed is None]
+                if not alive or (len(alive[0].added) >= LEAST and time.monotonic() + took > until):
                     break
                 took = self._round(group, index)
 

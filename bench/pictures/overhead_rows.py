@@ -14,8 +14,8 @@ SETTING = ("arch", "size", "dtype", "batch", "compile", "threads")
 
 
 def select_overhead(rows: Iterable[Row]) -> list[Row]:
-    """The run with most forms of methods; among equals a GPU's, then the nearest to the setting of the papers, then the
-    newest."""
+    """The run with most forms of methods, of a real architecture if there is one; among equals a GPU's, then the
+    nearest to the setting of the papers, then the newest."""
     runs: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row.get("kind") == KIND:
@@ -24,7 +24,8 @@ def select_overhead(rows: Iterable[Row]) -> list[Row]:
     def rank(run: list[Row]) -> tuple[Any, ...]:
         row = run[0]
         off = abs(row["size"] - SIZES.get(row["arch"], row["size"]))
-        return sum(map(measured, run)), on_gpu(row), -row["batch"], not row["compile"], -off, moment(row)
+        forms = row["arch"] != "shapes", sum(map(measured, run))
+        return *forms, on_gpu(row), -row["batch"], not row["compile"], -off, moment(row)
 
     return max((run for run in runs.values() if any(map(measured, run))), key=rank, default=[])
 

@@ -1,4 +1,4 @@
-"""What methods add to a step: measured exactly by a clock that the work moves, on UNets a thousandth of the size."""
+"""What methods add to a step, by a clock that the work itself moves, on UNets a thousandth of the size."""
 
 from __future__ import annotations
 
@@ -404,6 +404,7 @@ def test_the_run_with_most_forms_is_shown() -> None:
         for run, method, more in [("1", "A", {}), ("1", "B", {}), ("2", "A", {}), ("2", "B", {"failed": "no"})]
     ]
     assert [row["run"] for row in select_overhead([*rows, {"kind": "official"}])] == ["1", "1"]
+    assert [row["arch"] for row in select_overhead([{**rows[0], "arch": "shapes"}, *rows[:1]])] == ["sd2"]
     assert select_overhead([{**row, "failed": "no"} for row in rows]) == []
 
 
