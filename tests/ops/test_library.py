@@ -83,7 +83,7 @@ def kind(x):
 def settled(x):
     """A kernel that is not run leaves what it makes as it was, which may be anything."""
     if isinstance(x, torch.Tensor):
-        return x.detach().nan_to_num(0.5, 0.5, 0.5) if x.is_floating_point() else x
+        return x.detach().nan_to_num(0.5).clamp(-3, 3) if x.is_floating_point() else x
     return type(x)(map(settled, x)) if isinstance(x, (list, tuple)) else x
 
 
