@@ -53,7 +53,6 @@ def _off(difference: dict[str, float | None] | None) -> str:
 def _settings(rows: Sequence[Row]) -> str:
     first = rows[0]
     sources = sorted({row["source"] for row in rows if row.get("source")})
-    weights = "trained weights" if first["arch"] == "shapes" else "random weights"
     commit = f"{first['git']}{' and uncommitted changes' if first['dirty'] else ''}" if first["git"] else "unknown"
     plain = next((row["step"]["middle"] for row in rows if row["form"] == "plain"), None)
     measured = [row for row in rows if "rounds" in row]
@@ -64,7 +63,7 @@ def _settings(rows: Sequence[Row]) -> str:
     )
     how = "with all that a form does not touch standing still" if first["still"] else "of whole evaluations"
     return (
-        f"{first['arch']}, {weights}, {first['size']}x{first['size']} pixels, batch {first['batch']}, DDIM, guidance, "
+        f"{first['arch']}, {_weights(first)}, {first['size']}x{first['size']} pixels, batch {first['batch']}, DDIM, guidance, "
         f"without refinement; {first['dtype']}"
         f"{', compiled but for published and diffusers' if first['compile'] else ''}; without encoding and decoding. "
         f"A plain step takes {plain:.3g} s. Added: the middle of {rounds} rounds in turn with plain steps, {how}, and "
@@ -73,3 +72,35 @@ def _settings(rows: Sequence[Row]) -> str:
         f"step, of what the method itself changes. {first['device']}, {first['threads']} threads, torch "
         f"{first['versions']['torch']}, commit {commit}." + (f" In the paper: {'; '.join(sources)}." if sources else "")
     )
+
+
+def _weights(row: Row) -> str:
+    return "trained weights" if row["arch"] == "shapes" else "random weights"
+
+
+def speed_table(rows: Sequence[Row]) -> str:
+    """The same for the README: the share of plain sampling that each form of a method adds to 50 steps."""
+    rows = [row for row in rows if row["kind"] == KIND]
+    header = ["method", "published", "stock PyTorch", "ours", "in the paper"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for method in dict.fromkeys(row["method"] for row in rows if row["form"] != "plain"):
+        forms = {row["form"]: row for row in rows if row["method"] == method}
+        cells = [_share(forms[form]) if form in forms else "" for form in ("published", "stock", "ours")]
+        paper = next(iter(forms.values()))["published_percent"]
+        lines.append([f"`{method}`", *cells, f"+{paper:g} %" if paper is not None else ""])
+    first, sources = rows[0], dict.fromkeys(row["source"] for row in rows if row.get("source"))
+    return "\n".join(
+        [
+            *("| " + " | ".join(line) + " |" for line in lines),
+            "",
+            f"Added to 50 steps of plain sampling: {first['arch']}, {_weights(first)}, {first['size']}x{first['size']} "
+            f"pixels, {first['dtype']}, {first['device']}, {first['threads']} threads; 0: not distinguishable from zero. "
+            f"In the paper: {'; '.join(sources)}.",
+        ]
+    )
+
+
+def _share(row: Row) -> str:
+    if "failed" in row:
+        return "failed"
+    return f"{figure(row['percent']['middle'])} %" if told_apart(row["percent"]) else "0"

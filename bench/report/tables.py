@@ -19,7 +19,7 @@ from typing import Any
 from bench.harness.checkout import RESULTS, ROOT
 from bench.harness.rows import read
 from bench.pictures.overhead_rows import select_overhead
-from bench.report.overhead_table import overhead_table
+from bench.report.overhead_table import overhead_table, speed_table
 
 RESOURCES = ROOT / "bench" / "resources.json"
 DOCS = ROOT / "docs"
@@ -302,6 +302,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rates": lambda: rates_table(last_line(RESULTS / "shapes_rates.jsonl")),
     "behaviour": lambda: behaviour_table(last_line(RESULTS / "shapes_behaviour.jsonl")),
     "overhead": lambda: overhead_table(select_overhead(read(RESULTS / "overhead.jsonl"))),
+    "speed": lambda: speed_table(select_overhead(read(RESULTS / "overhead.jsonl"))),
     "methods": lambda: methods_table(last_line(RESULTS / "shapes_methods.jsonl")),
     "gpu": lambda: gpu_table(RESULTS),
     **{name: partial(operations_table, RESULTS / "ops_cpu.jsonl", name) for name in FAMILIES},
