@@ -63,8 +63,7 @@ def _settings(rows: Sequence[Row]) -> str:
     )
     how = "with all that a form does not touch standing still" if first["still"] else "of whole evaluations"
     return (
-        f"{first['arch']}, {_weights(first)}, {first['size']}x{first['size']} pixels, batch {first['batch']}, DDIM, guidance, "
-        f"without refinement; {first['dtype']}"
+        f"{_place(first)}, batch {first['batch']}, DDIM, guidance, without refinement; {first['dtype']}"
         f"{', compiled but for published and diffusers' if first['compile'] else ''}; without encoding and decoding. "
         f"A plain step takes {plain:.3g} s. Added: the middle of {rounds} rounds in turn with plain steps, {how}, and "
         f"the 95 % interval of the paired differences by signed ranks{few}. A step is one in which the method is at "
@@ -74,8 +73,9 @@ def _settings(rows: Sequence[Row]) -> str:
     )
 
 
-def _weights(row: Row) -> str:
-    return "trained weights" if row["arch"] == "shapes" else "random weights"
+def _place(row: Row) -> str:
+    weights = "trained weights" if row["arch"] == "shapes" else "random weights"
+    return f"{row['arch']}, {weights}, {row['size']}x{row['size']} pixels"
 
 
 def speed_table(rows: Sequence[Row]) -> str:
@@ -93,9 +93,8 @@ def speed_table(rows: Sequence[Row]) -> str:
         [
             *("| " + " | ".join(line) + " |" for line in lines),
             "",
-            f"Added to 50 steps of plain sampling: {first['arch']}, {_weights(first)}, {first['size']}x{first['size']} "
-            f"pixels, {first['dtype']}, {first['device']}, {first['threads']} threads; 0: not distinguishable from zero. "
-            f"In the paper: {'; '.join(sources)}.",
+            f"Added to 50 steps of plain sampling: {_place(first)}, {first['dtype']}, {first['device']}, "
+            f"{first['threads']} threads; 0: not distinguishable from zero. In the paper: {'; '.join(sources)}.",
         ]
     )
 

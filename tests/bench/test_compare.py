@@ -10,12 +10,14 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.__main__ import main
+from bench.harness.checkout import git_state
 
 ROOT = Path(__file__).resolve().parents[2]
 # Each call of an operation does its work four times.
@@ -96,6 +98,7 @@ def checkout(repository: Path) -> Iterator[Path]:
 def compare(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """`bench compare` of the repository, in this process; its modules can be imported."""
     monkeypatch.setattr("bench.compare.main.ROOT", checkout)
+    monkeypatch.setattr("bench.harness.rows.git_state", partial(git_state, checkout))
 
     def run(*words: str) -> int:
         return main(["compare", *words])

@@ -174,6 +174,6 @@ def test_resources_are_summed_up_by_kernel(tables, tmp_path):
 def test_pages_show_what_the_result_files_hold(tables):
     for page in tables.PAGES:
         text = page.read_text(encoding="utf-8")
-        assert tables.fill(text) == text, "run python bench/tables.py"
-    assert "<!-- table:gpu -->" in (ROOT / "README.md").read_text(encoding="utf-8")
+        assert tables.fill(text) == text, "run python -m bench report"
+    assert "<!-- table:speed -->" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert "<!-- table:resources -->" in (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
