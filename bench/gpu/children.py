@@ -69,18 +69,7 @@ def describe(dry: bool, write: Write) -> None:
     write(row)
 
 
-@functools.cache
-def _checks(dry: bool) -> dict[str, list[Check]]:
-    return {"first": correctness.first_checks(dry), "further": correctness.further_checks(dry)}
-
-
-def plan_checks(dry: bool, write: Write) -> None:
-    """Write which checks there are; finding out asks whether there is a GPU, which the parent must not."""
-    write({"kind": "plan", "checks": {part: [check.row for check in found] for part, found in _checks(dry).items()}})
-
-
-def check(dry: bool, part: str, index: int, write: Write) -> None:
-    this = _checks(dry)[part][index]
+def check(this: Check, write: Write) -> None:
     start = time.perf_counter()
     correctness.run(this)
     write({**this.row, "seconds": time.perf_counter() - start})

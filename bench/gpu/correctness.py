@@ -2,8 +2,8 @@
 
     python -m bench.gpu.correctness    launch ten small cases and compare nothing: what compute-sanitizer is to look at
 
-The inputs, the plain PyTorch that errors are compared with and the rule are those of tests/support/kernel_cases.py and
-tests/support/numerics.py. The whole product of the sizes is the kernel tests' (`pytest -m full`).
+The plain PyTorch that errors are compared with and the rule are those of tests/support/kernel_cases.py. The whole
+product of the sizes is the kernel tests' (`pytest -m full`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.ops.base import trained, upstream
+from bench.ops.inputs import Case, Tensors
+from bench.ops.registry import ATTENTION, DECLARED, JUDGED
+
 IMAGE_TOKENS = (1, 63, 64, 256, 1024, 4096)
 TOKENS = (1, 77, 120, 333)
 WIDTHS = (40, 64, 80, 160)
@@ -27,10 +31,10 @@ CASE = "case "
 
 
 class Check(NamedTuple):
-    """One operation and one of `kernel_cases.Case`, with its gradients or without."""
+    """One operation and its inputs, with its gradients or without."""
 
     name: str
-    case: Any
+    case: Case
     backward: bool
 
     @property
@@ -38,26 +42,20 @@ class Check(NamedTuple):
         return {"kind": "check", "op": self.name, "case": str(self.case), "backward": self.backward}
 
 
-def _cases() -> Any:
-    """tests/support/kernel_cases.py. Importing it asks whether there is a GPU."""
-    return importlib.import_module("tests.support.kernel_cases")
-
-
-def _case(m: int, n: int = 77, d: int = 64, dtype: torch.dtype = HALF) -> Any:
+def _case(m: int, n: int = 77, d: int = 64, dtype: torch.dtype = HALF) -> Case:
     """Make inputs: half precision as projections give it, float32 with odd strides and NaN all around."""
-    edits = {"ids": ((0,),), "pinned": ((),)} if n == 1 else {}
-    return _cases().Case(m, n, d, dtype=dtype, strided=dtype != SINGLE, sigma=0.25 if m == 1 else None, **edits)
+    edits: dict[str, Any] = {"ids": ((0,),), "pinned": ((),)} if n == 1 else {}
+    return Case(m, n, d, dtype=dtype, strided=dtype != SINGLE, sigma=0.25 if m == 1 else None, **edits)
 
 
 @functools.cache
 def first_checks(tiny: bool = False) -> list[Check]:
     """List the gradients of every operation at every grid, the smallest first; then its output in the other dtypes."""
-    kernel_cases = _cases()
     if tiny:
-        small = kernel_cases.Case(16, 9, 8, ids=((3, 5),), pinned=((0,),))
-        return [Check(name, small, False) for name in kernel_cases.ATTENTION]
-    found = [Check(name, _case(m), True) for m in IMAGE_TOKENS for name in kernel_cases.OPERATIONS]
-    return found + [Check(x, _case(63, dtype=t), False) for x in kernel_cases.OPERATIONS for t in (BFLOAT, SINGLE)]
+        small = Case(16, 9, 8, ids=((3, 5),), pinned=((0,),))
+        return [Check(name, small, False) for name in ATTENTION]
+    found = [Check(name, _case(m), True) for m in IMAGE_TOKENS for name in JUDGED]
+    return found + [Check(x, _case(63, dtype=t), False) for x in JUDGED for t in (BFLOAT, SINGLE)]
 
 
 @functools.cache
@@ -68,38 +66,31 @@ def further_checks(tiny: bool = False) -> list[Check]:
     places = [_case(63, n=n) for n in TOKENS if n != 77]
     places += [_case(64, d=d) for d in WIDTHS if d != 64]
     places += [_case(63, dtype=BFLOAT), _case(63, dtype=SINGLE), _case(64, d=160, dtype=SINGLE)]
-    return [Check(name, case, True) for case in places for name in _cases().ATTENTION]
+    return [Check(name, case, True) for case in places for name in ATTENTION]
 
 
 @functools.lru_cache(maxsize=1)
-def _tensors(case: Any) -> Any:
+def _tensors(case: Case) -> Tensors:
     return case.tensors()
 
 
 def launch(check: Check) -> None:
     """Launch what a check launches."""
-    kernel_cases, tensors = _cases(), _tensors(check.case)
-    if check.backward:
-        with torch.enable_grad():
-            grads = kernel_cases.upstream(kernel_cases.OPERATIONS[check.name].run(check.case, "reference", tensors))
-            kernel_cases.triton_gradients(check.name, check.case, tensors, grads)
-    else:
-        kernel_cases.run_triton(check.name, check.case, tensors)
+    operation, t = DECLARED[check.name], _tensors(check.case)
+    if not check.backward:
+        operation.run(check.case, "triton", t)
+        return
+    grads = upstream(operation.run(check.case, "reference", t))
+    leaves = [x for x in operation.leaves if x in t]
+    if leaves:
+        trained(operation, t, leaves, grads, lambda t: operation.bind(check.case, t, "triton"))()
 
 
 def run(check: Check) -> None:
     """Raise AssertionError unless outputs, and gradients where they are asked for, are right."""
-    kernel_cases, (name, case, backward) = _cases(), check
-    tensors = _tensors(case)
+    kernel_cases: Any = importlib.import_module("tests.support.kernel_cases")
     with _poisoned():
-        with torch.no_grad():
-            outputs = kernel_cases.run_triton(name, case, tensors)
-        kernel_cases.assert_all_right(name, case, outputs, tensors)
-        if backward:
-            with torch.enable_grad():
-                grads = kernel_cases.upstream(outputs)
-                found = kernel_cases.triton_gradients(name, case, tensors, grads)
-                kernel_cases.assert_all_right(name, case, found, tensors, grads)
+        kernel_cases.check(check.name, check.case, check.backward)
 
 
 @contextmanager

@@ -26,8 +26,9 @@ from typing import Any
 from attnctl_fast.kernels import _launch
 
 from bench.compile import precompile, tune
-from bench.gpu import children, contest, stages
+from bench.gpu import children, contest, correctness, stages
 from bench.gpu.contest import Task
+from bench.gpu.correctness import Check
 from bench.gpu.plan import rivals, tasks
 from bench.gpu.stages import Item, Row
 from bench.harness.checkout import RESULTS, git_state
@@ -50,14 +51,13 @@ class Program:
         self.log = Log(None, {})
         self.found: dict[str, list[tune.Found]] = {}
         self.about: Row = {}
-        self.checks: dict[str, list[Row]] = {}
         self.unreached: list[str] = []
 
     def one_shot(self) -> None:
         if not self.device():
             return
         self.kernels()
-        self.stage("checks", 60, self.checking("first"))
+        self.stage("checks", 60, self.checking(correctness.first_checks(self.dry)))
         first, rest = (self.chosen(part) for part in tasks(self.dry))
         self.stage("times", 75, self.timing(first))
         kernels = [x for x in tune.FIRST if any(map(self.asked, tune.JUDGED_BY[x]))]
@@ -66,7 +66,7 @@ class Program:
             self.stage("times, tuned", 60, self.timing(first))
         self.stage("compiled rivals", 80, self.timing(self.chosen(rivals(self.dry)), 40))
         self.stage("memory", 40, [] if self.dry else [Item({"kind": "memory"}, children.sanitize, 40)])
-        self.stage("further", self.finish, [*self.checking("further"), *self.timing(rest)])
+        self.stage("further", self.finish, [*self.checking(correctness.further_checks(self.dry)), *self.timing(rest)])
 
     def comparisons(self) -> None:
         if not self.device():
@@ -104,9 +104,6 @@ class Program:
     def write(self, row: Row) -> None:
         """Put a row into the file; from some, learn what this process may not ask the GPU."""
         kind = row["kind"]
-        if kind == "plan":
-            self.checks = row["checks"]
-            return
         if kind == "device" and "failed" not in row:
             self._identify(row)
         if kind == "time":
@@ -148,14 +145,7 @@ class Program:
 
     def device(self) -> bool:
         """Find out what there is to measure on; False if nothing."""
-        self.stage(
-            "device",
-            20,
-            [
-                Item({"kind": "plan"}, partial(children.plan_checks, self.dry)),
-                Item({"kind": "device"}, partial(children.describe, self.dry)),
-            ],
-        )
+        self.stage("device", 20, [Item({"kind": "device"}, partial(children.describe, self.dry))])
         return "gpu" in self.log.common
 
     def kernels(self) -> None:
@@ -171,10 +161,8 @@ class Program:
             table = _launch.device_slug(self.about["gpu"])
             self.stage("compiling", 90, [Item({"kind": "cache"}, partial(children.compile_all, target, table), 90)])
 
-    def checking(self, part: str) -> list[Item]:
-        return [
-            Item(row, partial(children.check, self.dry, part, i)) for i, row in enumerate(self.checks.get(part, []))
-        ]
+    def checking(self, checks: Sequence[Check]) -> list[Item]:
+        return [Item(check.row, partial(children.check, check)) for check in checks]
 
     def timing(self, chosen: Sequence[Task], seconds: float = 30) -> list[Item]:
         bandwidth = 1e9 * self.log.common["copy_gb_per_s"]

@@ -15,6 +15,14 @@ DECLARED: dict[str, Operation] = {
     **maps.OPERATIONS,
     **context.OPERATIONS,
 }
+# Those that the tests' rule for errors judges row by row, forward and backward; the first ones compute attention.
+ATTENTION = (
+    *("attention", "target_statistics", "attention_with_maps", "region_attention"),
+    *("biased_attention", "regulated_attention"),
+)
+LOSSES = ("regulation_loss_official", "regulation_loss_paper")
+MAPS = tuple(name for name, operation in DECLARED.items() if operation.leaves == ("maps",))
+JUDGED = (*ATTENTION, "gaussian_bias", "merge_targets", *LOSSES, *MAPS)
 # Operation and timing, by the timing's name: the public function's, with what is differentiated behind it.
 OPERATIONS: dict[str, tuple[Operation, Timing]] = {
     name: (operation, timing) for operation in DECLARED.values() for name, timing in operation.timings.items()

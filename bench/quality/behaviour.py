@@ -14,6 +14,7 @@ import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -278,6 +279,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch-size", type=int, default=16)
     made.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     made.add_argument("--device", default="cpu")
+    made.add_argument("--results", type=Path, metavar="FILE", help="file to append to")
     return made
 
 
@@ -302,8 +304,8 @@ def run(arguments: argparse.Namespace) -> int:
         strips += strips_of(name, task, results, min(2, len(seeds)))
         print(behaviour_table(row), flush=True)
     path = RESULTS / ("shapes_behaviour_tuning.jsonl" if arguments.tune else "shapes_behaviour.jsonl")
-    append(path, row)
-    if not arguments.tune and len(arguments.tasks) == len(TASKS):
+    append(arguments.results or path, row)
+    if not (arguments.tune or arguments.results) and len(arguments.tasks) == len(TASKS):
         notes = [
             "Below each picture: what a detector found of the prompt's objects. Green frame: as asked for (see the "
             "questions of the table)."

@@ -14,6 +14,7 @@ import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -154,6 +155,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch-size", type=int, default=16)
     made.add_argument("--steps", type=int, default=STEPS)
     made.add_argument("--device", default="cpu")
+    made.add_argument("--results", type=Path, metavar="FILE", help="file to append to")
     return made
 
 
@@ -184,8 +186,9 @@ def run(arguments: argparse.Namespace) -> int:
         },
         **found,
     }
-    append(RESULTS / ("shapes_methods_tuning.jsonl" if arguments.tune else "shapes_methods.jsonl"), row)
+    path = RESULTS / ("shapes_methods_tuning.jsonl" if arguments.tune else "shapes_methods.jsonl")
+    append(arguments.results or path, row)
     print(methods_table(row))
-    if not arguments.tune and arguments.methods is None:
+    if not (arguments.tune or arguments.methods or arguments.results):
         picture(results, 4).save(ROOT / "docs" / "methods.png", optimize=True)
     return 0

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.ops.registry import ATTENTION, JUDGED
+from tests.support import kernel_cases
+
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,7 +69,7 @@ def test_one_shot_checks_measures_and_tunes_everything(bench, tmp_path):
         assert {"date", "gpu", "git", "versions", "copy_gb_per_s"} <= row.keys()
         by_kind.setdefault(row["kind"], []).append(row)
     assert len(by_kind["device"]) == 1
-    assert {row["op"] for row in by_kind["check"]} == set(bench.children.correctness._cases().ATTENTION)
+    assert {row["op"] for row in by_kind["check"]} == set(ATTENTION)
     assert not [row for row in by_kind["check"] if "failed" in row]
     by_operation = {}
     for row in by_kind["time"]:
@@ -102,7 +105,7 @@ def test_what_the_time_does_not_reach_is_named(bench, monkeypatch, tmp_path, cap
     real = bench.stages.run
 
     def run(items, *rest):
-        known = all(item.row["kind"] in ("plan", "device") for item in items)
+        known = all(item.row["kind"] == "device" for item in items)
         return real(items, *rest) if known else bench.stages.Outcome(list(items), 0.0, 0)
 
     monkeypatch.setattr(bench.stages, "run", run)
@@ -111,7 +114,7 @@ def test_what_the_time_does_not_reach_is_named(bench, monkeypatch, tmp_path, cap
     assert "not reached: checks: attention Case(m=16" in capsys.readouterr().out
     assert {row["stage"]: row["done"] for row in read(path) if row["kind"] == "stage"} == {
         **dict.fromkeys(("checks", "times", "tuning", "compiled rivals", "memory", "further"), 0),
-        "device": 2,
+        "device": 1,
     }
 
 
@@ -145,16 +148,15 @@ def test_a_run_that_is_killed_keeps_its_rows(tmp_path, number, status):
 
 
 def test_a_kernel_that_is_wrong_fails_its_check_and_no_other(bench, monkeypatch, tmp_path):
-    cases = bench.children.correctness._cases()
-    right = cases.run_triton
+    right = kernel_cases.run_triton
 
-    def run_triton(name, case, t):
+    def run_triton(name, case, t, *how):
         if name == "attention":
             os.kill(os.getpid(), signal.SIGKILL)
-        outputs = right(name, case, t)
+        outputs = right(name, case, t, *how)
         return {**outputs, "out": 2 * outputs["out"]} if name == "region_attention" else outputs
 
-    monkeypatch.setattr(cases, "run_triton", run_triton)
+    monkeypatch.setattr(kernel_cases, "run_triton", run_triton)
     path = tmp_path / "results.jsonl"
     assert dry_run_here(bench, "--one-shot", "--only", "gaussian_bias", "--results", path) == 1
     rows = read(path)
@@ -183,18 +185,16 @@ def test_the_aims_come_first_and_everything_comes_once(bench):
 
 def test_checks_cover_every_size_and_start_with_gradients(bench):
     module = bench.children.correctness
-    names = set(module._cases().OPERATIONS)
+    names = set(JUDGED)
     first, further = module.first_checks(), module.further_checks()
     backward = [check for check in first if check.backward]
     assert first[: len(backward)] == backward
     assert [check.case.m for check in backward] == sorted(check.case.m for check in backward)
     assert {(c.name, c.case.m) for c in backward} == set(itertools.product(names, module.IMAGE_TOKENS))
     assert {(c.name, c.case.dtype) for c in first} == set(itertools.product(names, module.DTYPES))
-    attention = [c for c in (*first, *further) if c.backward and c.name in module._cases().ATTENTION]
+    attention = [c for c in (*first, *further) if c.backward and c.name in ATTENTION]
     for values, of in ((module.TOKENS, "n"), (module.WIDTHS, "d"), (module.DTYPES, "dtype")):
-        assert {(c.name, getattr(c.case, of)) for c in attention} == set(
-            itertools.product(module._cases().ATTENTION, values)
-        )
+        assert {(c.name, getattr(c.case, of)) for c in attention} == set(itertools.product(ATTENTION, values))
     assert {c.name for c in module.sanitized()} <= names and len(module.sanitized()) == module.SANITIZED
 
 

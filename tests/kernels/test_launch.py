@@ -19,17 +19,12 @@ from attnctl_fast.attach.attention import Attention
 from attnctl_fast.attach.call import Call
 from attnctl_fast.attach.rows import Rows
 from attnctl_fast.methods import energy_context
+from bench.ops.base import upstream
+from bench.ops.inputs import Case
+from bench.ops.registry import ATTENTION
+from bench.ops.regulation import statistics_of
 from tests.support import tiny
-from tests.support.kernel_cases import (
-    ATTENTION,
-    OPERATIONS,
-    Case,
-    check,
-    gradients,
-    run_triton,
-    statistics_of,
-    upstream,
-)
+from tests.support.kernel_cases import OPERATIONS, check, gradients, run_triton
 from tests.support.marks import full
 from tests.support.numerics import DEVICE
 

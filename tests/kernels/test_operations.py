@@ -15,19 +15,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnctl_fast import ops
-from tests.support.kernel_cases import (
-    ATTENTION,
-    LOSSES,
-    MAPS,
-    OPERATIONS,
-    Case,
-    check,
-    fenced,
-    gradients,
-    run_triton,
-    triton_gradients,
-    upstream,
-)
+from bench.ops.base import upstream
+from bench.ops.inputs import Case, fenced
+from bench.ops.registry import ATTENTION, LOSSES, MAPS
+from tests.support.kernel_cases import OPERATIONS, check, gradients, run_triton, triton_gradients
 from tests.support.marks import full_pairs, pairs
 from tests.support.numerics import DEVICE
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from attnctl_fast import ops
 from attnctl_fast.ops import TargetStatistics
-from tests.support.kernel_cases import Case, fenced, statistics_of
-from tests.support.numerics import DEVICE, carried_by_lse, rand, randn
+from bench.ops.inputs import Case, fenced, rand, randn
+from bench.ops.regulation import statistics_of
+from tests.support.numerics import DEVICE, carried_by_lse
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

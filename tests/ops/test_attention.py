@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnctl_fast import ops, reference, use
+from bench.ops.inputs import attention_inputs, rand, randn
 from tests.support.marks import full_pairs, pairs
 from tests.support.numerics import (
     DEVICE,
@@ -20,14 +21,11 @@ from tests.support.numerics import (
     Plain,
     assert_right,
     assert_rows_close,
-    attention_inputs,
     carried_by_lse,
     carried_to_gradients,
     full_softmax_output,
     plain_gradients,
     plain_results,
-    rand,
-    randn,
     widest,
 )
 

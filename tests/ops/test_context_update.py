@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from attnctl_fast import ops
-from tests.support.kernel_cases import fenced
+from bench.ops.inputs import attention_inputs, fenced, rand, randn
 from tests.support.marks import full, full_pairs, pairs
 from tests.support.numerics import (
     DEVICE,
@@ -20,13 +20,10 @@ from tests.support.numerics import (
     Plain,
     assert_right,
     assert_rows_close,
-    attention_inputs,
     carried_to_gradients,
     orders,
     plain_gradients,
     plain_results,
-    rand,
-    randn,
     widest,
 )
 

@@ -12,7 +12,8 @@ import torch
 
 import attnctl_fast as ac
 from attnctl_fast import ops
-from tests.support.numerics import DEVICE, TRITON, attention_inputs, rand, randn
+from bench.ops.inputs import attention_inputs, rand, randn
+from tests.support.numerics import DEVICE, TRITON
 
 
 @pytest.fixture

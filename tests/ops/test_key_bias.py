@@ -9,19 +9,18 @@ import pytest
 import torch
 
 from attnctl_fast import ops
-from tests.support.kernel_cases import ATTENTION, Case, check, fenced
+from bench.ops.inputs import Case, attention_inputs, fenced, rand, randn
+from bench.ops.registry import ATTENTION
+from tests.support.kernel_cases import check
 from tests.support.numerics import (
     DEVICE,
     IMPLS,
     TRITON,
     assert_right,
     assert_rows_close,
-    attention_inputs,
     carried_to_gradients,
     plain_gradients,
     plain_results,
-    rand,
-    randn,
     widest,
 )
 from tests.support.regions import full_maps, regions

@@ -12,6 +12,7 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnctl_fast import ops
+from bench.ops.inputs import attention_inputs, randn
 from tests.support.marks import pairs
 from tests.support.numerics import (
     DEVICE,
@@ -20,12 +21,10 @@ from tests.support.numerics import (
     TRITON,
     assert_right,
     assert_rows_close,
-    attention_inputs,
     carried_through_maps,
     carried_to_maps,
     chosen_maps,
     plain_gradients,
-    randn,
     widest,
 )
 

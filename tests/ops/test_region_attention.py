@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from attnctl_fast import ops
-from tests.support.kernel_cases import fenced
+from bench.ops.inputs import attention_inputs, fenced, rand
 from tests.support.marks import full_pairs, pairs
-from tests.support.numerics import DEVICE, IMPLS, assert_right, attention_inputs, rand, widest
+from tests.support.numerics import DEVICE, IMPLS, assert_right, widest
 from tests.support.regions import full_maps, regions
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

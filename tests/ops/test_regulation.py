@@ -13,8 +13,9 @@ from attnctl_fast.ops import TargetStatistics
 from attnctl_fast.ops._objective import Objective
 from attnctl_fast.ops.gaussian_bias import axis_basis, basis_axes, full_basis
 from attnctl_fast.ops.regulate import descend
+from bench.ops.inputs import SEED, attention_inputs, rand, randn
 from tests.support.marks import full, pairs
-from tests.support.numerics import DEVICE, FAST, IMPLS, SEED, attention_inputs, rand, randn, widest
+from tests.support.numerics import DEVICE, FAST, IMPLS, widest
 
 OBJECTIVES = ["official", "paper"]
 # In the interpreter one, where the objectives are not what is tested.

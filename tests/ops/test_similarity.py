@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from attnctl_fast import ops
-from tests.support.kernel_cases import MAPS, Case, check
+from bench.ops.inputs import Case, rand, randn
+from bench.ops.registry import MAPS
+from tests.support.kernel_cases import check
 from tests.support.marks import pairs
-from tests.support.numerics import DEVICE, IMPLS, TRITON, Plain, assert_rows_close, rand, randn, widest
+from tests.support.numerics import DEVICE, IMPLS, TRITON, Plain, assert_rows_close, widest
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 VARIANTS = ["cosine", "normalised_cosine", "absolute"]

@@ -11,8 +11,7 @@ from torch import Tensor
 from attnctl_fast import ops
 from bench.ops.base import upstream, wide
 from bench.ops.inputs import Case, Tensors, fenced
-from bench.ops.registry import DECLARED
-from bench.ops.regulation import statistics_of  # noqa: F401
+from bench.ops.registry import ATTENTION, DECLARED, JUDGED, LOSSES, MAPS
 from tests.support.numerics import (
     DEVICE,
     Plain,
@@ -27,13 +26,7 @@ from tests.support.numerics import (
 from tests.support.rounding import Shared
 
 IMPL = "triton"
-ATTENTION = (
-    *("attention", "target_statistics", "attention_with_maps", "region_attention"),
-    *("biased_attention", "regulated_attention"),
-)
-MAPS = tuple(name for name in DECLARED if DECLARED[name].leaves == ("maps",))
-LOSSES = ("regulation_loss_official", "regulation_loss_paper")
-OPERATIONS = {name: DECLARED[name] for name in (*ATTENTION, "gaussian_bias", "merge_targets", *LOSSES, *MAPS)}
+OPERATIONS = {name: DECLARED[name] for name in JUDGED}
 
 
 def plain(name: str, case: Case, t: Tensors, parts: int = 1) -> Tensors:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.ops.inputs import SEED, attention_inputs, default_device, rand, randn  # noqa: F401
+from bench.ops.inputs import default_device
 from tests.support.rounding import Shared, floor
 
 ULPS = 4

@@ -13,16 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl_fast import ops
+from bench.ops.inputs import attention_inputs, randn
 from tests.support.marks import full
-from tests.support.numerics import (
-    ULPS,
-    Plain,
-    assert_rows_close,
-    attention_inputs,
-    plain_gradients,
-    plain_results,
-    randn,
-)
+from tests.support.numerics import ULPS, Plain, assert_rows_close, plain_gradients, plain_results
 from tests.support.rounding import RandomRounding, floor
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
