@@ -56,32 +56,32 @@ LONG = (
 # Every width, text length and dtype at the grid where the models have it, all forms at one of them, and the widest
 # heads that there may be. Kernels do not depend on batch, heads and, but for the solver, the grid.
 LAYERS: list[tuple[torch.dtype, Layer, Sequence[str]]] = [
-    (torch.float16, Layer("", 20, (16, 16), 64), ALL),
-    (torch.float16, Layer("", 8, (64, 64), 40), MOST),
-    (torch.float16, Layer("", 8, (32, 32), 80), MOST),
-    (torch.float16, Layer("", 8, (16, 16), 160), MOST),
-    (torch.float16, Layer("", 20, (32, 32), 64, tokens=154), LONG),
-    (torch.bfloat16, Layer("", 20, (32, 32), 64), SOME),
-    (torch.float32, Layer("", 20, (16, 16), 64), SOME),
-    (torch.float32, Layer("", 8, (16, 16), 160), SOME),
-    (torch.float16, Layer("", 8, (16, 16), 256), SOME),
-    (torch.float32, Layer("", 8, (16, 16), 256), SOME),
+    (torch.float16, Layer("", 2, (16, 16), 64), ALL),
+    (torch.float16, Layer("", 2, (64, 64), 40), MOST),
+    (torch.float16, Layer("", 2, (32, 32), 80), MOST),
+    (torch.float16, Layer("", 2, (16, 16), 160), MOST),
+    (torch.float16, Layer("", 2, (32, 32), 64, tokens=154), LONG),
+    (torch.bfloat16, Layer("", 2, (32, 32), 64), SOME),
+    (torch.float32, Layer("", 2, (16, 16), 64), SOME),
+    (torch.float32, Layer("", 2, (16, 16), 160), SOME),
+    (torch.float16, Layer("", 2, (16, 16), 256), SOME),
+    (torch.float32, Layer("", 2, (16, 16), 256), SOME),
 ]
 OFFICIAL = ("regulate", "regulate_again", "regulation_loss_official, bias gradient")
 PAPER = ("regulate_paper", "regulate_paper_again")
 SOLVED: list[tuple[Layer, Sequence[str]]] = [
-    *((Layer("", 8, (side, side), 64), OFFICIAL) for side in (8, 16, 32, 64)),
-    *((Layer("", 8, (side, side), 64, targets=8), OFFICIAL) for side in (16, 32, 64)),
-    (Layer("", 8, (16, 16), 64), (*PAPER, "gaussian_bias, gradients")),
+    *((Layer("", 2, (side, side), 64), OFFICIAL) for side in (8, 16, 32, 64)),
+    *((Layer("", 2, (side, side), 64, targets=8), OFFICIAL) for side in (16, 32, 64)),
+    (Layer("", 2, (16, 16), 64), (*PAPER, "gaussian_bias, gradients")),
     (
-        Layer("", 8, (16, 16), 64),
+        Layer("", 2, (16, 16), 64),
         (
             *("regulation_loss_official, gradients", "regulation_loss_paper, bias gradient"),
             "regulation_loss_paper, gradients",
         ),
     ),
-    *((Layer("", 8, (side, side), 64), PAPER) for side in (32, 64)),
-    *((Layer("", 8, (side, side), 64), ("regulate_scaled", "regulate_scaled_again")) for side in (16, 32, 64)),
+    *((Layer("", 2, (side, side), 64), PAPER) for side in (32, 64)),
+    *((Layer("", 2, (side, side), 64), ("regulate_scaled", "regulate_scaled_again")) for side in (16, 32, 64)),
 ]
 # Tokens, image tokens along a side, and the dtype of maps that are compared; a prompt has up to 75 tokens.
 COMPARED: list[tuple[int, int, torch.dtype, Sequence[str]]] = [
