@@ -14,12 +14,20 @@ SETTING = ("arch", "size", "dtype", "batch", "compile", "threads")
 
 
 def select_overhead(rows: Iterable[Row]) -> list[Row]:
-    """The run with most forms of methods, of a real architecture if there is one; among equals a GPU's, then the
-    nearest to the setting of the papers, then the newest."""
-    runs: dict[tuple[Any, ...], list[Row]] = {}
+    """Return the newest row of every form, of the commit, machine and setting with most forms.
+
+    Of a real architecture if there is one; among equals a GPU's, then the nearest to the setting of the papers, then the
+    newest. A later run of a commit may so measure what an earlier one had no time for; where files were changed, each
+    run is by itself.
+    """
+    runs: dict[tuple[Any, ...], dict[tuple[str, str], Row]] = {}
     for row in rows:
         if row.get("kind") == KIND:
-            runs.setdefault((row["run"], device(row), *(row[name] for name in SETTING)), []).append(row)
+            state = row["run"] if row["dirty"] else row["git"]
+            found = runs.setdefault((state, device(row), *(row[name] for name in SETTING)), {})
+            form = row["method"], row["form"]
+            if form not in found or "failed" not in row:
+                found[form] = row
 
     def rank(run: list[Row]) -> tuple[Any, ...]:
         row = run[0]
@@ -27,7 +35,8 @@ def select_overhead(rows: Iterable[Row]) -> list[Row]:
         forms = row["arch"] != "shapes", sum(map(measured, run))
         return *forms, on_gpu(row), -row["batch"], not row["compile"], -off, moment(row)
 
-    return max((run for run in runs.values() if any(map(measured, run))), key=rank, default=[])
+    every = (list(found.values()) for found in runs.values())
+    return max((run for run in every if any(map(measured, run))), key=rank, default=[])
 
 
 def measured(row: Row) -> bool:

@@ -396,14 +396,17 @@ def test_intervals_of_few_and_of_many() -> None:
         confident([1.0])
 
 
-def test_the_run_with_most_forms_is_shown() -> None:
+def test_the_commit_with_most_forms_is_shown() -> None:
     common = {"kind": KIND, "arch": "sd2", "size": 512, "dtype": "float32", "batch": 1, "compile": False}
-    common |= {"device": "a CPU", "threads": 2, "versions": {}}
+    common |= {"device": "a CPU", "threads": 2, "versions": {}, "git": "1", "dirty": False}
     rows = [
         {**common, "run": run, "method": method, "form": "ours", **more}
         for run, method, more in [("1", "A", {}), ("1", "B", {}), ("2", "A", {}), ("2", "B", {"failed": "no"})]
     ]
-    assert [row["run"] for row in select_overhead([*rows, {"kind": "official"}])] == ["1", "1"]
+    other = {**rows[0], "git": "2", "run": "3"}
+    assert [row["run"] for row in select_overhead([*rows, other, {"kind": "official"}])] == ["2", "1"]
+    changed = [{**row, "dirty": True} for row in rows]
+    assert [row["run"] for row in select_overhead([*changed, other])] == ["1", "1"]
     assert [row["arch"] for row in select_overhead([{**rows[0], "arch": "shapes"}, *rows[:1]])] == ["sd2"]
     assert select_overhead([{**row, "failed": "no"} for row in rows]) == []
 
