@@ -16,9 +16,9 @@ SETTING = ("arch", "size", "dtype", "batch", "compile", "threads")
 def select_overhead(rows: Iterable[Row]) -> list[Row]:
     """Return the newest row of every form, of the commit, machine and setting with most forms.
 
-    Of a real architecture if there is one; among equals a GPU's, then the nearest to the setting of the papers, then the
-    newest. A later run of a commit may so measure what an earlier one had no time for; where files were changed, each
-    run is by itself.
+    Of a real architecture if there is one; among equals a GPU's, then the nearest to the setting of the papers, then
+    the newest. A later run of a commit may so measure what an earlier one had no time for; where files were changed,
+    each run is by itself.
     """
     runs: dict[tuple[Any, ...], dict[tuple[str, str], Row]] = {}
     for row in rows:
