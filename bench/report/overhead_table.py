@@ -94,7 +94,7 @@ def speed_table(rows: Sequence[Row]) -> str:
             *("| " + " | ".join(line) + " |" for line in lines),
             "",
             f"Added to 50 steps of plain sampling: {_place(first)}, {first['dtype']}, {first['device']}, "
-            f"{first['threads']} threads; 0: not distinguishable from zero. In the paper: {'; '.join(sources)}.",
+            f"{first['threads']} threads; from a to b: not distinguishable from zero. In the paper: {'; '.join(sources)}.",
         ]
     )
 
@@ -102,4 +102,5 @@ def speed_table(rows: Sequence[Row]) -> str:
 def _share(row: Row) -> str:
     if "failed" in row:
         return "failed"
-    return f"{figure(row['percent']['middle'])} %" if told_apart(row["percent"]) else "0"
+    low, middle, high = (figure(row["percent"][key]) for key in ("low", "middle", "high"))
+    return f"{middle} %" if told_apart(row["percent"]) else f"{low} to {high} %"
