@@ -94,7 +94,8 @@ def speed_table(rows: Sequence[Row]) -> str:
             *("| " + " | ".join(line) + " |" for line in lines),
             "",
             f"Added to 50 steps of plain sampling: {_place(first)}, {first['dtype']}, {first['device']}, "
-            f"{first['threads']} threads; from a to b: not distinguishable from zero. In the paper: {'; '.join(sources)}.",
+            f"{first['threads']} threads; from a to b: not distinguishable from zero. "
+            f"In the paper: {'; '.join(sources)}.",
         ]
     )
 

@@ -120,12 +120,17 @@ def registered():
     return sorted(name for namespace, _, name in schemas if namespace == "attnctl_fast")
 
 
+def of(name):
+    """The implementation that an operation is of."""
+    return next((impl for impl in ("reference", "triton") if f"_{impl}" in name), "eager")
+
+
 def is_composite(name):
     """PyTorch itself makes the fake and the derivative of such a one."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"attnctl_fast::{name}", "CompositeImplicitAutograd")
 
 
-# What a composite can be wrong in by itself, and any operation for tensors that lie otherwise.
+# What a composite can be wrong in by itself, and any operation for other arguments than the first.
 DECLARED_PARTS = ("test_schema", "test_faketensor")
 
 
@@ -133,11 +138,19 @@ DECLARED_PARTS = ("test_schema", "test_faketensor")
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("name", registered())
 def test_opcheck(name, strided):
-    impl = next((impl for impl in ("reference", "triton") if f"_{impl}" in name), "eager")
+    impl = of(name)
     assert calls(impl, strided)[name], "no declared operation calls it"
-    parts = {"test_utils": DECLARED_PARTS} if strided or is_composite(name) else {}
-    for given in calls(impl, strided)[name]:
-        opcheck(getattr(torch.ops.attnctl_fast, name), given, **parts)
+    for place, given in enumerate(calls(impl, strided)[name]):
+        whole = place == 0 and not strided and not is_composite(name)
+        opcheck(getattr(torch.ops.attnctl_fast, name), given, **({} if whole else {"test_utils": DECLARED_PARTS}))
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("name", registered())
+def test_everything_that_opcheck_knows(name):
+    for given in calls(of(name), False)[name]:
+        opcheck(getattr(torch.ops.attnctl_fast, name), given)
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
