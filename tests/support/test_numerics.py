@@ -135,8 +135,8 @@ FORMS = ["out", "update", "dq", "dk"]
     ],
 )
 def test_a_correct_form_is_hardly_ever_refused(form, dtype, draws):
-    """By the floor and the ulps alone, whatever luck plain PyTorch has: in fewer than one row in a million, so in none
-    of these. Every sample of a batch is drawn by itself."""
+    """By the floor, the ulps and what a logsumexp carries, whatever luck plain PyTorch has: in fewer than one row in a
+    million, so in none of these. Every sample of a batch is drawn by itself."""
     for seed, (m, n, d) in enumerate([(64, 20, 16), (40, 77, 24), (129, 9, 8)]):
         q, k, v = (randn(draws, 2, side, d, dtype=dtype, seed=10 * seed + i) for i, side in enumerate((m, n, n)))
         actual, plain = made_by(form, q, (1 + seed) * k, v)
