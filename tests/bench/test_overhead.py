@@ -411,6 +411,7 @@ def test_the_commit_with_most_forms_is_shown() -> None:
     assert select_overhead([{**row, "failed": "no"} for row in rows]) == []
 
 
+@pytest.mark.full
 def test_compiled_forms_are_timed_when_all_is_compiled(
     few_rounds: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: sampling.Setting
 ) -> None:

@@ -138,9 +138,10 @@ DECLARED_PARTS = ("test_schema", "test_faketensor")
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("name", registered())
 def test_opcheck(name, strided):
-    impl = of(name)
-    assert calls(impl, strided)[name], "no declared operation calls it"
-    for place, given in enumerate(calls(impl, strided)[name]):
+    found = calls(of(name), strided)[name]
+    assert found, "no declared operation calls it"
+    # Other kinds of calls lie otherwise in the tests of fake tensors.
+    for place, given in enumerate(found[:1] if strided else found):
         whole = place == 0 and not strided and not is_composite(name)
         opcheck(getattr(torch.ops.attnctl_fast, name), given, **({} if whole else {"test_utils": DECLARED_PARTS}))
 
