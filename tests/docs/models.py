@@ -68,14 +68,14 @@ def mask_image() -> torch.Tensor:
     return mask
 
 
-IMAGE: Callable[[], Options] = lambda: {"image": picture(), "strength": 1.0}  # noqa: E731
-INPAINT: Callable[[], Options] = lambda: {  # noqa: E731
-    "image": picture(),
-    "mask_image": mask_image(),
-    "height": 64,
-    "width": 64,
-    "strength": 1.0,
-}
+def image() -> Options:
+    return {"image": picture(), "strength": 1.0}
+
+
+def inpainting() -> Options:
+    return {**image(), "mask_image": mask_image(), "height": 64, "width": 64}
+
+
 XL = {"kind": "sdxl"}
 PAG = {"pag_applied_layers": ["down_blocks.1"]}
 # What a row is called, the pipeline's class, how it is built, and how it is called.
@@ -83,11 +83,11 @@ PIPELINES: list[tuple[str, str, Options, Callable[[], Options]]] = [
     ("SD 1.x", "StableDiffusionPipeline", {}, dict),
     ("SD 2.x", "StableDiffusionPipeline", {"kind": "sd2"}, dict),
     ("SDXL", "StableDiffusionXLPipeline", XL, dict),
-    ("SD image to image", "StableDiffusionImg2ImgPipeline", {}, IMAGE),
-    ("SDXL image to image", "StableDiffusionXLImg2ImgPipeline", XL, IMAGE),
-    ("SD inpainting", "StableDiffusionInpaintPipeline", {}, INPAINT),
-    ("SD inpainting, 9 channels", "StableDiffusionInpaintPipeline", {"in_channels": 9}, INPAINT),
-    ("SDXL inpainting", "StableDiffusionXLInpaintPipeline", XL, INPAINT),
+    ("SD image to image", "StableDiffusionImg2ImgPipeline", {}, image),
+    ("SDXL image to image", "StableDiffusionXLImg2ImgPipeline", XL, image),
+    ("SD inpainting", "StableDiffusionInpaintPipeline", {}, inpainting),
+    ("SD inpainting, 9 channels", "StableDiffusionInpaintPipeline", {"in_channels": 9}, inpainting),
+    ("SDXL inpainting", "StableDiffusionXLInpaintPipeline", XL, inpainting),
     ("SD with ControlNet", "StableDiffusionControlNetPipeline", {}, lambda: {"image": picture()}),
     ("Perturbed attention guidance", "StableDiffusionPAGPipeline", PAG, lambda: {"pag_scale": 2.0}),
     (
