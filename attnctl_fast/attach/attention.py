@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from .rows import Rows
 
 if TYPE_CHECKING:
@@ -23,6 +24,16 @@ def plain(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float
     return _scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
+def with_logsumexp(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Return `plain` and the logsumexp of the logits, `[B,H,M]`, by the fastest attention that gives both."""
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if q.is_cuda and key_bias is None and not differentiated and q.dtype in (torch.float16, torch.bfloat16):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, scale=scale)
+        return out, lse
+    out, lse = ops.attention(q, k, v, scale=scale, key_bias=key_bias, return_lse=True)
+    return out, lse
+
+
 class Attention:
     """One attention call of the model while methods act on it.
 
@@ -35,6 +46,8 @@ class Attention:
         rows: which rows are conditional.
         module: the attention module.
         moved: the context is not what the model hands to every layer.
+        text: of joint attention, the first column of the text and how many it has; then q are the image's queries, and
+            k and v hold all columns. None where the text is apart.
         probabilities: of the conditional rows, as in `Edited`.
     """
 
@@ -50,17 +63,24 @@ class Attention:
         module: Any,
         tokens: int | None = None,
         moved: bool = False,
+        text: tuple[int, int] | None = None,
     ) -> None:
-        self.module = module
+        self.module, self.text = module, text
         self._keys_values = k, v
         if tokens is not None and tokens < k.shape[2]:
             k, v = k[:, :, :tokens], v[:, :, :tokens]
         self.q, self.k, self.v = q, k, v
         self.key_bias, self.scale, self.rows, self.moved = key_bias, scale, rows, moved
-        self.probabilities: Callable[[Tensor, int], Tensor] | None = None
+        self.probabilities: Callable[[Tensor, int, slice], Tensor] | None = None
         self._whole: Tensor | None = None
         self._conditional: Tensor | None = None
         self._unconditional: Tensor | None = None
+
+    def column_ids(self, token_ids: Tensor) -> Tensor:
+        """Return the columns of k and v that hold these tokens of the text, of the same shape, padded as they are."""
+        if self.text is None or not self.text[0]:
+            return token_ids
+        return torch.where(token_ids < 0, token_ids, token_ids + self.text[0])
 
     def columns(self, site: Site) -> tuple[Tensor, Tensor]:
         """Return keys and values `[R,H,L,d]` of the contexts that a run added at its site."""
@@ -71,7 +91,7 @@ class Attention:
     def _of(self, take: Callable[[Tensor], Tensor], rows: Rows) -> Attention:
         bias = None if self.key_bias is None else take(self.key_bias)
         q, k, v = take(self.q), take(self.k), take(self.v)
-        one = Attention(q, k, v, bias, self.scale, rows, module=self.module, moved=self.moved)
+        one = Attention(q, k, v, bias, self.scale, rows, module=self.module, moved=self.moved, text=self.text)
         one.probabilities = self.probabilities
         return one
 
@@ -93,6 +113,15 @@ class Attention:
     def plain(self) -> Tensor:
         """Return what the model's own attention of these q, k, v is, `[R,H,M,d]`."""
         return plain(self.q, self.k, self.v, self.key_bias, self.scale)
+
+    def logsumexp(self) -> Tensor:
+        """Return the logsumexp of every row's logits, `[R,H,M]`, at least float32.
+
+        The attention that it comes from is `fill`ed in.
+        """
+        out, lse = with_logsumexp(self.q, self.k, self.v, self.key_bias, self.scale)
+        self.fill(out)
+        return lse
 
     def fill(self, whole: Tensor) -> None:
         """Set the attention of all rows that nobody has set, from that of all rows `[R,H,M,d]`."""

@@ -1,4 +1,4 @@
-"""Cross-attention maps for looking at."""
+"""Attention maps for looking at."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from .attention import Attention
 from .call import Call, Site
 from .evaluation import Evaluation
@@ -19,13 +20,14 @@ from .rows import Rows, taken
 
 
 class AttentionMaps(Mapping[str, Tensor]):
-    """Cross-attention maps of the last pipeline call, by layer in order of execution.
+    """Attention of the image to the text in the last pipeline call, by layer in order of execution.
 
-    They are averaged over the heads, and of the conditional rows.
+    It is averaged over the heads, and of the conditional rows. In joint attention it is the model's own softmax over
+    image and text together, so that a place's maps of all tokens add up to less than one.
 
     `maps["down_blocks.2.attentions.0.transformer_blocks.0.attn2"]` is a float32 CPU tensor
-    `[evaluations, B, n, height, width]`: one entry per UNet evaluation (and view, of a panorama), B images (prompt by
-    prompt), n tokens. Where a method edits the layer, its edited maps are shown.
+    `[evaluations, B, n, height, width]`: one entry per evaluation of the model (and view, of a panorama), B images
+    (prompt by prompt), n tokens. Where a method edits the layer, its edited maps are shown.
 
     Attributes:
         token_ids: the positions captured, one list per prompt.
@@ -141,7 +143,18 @@ class _Recording(Run):
 
     def attend(self, site: Site, attention: Attention) -> None:
         if attention.rows.conditional:
-            site.maps = mean_maps(attention.conditional, self._token_ids, self._kept)
+            site.maps = self._of(attention)
+
+    def _of(self, attention: Attention) -> Tensor:
+        """Return attention to the tokens, mean over heads, `[B,n,M]`, with the edit in it if there was one."""
+        one, ids = attention.conditional, attention.column_ids(self._token_ids)
+        if attention.text is None or attention.probabilities is not None:
+            return mean_maps(one, ids, self._kept)
+        with torch.no_grad():
+            lse = attention.rows.take(attention.logsumexp())
+            q, k, lse = (taken(x, self._kept) for x in (one.q, one.k, lse))
+            bias = None if one.key_bias is None else taken(one.key_bias, self._kept)
+            return ops.maps_from_lse(q, k, lse, ids, scale=one.scale, key_bias=bias)
 
     def after_denoiser(self, output: Tensor) -> Tensor:
         for site in self._sites:
@@ -152,24 +165,33 @@ class _Recording(Run):
         return output
 
 
+# Logits of one head that are held at a time.
+TILE = 1 << 22
+
+
 @torch.no_grad()
 def mean_maps(attention: Attention, token_ids: Tensor, kept: list[int]) -> Tensor:
-    """Return attention to the tokens, mean over heads, `[B,n,M]`, at least float32.
+    """Return attention to the columns `token_ids`, mean over heads, `[B,n,M]`, at least float32.
 
-    It has the edit in it if there was one. One head at a time: nothing of size B*H*M*N.
+    It has the edit in it if there was one. One head and some image tokens at a time: nothing of size M*N, let alone
+    B*H*M*N.
 
     Args:
         attention: of the conditional rows.
         token_ids: of the rows that are kept, `[B,n]`, padded with -1.
         kept: which rows.
     """
-    q, k = attention.q, attention.k
-    total = torch.zeros(len(q), q.shape[2], k.shape[2], device=q.device)
-    for head in range(q.shape[1]):
-        logits = attention.scale * (q[:, head].float() @ k[:, head].float().mT)
-        if attention.key_bias is not None:
-            logits = logits + attention.key_bias[:, None]
-        edited = attention.probabilities
-        total += logits.softmax(-1) if edited is None else edited(logits, head)
-    total = taken(total, kept)
-    return one_hot(token_ids, len(total), k.shape[2], total) @ total.mT / q.shape[1]
+    q, k, edited = attention.q, attention.k, attention.probabilities
+    batch, heads, image, tokens = *q.shape[:3], k.shape[2]
+    total = torch.zeros(len(kept), token_ids.shape[1], image, device=q.device)
+    chosen = one_hot(token_ids, len(kept), tokens, total)
+    step = max(1, TILE // (batch * tokens))
+    for head in range(heads):
+        for start in range(0, image, step):
+            rows = slice(start, min(start + step, image))
+            logits = attention.scale * (q[:, head, rows].float() @ k[:, head].float().mT)
+            if attention.key_bias is not None:
+                logits = logits + attention.key_bias[:, None]
+            found = logits.softmax(-1) if edited is None else edited(logits, head, rows)
+            total[..., rows] += chosen @ taken(found, kept).mT
+    return total / heads

@@ -215,6 +215,8 @@ class PipelineCall:
         self._patches: list[Patch] = []
         self._tap: SchedulerTap | None = None
         self._timestep: Any = None
+        self._stepped, self._own_times = 0, False
+        self._size: tuple[Any, tuple[int, int]] | None = None
         self._known: list[tuple[Tensor, int, Rows]] = []
         self._replayed: tuple[Tensor, Tensor] | None = None
         self._places: dict[str, Place] = {}
@@ -230,8 +232,9 @@ class PipelineCall:
 
     def _encoding(self, patch: Patch, *args: Any, **kwargs: Any) -> Any:
         result = patch.inner(*args, **kwargs)
-        rest = [] if isinstance(result, Tensor) else [x for x in result[1:2] if isinstance(x, Tensor)]
-        first = result if isinstance(result, Tensor) else result[0]
+        first, *rest = [result] if isinstance(result, Tensor) else result
+        # Contexts of the negative prompt, among masks, pooled embeddings and positions.
+        rest = [x for x in rest if isinstance(x, Tensor) and x.ndim == 3 and x.shape[2] == first.shape[2]]
         if self.public is not None:
             # Before the first step a pipeline may encode its negative prompt by itself; later a callback changes both.
             (self._others if self.public.evaluation < 0 else self._texts).append(first)
@@ -342,7 +345,7 @@ class PipelineCall:
         if self in self.engine.calls:
             self.engine.calls.remove(self)
         # Runs and the call know each other: without this, their memory would wait for the garbage collector.
-        self.public = self._timestep = self._tap = self._replayed = self._acting = None
+        self.public = self._timestep = self._tap = self._replayed = self._acting = self._size = None
         self._patches, self._texts, self._others, self._places = [], [], [], {}
         self._known.clear()
         _end_all(runs)
@@ -355,10 +358,13 @@ class PipelineCall:
         family = engine.family
         given = family.arguments(engine.model, args, kwargs)
         sample = given[family.sample]
-        call.latents = sample.shape[-2], sample.shape[-1]
+        call.latents = self._latents(given)
         rows = self._rows(given[family.text])
         timestep = given[family.timestep]
-        if not _same(timestep, self._timestep, self.pipe.scheduler.timesteps):
+        stepped, self._stepped = tap.steps != self._stepped, tap.steps
+        # Timesteps of a model's own may be equal by rounding; a step of the scheduler's tells them apart.
+        new = stepped and self._own_times
+        if new or not _same(timestep, self._timestep, self.pipe.scheduler.timesteps):
             self._advance(call, timestep)
         elif rows.conditional:
             call.view += 1
@@ -373,7 +379,7 @@ class PipelineCall:
             run.before_denoiser(evaluation)
         if tap.moved is not None and not evaluation.moved and evaluation.given[family.sample] is not sample:
             self._replayed = sample, evaluation.latents
-        places = self._acting_places(rows)
+        places = self._acting_places(call, rows, given[family.text].shape[1])
         if places and torch.is_grad_enabled() and getattr(engine.model, "is_gradient_checkpointing", False):
             raise ValueError(
                 "gradient checkpointing would compute layers again without what acts on them now; call "
@@ -389,6 +395,16 @@ class PipelineCall:
             if defines(run, "after_denoiser"):
                 output = _changed(output, run.after_denoiser)
         return output
+
+    def _latents(self, given: dict[str, Any]) -> tuple[int, int]:
+        """Return (height, width) of the latents; positions are read once for every tensor of them."""
+        family = self.engine.family
+        if not family.positions:
+            return family.latents(given)
+        positions = given[family.positions]
+        if self._size is None or self._size[0] is not positions:
+            self._size = positions, family.latents(given)
+        return self._size[1]
 
     def _compiled(self) -> bool:
         """Return whether any part of the model is compiled; looked at once a call."""
@@ -406,6 +422,9 @@ class PipelineCall:
         for known, its_version, rows in self._known:
             if known is text and its_version == version:
                 return rows
+        if any(text is other for other in self._others):
+            # Evaluated by itself, whatever it says.
+            return Rows(len(text), (), ())
         guided = self.guided and (self.told or bool(getattr(self.pipe, "do_classifier_free_guidance", True)))
         rows = conditional_rows(
             text, self._texts, self._others, call.samples, call.images, guided=guided, told=self.told
@@ -419,9 +438,11 @@ class PipelineCall:
         scheduler = self.pipe.scheduler
         order = getattr(scheduler, "order", 1)
         if call.evaluation < 0:
-            call._remaining = _remaining(scheduler.timesteps, timestep)
             # The pipeline's own count, where it leaves out the schedule's end (denoising_end).
             counted = 0 if self.told else getattr(self.pipe, "_num_timesteps", 0)
+            call._remaining = _remaining(scheduler.timesteps, timestep)
+            if not call._remaining:
+                self._own_times, call._remaining = True, counted or len(scheduler.timesteps)
             call.steps = -(-(counted if 0 < counted < call._remaining else call._remaining) // order)
         # Kept, so that no later timestep can have its address.
         self._timestep = timestep
@@ -430,8 +451,11 @@ class PipelineCall:
         call.repeated = call.step == call.evaluation // order
         call.step = call.evaluation // order
 
-    def _acting_places(self, rows: Rows) -> list[Place]:
-        """Return the layers on which anything acts in this call, with what does now."""
+    def _acting_places(self, call: Call, rows: Rows, text: int) -> list[Place]:
+        """Return the layers on which anything acts in this call, with what does now.
+
+        text: tokens of the text that the model is given.
+        """
         key = tuple((run, run.active, run.used) for _, _, run, _ in self._runs)
         if key != self._acting:
             self._acting = key
@@ -439,6 +463,8 @@ class PipelineCall:
         places = list(self._places.values())
         for place in places:
             place.rows = rows
+            height, width = place.layer.grid(call.latents)
+            place.tokens = text, height * width
         return places
 
     def _arrange(self) -> None:
@@ -575,10 +601,13 @@ def _place(timestep: Tensor, schedule: Tensor) -> int | None:
 
 
 def _remaining(schedule: Tensor, first: Any) -> int:
-    """Return the number of entries of the schedule from the first one used (image-to-image starts late)."""
+    """Return the number of entries of the schedule from the first one used (image-to-image starts late).
+
+    0 where that is none of them.
+    """
     if isinstance(first, Tensor):
         if (place := _place(first, schedule)) is not None:
             return len(schedule) - place
         first = first.to(schedule.device).flatten()[0]
     position = (schedule == first).nonzero()
-    return len(schedule) - (int(position[0]) if len(position) else 0)
+    return len(schedule) - int(position[0]) if len(position) else 0

@@ -42,13 +42,15 @@ class Evaluation:
         self._family, self._tap = family, tap
         self._args = args
         self._sample = self.sample
-        # Those after them are inpainting's mask and picture.
-        self._channels = model.config.out_channels if tap.latents is None else tap.latents.shape[1]
+        self._channels = family.channels(model) if tap.latents is None else tap.latents.shape[1]
         self._latents: Tensor | None = None
 
     @property
     def sample(self) -> Tensor:
-        """The model's input, `[R,C,height,width]`: the noisy latents, with what some models read besides them."""
+        """The model's input, `[R,C,height,width]`: the noisy latents, with what some models read besides them.
+
+        Of models with packed latents (FLUX) it is `[R,M,C]`, an image token's latents in a row.
+        """
         return self.given[self._family.sample]
 
     @property
@@ -66,28 +68,28 @@ class Evaluation:
 
     @property
     def latents(self) -> Tensor:
-        """The latents of the conditional rows in the space of the model's input, `[B,C,height,width]`.
+        """The latents of the conditional rows in the space of the model's input, `[B,C,height,width]` or packed.
 
         What several rows carry is there once. Assigning moves the latents in all rows that carry them, and the
         scheduler's next step starts from there.
         """
         if self._latents is None:
             chosen, _ = self._layout()
-            self._latents = taken(self._sample, chosen)[:, : self._channels]
+            self._latents = self._own(taken(self._sample, chosen))
         return self._latents
 
     @latents.setter
     def latents(self, latents: Tensor) -> None:
         self.replay(latents)
         chosen, carried = self._layout()
-        factor = self._tap.factor(self.given[self._family.timestep], latents)
         own = self._tap.latents
+        factor = None if own is None else self._tap.factor(self.given[self._family.timestep], latents)
         if factor is None or own is None:
             self._tap.moved = latents
         else:
             # Only the move is scaled back: what the pipeline's latents hold beyond the model's precision stays.
             own = taken(own, chosen) if len(own) == len(carried) else own[-len(chosen) :]
-            moved = (latents - taken(self._sample, chosen)[:, : self._channels]) / factor
+            moved = (latents - self._own(taken(self._sample, chosen))) / factor
             self._tap.moved = own.to(latents.dtype) + moved.to(latents.dtype)
 
     def replay(self, latents: Tensor) -> None:
@@ -97,7 +99,23 @@ class Evaluation:
         inputs, count = latents.to(self._sample.dtype), len(latents)
         stacked = carried == [row % count for row in range(len(carried))]
         rows = torch.cat([inputs] * (len(carried) // count)) if stacked else inputs[carried]
-        self.given[self._family.sample] = torch.cat([rows, self._sample[:, self._channels :]], 1)
+        self.given[self._family.sample] = self._with(rows, self._sample)
+
+    def _own(self, sample: Tensor) -> Tensor:
+        """Return the latents within the model's input: other channels are inpainting's, other tokens a picture's."""
+        if not self._family.positions:
+            return sample[:, : self._channels]
+        height, width = self.call.latents
+        return sample[:, : height * width // 4, : self._channels]
+
+    def _with(self, latents: Tensor, sample: Tensor) -> Tensor:
+        """Return the model's input with these latents in it."""
+        latents = latents.to(sample.dtype)
+        if not self._family.positions:
+            return torch.cat([latents, sample[:, self._channels :]], 1)
+        tokens = latents.shape[1]
+        whole = torch.cat([latents, sample[:, :tokens, self._channels :]], 2)
+        return torch.cat([whole, sample[:, tokens:]], 1)
 
     @property
     def distinct(self) -> list[int]:
@@ -119,8 +137,7 @@ class Evaluation:
             return x.clone() if x.is_inference() else x
 
         given = {name: with_rows(value, len(carried), sliced) for name, value in self.given.items()}
-        fixed = sliced(self._sample[:, self._channels :])
-        given[self._family.sample] = torch.cat([latents.to(fixed.dtype), fixed], 1)
+        given[self._family.sample] = self._with(latents, sliced(self._sample))
         return self._family.replaced(self.model, self._args, given)
 
     def _layout(self) -> tuple[list[int], list[int]]:
@@ -150,7 +167,7 @@ class Evaluation:
         first = conditional[:samples]
         if len(conditional) == samples:
             return first, [row % samples for row in range(total)]
-        latents = self._sample[:, : self._channels].unflatten(0, (-1, samples))
+        latents = self._own(self._sample).unflatten(0, (-1, samples))
         same = (latents[:, None] == latents[None]).flatten(2).all(2).tolist()
         views: list[int] = []
         for group in dict.fromkeys(row // samples for row in conditional):

@@ -5,28 +5,39 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .layers import Layer, unet_layers
+from .layers import Layer, transformer_layers, unet_layers
+
+
+def _given_text(model: Any, given: dict[str, Any]) -> Tensor:
+    text: Tensor = given["encoder_hidden_states"]
+    return text
 
 
 @dataclass(frozen=True)
 class Family:
     """Models that are attached to in the same way.
 
-    component: where a pipeline keeps the model. sample, timestep, text: the model's arguments. layers: its attention
-    layers by name, in order of execution. context: what they are given as the text, from the model's arguments.
+    name: how it is told from others. model: the class of its models in diffusers. component: where a pipeline keeps the
+    model. layers: its attention layers by name, in order of execution. context: what they are given as the text, from
+    the model's arguments. sample, timestep, text: the model's arguments. positions: the argument that says where each
+    of the image's tokens is, [M,3] of index, row and column; "" where the sample is `[R,C,height,width]`.
     """
 
+    name: str
+    model: str
     component: str
-    sample: str
-    timestep: str
-    text: str
     layers: Callable[[Any], dict[str, Layer]]
-    context: Callable[[Any, dict[str, Any]], Tensor]
+    context: Callable[[Any, dict[str, Any]], Tensor] = _given_text
+    sample: str = "hidden_states"
+    timestep: str = "timestep"
+    text: str = "encoder_hidden_states"
+    positions: str = ""
 
     def model_of(self, pipe: Any) -> Any:
         """Return the pipeline's model as it was before torch.compile wrapped it."""
@@ -48,6 +59,22 @@ class Family:
         names = _parameters(type(model).forward)[: len(args)]
         return tuple(given[name] for name in names), {name: x for name, x in given.items() if name not in names}
 
+    def latents(self, given: dict[str, Any]) -> tuple[int, int]:
+        """Return (height, width) of the latents, from the model's arguments; reads positions from their device."""
+        if not self.positions:
+            height, width = given[self.sample].shape[-2:]
+            return height, width
+        ids = given[self.positions]
+        ids = (ids[0] if ids.ndim == 3 else ids).cpu()
+        # Tokens of other index are pictures to look at (Kontext). A token holds 2x2 latents.
+        height, width = ((ids[ids[:, 0] == ids[0, 0]].amax(0)[1:] + 1) * 2).int().tolist()
+        return height, width
+
+    def channels(self, model: Any) -> int:
+        """Return how many channels of the model's input are the latents; others are a mask and pictures behind them."""
+        into = int(model.config.in_channels)
+        return min(into, int(model.config.out_channels or into))
+
 
 @cache
 def _parameters(forward: Callable[..., Any]) -> list[str]:
@@ -62,7 +89,37 @@ def _unet_context(unet: Any, given: dict[str, Any]) -> Tensor:
     return unet.process_encoder_hidden_states(text, given.get("added_cond_kwargs"))
 
 
-UNET = Family("unet", "sample", "timestep", "encoder_hidden_states", unet_layers, _unet_context)
+def _pixart_context(model: Any, given: dict[str, Any]) -> Tensor:
+    text: Tensor = given["encoder_hidden_states"]
+    return text if model.caption_projection is None else model.caption_projection(text)
+
+
+def _sana_context(model: Any, given: dict[str, Any]) -> Tensor:
+    return model.caption_norm(model.caption_projection(given["encoder_hidden_states"]))
+
+
+def _hunyuan_context(model: Any, given: dict[str, Any]) -> Tensor:
+    text = torch.cat([given["encoder_hidden_states"], model.text_embedder(given["encoder_hidden_states_t5"])], 1)
+    mask = torch.cat([given["text_embedding_mask"], given["text_embedding_mask_t5"]], -1)
+    return torch.where(mask.bool()[..., None], text, model.text_embedding_padding)
+
+
+def _patched(model: Any, **options: Any) -> dict[str, Layer]:
+    return transformer_layers(model, model.config.patch_size, **options)
+
+
+_cross = partial(_patched, cross=("attn2",))
+_flux = partial(transformer_layers, factor=2, cross=("attn",), text="first")
+UNET = Family("unet", "UNet2DConditionModel", "unet", unet_layers, _unet_context, sample="sample", timestep="timestep")
+FAMILIES = (
+    UNET,
+    Family("pixart", "PixArtTransformer2DModel", "transformer", _cross, _pixart_context),
+    Family("sana", "SanaTransformer2DModel", "transformer", _cross, _sana_context),
+    Family("hunyuan", "HunyuanDiT2DModel", "transformer", _cross, _hunyuan_context),
+    Family("sd3", "SD3Transformer2DModel", "transformer", partial(_patched, cross=("attn",), text="last")),
+    Family("flux", "FluxTransformer2DModel", "transformer", _flux, positions="img_ids"),
+    Family("chroma", "ChromaTransformer2DModel", "transformer", partial(_flux, outer_mask=True), positions="img_ids"),
+)
 
 
 def family_of(pipe: Any) -> Family:
@@ -71,18 +128,41 @@ def family_of(pipe: Any) -> Family:
     Raises:
         ValueError: the pipeline has no model that methods attach to.
     """
-    name = type(pipe).__name__
-    unet = getattr(pipe, "unet", None)
-    if unet is None:
-        raise ValueError(f"{name} has no UNet; methods attach to UNet pipelines (SD 1.x, SD 2.x, SDXL and their kin)")
-    from diffusers import UNet2DConditionModel
+    import diffusers
 
-    model = UNET.model_of(pipe)
-    if not any(layer.cross for layer in UNET.layers(model).values()):
+    name = type(pipe).__name__
+    components = {family.component for family in FAMILIES}
+    found = {part: getattr(pipe, part) for part in components if getattr(pipe, part, None) is not None}
+    models = {part: getattr(model, "_orig_mod", model) for part, model in found.items()}
+    for family in FAMILIES:
+        model = models.get(family.component)
+        if isinstance(model, getattr(diffusers, family.model)):
+            if not any(layer.cross for layer in family.layers(model).values()):
+                raise ValueError(
+                    f"the {family.component} of {name} has no cross-attention layer; use a text-to-image pipeline"
+                )
+            return family
+    known = ", ".join(family.model for family in FAMILIES)
+    if not models:
+        raise ValueError(f"{name} has neither a UNet nor a transformer; methods attach to models of {known}")
+    part, model = next(iter(models.items()))
+    if part == UNET.component and not any(layer.cross for layer in unet_layers(model).values()):
         raise ValueError(f"the UNet of {name} has no cross-attention layer; use a text-to-image pipeline")
-    if not isinstance(model, UNet2DConditionModel):
+    if part == UNET.component:
         raise ValueError(
             f"the UNet of {name} is a {type(model).__name__}; methods attach to those of images "
             "(UNet2DConditionModel), where every row of the batch is a picture"
         )
-    return UNET
+    raise ValueError(
+        f"the {part} of {name} is a {type(model).__name__}, which methods do not attach to; those that they know are "
+        f"{known}, and docs/how-it-works.md says how one is added"
+    )
+
+
+def check_unet(pipe: Any, why: str) -> None:
+    """Raise ValueError, which says why, unless the pipeline's model is a UNet."""
+    family = family_of(pipe)
+    if family is not UNET:
+        raise ValueError(
+            f"{type(pipe).__name__} has a {family.model}, but {why}; use a UNet pipeline (SD 1.x, 2.x, XL)"
+        )

@@ -31,11 +31,20 @@ class _Reader(Run):
     def attend(self, site: Site, attention: Attention) -> None:
         q, k, v = attention.q, attention.k, attention.v
         bias, scale = attention.key_bias, attention.scale
-        out, maps = ops.attention_with_maps(q, k, v, self.token_ids, scale=scale, key_bias=bias)
+        if attention.text is None:
+            out, maps = ops.attention_with_maps(q, k, v, self.token_ids, scale=scale, key_bias=bias)
+        else:
+            out, lse = ops.attention(q, k, v, scale=scale, key_bias=bias, return_lse=True)
+            ids = attention.column_ids(self._ids(attention, q.device))
+            maps = ops.maps_from_lse(q, k, lse, ids, scale=scale, key_bias=bias)
         self.maps.append(maps)
         if site is self.last:
             raise _Read
         attention.out = out
+
+    def _ids(self, attention: Attention, device: torch.device) -> Tensor:
+        assert attention.text is not None
+        return torch.arange(attention.text[1], device=device) if self.token_ids is None else self.token_ids
 
 
 @contextmanager
@@ -67,6 +76,7 @@ def reading(
     for place, site in zip(places, sites, strict=True):
         place.rows = Rows(len(samples), range(len(samples)), samples)
         place.now = Acts(attend=((reader, site),))
+        place.tokens = evaluation.text.shape[1], site.grid[0] * site.grid[1]
 
     def read(latents: Tensor) -> Tensor:
         args, kwargs = evaluation.conditional_arguments(latents)
@@ -129,11 +139,11 @@ def check_guidable(model: nn.Module) -> None:
     """Raise ValueError where weights are gone, or unknown to autograd, when a backward pass needs them."""
     if _has_hook(model, "group_offloading"):
         raise ValueError(
-            "the UNet is under group offloading, which takes its weights away before the latents' gradient needs "
+            "the model is under group offloading, which takes its weights away before the latents' gradient needs "
             "them; use pipe.enable_model_cpu_offload() instead"
         )
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
-            "the UNet was loaded under torch.inference_mode(), so nothing can be differentiated through it; load "
+            "the model was loaded under torch.inference_mode(), so nothing can be differentiated through it; load "
             "the pipeline outside of it (it may be called within)"
         )

@@ -30,7 +30,8 @@ _BUILTIN = torch._C._nn.scaled_dot_product_attention
 _ATTENDS = {"scaled_dot_product_attention", "dispatch_attention_fn"}
 _REMEDY = (
     "let the layer attend by torch.nn.functional.scaled_dot_product_attention: "
-    "unet.set_attn_processor(AttnProcessor2_0()), and no attention slicing, xFormers or attention kernels of the hub"
+    "unet.set_attn_processor(AttnProcessor2_0()), a transformer's own default processors, and no attention slicing, "
+    "xFormers or attention kernels of the hub"
 )
 
 
@@ -53,25 +54,33 @@ class Acts(NamedTuple):
 class Place:
     """A layer while the model runs: what acts on it, and on which rows.
 
-    now: at this evaluation. ever: at any of the call, which is what compiled code runs.
+    now: at this evaluation. ever: at any of the call, which is what compiled code runs. tokens: how many the text and
+    the image have, for joint attention.
     """
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
         self.rows: Rows
+        self.tokens = 0, 0
         self.now = self.ever = Acts()
         self.compiled = False
         self._inner: Callable[..., Any]
         self._bound = False
         self._before: Any = None
         self._wants_images = False
+        self._backend: tuple[Any, Any] | None = None
 
     def install(self) -> None:
         own = self.layer.module.__dict__
         self._before = own.get("forward")
         self._bound = self._before is not None
         self._inner = self._before if self._bound else type(self.layer.module).forward
-        self._wants_images = "ip_adapter_masks" in _keywords(type(self.layer.module.processor).__call__)
+        processor = self.layer.module.processor
+        self._wants_images = "ip_adapter_masks" in _keywords(type(processor).__call__) and not self.layer.text
+        if hasattr(processor, "_attention_backend"):
+            # Of diffusers' ways to attend only this one makes the call.
+            self._backend = processor, processor._attention_backend
+            processor._attention_backend = _native()
         # A bound method of one function: torch.compile would take any other object for another layer.
         own["forward"], own["_attnctl_place"] = MethodType(_forward, self.layer.module), self
 
@@ -80,6 +89,9 @@ class Place:
         del own["forward"], own["_attnctl_place"]
         if self._bound:
             own["forward"] = self._before
+        if self._backend is not None:
+            processor, before = self._backend
+            processor._attention_backend, self._backend = before, None
 
     def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the layer's own forward."""
@@ -144,31 +156,75 @@ class Place:
                 f"{self.layer.name} attends with dropout, causally or with grouped heads, which methods cannot act on; "
                 "call model.eval(), or leave this layer out"
             )
+        scaled = query.shape[-1] ** -0.5 if scale is None else scale
+        rows = self.rows.first(len(query))
+        if self.layer.text:
+            return self._attend_jointly(acts, rows, query, key, value, attn_mask, scaled)
         columns = key.shape[2]
         tokens = columns if tokens is None else tokens
         bias = key_bias_of(attn_mask, len(query), tokens, self.layer.name)
-        scaled = query.shape[-1] ** -0.5 if scale is None else scale
-        rows = self.rows.first(len(query))
         attention = Attention(
             query, key, value, bias, scaled, rows, module=self.layer.module, tokens=tokens, moved=moved
         )
-        if acts.edit is not None and rows.conditional:
-            run, site = acts.edit
-            edited = run.edit(site, attention.conditional)
-            if isinstance(edited, Edited):
-                attention.probabilities, edited = edited.probabilities, edited.out
-            attention.conditional_out = edited
-        for run, site in acts.attend:
-            run.attend(site, attention)
+        _act(acts, attention)
         if attention.untouched and columns == tokens:
             return _real(query, key, value, attn_mask=attn_mask, scale=scale)
         return attention.out.to(query.dtype)
+
+    def _attend_jointly(
+        self, acts: Acts, rows: Rows, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """Return joint attention whose image rows are what methods make of them; all other rows are the model's own."""
+        text, image = self.tokens
+        start = text if self.layer.text == "first" else 0
+        stop, of_image = start + image, mask
+        if mask is not None and self.layer.outer_mask:
+            # Image tokens are never masked, so the mask of each of their rows is that of the keys.
+            of_image = mask[..., start : start + 1, :]
+        bias = key_bias_of(of_image, len(query), key.shape[2], self.layer.name)
+        attention = Attention(
+            query[:, :, start:stop],
+            key,
+            value,
+            bias,
+            scale,
+            rows,
+            module=self.layer.module,
+            text=(0 if start else image, text),
+        )
+        _act(acts, attention)
+        if attention.untouched:
+            return _real(query, key, value, attn_mask=mask, scale=scale)
+        others = [part for part in (query[:, :, :start], query[:, :, stop:]) if part.shape[2]]
+        if mask is not None and mask.shape[-2] > 1:
+            mask = torch.cat([mask[..., :start, :], mask[..., stop:, :]], -2)
+        own = _real(torch.cat(others, 2) if len(others) > 1 else others[0], key, value, attn_mask=mask, scale=scale)
+        return torch.cat([own[:, :, :start], attention.out.to(query.dtype), own[:, :, start:]], 2)
 
     def missed(self) -> RuntimeError:
         return RuntimeError(
             f"{self.layer.name} runs {type(self.layer.module.processor).__name__}, which never calls "
             f"scaled_dot_product_attention, so no method can act on it; {_REMEDY}"
         )
+
+
+def _act(acts: Acts, attention: Attention) -> None:
+    """Have everything that acts on a layer do so."""
+    if acts.edit is not None and attention.rows.conditional:
+        run, site = acts.edit
+        edited = run.edit(site, attention.conditional)
+        if isinstance(edited, Edited):
+            attention.probabilities, edited = edited.probabilities, edited.out
+        attention.conditional_out = edited
+    for run, site in acts.attend:
+        run.attend(site, attention)
+
+
+@functools.cache
+def _native() -> Any:
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    return AttentionBackendName.NATIVE
 
 
 @functools.cache
@@ -182,7 +238,7 @@ def check_processor(layer: Layer) -> None:
     Processors that nobody knows are found when they run.
     """
     module = layer.module
-    if module.added_kv_proj_dim is not None:
+    if getattr(module, "added_kv_proj_dim", None) is not None and not layer.text:
         raise ValueError(
             f"{layer.name} attends to the text and the image in one, which no method supports; leave this layer out"
         )
@@ -259,6 +315,9 @@ class _Handing(TorchFunctionMode):
         if func is _BUILTIN and self.waiting:
             self.waiting = False
             return self.place.attend(self.acts, self.tokens, self.moved, *args, **kwargs)
+        if func is Tensor.unflatten:
+            # Dynamo cannot trace the method under a mode.
+            return torch.unflatten(*args, **kwargs)
         return func(*args, **kwargs)
 
 

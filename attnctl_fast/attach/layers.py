@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -15,15 +15,16 @@ class ByDownsampling:
 
 
 def by_downsampling(factor: int) -> ByDownsampling:
-    """Choose the cross-attention layers whose grid is the latents' grid divided by `factor` along each axis.
+    """Choose the layers with text whose grid is the latents' grid divided by `factor` along each axis.
 
-    `by_downsampling(4)` names the 16x16 layers of Stable Diffusion at 512x512 (latents 64x64).
+    `by_downsampling(4)` names the 16x16 layers of Stable Diffusion at 512x512 (latents 64x64). All layers of a
+    transformer have one grid: the latents' divided by the size of its patches.
 
     Raises:
         ValueError: `factor` is not a power of two (1, 2, 4, ...).
     """
     if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1 or factor & (factor - 1):
-        raise ValueError(f"factor is {factor!r}; a UNet halves its grid, so it must be a power of two: 1, 2, 4, 8")
+        raise ValueError(f"factor is {factor!r}; grids are halved, so it must be a power of two: 1, 2, 4, 8")
     return ByDownsampling(factor)
 
 
@@ -50,38 +51,42 @@ def check_choice(layers: LayerChoice) -> tuple[str, ...] | ByDownsampling | None
 
 @dataclass(frozen=True)
 class Layer:
-    """An attention module of a UNet.
+    """An attention module of a model.
 
-    name: as in `named_modules()`. block: its block, such as `down_blocks.2`. level: how often the latents' grid has
-    been halved where it stands. cross: whether it attends to the text, not to the image itself.
+    name: as in `named_modules()`. block: its block, such as `down_blocks.2`. factor: how many latents lie along a side
+    of one of its image tokens. cross: whether it attends to the text, not to the image alone. text: where the text
+    stands in the one sequence of joint attention, "first" or "last"; "" where the text is apart. outer_mask: the mask
+    of its attention is the outer product of one of its tokens.
     """
 
     name: str
     block: str
-    level: int
+    factor: int
     module: Any
     cross: bool = True
+    text: Literal["", "first", "last"] = ""
+    outer_mask: bool = False
 
     def grid(self, latents: tuple[int, int]) -> tuple[int, int]:
         """Return (height, width) of the layer for latents of that (height, width).
 
-        Odd sides are rounded up, as the UNet does.
+        Odd sides are rounded up, as a UNet does.
         """
-        return -(-latents[0] >> self.level), -(-latents[1] >> self.level)
+        return -(-latents[0] // self.factor), -(-latents[1] // self.factor)
 
 
 def _blocks(unet: Any) -> Iterable[tuple[str, Any, int]]:
-    """Yield (name, module, level) of every block in order of execution."""
+    """Yield (name, module, factor) of every block in order of execution."""
     level = 0
     if not hasattr(unet, "down_blocks"):
         return
     for index, block in enumerate(unet.down_blocks):
-        yield f"down_blocks.{index}", block, level
+        yield f"down_blocks.{index}", block, 1 << level
         level += getattr(block, "downsamplers", None) is not None
     if unet.mid_block is not None:
-        yield "mid_block", unet.mid_block, level
+        yield "mid_block", unet.mid_block, 1 << level
     for index, block in enumerate(unet.up_blocks):
-        yield f"up_blocks.{index}", block, level
+        yield f"up_blocks.{index}", block, 1 << level
         level -= getattr(block, "upsamplers", None) is not None
 
 
@@ -93,11 +98,45 @@ def unet_layers(unet: Any) -> dict[str, Layer]:
     from diffusers.models.attention_processor import Attention
 
     return {
-        f"{block_name}.{name}": Layer(f"{block_name}.{name}", block_name, level, module, module.is_cross_attention)
-        for block_name, block, level in _blocks(unet)
+        f"{block_name}.{name}": Layer(f"{block_name}.{name}", block_name, factor, module, module.is_cross_attention)
+        for block_name, block, factor in _blocks(unet)
         for name, module in block.named_modules()
         if isinstance(module, Attention) and (module.is_cross_attention or name.endswith((".attn1", ".attn2")))
     }
+
+
+def transformer_layers(
+    model: Any,
+    factor: int,
+    *,
+    cross: tuple[str, ...],
+    text: Literal["", "first", "last"] = "",
+    outer_mask: bool = False,
+) -> dict[str, Layer]:
+    """Return the attention layers of a transformer's blocks by name, in order of execution.
+
+    Those that make no attention call (linear ones) are left out.
+
+    Args:
+        model: the transformer.
+        factor: how many latents lie along a side of an image token.
+        cross: the names, within a block, of those that attend to the text.
+        text: as in `Layer`, of those.
+        outer_mask: as in `Layer`, of those.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        stack, _, rest = name.partition(".")
+        index, _, own = rest.partition(".")
+        if not stack.endswith("blocks") or own not in {*cross, "attn1", "attn2"} or not hasattr(module, "processor"):
+            continue
+        if "Linear" in type(module.processor).__name__:
+            continue
+        with_text = own in cross
+        found[name] = Layer(
+            name, f"{stack}.{index}", factor, module, with_text, text if with_text else "", outer_mask and with_text
+        )
+    return found
 
 
 def cross_attention_layers(unet: Any) -> dict[str, Layer]:
@@ -113,6 +152,23 @@ def last_down_first_up(layers: dict[str, Layer]) -> list[str]:
     return [name for name, layer in layers.items() if layer.block in down + up]
 
 
+def middle_third(layers: dict[str, Layer]) -> list[str]:
+    """Return the layers of the middle third of a transformer's blocks with text, without those of single streams."""
+    names = both_streams(layers)
+    third = len(names) // 3
+    return names[third : len(names) - third]
+
+
+def both_streams(layers: dict[str, Layer]) -> list[str]:
+    """Return the layers of a transformer's blocks with a stream for the text and one for the image."""
+    return [name for name, layer in layers.items() if not layer.block.startswith("single_")]
+
+
+def of_transformer(layers: dict[str, Layer]) -> bool:
+    """Return whether these are a transformer's layers, which all have one grid."""
+    return any("transformer_blocks" in layer.block or layer.block.startswith("blocks") for layer in layers.values())
+
+
 def _matches(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix.rstrip(".") + ".")
 
@@ -124,18 +180,18 @@ def choose(layers: dict[str, Layer], choice: str | Sequence[str] | ByDownsamplin
         ValueError: a prefix, or a downsampling, that no cross-attention layer has; the message lists those that exist.
     """
     if isinstance(choice, ByDownsampling):
-        chosen = [name for name, layer in layers.items() if 1 << layer.level == choice.factor]
+        chosen = [name for name, layer in layers.items() if layer.factor == choice.factor]
         if not chosen:
             blocks: dict[int, dict[str, None]] = {}
             for layer in layers.values():
-                blocks.setdefault(1 << layer.level, {})[layer.block] = None
+                blocks.setdefault(layer.factor, {})[layer.block] = None
             known = [f"{factor} ({', '.join(blocks[factor])})" for factor in sorted(blocks)]
             raise ValueError(
-                f"no cross-attention layer divides the latents' grid by {choice.factor}; this UNet has "
+                f"no layer with text divides the latents' grid by {choice.factor}; this model has "
                 f"by_downsampling of {', '.join(known)}; name such blocks as layers"
             )
         return chosen
     for prefix in choice:
         if not any(_matches(name, prefix) for name in layers):
-            raise ValueError(f"{prefix!r} matches no cross-attention layer; this UNet has {', '.join(layers)}")
+            raise ValueError(f"{prefix!r} matches no layer with text; this model has {', '.join(layers)}")
     return [name for name in layers if any(_matches(name, prefix) for prefix in choice)]

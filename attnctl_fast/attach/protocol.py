@@ -19,12 +19,12 @@ class Edited(NamedTuple):
 
     Attributes:
         out: attention `[B,H,M,d]`.
-        probabilities: a function that applies the edit to the scaled logits `[B,M,N]` of one head, for those who look
-            at the maps; None where it leaves them as they are.
+        probabilities: a function that applies the edit to the scaled logits `[B,m,N]` of one head and of some image
+            tokens, a slice of them, for those who look at the maps; None where it leaves them as they are.
     """
 
     out: Tensor
-    probabilities: Callable[[Tensor, int], Tensor] | None = None
+    probabilities: Callable[[Tensor, int, slice], Tensor] | None = None
 
 
 class Run:

@@ -18,11 +18,10 @@ _BETAS, _STEPS = (0.00085, 0.012), 1000
 def check_scheduler(pipe: Any) -> None:
     """Raise ValueError unless latents that have been moved can be handed to the pipeline's scheduler."""
     scheduler = getattr(pipe, "scheduler", None)
-    missing = [name for name in ("scale_model_input", "step") if not hasattr(scheduler, name)]
-    if missing:
+    if not hasattr(scheduler, "step"):
         raise ValueError(
-            f"the scheduler of {type(pipe).__name__}, {type(scheduler).__name__}, has no {' and no '.join(missing)}, "
-            "which latent guidance needs; use a diffusers scheduler such as DDIMScheduler"
+            f"the scheduler of {type(pipe).__name__}, {type(scheduler).__name__}, has no step, which latent guidance "
+            "needs; use a diffusers scheduler such as DDIMScheduler"
         )
 
 
@@ -32,12 +31,13 @@ class SchedulerTap:
     It notes the latents before they are scaled, and has the step start from others.
 
     latents: what `scale_model_input` was last given; None before, and where the scheduler has none. moved: what the
-    next `step` starts from, once; None for what the pipeline gives.
+    next `step` starts from, once; None for what the pipeline gives. steps: how many steps were taken.
     """
 
     def __init__(self) -> None:
         self.latents: Tensor | None = None
         self.moved: Tensor | None = None
+        self.steps = 0
         self._patches: dict[str, Patch] = {}
 
     def put_on(self, scheduler: Any) -> None:
@@ -50,6 +50,7 @@ class SchedulerTap:
         return patch.inner(sample, *args, **kwargs)
 
     def _step(self, patch: Patch, *args: Any, **kwargs: Any) -> Any:
+        self.steps += 1
         if self.moved is not None:
             if "sample" in kwargs:
                 kwargs["sample"] = self.moved.to(kwargs["sample"].dtype)

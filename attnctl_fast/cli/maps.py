@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -61,8 +62,8 @@ def _middle(pipe: Any) -> ByDownsampling:
 
     There maps say most (Hertz et al., arXiv 2208.01626). Of two as near, the coarser is chosen.
     """
-    levels = {layer.level for layer in engine_of(pipe).layers.values() if layer.cross}
-    return by_downsampling(1 << min(levels, key=lambda level: (abs(level - 2), -level)))
+    factors = {layer.factor for layer in engine_of(pipe).layers.values() if layer.cross}
+    return by_downsampling(min(factors, key=lambda factor: (abs(math.log2(factor) - 2), -factor)))
 
 
 def file_names(words: list[str], seed: int) -> dict[str, str]:

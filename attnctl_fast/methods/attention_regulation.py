@@ -14,7 +14,7 @@ from .._numbers import check_count, check_number, check_steps, step_count
 from ..attach.attention import Attention
 from ..attach.call import Call, Site
 from ..attach.evaluation import Evaluation
-from ..attach.layers import Layer, LayerChoice, check_choice, last_down_first_up
+from ..attach.layers import Layer, LayerChoice, check_choice, last_down_first_up, middle_third, of_transformer
 from ..attach.prompts import Targets, check_targets, one_hot, padded
 from ..attach.protocol import Edited, Method, Run
 from ..attach.rows import Rows
@@ -127,7 +127,7 @@ class AttentionRegulation(Method):
         return cls(targets, **{"convention": "paper", "pin_special": False, **overrides})
 
     def default_layers(self, layers: dict[str, Layer]) -> list[str]:
-        return last_down_first_up(layers)
+        return middle_third(layers) if of_transformer(layers) else last_down_first_up(layers)
 
     def start(self, call: Call, sites: list[Site]) -> Run:
         return _Regulating(self, call, sites)
@@ -182,7 +182,7 @@ class _Regulating(Run):
         method = self.method
         q, k, v, scale = attention.q, attention.k, attention.v, attention.scale
         inside = method.convention == "paper"
-        target_ids, pinned_ids = self.target_ids, self.pinned_ids
+        target_ids, pinned_ids = (attention.column_ids(ids) for ids in (self.target_ids, self.pinned_ids))
         stats = ops.target_statistics(
             q,
             k,
@@ -218,11 +218,11 @@ class _Regulating(Run):
             site.previous[self.call.view] = found.theta
         out = ops.merge_targets(stats, v, target_ids, found.bias, pinned_ids=pinned_ids)
 
-        def probabilities(logits: Tensor, head: int) -> Tensor:
+        def probabilities(logits: Tensor, head: int, rows: slice) -> Tensor:
             tokens = logits.shape[-1]
             targets = one_hot(target_ids, len(logits), tokens, logits)
             pinned = one_hot(pinned_ids, len(logits), tokens, logits).sum(1).bool()[:, None]
-            biased = logits + found.bias[:, head].to(logits.dtype).mT @ targets
+            biased = logits + found.bias[:, head, :, rows].to(logits.dtype).mT @ targets
             return torch.where(pinned, logits.softmax(-1), biased.softmax(-1))
 
         return Edited(out, probabilities)

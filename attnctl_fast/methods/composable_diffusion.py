@@ -13,6 +13,7 @@ from torch import Tensor
 from .._numbers import check_number
 from ..attach.call import Call, Site
 from ..attach.evaluation import Evaluation
+from ..attach.families import check_unet
 from ..attach.layers import Layer
 from ..attach.protocol import Method, Run
 from ..attach.rows import with_rows
@@ -73,6 +74,7 @@ class ComposableDiffusion(Method):
         object.__setattr__(self, "weights", weights)
 
     def check(self, pipe: Any, layers: list[Layer]) -> None:
+        check_unet(pipe, "ComposableDiffusion adds rows to the arguments of a UNet")
         options = inspect.signature(type(pipe).__call__).parameters
         if three := next((name for name in _THREE if name in options), None):
             raise ValueError(

@@ -16,7 +16,8 @@ from ..attach.attention import Attention, plain
 from ..attach.call import Call, Site
 from ..attach.contexts import Cascade, at_site, moving_mask
 from ..attach.evaluation import Evaluation
-from ..attach.layers import LayerChoice, check_choice
+from ..attach.families import check_unet
+from ..attach.layers import Layer, LayerChoice, check_choice
 from ..attach.protocol import Method, Run
 from ..attach.rows import Rows
 from ..ops.composed_attention import check_weights
@@ -114,6 +115,9 @@ class Composition(Method):
         object.__setattr__(self, "edits", tuple(edits))
         object.__setattr__(self, "layers", check_choice(self.layers))
         self.shares([True] * len(edits))
+
+    def check(self, pipe: Any, layers: list[Layer]) -> None:
+        check_unet(pipe, "Composition adds the contexts of its edits to layers that read a text without a mask")
 
     def start(self, call: Call, sites: list[Site]) -> Run:
         return _Composing(self, call, sites)

@@ -102,7 +102,7 @@ class DenseDiffusion(Method):
         return cls(masks, **{"convention": "paper", **overrides})
 
     def strength(self, layer: Layer) -> float:
-        return self.cross_strength if layer.cross else self.self_strength
+        return self.cross_strength if layer.cross and not layer.text else self.self_strength
 
     def reaches(self, layer: Layer) -> bool:
         """Return whether it acts on a layer: cross- and self-attention, but what a strength of zero leaves alone."""
@@ -182,33 +182,44 @@ class _Modulating(Run):
         if self._batch is not rows:
             self._batch, self._grids = rows, {}
             self._columns_here = rows.of_samples(self._columns.to(sample.device))
-        weights: dict[tuple[tuple[int, int], bool], Tensor] = {}
+        weights: dict[tuple[tuple[int, int], float], Tensor] = {}
         for site in self._sites:
             if site.grid not in self._grids:
                 regions, sizes = self._row_regions(site.grid)
                 found = regions.to(sample.device), sizes.to(sample.device, wide)
                 self._grids[site.grid] = rows.of_samples(found[0]), rows.of_samples(found[1])
             regions, sizes = self._grids[site.grid]
-            site.rows, site.columns_of = regions, self._columns_here if site.layer.cross else regions
-            key = site.grid, site.layer.cross
+            site.rows, site.columns_of = regions, self._columns_of(site.layer, regions)
+            key = site.grid, method.strength(site.layer)
             if key not in weights:
-                weights[key] = sizes * (method.strength(site.layer) * strength)
+                weights[key] = sizes * (key[1] * strength)
             site.weight = weights[key]
+
+    def _columns_of(self, layer: Layer, regions: Tensor) -> Tensor:
+        """Return the regions of a layer's keys, `[B,N]`: text tokens, image tokens, or both as they stand in it."""
+        if not layer.cross:
+            return regions
+        text = self._columns_here
+        if not layer.text:
+            return text
+        return torch.cat([text, regions] if layer.text == "first" else [regions, text], 1)
 
     def edit(self, site: Site, attention: Attention) -> Edited:
         # Of perturbed attention guidance's self-attention the plain rows alone, which come first.
         rows, columns, weight = (x[: len(attention.q)] for x in (site.rows, site.columns_of, site.weight))
+        # Keys beyond text and image (another picture to look at) belong to no region.
+        columns = F.pad(columns, (0, attention.k.shape[2] - columns.shape[1]))
         bias = attention.key_bias
         out = ops.region_attention(
             attention.q, attention.k, attention.v, rows, columns, weight, scale=attention.scale, key_bias=bias
         )
 
-        def probabilities(logits: Tensor, head: int) -> Tensor:
+        def probabilities(logits: Tensor, head: int, here: slice) -> Tensor:
             kept = logits.isfinite()
-            shared = (rows[:, :, None] & columns[:, None, :]) != 0
+            shared = (rows[:, here, None] & columns[:, None, :]) != 0
             lowest = logits.where(kept, torch.inf).amin(-1, keepdim=True)
             pull = torch.where(shared, logits.amax(-1, keepdim=True), lowest)
-            return logits.lerp(pull, weight.to(logits.dtype)[..., None]).where(kept, -torch.inf).softmax(-1)
+            return logits.lerp(pull, weight[:, here, None].to(logits.dtype)).where(kept, -torch.inf).softmax(-1)
 
         return Edited(out, probabilities)
 

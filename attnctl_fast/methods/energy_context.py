@@ -15,7 +15,7 @@ from ..attach.attention import Attention
 from ..attach.call import Call, Site
 from ..attach.contexts import Cascade, at_site, moving_mask
 from ..attach.evaluation import Evaluation
-from ..attach.layers import LayerChoice, check_choice
+from ..attach.layers import Layer, LayerChoice, check_choice
 from ..attach.prompts import Prompts, Target
 from ..attach.protocol import Method, Run
 from ..ops.context_update import CONVENTIONS
@@ -94,6 +94,14 @@ class EnergyContext(Method):
         return cls(gamma_attn, gamma_norm, **{"alpha": alpha, "convention": "paper", **overrides})
 
     single = everywhere = True
+
+    def check(self, pipe: Any, layers: list[Layer]) -> None:
+        if any(layer.text for layer in layers):
+            raise ValueError(
+                f"the layers of {type(pipe).__name__} attend to text and image in one, and change the text themselves, "
+                "so there is no context for EnergyContext to move; use a model with cross-attention (UNets, PixArt, "
+                "Sana, HunyuanDiT)"
+            )
 
     def start(self, call: Call, sites: list[Site]) -> Run:
         return _Moving(self, call, sites)

@@ -18,8 +18,17 @@ from .. import schedules
 from .._numbers import check_count, check_number, check_steps, step_count
 from ..attach.call import Call, Site
 from ..attach.evaluation import Evaluation
+from ..attach.families import family_of
 from ..attach.guidance import check_guidable, reading
-from ..attach.layers import Layer, LayerChoice, by_downsampling, check_choice, choose
+from ..attach.layers import (
+    Layer,
+    LayerChoice,
+    both_streams,
+    by_downsampling,
+    check_choice,
+    choose,
+    of_transformer,
+)
 from ..attach.prompts import Prompts, padded
 from ..attach.protocol import Method, Run
 from ..attach.scheduler import check_scheduler
@@ -58,7 +67,8 @@ class LatentGuidance(Method):
 
     Args:
         layers: name prefixes, or `by_downsampling(n)`: cross-attention layers of one grid, whose maps are averaged.
-            None takes `by_downsampling(4)`, 16x16 for Stable Diffusion at 512x512.
+            None takes `by_downsampling(4)`, 16x16 for Stable Diffusion at 512x512, and of a transformer all blocks
+            with text but those of a single stream.
         steps: the first steps to guide; an int counts them, a float is a share of the steps that the call runs, rounded
             down. Where a second-order scheduler (Heun) evaluates the UNet twice in a step, both are guided, as the
             published loops do; the second one changes little.
@@ -115,12 +125,12 @@ class LatentGuidance(Method):
         check_count("max_refinements", self.max_refinements, 1)
 
     def default_layers(self, layers: dict[str, Layer]) -> list[str]:
-        return choose(layers, by_downsampling(4))
+        return both_streams(layers) if of_transformer(layers) else choose(layers, by_downsampling(4))
 
     def check(self, pipe: Any, layers: list[Layer]) -> None:
         check_scheduler(pipe)
-        check_guidable(pipe.unet)
-        if len({layer.level for layer in layers}) > 1:
+        check_guidable(family_of(pipe).model_of(pipe))
+        if len({layer.factor for layer in layers}) > 1:
             raise ValueError(
                 f"the layers of {type(self).__name__}, {', '.join(layer.name for layer in layers)}, have different "
                 "grids, so their maps cannot be averaged; choose layers of one grid, as by_downsampling(4) does"
@@ -257,7 +267,7 @@ class _Guiding(Run):
         lost = (~finite).sum()
         self._skipped = lost if self._skipped is None else self._skipped + lost
         moving = finite if chosen is None else finite & chosen
-        return torch.where(moving[:, None, None, None], latents - size * point.gradient, latents)
+        return torch.where(moving.reshape(-1, *[1] * (latents.ndim - 1)), latents - size * point.gradient, latents)
 
     def _at(self, latents: Tensor, read: Read) -> _Point:
         latents = latents.detach().requires_grad_()

@@ -553,7 +553,7 @@ def test_two_of_a_kind_are_refused() -> None:
     pipe = tiny.pipeline()
     with pytest.raises(ValueError, match="two of the methods are EnergyContext"):
         ac.enable(pipe, ac.EnergyContext(0.1, 0.1), ac.EnergyContext(0.1, 0.1, layers=["mid_block"]))
-    with pytest.raises(ValueError, match="'nowhere' matches no cross-attention layer"):
+    with pytest.raises(ValueError, match="'nowhere' matches no layer with text"):
         ac.enable(pipe, ac.EnergyContext(0.1, 0.1, layers=["nowhere"]))
     assert "forward" not in vars(pipe.unet)
 

@@ -437,8 +437,8 @@ BAD = {
         r"the loss of Summed is \(\); it must be one number per sample, \[1",
     ),
     "two grids": (Peaks(layers=["mid_block", "up_blocks"]), ValueError, "have different grids"),
-    "no such layer": (Peaks(layers=["nowhere"]), ValueError, "'nowhere' matches no cross-attention layer"),
-    "no such grid": (Peaks(layers=ac.by_downsampling(8)), ValueError, "no cross-attention layer divides"),
+    "no such layer": (Peaks(layers=["nowhere"]), ValueError, "'nowhere' matches no layer with text"),
+    "no such grid": (Peaks(layers=ac.by_downsampling(8)), ValueError, "no layer with text divides"),
     "late refinement": (
         Peaks(refinement={4: 0.5}),
         ValueError,
@@ -498,7 +498,7 @@ def test_a_scheduler_that_cannot_be_followed() -> None:
     before = snapshot(pipe)
     vars(pipe)["scheduler"] = NoScheduler()
     with pytest.raises(
-        ValueError, match="scheduler of StableDiffusionPipeline, NoScheduler, has no scale_model_input and no"
+        ValueError, match="scheduler of StableDiffusionPipeline, NoScheduler, has no step"
     ):
         ac.enable(pipe, Peaks())
     vars(pipe)["scheduler"] = tiny.scheduler()

@@ -27,8 +27,8 @@ class Sum(ac.LatentGuidance):
     """Of all maps of the layers of half the grid on each axis, or a quarter where there are such."""
 
     def default_layers(self, layers: dict[str, Any]) -> list[str]:
-        level = min(2, max(layer.level for layer in layers.values() if layer.block != "mid_block"))
-        return [name for name, layer in layers.items() if layer.level == level]
+        factor = min(4, max(layer.factor for layer in layers.values() if layer.block != "mid_block"))
+        return [name for name, layer in layers.items() if layer.factor == factor]
 
     def loss(self, maps: Tensor, context: ac.GuidanceContext) -> Tensor:
         return maps.sum((1, 2))

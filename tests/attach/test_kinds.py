@@ -455,7 +455,7 @@ def test_unusual_attention_modules() -> None:
         def edit(self, site: Any, attention: Attending) -> torch.Tensor:
             return attention.plain()
 
-    layer = Layer("attn2", "down_blocks.0", 0, attn)
+    layer = Layer("attn2", "down_blocks.0", 1, attn)
     place = Place(layer)
     place.rows = Rows(2, [1], [0])
     place.now = Acts(edit=(Same(), Site(layer)))

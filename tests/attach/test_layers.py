@@ -110,12 +110,12 @@ def test_prefixes() -> None:
     assert choose(layers, ("down_blocks",)) == [name for name in layers if name.startswith("down")]
     for prefix in ("down_blocks.3", "down_blocks.2.attentions.1.transformer_blocks.0.att", "attn2", "down"):
         with pytest.raises(
-            ValueError, match=rf"'{prefix}' matches no cross-attention layer; this UNet has down_blocks\.0\."
+            ValueError, match=rf"'{prefix}' matches no layer with text; this model has down_blocks\.0\."
         ):
             choose(layers, (prefix,))
     with pytest.raises(
         ValueError,
-        match=r"grid by 16; this UNet has by_downsampling of 1 \(down_blocks\.0, up.*\), 2 \(.*\), 4 \(.*\), 8",
+        match=r"grid by 16; this model has by_downsampling of 1 \(down_blocks\.0, up.*\), 2 \(.*\), 4 \(.*\), 8",
     ):
         choose(layers, ac.by_downsampling(16))
 
@@ -155,4 +155,4 @@ def test_self_attention(config: dict[str, Any], count: int) -> None:
     assert len(layers) == 2 * count
     for own, other in zip(list(layers.values())[::2], cross.values(), strict=True):
         assert own.name == other.name.replace("attn2", "attn1") and not own.cross
-        assert (own.level, own.block) == (other.level, other.block)
+        assert (own.factor, own.block) == (other.factor, other.block)

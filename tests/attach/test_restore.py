@@ -173,7 +173,7 @@ def test_pipelines_without_cross_attention() -> None:
     pipe = diffusers.DDPMPipeline(unet, tiny.scheduler("DDPMScheduler"))
     with pytest.raises(ValueError, match="UNet of DDPMPipeline has no cross-attention layer; use a text-to-image"):
         ac.enable(pipe, REGULATION)
-    with pytest.raises(ValueError, match="object has no UNet"), ac.capture(object()):
+    with pytest.raises(ValueError, match="object has neither a UNet nor a transformer"), ac.capture(object()):
         pass
 
 
@@ -301,7 +301,7 @@ def test_ip_adapter_image_part_is_exact() -> None:
             torch.testing.assert_close(call(pipe, **options), plain, rtol=0, atol=1e-3)
     with pytest.raises(ValueError, match="has an IP-Adapter but was given text and image embeddings in one tensor"):
         attn = pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn2
-        place = Place(layer := Layer("here", "", 0, attn))
+        place = Place(layer := Layer("here", "", 1, attn))
         place.now = Acts(contexts=((Run(), Site(layer)),))
         with installed([place]):
             attn(torch.zeros(1, 256, 16), encoder_hidden_states=torch.zeros(1, 20, 16))

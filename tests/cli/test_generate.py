@@ -183,7 +183,7 @@ def test_generate_overwrites_only_when_told(generate, tmp_path, capsys):
         (
             ("--method", "excite"),
             ["star"],
-            "grid by 4; this UNet has .* 1 .down_blocks.0, up_blocks.2.; name such blocks as layers",
+            "grid by 4; this model has .* 1 .down_blocks.0, up_blocks.2.; name such blocks as layers",
         ),
         (("--method", "syngen"), [], "--method syngen needs --pairs.*or spaCy"),
         (("--method", "syngen", "--pairs", "red:cat", "--layers", "up_blocks"), [], "pairs holds 'cat'"),
