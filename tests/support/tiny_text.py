@@ -1,0 +1,116 @@
+"""Tiny tokenizers and text encoders with random weights that pipelines of transformers have besides CLIP's: T5, Gemma
+and Bert."""
+
+from __future__ import annotations
+
+import string
+from functools import cache
+from typing import Any
+
+from tests.support.tiny import WORDS, _merge
+
+# Spelled by several tokens; "apple" is a token by itself, and also the end of "pineapple".
+PIECES = {"octopus": ("octo", "pus"), "pineapple": ("pine", "apple")}
+LETTERS = string.ascii_lowercase + string.digits + ".!-'\"():"
+CAPITALS = string.ascii_uppercase
+MARK = "▁"
+# What Sana puts before a prompt; long enough that its pipeline leaves most of it out of the transformer's text.
+INSTRUCTION = ["the photo of a two,", "a cat and the dog.", "red ball: "]
+
+
+@cache
+def _unigram() -> list[tuple[str, float]]:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (MARK, -3.0)]
+    pieces += [(f"{MARK}{word}", -2.0) for word in WORDS if word != ","]
+    for first, *rest in PIECES.values():
+        pieces += [(f"{MARK}{first}", -2.0), *((piece, -2.0) for piece in rest)]
+    return [*pieces, (",", -2.0), *((letter, -6.0) for letter in LETTERS + CAPITALS)]
+
+
+def t5_tokenizer() -> Any:
+    """A sentence-piece tokenizer: words begin with a mark, and a text has an end but no start."""
+    from transformers import T5TokenizerFast
+
+    # As many as T5's own has by default would be most of the vocabulary.
+    return T5TokenizerFast(vocab=_unigram(), extra_ids=0, model_max_length=512)
+
+
+def t5_encoder(tokens: Any, width: int = 32) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=len(tokens),
+        d_model=width,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config).eval()
+
+
+@cache
+def _gemma_files() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        _merge([*word], (word,), merges)
+    for word, pieces in PIECES.items():
+        _merge([*word], pieces, merges)
+    # Joined with the mark last, so that a word has the same pieces with it and without.
+    merges += [(MARK, word) for word in (*WORDS, *(pieces[0] for pieces in PIECES.values())) if word != ","]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\n", MARK, ",", *LETTERS, *CAPITALS]
+    tokens += dict.fromkeys(a + b for a, b in merges)
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
+
+
+def gemma_tokenizer() -> Any:
+    """Byte-pair encoding with marks for spaces: a start of text and no end."""
+    from transformers import GemmaTokenizerFast
+
+    vocab, merges = _gemma_files()
+    return GemmaTokenizerFast(vocab=dict(vocab), merges=list(merges), model_max_length=512, add_bos_token=True)
+
+
+def gemma_encoder(tokens: Any, width: int = 16) -> Any:
+    from transformers import Gemma2Config, Gemma2Model
+
+    config = Gemma2Config(
+        vocab_size=len(tokens),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=512,
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+    )
+    return Gemma2Model(config).eval()
+
+
+def bert_tokenizer() -> Any:
+    from transformers import BertTokenizer
+
+    letters = string.ascii_lowercase + string.digits
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *(pieces[0] for pieces in PIECES.values())]
+    tokens += [f"##{piece}" for pieces in PIECES.values() for piece in pieces[1:]]
+    tokens += [*LETTERS, *(f"##{letter}" for letter in letters), *"苹果"]
+    return BertTokenizer(vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))}, model_max_length=77)
+
+
+def bert_encoder(tokens: Any, width: int = 16) -> Any:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=len(tokens),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=80,
+    )
+    return BertModel(config).eval()

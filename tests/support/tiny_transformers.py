@@ -1,0 +1,313 @@
+"""Tiny diffusers pipelines on transformers, with random weights: PixArt, Sana, HunyuanDiT, SD 3, FLUX.1 and Chroma, a
+fraction of a second each on a CPU.
+
+Their latents are 16x16 by default, and have other shapes with `size`; their images have 8x8 tokens, and Sana's 16x16.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.support import tiny, tiny_text
+
+KINDS = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3", "flux", "chroma")
+PROMPT = "a photo of a bag and an apple"
+SIDE = 16  # of the latents
+T5_LENGTH = 24  # of the T5 text, where a call may say it
+CLASSES = {
+    "pixart_alpha": "PixArtAlphaPipeline",
+    "pixart_sigma": "PixArtSigmaPipeline",
+    "sana": "SanaPipeline",
+    "hunyuan": "HunyuanDiTPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "flux": "FluxPipeline",
+    "chroma": "ChromaPipeline",
+}
+JOINT = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 32}
+ROTARY = (4, 6, 6)
+
+
+def _vae(channels: int, blocks: int = 2) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        latent_channels=channels,
+        norm_num_groups=4,
+        shift_factor=0.1159,
+        scaling_factor=0.3611,
+    ).eval()
+
+
+def _sana_vae(channels: int = 4) -> Any:
+    from diffusers import AutoencoderDC
+
+    pair: dict[str, Any] = {}
+    for part in ("encoder", "decoder"):
+        pair |= {
+            f"{part}_block_types": "ResBlock",
+            f"{part}_block_out_channels": (8, 8),
+            f"{part}_layers_per_block": (1, 1),
+            f"{part}_qkv_multiscales": ((), ()),
+        }
+    return AutoencoderDC(latent_channels=channels, **pair, scaling_factor=0.41407).eval()
+
+
+def _flow(**options: Any) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(**options)
+
+
+def _sharpened(model: Any, sharper: float = 4.0, stronger: float = 3.0) -> Any:
+    """Give the attention to the text peaks, and an effect on the output that tests can see.
+
+    sharper: factor of queries and keys; of their norms' weights its square root. stronger: of values and outputs.
+    """
+    scales = {
+        sharper: (
+            "attn2.to_q.weight",
+            "attn2.to_k.weight",
+            "attn.to_q.weight",
+            "attn.to_k.weight",
+            "add_k_proj.weight",
+        ),
+        sharper**0.5: ("norm_q.weight", "norm_k.weight", "norm_added_k.weight"),
+        stronger: ("attn2.to_v.weight", "attn2.to_out.0.weight", "add_v_proj.weight", "attn.to_out.0.weight"),
+    }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            for scale, ends in scales.items():
+                if name.endswith(ends):
+                    parameter.mul_(scale)
+            # Of ControlNets, which begin with none.
+            if "controlnet_" in name and name.endswith("weight"):
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def _t5(parts: dict[str, Any], suffix: str = "", width: int = 32) -> None:
+    parts[f"tokenizer{suffix}"] = tokens = tiny_text.t5_tokenizer()
+    parts[f"text_encoder{suffix}"] = tiny_text.t5_encoder(tokens, width)
+
+
+def _clip(parts: dict[str, Any], suffix: str = "", projection: bool = True) -> None:
+    parts[f"tokenizer{suffix}"] = tokens = tiny.tokenizer("!" if suffix else tiny.EOS)
+    parts[f"text_encoder{suffix}"] = tiny._text_encoder(tokens, projection)
+
+
+def _pixart(cls: str, alpha: bool) -> dict[str, Any]:
+    from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
+
+    parts: dict[str, Any] = {"vae": _vae(4), "scheduler": DPMSolverMultistepScheduler()}
+    _t5(parts)
+    # With 128 the 1024-pixel models of PixArt-alpha are told the picture's size.
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        cross_attention_dim=24,
+        caption_channels=32,
+        sample_size=128 if alpha else SIDE,
+        use_additional_conditions=alpha,
+        interpolation_scale=1,
+    )
+    return parts | {"transformer": _sharpened(model)}
+
+
+def _sana(cls: str) -> dict[str, Any]:
+    from diffusers import DPMSolverMultistepScheduler, SanaTransformer2DModel
+
+    tokens = tiny_text.gemma_tokenizer()
+    model = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=SIDE,
+    )
+    return {
+        "vae": _sana_vae(),
+        "tokenizer": tokens,
+        "text_encoder": tiny_text.gemma_encoder(tokens),
+        "transformer": _sharpened(model),
+        "scheduler": DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+        ),
+    }
+
+
+def _hunyuan(cls: str) -> dict[str, Any]:
+    from diffusers import DDPMScheduler, HunyuanDiT2DModel
+
+    tokens = tiny_text.bert_tokenizer()
+    # The pipeline knows no other size of a latent cell than 8 pixels.
+    parts: dict[str, Any] = {"vae": _vae(4, 4), "tokenizer": tokens, "text_encoder": tiny_text.bert_encoder(tokens)}
+    _t5(parts, "_2")
+    model = HunyuanDiT2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        hidden_size=16,
+        in_channels=4,
+        patch_size=2,
+        sample_size=SIDE,
+        # The last has a skip connection from the first.
+        num_layers=4,
+        cross_attention_dim=16,
+        cross_attention_dim_t5=32,
+        pooled_projection_dim=16,
+    )
+    scheduler = DDPMScheduler(beta_end=0.02, prediction_type="v_prediction", steps_offset=1)
+    unsafe = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return parts | unsafe | {"transformer": _sharpened(model), "scheduler": scheduler}
+
+
+def _sd3(cls: str, t5: bool = True, dual: bool = False) -> dict[str, Any]:
+    from diffusers import SD3ControlNetModel, SD3Transformer2DModel
+
+    parts: dict[str, Any] = {"vae": _vae(16), "scheduler": _flow(shift=3.0)}
+    _clip(parts)
+    _clip(parts, "_2")
+    if t5:
+        _t5(parts, "_3")
+    else:
+        parts |= {"tokenizer_3": None, "text_encoder_3": None}
+    config: dict[str, Any] = {
+        **JOINT,
+        "sample_size": SIDE,
+        "in_channels": 16,
+        "num_layers": 3,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 32,
+    }
+    if dual:
+        config |= {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}
+    parts["transformer"] = _sharpened(SD3Transformer2DModel(**config))
+    if "ControlNet" in cls:
+        parts["controlnet"] = _sharpened(SD3ControlNetModel(**(config | {"num_layers": 2})))
+    return parts
+
+
+def _flux(cls: str, schnell: bool = False) -> dict[str, Any]:
+    from diffusers import FluxControlNetModel, FluxTransformer2DModel
+
+    scheduler = _flow(shift=1.0) if schnell else _flow(shift=3.0, use_dynamic_shifting=True)
+    parts: dict[str, Any] = {"vae": _vae(16), "scheduler": scheduler}
+    _clip(parts, projection=False)
+    _t5(parts, "_2")
+    config: dict[str, Any] = {
+        **JOINT,
+        "in_channels": 64,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "pooled_projection_dim": 16,
+        "guidance_embeds": not schnell,
+        "axes_dims_rope": ROTARY,
+    }
+    # Latents, the masked picture's, and the mask.
+    filling = {"in_channels": 64 + 64 + 4 * tiny.SCALE**2, "out_channels": 64} if "Fill" in cls else {}
+    parts["transformer"] = _sharpened(FluxTransformer2DModel(**config | filling))
+    if "ControlNet" in cls:
+        parts["controlnet"] = _sharpened(FluxControlNetModel(**config))
+    return parts
+
+
+def _chroma(cls: str) -> dict[str, Any]:
+    from diffusers import ChromaTransformer2DModel
+
+    parts: dict[str, Any] = {"vae": _vae(16), "scheduler": _flow(shift=3.0)}
+    _t5(parts)
+    model = ChromaTransformer2DModel(
+        **JOINT,
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        axes_dims_rope=ROTARY,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    return parts | {"transformer": _sharpened(model)}
+
+
+BUILD: dict[str, Callable[..., dict[str, Any]]] = {
+    "pixart_alpha": lambda cls: _pixart(cls, alpha=True),
+    "pixart_sigma": lambda cls: _pixart(cls, alpha=False),
+    "sana": _sana,
+    "hunyuan": _hunyuan,
+    "sd3": _sd3,
+    "flux": _flux,
+    "chroma": _chroma,
+}
+
+
+def pipeline(
+    kind: str, cls: str | None = None, *, seed: int = 0, parts: dict[str, Any] | None = None, **options: Any
+) -> Any:
+    """A pipeline of this kind.
+
+    cls: of this diffusers class, such as an image-to-image one. parts: in place of its components. options: sd3 takes
+    `t5=False` for none, `dual=True` for SD 3.5 medium's second attention and normed queries and keys; flux takes
+    `schnell=True`.
+    """
+    import diffusers
+
+    name = cls or CLASSES[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = BUILD[kind](name, **options)
+        pipe = getattr(diffusers, name)(**(built | (parts or {})))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latent_channels(kind: str) -> int:
+    return 16 if kind in ("sd3", "flux", "chroma") else 4
+
+
+def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def mask_image(height: int, width: int) -> torch.Tensor:
+    mask = torch.zeros(1, 1, height, width)
+    mask[..., height // 4 : -height // 4, width // 4 :] = 1
+    return mask
+
+
+def arguments(kind: str, pipe: Any, size: tuple[int, int] = (SIDE, SIDE), **options: Any) -> dict[str, Any]:
+    """What `call` calls the pipeline with."""
+    height, width = (side * pipe.vae_scale_factor for side in size)
+    given: dict[str, Any] = {
+        "prompt": PROMPT,
+        "height": height,
+        "width": width,
+        "num_inference_steps": 2,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(1),
+        "max_sequence_length": T5_LENGTH,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+        "complex_human_instruction": tiny_text.INSTRUCTION,
+        "image": picture(height, width),
+        "control_image": picture(height, width),
+        "mask_image": mask_image(height, width),
+        "strength": 1.0,
+    }
+    known = inspect.signature(type(pipe).__call__).parameters
+    return {name: value for name, value in given.items() if name in known} | options
+
+
+def call(kind: str, pipe: Any, **options: Any) -> torch.Tensor:
+    """The final latents: of FLUX and Chroma packed, `[B, cells, channels]`. `size`: (height, width) of the latents."""
+    return pipe(**arguments(kind, pipe, **options)).images
