@@ -1,0 +1,165 @@
+"""Methods on transformers: what they see and change, against the models' own attention recomputed by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnctl_fast as ac
+from attnctl_fast import ops
+from attnctl_fast.attach.attention import Attention
+from attnctl_fast.attach.call import Call, Site
+from attnctl_fast.attach.protocol import Method, Run
+from tests.support import tiny_transformers as tiny
+from tests.support.recomputed import Layout, attending_by_hand, layout_of
+
+JOINT = ("sd3", "flux", "chroma")
+# Kinds whose calls have unconditional and conditional rows in one batch; the others evaluate them one after the other.
+STACKED = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3")
+TEXT = {
+    "pixart_alpha": 24,
+    "pixart_sigma": 24,
+    "sana": 24,
+    "hunyuan": 77 + 256,
+    "sd3": 16 + 24,
+    "flux": 24,
+    "chroma": 24,
+}
+# (name, kind, class, options of the pipeline, options of its call)
+VARIANTS: list[tuple[str, str, str | None, dict[str, Any], dict[str, Any]]] = [
+    *((kind, kind, None, {}, {}) for kind in tiny.KINDS),
+    ("sd3 without T5", "sd3", None, {"t5": False}, {}),
+    ("sd3.5 medium", "sd3", None, {"dual": True}, {}),
+    ("sd3 image to image", "sd3", "StableDiffusion3Img2ImgPipeline", {}, {}),
+    ("sd3 inpainting", "sd3", "StableDiffusion3InpaintPipeline", {}, {}),
+    ("sd3 ControlNet", "sd3", "StableDiffusion3ControlNetPipeline", {}, {}),
+    ("sd3 without guidance", "sd3", None, {}, {"guidance_scale": 1.0}),
+    ("flux schnell", "flux", None, {"schnell": True}, {}),
+    ("flux true guidance", "flux", None, {}, {"true_cfg_scale": 3.0, "negative_prompt": "a dog"}),
+    ("flux image to image", "flux", "FluxImg2ImgPipeline", {}, {}),
+    ("flux inpainting", "flux", "FluxInpaintPipeline", {}, {}),
+    ("flux fill", "flux", "FluxFillPipeline", {}, {}),
+    ("flux ControlNet", "flux", "FluxControlNetPipeline", {}, {}),
+    ("chroma image to image", "chroma", "ChromaImg2ImgPipeline", {}, {}),
+    ("two prompts", "sd3", None, {}, {"prompt": ["a dog", "a photo of a bag"], "num_images_per_prompt": 2}),
+    ("flux, two prompts", "flux", None, {}, {"prompt": ["a dog", "a photo of a bag"], "num_images_per_prompt": 2}),
+    ("sd3, not square", "sd3", None, {}, {"size": (16, 24)}),
+    ("flux, not square", "flux", None, {}, {"size": (24, 16)}),
+    ("pixart, not square", "pixart_sigma", None, {}, {"size": (16, 24)}),
+]
+variants = pytest.mark.parametrize("variant", VARIANTS, ids=[row[0] for row in VARIANTS])
+
+
+class Case:
+    """A variant's pipeline, and where the text and the image are in its layers."""
+
+    def __init__(self, variant: tuple[str, str, str | None, dict[str, Any], dict[str, Any]]) -> None:
+        _, self.kind, cls, options, self.options = variant
+        self.pipe = tiny.pipeline(self.kind, cls, **options)
+        height, width = self.options.get("size", (tiny.SIDE, tiny.SIDE))
+        patch = 1 if self.kind == "sana" else 2
+        self.grid = height // patch, width // patch
+        prompts = self.options.get("prompt", "one")
+        images = self.options.get("num_images_per_prompt", 1)
+        self.samples = (1 if isinstance(prompts, str) else len(prompts)) * images
+        self.guided = self.kind in STACKED and self.options.get("guidance_scale", 2.0) > 1
+        self.layout = layout_of(self.kind, self.samples, TEXT[self.kind], self.grid[0] * self.grid[1], self.guided)
+        # Of two evaluations a step the first is the prompt's.
+        self.turns = 2 if self.kind == "chroma" or "true_cfg_scale" in self.options else 1
+
+    @property
+    def model(self) -> Any:
+        return self.pipe.transformer
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers with text, by their modules' names alone."""
+        own = "attn" if self.kind in JOINT else "attn2"
+        return [name for name, _ in self.model.named_modules() if name.split(".")[-1] == own and "block" in name]
+
+    def draw(self, **options: Any) -> Tensor:
+        return tiny.call(self.kind, self.pipe, **{**self.options, **options})
+
+    def draw_by_hand(self, edit: Any) -> Tensor:
+        """A picture whose layers with text attend by `edit(name, logits, layout)`, in the prompt's evaluations."""
+        counts: dict[str, int] = {}
+
+        def each(name: str, logits: Tensor) -> Tensor:
+            if name not in self.layers:
+                return logits.softmax(-1)
+            turn = counts.get(name, 0)
+            counts[name] = turn + 1
+            return edit(name, logits, self.layout) if turn % self.turns == 0 else logits.softmax(-1)
+
+        with attending_by_hand(self.model, each):
+            return self.draw()
+
+
+@variants
+def test_maps_are_the_models_own_attention(variant: Any) -> None:
+    case = Case(variant)
+    expected: dict[str, list[Tensor]] = {}
+
+    def look(name: str, logits: Tensor, layout: Layout) -> Tensor:
+        expected.setdefault(name, []).append(layout.maps(logits.double().softmax(-1)).unflatten(2, case.grid))
+        return logits.softmax(-1)
+
+    plain = case.draw_by_hand(look)
+    with ac.capture(case.pipe) as maps:
+        drawn = case.draw()
+    assert list(maps) == case.layers == list(expected)
+    torch.testing.assert_close(drawn, case.draw(), rtol=0, atol=1e-5 * float(plain.abs().max()))
+    for name, found in maps.items():
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), torch.stack(expected[name]), rtol=0, atol=2e-5)
+        spread = found.std(-1).mean()
+        assert spread > 1e-5, "maps that are the same everywhere would hide a wrong grid"
+
+
+class Raised(Method):
+    """An edit of a user's own: these tokens' logits are raised."""
+
+    layers = None
+    edits_attention = True
+
+    def __init__(self, ids: list[int], by: float = 2.0) -> None:
+        self.ids, self.by = ids, by
+
+    def start(self, call: Call, sites: list[Site]) -> Run:
+        return _Raising(self)
+
+
+class _Raising(Run):
+    def __init__(self, method: Raised) -> None:
+        self.method = method
+
+    def edit(self, site: Site, attention: Attention) -> Tensor:
+        q, k, v = attention.q, attention.k, attention.v
+        ids = attention.column_ids(torch.tensor(self.method.ids))
+        bias = torch.full((*q.shape[:2], len(ids), q.shape[2]), self.method.by)
+        return ops.biased_attention(q, k, v, bias, ids, scale=attention.scale, key_bias=attention.key_bias)
+
+
+@variants
+def test_an_edit_reaches_the_images_rows_and_the_prompts_columns(variant: Any) -> None:
+    case = Case(variant)
+    ids = [1, 3]
+
+    def raised(name: str, logits: Tensor, layout: Layout) -> Tensor:
+        logits = logits.clone()
+        columns = torch.tensor(ids) + layout.text.start
+        rows = torch.arange(logits.shape[2])[layout.image]
+        for row in range(layout.rows.start, layout.rows.stop):
+            logits[row, :, rows[:, None], columns] += 2.0
+        return logits.softmax(-1)
+
+    expected, plain = case.draw_by_hand(raised), case.draw()
+    with ac.control(case.pipe, Raised(ids)):
+        found = case.draw()
+    size = float(plain.abs().max())
+    assert float((expected - plain).abs().max()) > 1e-3 * size
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * size)
+    assert torch.equal(case.draw(), plain)
