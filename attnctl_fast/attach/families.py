@@ -73,7 +73,7 @@ class Family:
     def channels(self, model: Any) -> int:
         """Return how many channels of the model's input are the latents; others are a mask and pictures behind them."""
         into = int(model.config.in_channels)
-        return min(into, int(model.config.out_channels or into))
+        return min(into, int(getattr(model.config, "out_channels", None) or into))
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -161,5 +162,81 @@ def test_an_edit_reaches_the_images_rows_and_the_prompts_columns(variant: Any) -
         found = case.draw()
     size = float(plain.abs().max())
     assert float((expected - plain).abs().max()) > 1e-3 * size
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * size)
+    assert torch.equal(case.draw(), plain)
+
+
+class Peaks(ac.LatentGuidance):
+    """Tokens 1 and 3 are to be attended to somewhere."""
+
+    def tokens(self, prompts: Any) -> list[list[int]]:
+        return [[1, 3]] * prompts.count
+
+    def loss(self, maps: Tensor, context: Any) -> Tensor:
+        return peaks(maps)
+
+
+def peaks(maps: Tensor) -> Tensor:
+    return 1 - maps.amax(2).mean(1)
+
+
+def guided_by_hand(case: Case, size: float) -> Tensor:
+    """A picture whose latents take a step down the gradient of `peaks` before each evaluation of the prompt."""
+    model, layout, latents = case.model, case.layout, {}
+    names = [name for name in case.layers if not name.startswith("single")]
+    packed = case.kind in ("flux", "chroma")
+    forward, step = model.forward, case.pipe.scheduler.step
+    parameters = list(inspect.signature(forward).parameters)
+    count = 0
+
+    def with_latents(own: Tensor, given: Tensor) -> Tensor:
+        """The model's input with other latents in it: in all rows, but not in what comes behind them."""
+        axis = 2 if packed else 1
+        stacked = own.repeat(len(given) // len(own), *[1] * (own.ndim - 1))
+        return torch.cat([stacked, given.narrow(axis, own.shape[axis], given.shape[axis] - own.shape[axis])], axis)
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        given = dict(zip(parameters, args, strict=False)) | kwargs
+        sample, turn, count = given["hidden_states"], count % case.turns, count + 1
+        if turn == 0:
+            channels = 64 if packed else tiny.latent_channels(case.kind)
+            own = sample[layout.rows].narrow(2 if packed else 1, 0, channels)
+            own, seen = own.detach().clone().requires_grad_(), []
+
+            def look(name: str, logits: Tensor) -> Tensor:
+                probabilities = logits.softmax(-1)
+                if name in names:
+                    seen.append(layout.maps(probabilities)[:, [1, 3]])
+                return probabilities
+
+            with torch.enable_grad(), attending_by_hand(model, look):
+                forward(**given | {"hidden_states": with_latents(own, sample)})
+                (gradient,) = torch.autograd.grad(peaks(torch.stack(seen).mean(0)).sum(), own)
+            latents["moved"] = latents["now"] = (own - size * gradient).detach()
+        return forward(**given | {"hidden_states": with_latents(latents["now"], sample)})
+
+    def from_there(output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+        return step(output, timestep, latents.pop("moved").to(sample.dtype), **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "forward", evaluate, raising=False)
+        patch.setattr(case.pipe.scheduler, "step", from_there, raising=False)
+        try:
+            return case.draw()
+        finally:
+            patch.undo()
+            vars(model).pop("forward", None)
+            vars(case.pipe.scheduler).pop("step", None)
+
+
+@variants
+def test_guided_latents_are_those_of_plain_autograd(variant: Any) -> None:
+    case = Case(variant)
+    expected, plain = guided_by_hand(case, 5.0), case.draw()
+    with ac.control(case.pipe, Peaks(steps=1.0, scale=5.0, schedule=ac.schedules.constant())):
+        found = case.draw()
+    size = float(plain.abs().max())
+    assert float((expected - plain).abs().max()) > 1e-4 * size
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * size)
     assert torch.equal(case.draw(), plain)

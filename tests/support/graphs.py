@@ -1,4 +1,4 @@
-"""A pipeline whose UNet is compiled for the length of a block, and the graphs that were made."""
+"""A pipeline whose model is compiled for the length of a block, and the graphs that were made."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ import torch
 
 @contextmanager
 def counted_graphs(pipe: Any, place: str = "wrapped") -> Iterator[list[Any]]:
-    """Compile the UNet without graph breaks, `wrapped`, `in place` or by its repeated `blocks`."""
+    """Compile the UNet or the transformer without graph breaks, `wrapped`, `in place` or by its repeated `blocks`."""
     graphs: list[Any] = []
 
     def backend(graph: Any, _: Any) -> Any:
         graphs.append(graph)
         return graph.forward
 
-    unet = pipe.unet
+    name = "unet" if hasattr(pipe, "unet") else "transformer"
+    model = getattr(pipe, name)
     torch._dynamo.reset()
     if place == "wrapped":
-        pipe.unet = torch.compile(unet, fullgraph=True, backend=backend)
+        setattr(pipe, name, torch.compile(model, fullgraph=True, backend=backend))
     elif place == "in place":
-        unet.compile(fullgraph=True, backend=backend)
+        model.compile(fullgraph=True, backend=backend)
     else:
-        unet.compile_repeated_blocks(fullgraph=True, backend=backend)
+        model.compile_repeated_blocks(fullgraph=True, backend=backend)
     try:
         yield graphs
     finally:
-        pipe.unet = unet
-        for module in unet.modules():
+        setattr(pipe, name, model)
+        for module in model.modules():
             module._compiled_call_impl = None
         torch._dynamo.reset()
