@@ -121,9 +121,11 @@ def built(kind: str) -> Built:
 
 def snapshot(pipe: Any) -> dict[str, Any]:
     """All of a pipeline that control touches or might: processors by identity, hooks, instance attributes, weights."""
-    modules = dict(pipe.unet.named_modules())
+    model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    modules = dict(model.named_modules())
     return {
-        "processors": {name: id(processor) for name, processor in pipe.unet.attn_processors.items()},
+        "processors": {name: id(processor) for name, processor in model.attn_processors.items()},
+        "backends": {name: getattr(p, "_attention_backend", None) for name, p in model.attn_processors.items()},
         "children": {name: list(module._modules) for name, module in modules.items()},
         "attributes": {name: sorted(module.__dict__) for name, module in modules.items()},
         "hooks": {
@@ -136,8 +138,8 @@ def snapshot(pipe: Any) -> dict[str, Any]:
         "pipeline": {name: id(value) for name, value in pipe.__dict__.items() if callable(value)},
         "names": sorted(name for name in pipe.__dict__ if not name.startswith("_")),
         "scheduler": sorted(name for name, value in pipe.scheduler.__dict__.items() if callable(value)),
-        "requires_grad": {name: p.requires_grad for name, p in pipe.unet.named_parameters()},
-        "weights": list(pipe.unet.state_dict()),
+        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+        "weights": list(model.state_dict()),
         "class": (type(pipe), type(pipe).__call__),
         "attention": torch.nn.functional.scaled_dot_product_attention,
     }

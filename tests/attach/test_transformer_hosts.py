@@ -1,0 +1,294 @@
+"""What else lives in a transformer's pipeline under control: adapters, offloading, compilation, backends, own loops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnctl_fast as ac
+from tests.support import tiny_transformers as tiny
+from tests.support.graphs import counted_graphs
+from tests.support.pipelines import Stop, snapshot, stop_at
+from tests.support.tiny_transformers import call
+
+IDS = [1, 3]
+
+
+class Peaks(ac.LatentGuidance):
+    def tokens(self, prompts: Any) -> list[list[int]]:
+        return [IDS] * prompts.count
+
+    def loss(self, maps: Tensor, context: Any) -> Tensor:
+        return 1 - maps.amax(2).mean(1)
+
+
+METHODS: dict[str, Any] = {
+    # Of many steps a rounding may make another picture.
+    "regulation": ac.AttentionRegulation(IDS, edit_steps=1.0, pin_special=False, steps=2),
+    "guidance": Peaks(steps=1.0, scale=5.0),
+    "regions": ac.DenseDiffusion({1: [[1, 0]] * 2, 3: [[0, 1]] * 2}, edit_steps=1.0),
+}
+kinds = pytest.mark.parametrize("kind", tiny.KINDS)
+methods = pytest.mark.parametrize("method", METHODS)
+
+
+def under(kind: str, pipe: Any, method: str, **options: Any) -> Tensor:
+    with ac.control(pipe, METHODS[method]):
+        return call(kind, pipe, **options)
+
+
+@kinds
+@methods
+def test_no_trace_after_use_exceptions_and_interrupts(kind: str, method: str) -> None:
+    pipe = tiny.pipeline(kind)
+    plain, before = call(kind, pipe), snapshot(pipe)
+    edited = under(kind, pipe, method)
+    assert not torch.allclose(edited, plain, atol=1e-3)
+    assert snapshot(pipe) == before and torch.equal(call(kind, pipe), plain)
+    for error in (Stop, KeyboardInterrupt):
+        hook = pipe.transformer.proj_out.register_forward_hook(_raising(error))
+        with pytest.raises(error), ac.control(pipe, METHODS[method]):
+            call(kind, pipe)
+        hook.remove()
+        assert snapshot(pipe) == before
+    assert torch.equal(call(kind, pipe), plain)
+    assert torch.equal(under(kind, pipe, method), edited)
+
+
+def _raising(error: type[BaseException]) -> Any:
+    def hook(*_: Any) -> None:
+        raise error
+
+    return hook
+
+
+def test_stopped_by_a_callback() -> None:
+    pipe = tiny.pipeline("flux")
+    plain, before = call("flux", pipe), snapshot(pipe)
+    with pytest.raises(Stop), ac.control(pipe, METHODS["regulation"]):
+        call("flux", pipe, callback_on_step_end=stop_at(0))
+    assert snapshot(pipe) == before and torch.equal(call("flux", pipe), plain)
+
+
+@kinds
+def test_strength_zero_is_plain(kind: str) -> None:
+    pipe = tiny.pipeline(kind)
+    nothing = (
+        ac.AttentionRegulation(IDS, strength=0.0, pin_special=False),
+        ac.AttentionRegulation(IDS, edit_steps=0, pin_special=False),
+        ac.DenseDiffusion({1: [[1, 0]] * 2}, cross_strength=0.0, self_strength=0.0),
+        Peaks(steps=0),
+    )
+    plain = call(kind, pipe)
+    for method in nothing:
+        with ac.control(pipe, method):
+            assert torch.equal(call(kind, pipe), plain)
+
+
+@kinds
+@methods
+def test_a_sample_is_itself_in_any_batch(kind: str, method: str) -> None:
+    pipe = tiny.pipeline(kind)
+    prompts = [tiny.PROMPT, "a photo of a dog"]
+
+    def noise(*seeds: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    both = under(kind, pipe, method, prompt=prompts, generator=noise(3, 4))
+    for index, prompt in enumerate(prompts):
+        alone = under(kind, pipe, method, prompt=prompt, generator=noise(3 + index))
+        scale = float(alone.abs().max())
+        torch.testing.assert_close(both[index : index + 1], alone, rtol=0, atol=1e-3 * scale)
+
+
+def add_lora(pipe: Any) -> None:
+    from peft import LoraConfig
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(9)
+        config = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+        pipe.transformer.add_adapter(config)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "sana"])
+@methods
+def test_lora_before_and_after(kind: str, method: str) -> None:
+    before, after = tiny.pipeline(kind), tiny.pipeline(kind)
+    without = under(kind, before, method)
+    add_lora(before)
+    expected = under(kind, before, method)
+    assert not torch.allclose(expected, without, atol=1e-3)
+    with ac.control(after, METHODS[method]):
+        assert torch.equal(call(kind, after), without)
+        add_lora(after)
+        assert torch.equal(call(kind, after), expected)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "pixart_sigma"])
+@methods
+def test_offloading(kind: str, method: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    pipe = tiny.pipeline(kind)
+    expected, plain = under(kind, pipe, method), call(kind, pipe)
+    accelerate.cpu_offload(pipe.transformer, execution_device="cpu")
+    before = snapshot(pipe)
+    assert torch.equal(under(kind, pipe, method), expected)
+    assert snapshot(pipe) == before and torch.equal(call(kind, pipe), plain)
+
+
+@pytest.mark.parametrize("kind", ["flux", "chroma"])
+@methods
+def test_another_attention_backend(kind: str, method: str) -> None:
+    """Layers that are acted on make the call that we take; all others attend by the user's choice."""
+    from diffusers.models import attention_dispatch as dispatch
+
+    pipe = tiny.pipeline(kind)
+    expected, plain = under(kind, pipe, method), call(kind, pipe)
+    pipe.transformer.set_attention_backend("_native_math")
+    before = snapshot(pipe)
+    torch.testing.assert_close(under(kind, pipe, method), expected, rtol=0, atol=1e-4)
+    assert snapshot(pipe) == before
+    with dispatch.attention_backend("_native_math"):
+        torch.testing.assert_close(under(kind, pipe, method), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(call(kind, pipe), plain, rtol=0, atol=1e-4)
+
+
+@kinds
+@pytest.mark.parametrize("method", ["regulation", "regions"])
+@pytest.mark.parametrize("place", ["wrapped", "blocks"])
+def test_one_graph(kind: str, method: str, place: str) -> None:
+    pipe = tiny.pipeline(kind)
+    if place == "blocks" and not pipe.transformer._repeated_blocks:
+        pytest.skip("diffusers names no repeated blocks of this model")
+    expected = under(kind, pipe, method)
+    with counted_graphs(pipe, place) as graphs:
+        call(kind, pipe)
+        plain = len(graphs)
+    with counted_graphs(pipe, place) as graphs:
+        first = under(kind, pipe, method)
+        count = len(graphs)
+        torch.testing.assert_close(under(kind, pipe, method), first, rtol=0, atol=0)
+    assert count == len(graphs)
+    # Evaluations with and without the prompt, and blocks with and without an edit, are different code.
+    assert count <= (2 * plain if kind == "chroma" or place == "blocks" else plain)
+    torch.testing.assert_close(first, expected, rtol=0, atol=1e-4 * max(1.0, float(expected.abs().max())))
+
+
+def test_maps_of_a_compiled_model() -> None:
+    pipe = tiny.pipeline("flux")
+    with ac.capture(pipe) as maps:
+        call("flux", pipe)
+    expected = maps.mean()
+    with counted_graphs(pipe), ac.capture(pipe) as maps:
+        call("flux", pipe)
+    torch.testing.assert_close(maps.mean(), expected, rtol=0, atol=1e-6)
+
+
+@kinds
+def test_prompt_embeddings(kind: str) -> None:
+    """Embeddings in place of a prompt: the same picture, with token ids as targets."""
+    pipe = tiny.pipeline(kind)
+    given = embeddings(kind, pipe)
+    plain = call(kind, pipe)
+    atol = 1e-4 * float(plain.abs().max())
+    torch.testing.assert_close(call(kind, pipe, prompt=None, **given), plain, rtol=0, atol=atol)
+    found = under(kind, pipe, "regulation", prompt=None, **given)
+    torch.testing.assert_close(found, under(kind, pipe, "regulation"), rtol=0, atol=atol)
+    with ac.control(pipe, ac.AttentionRegulation(["bag"])), pytest.raises(ValueError, match="token ids"):
+        call(kind, pipe, prompt=None, **given)
+
+
+def embeddings(kind: str, pipe: Any) -> dict[str, Any]:
+    """What a pipeline takes in place of `PROMPT`."""
+    length = {"max_sequence_length": tiny.T5_LENGTH}
+    if kind == "sd3":
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        return dict(zip(names, pipe.encode_prompt(tiny.PROMPT, None, None, **length), strict=True))
+    if kind == "flux":
+        embeds, pooled, _ = pipe.encode_prompt(tiny.PROMPT, None, **length)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    if kind == "hunyuan":
+        found: dict[str, Any] = {}
+        for index, end in ((0, ""), (1, "_2")):
+            embeds, negative, mask, negative_mask = pipe.encode_prompt(tiny.PROMPT, text_encoder_index=index)
+            found |= {f"prompt_embeds{end}": embeds, f"negative_prompt_embeds{end}": negative}
+            found |= {f"prompt_attention_mask{end}": mask, f"negative_prompt_attention_mask{end}": negative_mask}
+        return found
+    known = tiny.arguments(kind, pipe)
+    options = {name: known[name] for name in ("clean_caption", "complex_human_instruction") if name in known}
+    result = pipe.encode_prompt(tiny.PROMPT, **length, **options)
+    if kind == "chroma":
+        embeds, _, mask, negative, _, negative_mask = result
+    else:
+        embeds, mask, negative, negative_mask = result
+    return {
+        "prompt_embeds": embeds,
+        "prompt_attention_mask": mask,
+        "negative_prompt_embeds": negative,
+        "negative_prompt_attention_mask": negative_mask,
+        **({"negative_prompt": None} if kind.startswith(("pixart", "sana")) else {}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "cls", "model"),
+    [("flux", "FluxPipeline", "FluxTransformer2DModel"), ("sd3", "StableDiffusion3Pipeline", "SD3Transformer2DModel")],
+)
+def test_what_an_architecture_rules_out(kind: str, cls: str, model: str) -> None:
+    pipe = tiny.pipeline(kind)
+    before = snapshot(pipe)
+    with pytest.raises(ValueError, match=rf"layers of {cls} attend to text and image in one, .* EnergyContext"):
+        ac.enable(pipe, ac.EnergyContext(0.1, 0.1))
+    with pytest.raises(ValueError, match=rf"{cls} has a {model}, but Composition"):
+        ac.enable(pipe, ac.Composition([ac.Edit("a dog", 0.5)]))
+    with pytest.raises(ValueError, match=rf"{cls} has a {model}, but ComposableDiffusion"):
+        ac.enable(pipe, ac.ComposableDiffusion(["a dog", "a cat"]))
+    with pytest.raises(ValueError, match=r"'nowhere' matches no layer with text; this model has transformer_blocks\.0"):
+        ac.enable(pipe, ac.AttentionRegulation(IDS, layers=["nowhere"]))
+    assert snapshot(pipe) == before
+
+
+def test_a_model_that_nobody_knows() -> None:
+    pipe = tiny.pipeline("flux")
+    parts = {**pipe.components, "transformer": torch.nn.Linear(2, 2)}
+    with pytest.raises(ValueError, match=r"transformer of FluxPipeline is a Linear, .*how one is added"):
+        ac.enable(type(pipe)(**parts), METHODS["regulation"])
+
+
+def test_a_mask_of_the_users_own() -> None:
+    """A mask that is another one for every image token would be an edit of its own."""
+    pipe = tiny.pipeline("flux")
+    mask = torch.ones(1, 1, 88, 88, dtype=torch.bool).tril()
+    with ac.control(pipe, METHODS["regulation"]), pytest.raises(ValueError, match="attention mask .* of its own"):
+        call("flux", pipe, joint_attention_kwargs={"attention_mask": mask})
+
+
+def test_a_loop_of_the_users_own() -> None:
+    pipe = tiny.pipeline("flux")
+    expected = under("flux", pipe, "regulation")
+    embeds, pooled, text_ids = pipe.encode_prompt(tiny.PROMPT, None, max_sequence_length=tiny.T5_LENGTH)
+    image_ids = pipe._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32)
+    # The pipeline has made the schedule.
+    pipe.scheduler._step_index = None
+    with ac.control(pipe, METHODS["regulation"]) as handle:
+        embeds = handle.begin(prompt_embeds=embeds)
+        latents = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+        latents = pipe._pack_latents(latents, 1, 16, 16, 16)
+        for timestep in pipe.scheduler.timesteps:
+            with torch.no_grad():
+                velocity = pipe.transformer(
+                    hidden_states=latents,
+                    timestep=timestep.expand(1) / 1000,
+                    guidance=torch.full([1], 3.5),
+                    pooled_projections=pooled,
+                    encoder_hidden_states=embeds,
+                    txt_ids=text_ids,
+                    img_ids=image_ids,
+                    return_dict=False,
+                )[0]
+            latents = pipe.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        handle.end()
+    torch.testing.assert_close(latents, expected)
