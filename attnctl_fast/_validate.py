@@ -135,6 +135,40 @@ def check_tokens(token_ids: TokenIds | None, k: Tensor) -> Tensor | None:
     return ids
 
 
+def check_columns(token_ids: TokenIds, k: Tensor) -> Tensor:
+    """Return `token_ids` as a tensor of at least one; None, which would be all, is an error."""
+    if token_ids is None:
+        raise ValueError("token_ids is None; name the columns of k whose maps are wanted, such as those of text tokens")
+    ids, _ = _check_token_ids("token_ids", token_ids, k.shape[0], k.shape[2], k.device)
+    if ids.shape[-1] == 0:
+        raise ValueError("token_ids is empty; name at least one column of k")
+    return ids
+
+
+REDUCTIONS = ("mean", "none")
+
+
+def check_reduce(reduce: str) -> None:
+    """Raise ValueError unless `reduce` says what becomes of the heads' maps."""
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce is {reduce!r}; it must be 'mean', over the heads, or 'none'")
+
+
+def check_lse(lse: Tensor, q: Tensor) -> Tensor:
+    """Return `lse`; raise ValueError unless it is [B,H,M], on q's device and as wide as the computation."""
+    wide, shape = torch.promote_types(q.dtype, torch.float32), q.shape[:3]
+    if lse.shape != shape:
+        raise ValueError(
+            f"lse has shape {tuple(lse.shape)}; it must be [batch, heads, image tokens] = {list(shape)}, one number "
+            "for every row of q"
+        )
+    if lse.dtype != wide:
+        raise ValueError(f"lse has dtype {lse.dtype}; with q in {q.dtype} it must be {wide}, as attention returns it")
+    if lse.device != q.device:
+        raise ValueError(f"lse is on {lse.device} but q is on {q.device}; move it there")
+    return lse
+
+
 def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `x` in `dtype`; raise ValueError where that would lose digits."""
     if torch.promote_types(x.dtype, dtype) != dtype:

@@ -81,6 +81,28 @@ def attention_with_maps(
     return probabilities @ _wide(v), maps.contiguous() if per_head else maps.mean(1)
 
 
+def maps_from_lse(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    token_ids: Tensor,
+    per_head: bool,
+    scale: float,
+    key_bias: Tensor | None = None,
+) -> Tensor:
+    """Return exp(l - lse) of the columns that `token_ids` names, [B,H,n,M], or [B,n,M] as their mean over the heads.
+
+    Zeros for a padded token, and for a row whose lse is -inf (MATH.md section 6).
+    """
+    ids = token_ids.expand(k.shape[0], -1)
+    columns = ids.clamp(min=0)
+    chosen = k.gather(2, columns[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
+    logits = _logits(q, chosen, scale, None if key_bias is None else key_bias.gather(1, columns)).mT
+    empty, padded = (lse == -torch.inf).unsqueeze(2), (ids < 0)[:, None, :, None]
+    maps = torch.exp((logits - torch.where(empty, 0.0, lse.unsqueeze(2))).masked_fill(empty | padded, -torch.inf))
+    return maps if per_head else maps.mean(1)
+
+
 def attention_with_context_gradient(
     q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float, key_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -172,3 +172,10 @@ def rest_of(lse):
 def finite_or_zero(maximum):
     """A row's maximum as what to subtract: -inf, of a row without columns, would give NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def store_maps(maps_ptr, tile, slots, rows, inside, M):
+    """Store `tile` [COLUMNS, BLOCK_M] into the maps of `slots`, none for -1; int64 `slots` where there are very many."""
+    places = slots[:, None] * M + rows[None, :]
+    tl.store(maps_ptr + places, tile, mask=(slots >= 0)[:, None] & inside[None, :])

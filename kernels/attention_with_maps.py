@@ -1,9 +1,9 @@
 """Attention and its probabilities of chosen tokens, averaged over the heads or of each head.
 
 Where the keys and values of a prompt fit on chip, one kernel: a program goes over heads with a tile of image tokens, so
-that the mean is summed in registers. Elsewhere the attention kernel runs first, and a second one makes the chosen
-columns from its logsumexp. Where the heads are shared by several programs, each writes its part of the mean, and the
-parts are added in a fixed order.
+that the mean is summed in registers. Elsewhere the attention kernel runs first, and that of maps_from_lse.py makes the
+chosen columns from its logsumexp. Where the heads are shared by several programs, each writes its part of the mean, and
+the parts are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -18,25 +18,17 @@ from ._tiles import (
     LN_2,
     LOG2_E,
     aligned,
-    exp,
     finite_or_zero,
     load_key_bias,
     load_pieces,
     one_if_zero,
     row_dots,
-    row_products,
     slots_of,
+    store_maps,
     store_piece,
 )
 from .attention import align_of, attention
-
-
-@triton.jit
-def _store_maps(maps_ptr, tile, slots, rows, inside, M):
-    """Store `tile` [COLUMNS, BLOCK_M] into the maps of `slots`, none for -1."""
-    places = slots[:, None] * M + rows[None, :]
-    tl.store(maps_ptr + places, tile, mask=(slots >= 0)[:, None] & inside[None, :])
-
+from .maps_from_lse import chosen_columns, shared_heads
 
 _STRIDES = [f"stride_{x}{y}" for x, last in (("q", "m"), ("k", "n"), ("v", "n")) for y in "bh" + last]
 
@@ -121,7 +113,7 @@ def _attention_maps_fwd_kernel(
         tl.store(lse_ptr + head * M + rows, (top + total) * LN_2, mask=inside)
         norm = tl.exp2(-total)[None, :]
         if PER_HEAD:
-            _store_maps(maps_ptr + head * count * M, p * norm, slots, rows, inside, M)
+            store_maps(maps_ptr + head * count * M, p * norm, slots, rows, inside, M)
         else:
             mean += p * norm
         weights = p.to(DOT)
@@ -132,89 +124,7 @@ def _attention_maps_fwd_kernel(
             out = tl.trans(tl.dot(tl.trans(v2), weights) * norm)
             store_piece(out_ptr + head * M * D, out, rows, inside, D, D, D1, D2)
     if not PER_HEAD:
-        _store_maps(maps_ptr + (group * tl.num_programs(1) + b) * count * M, mean * weight, slots, rows, inside, M)
-
-
-@triton.jit(do_not_specialize=[*_STRIDES[:6], "stride_id", "H", "M", "N", "count", "heads", "blocks"])
-def _maps_fwd_kernel(
-    q_ptr,
-    k_ptr,
-    id_ptr,
-    key_bias_ptr,
-    lse_ptr,
-    maps_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_id,
-    H,
-    M,
-    N,
-    count,
-    heads,
-    blocks,
-    weight,
-    scale,
-    PER_HEAD: tl.constexpr,
-    D: tl.constexpr,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    ALIGN: tl.constexpr,
-    DOT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """A tile of the maps of `heads` heads, or of their sum times `weight`, from lse; `blocks`: how many tiles the image
-    tokens are."""
-    b = tl.program_id(1).to(tl.int64)
-    group = tl.program_id(2).to(tl.int64)
-    stride_qm = aligned(stride_qm, ALIGN)
-    stride_kn = aligned(stride_kn, ALIGN)
-    rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = rows < M
-    slots = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    wanted = slots < count
-    ids = slots
-    if id_ptr is not None:
-        ids = tl.load(id_ptr + b * stride_id + slots, mask=wanted, other=-1).to(tl.int32)
-    named = wanted & (ids >= 0)
-    slots = tl.where(wanted, slots, -1).to(tl.int64)
-    if key_bias_ptr is not None:
-        added = load_key_bias(key_bias_ptr, b, N, ids, named)
-
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    first = group * heads
-    for h in range(first, tl.minimum(first + heads, H)):
-        head = b * H + h
-        of_q = q_ptr + aligned(b * stride_qb + h * stride_qh, ALIGN)
-        of_k = k_ptr + aligned(b * stride_kb + h * stride_kh, ALIGN)
-        if q_ptr.dtype.element_ty == tl.float32:
-            q1, q2 = 0.0, 0.0
-        else:
-            q1, q2 = load_pieces(of_q, rows, inside, stride_qm, D, D1, D2, DOT)  # [BLOCK_M, D1], [BLOCK_M, D2]
-        logits = row_products(q1, q2, of_q, rows, inside, stride_qm, of_k, ids, named, stride_kn, D, D1, D2, DOT)
-        lse = tl.load(lse_ptr + head * M + rows, mask=inside, other=0.0)
-        logits *= scale
-        if key_bias_ptr is not None:
-            logits += added[None, :]
-            lse = finite_or_zero(lse)
-        p = tl.where(named[None, :], exp(logits - lse[:, None]), 0.0)
-        if PER_HEAD:
-            _store_maps(maps_ptr + head * count * M, tl.trans(p), slots, rows, inside, M)
-        else:
-            total += p
-    if not PER_HEAD:
-        total = tl.trans(total * weight)
-        _store_maps(maps_ptr + (group * tl.num_programs(1) + b) * count * M, total, slots, rows, inside, M)
-
-
-def _shared(heads: int, most: int, tiles: int, programs: int) -> tuple[int, int]:
-    """Into how many groups of how many heads, at most `most`, so that there are about `programs` programs."""
-    each = triton.cdiv(heads, min(most, triton.cdiv(programs, tiles)))
-    return triton.cdiv(heads, each), each
+        store_maps(maps_ptr + (group * tl.num_programs(1) + b) * count * M, mean * weight, slots, rows, inside, M)
 
 
 def attention_with_maps(
@@ -238,85 +148,54 @@ def attention_with_maps(
     batch, heads, image_tokens, d = q.shape
     tokens = k.shape[2]
     count = tokens if token_ids is None else token_ids.shape[-1]
-    sizes = {"d": d, "n": tokens, "m": image_tokens, "itemsize": q.element_size()}
-    use = dict(config("attention_maps_fwd", q.device, **sizes))
-    on_chip = tokens <= use.pop("ON_CHIP_N") and q.dtype != torch.float32
-    if on_chip:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        columns = 1
-    else:
-        out, lse = attention(q, k, v, key_bias, scale)
-        use = dict(config("maps_fwd", q.device, **{**sizes, "n": count}))
-        columns = triton.cdiv(count, use["BLOCK_N"])
-    blocks = triton.cdiv(image_tokens, use["BLOCK_M"])
     # The parts of a mean take at most a quarter of what all maps would.
     most = heads if per_head else max(1, min(heads, heads * tokens // (4 * count)))
-    groups, each = _shared(heads, most, blocks * columns * batch, use.pop("PROGRAMS"))
-    padded = on_chip and token_ids is not None and token_ids.ndim == 2
+    sizes = {"d": d, "n": tokens, "m": image_tokens, "itemsize": q.element_size()}
+    use = dict(config("attention_maps_fwd", q.device, **sizes))
+    if tokens > use.pop("ON_CHIP_N") or q.dtype == torch.float32:
+        out, lse = attention(q, k, v, key_bias, scale)
+        return out, chosen_columns(q, k, lse, token_ids, key_bias, per_head, scale, most), lse
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    blocks = triton.cdiv(image_tokens, use["BLOCK_M"])
+    groups, each = shared_heads(heads, most, blocks * batch, use.pop("PROGRAMS"))
+    padded = token_ids is not None and token_ids.ndim == 2
     allocate = lse.new_zeros if padded else lse.new_empty
-    shape = (batch, heads, count, image_tokens) if per_head else (groups, batch, count, image_tokens)
-    maps = allocate(shape)
+    maps = allocate((batch, heads, count, image_tokens) if per_head else (groups, batch, count, image_tokens))
     d1, d2 = pieces(d)
-    shared = {"PER_HEAD": per_head, "D": d, "D1": d1, "D2": d2, "DOT": dot_dtype(q.dtype)}
-    grid = (blocks * columns, batch, groups)
-    if on_chip:
-        launch(
-            _attention_maps_fwd_kernel,
-            grid,
-            q.device,
-            use,
-            q,
-            k,
-            v,
-            slots,
-            key_bias,
-            out,
-            lse,
-            maps,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            0 if slots is None or slots.shape[0] == 1 else slots.stride(0),
-            heads,
-            image_tokens,
-            tokens,
-            count,
-            each,
-            1.0 / heads,
-            scale,
-            **shared,
-            # At least as many as a group of four warps shares on sm_90 and later.
-            N1=max(triton.next_power_of_2(tokens), 64),
-            ALIGN=align_of(q, k, v),
-        )
-    else:
-        ids = None if token_ids is None else unit_stride(token_ids)
-        launch(
-            _maps_fwd_kernel,
-            grid,
-            q.device,
-            use,
-            q,
-            k,
-            ids,
-            key_bias,
-            lse,
-            maps,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            0 if ids is None or ids.ndim == 1 else ids.stride(0),
-            heads,
-            image_tokens,
-            tokens,
-            count,
-            each,
-            blocks,
-            1.0 / heads,
-            scale,
-            **shared,
-            ALIGN=align_of(q, k),
-        )
+    launch(
+        _attention_maps_fwd_kernel,
+        (blocks, batch, groups),
+        q.device,
+        use,
+        q,
+        k,
+        v,
+        slots,
+        key_bias,
+        out,
+        lse,
+        maps,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        0 if slots is None or slots.shape[0] == 1 else slots.stride(0),
+        heads,
+        image_tokens,
+        tokens,
+        count,
+        each,
+        1.0 / heads,
+        scale,
+        PER_HEAD=per_head,
+        D=d,
+        D1=d1,
+        D2=d2,
+        # At least as many as a group of four warps shares on sm_90 and later.
+        N1=max(triton.next_power_of_2(tokens), 64),
+        ALIGN=align_of(q, k, v),
+        DOT=dot_dtype(q.dtype),
+    )
     if per_head:
         return out, maps, lse
     return out, maps[0] if groups == 1 else maps.sum(0), lse

@@ -9,6 +9,7 @@ from .context_energy import ContextEnergy, context_energy
 from .context_update import context_update
 from .gaussian_bias import basis_shape, default_sigma, gaussian_bias
 from .map_similarity import map_similarity
+from .maps_from_lse import maps_from_lse
 from .merge_targets import merge_targets
 from .region_attention import region_attention
 from .regulate import Regulation, regulate
@@ -33,6 +34,7 @@ __all__ = [
     "default_sigma",
     "gaussian_bias",
     "map_similarity",
+    "maps_from_lse",
     "merge_targets",
     "region_attention",
     "regulate",

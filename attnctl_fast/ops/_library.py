@@ -217,7 +217,12 @@ def made(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
 def may_hold_map(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Return whether the eager forms may hold the map of these queries and keys."""
-    return q.device.type == "cpu" and q.shape[:3].numel() * k.shape[2] <= LARGEST_MAP
+    return may_hold_columns(q, k.shape[2])
+
+
+def may_hold_columns(q: torch.Tensor, columns: int) -> bool:
+    """Return whether the eager forms may hold so many columns of the map of these queries."""
+    return q.device.type == "cpu" and q.shape[:3].numel() * columns <= LARGEST_MAP
 
 
 def differentiated(*tensors: torch.Tensor | None) -> bool:

@@ -10,12 +10,19 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import TokenIds, check_kernel_limits, check_key_bias, check_qkv, check_scale, check_tokens
+from .._validate import (
+    TokenIds,
+    check_kernel_limits,
+    check_key_bias,
+    check_qkv,
+    check_reduce,
+    check_scale,
+    check_tokens,
+)
 from ._library import composite, differentiable, launcher, may_hold_map, without_autocast
 
 # Numbers of the map that are held at a time: about what the caches of two cores hold in float32.
 TILE = 1 << 19
-REDUCTIONS = ("mean", "none")
 
 attention_with_maps_reference = composite(
     "attention_with_maps_reference(Tensor q, Tensor k, Tensor v, Tensor? token_ids, bool per_head, float scale, "
@@ -252,8 +259,7 @@ def attention_with_maps(
             trusted, for reading them would synchronise.
     """
     check_qkv(q, k, v)
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce is {reduce!r}; it must be 'mean', over the heads, or 'none'")
+    check_reduce(reduce)
     ids, key_bias = check_tokens(token_ids, k), check_key_bias(key_bias, k)
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
     if impl == "triton":
