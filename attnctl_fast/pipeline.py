@@ -13,6 +13,7 @@ from .attach.engine import Engine, Entry, PipelineCall, engine_of
 from .attach.layers import LayerChoice, by_downsampling, check_choice
 from .attach.prompts import Prompts, check_targets
 from .attach.protocol import Method
+from .attach.segments import segments_of
 
 __all__ = ["AttentionMaps", "Handle", "by_downsampling", "capture", "control", "enable"]
 
@@ -75,7 +76,9 @@ class Handle:
                 f"negative_prompt_embeds has shape {tuple(negative_prompt_embeds.shape)}; it must be that of "
                 f"prompt_embeds, {tuple(prompt_embeds.shape)}"
             )
-        prompts = Prompts(pipe, texts, len(prompt_embeds if texts is None else texts), prompt_embeds.shape[1])
+        length = prompt_embeds.shape[1]
+        segments = segments_of(engine.family.name, pipe, {"prompt": texts}, length)
+        prompts = Prompts(segments, len(prompt_embeds if texts is None else texts), length)
         self._call, contexts = engine.begin(pipe, prompts, prompt_embeds, negative_prompt_embeds)
         return contexts
 

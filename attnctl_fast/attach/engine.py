@@ -26,6 +26,7 @@ from .prompts import Prompts
 from .protocol import Method, Run, defines
 from .rows import Rows, conditional_rows
 from .scheduler import SchedulerTap
+from .segments import segments_of
 
 
 @dataclass(eq=False)
@@ -245,10 +246,11 @@ class PipelineCall:
         signature = inspect.signature(type(self.pipe).encode_prompt)
         arguments = signature.bind(self.pipe, *args, **kwargs).arguments
         self.guided = bool(arguments.get("do_classifier_free_guidance", True))
-        texts, second = (_as_list(arguments.get(name)) for name in ("prompt", "prompt_2"))
+        texts = _as_list(arguments.get("prompt"))
         given = arguments.get("prompt_embeds")
         count = len(texts) if texts is not None else len(first if given is None else given)
-        prompts = Prompts(self.pipe, texts, count, first.shape[1], second)
+        segments = segments_of(self.engine.family.name, self.pipe, arguments, first.shape[1])
+        prompts = Prompts(segments, count, first.shape[1])
         embeddings = self.start(prompts, first, rest, arguments)
         return embeddings if isinstance(result, Tensor) else (embeddings, *result[1:])
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .tokens import Segment, Tokens
+
+__all__ = ["Prompts", "Segment", "Target", "Targets", "Tokens", "check_targets", "one_hot", "padded"]
+
 Target: TypeAlias = str | int
 Targets: TypeAlias = Target | Sequence[Target] | Sequence[Sequence[Target]]
-
-_WORD_END = "</w>"
 
 
 def check_targets(targets: Any, name: str = "targets") -> Targets:
@@ -55,116 +57,80 @@ def check_targets(targets: Any, name: str = "targets") -> Targets:
     return rows if all(nested) else rows[0]
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """The tokens of one prompt.
-
-    Ids, and the strings that the tokenizer shows for them, both with special tokens, unpadded; and the ids of the text
-    that the tokenizer cut off.
-    """
-
-    ids: tuple[int, ...]
-    strings: tuple[str, ...]
-    text: str
-    cut: tuple[int, ...] = ()
-
-    @property
-    def end(self) -> int:
-        """Position of the first end-of-text token."""
-        return len(self.ids) - 1
-
-
 class Prompts:
     """The prompts of one pipeline call, as far as they are known.
 
+    Positions are columns of the whole text that the model attends to. Where several text encoders have a part of it
+    (SD 3: CLIP, then T5), a word stands wherever one of them has it.
+
     Args:
-        pipe: the pipeline, for its tokenizer.
-        texts: the prompts, or None where the call was given embeddings.
+        segments: those parts, in order.
         count: number of prompts.
-        length: tokens of the text encoders' context.
-        second: prompts for the second text encoder, where they differ (SDXL).
+        length: columns of the whole text.
 
     Attributes:
-        tokens: the prompts' tokens; None where there are none.
-        second: those of the second encoder's prompts; None where there are none.
+        segments: the parts.
+        rows: the prompts' tokens in each part; None where there are none.
+        tokens: those in the first part.
+        second: those of the prompts that its second encoder reads (SDXL, SD 3), where these differ.
     """
 
-    def __init__(
-        self, pipe: Any, texts: Sequence[str] | None, count: int, length: int, second: Sequence[str] | None = None
-    ) -> None:
-        self.count, self.length = count, length
-        self._pipe = pipe
-        self._tokenizer: Any = getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)
-        self.tokens = None if texts is None or self._tokenizer is None else [self._tokenise(text) for text in texts]
-        self.second = None if self.tokens is None or second is None else [self._tokenise(text) for text in second]
-        # Pipelines that encode long prompts piece by piece give a longer context, and words then stand elsewhere.
-        self._aligned = self.tokens is not None and length == getattr(self._tokenizer, "model_max_length", None)
+    def __init__(self, segments: Sequence[Segment], count: int, length: int) -> None:
+        self.segments, self.count, self.length = list(segments), count, length
+        self.rows = self._read()
+        self._seconds = [
+            None if self.rows is None or segment.second is None else [segment.tokenise(text) for text in segment.second]
+            for segment in self.segments
+        ]
+        self.tokens = None if self.rows is None else self.rows[0]
+        self.second = self._seconds[0] if self._seconds else None
+        self._aligned = self.rows is not None and all(segment.aligned for segment in self.segments)
 
-    def _converted(self, text: str) -> str:
-        convert = getattr(self._pipe, "maybe_convert_prompt", None)
-        return text if convert is None else convert(text, self._tokenizer)
+    def _read(self) -> list[list[Tokens]] | None:
+        rows = []
+        for segment in self.segments:
+            if segment.tokenizer is None or segment.texts is None:
+                return None
+            rows.append([segment.tokenise(text) for text in segment.texts])
+        return rows or None
 
-    def _tokenise(self, text: str) -> Tokens:
-        tokenizer, text_read = self._tokenizer, self._converted(text)
-        ids = list(tokenizer(text_read, max_length=tokenizer.model_max_length, truncation=True).input_ids)
-        if tokenizer.eos_token_id in ids[1:]:
-            ids = ids[: ids.index(tokenizer.eos_token_id, 1) + 1]
-        cut = ()
-        if len(ids) == tokenizer.model_max_length:
-            cut = tuple(tokenizer(text_read, add_special_tokens=False, verbose=False).input_ids[len(ids) - 2 :])
-        return Tokens(tuple(ids), tuple(tokenizer.convert_ids_to_tokens(ids)), text, cut)
+    def _in(self, index: int) -> list[tuple[Segment, Tokens]]:
+        """Return every part with its tokens of one prompt."""
+        assert self.rows is not None
+        return [(segment, rows[index]) for segment, rows in zip(self.segments, self.rows, strict=True)]
 
-    def _shown(self, tokens: Tokens) -> str:
-        """Return the tokens with their positions; those that are no text by themselves (Chinese, emoji) as a word."""
-        words = [[0], *(positions for _, positions in self._split(tokens)), [tokens.end]]
-        shown = []
-        for positions in words:
-            each = [self._tokenizer.decode([tokens.ids[i]]).strip() for i in positions]
-            if any("\ufffd" in text for text in each):
-                word = self._tokenizer.decode([tokens.ids[i] for i in positions]).strip()
-                shown.append(f"{positions[0]}-{positions[-1]} {word!r}")
-            else:
-                shown.extend(f"{i} {text!r}" for i, text in zip(positions, each, strict=True))
-        return ", ".join(shown)
-
-    def _find(self, phrase: str, tokens: Tokens, name: str) -> list[list[int]]:
-        """Return the positions of every occurrence of a word or phrase.
-
-        Raises:
-            ValueError: it does not stand in the prompt.
-        """
-        places = []
-        wanted = list(self._tokenizer(self._converted(phrase.strip()), add_special_tokens=False).input_ids)
-        for start in range(1, len(tokens.ids) - len(wanted)):
-            # Without this, "apple" would be found within "pineapple".
-            inside = self._inside(start, tokens)
-            if wanted and not inside and list(tokens.ids[start : start + len(wanted)]) == wanted:
-                places.append(list(range(start, start + len(wanted))))
-        if places:
-            return places
-        text = [*tokens.ids[1 : tokens.end], *tokens.cut]
-        if tokens.cut and any(text[i : i + len(wanted)] == wanted for i in range(len(text))):
-            raise ValueError(
-                f"{name} holds {phrase!r}, which was cut off: the tokenizer keeps {len(tokens.ids)} tokens of the "
-                f"prompt {tokens.text!r}; shorten the prompt, or move the word to its front"
-            )
-        raise ValueError(
-            f"{name} holds {phrase!r}, which is not in the prompt {tokens.text!r}, whose tokens are "
-            f"{self._shown(tokens)}; use words of the prompt as they stand there, or token ids"
+    def _shown(self, index: int) -> str:
+        parts = self._in(index)
+        return "; ".join(
+            segment.shown(tokens) if len(parts) == 1 else f"{segment.name}: {segment.shown(tokens)}"
+            for segment, tokens in parts
         )
 
-    def _inside(self, position: int, tokens: Tokens) -> bool:
-        """Return whether the token goes on with the word of the one before."""
-        before = tokens.strings[position - 1]
-        marked = any(string.endswith(_WORD_END) for string in tokens.strings)
-        whole = before.endswith(_WORD_END) or before in self._tokenizer.get_added_vocab()
-        return marked and position > 1 and not whole
+    def _missing(self, phrase: str, index: int, name: str) -> ValueError:
+        """Return the error of a word that no encoder has."""
+        parts = self._in(index)
+        text = " and ".join(dict.fromkeys(repr(tokens.text) for _, tokens in parts))
+        cut = [(segment, tokens) for segment, tokens in parts if segment.lost(phrase, tokens)]
+        if cut:
+            kept = " and ".join(
+                f"{'the tokenizer' if len(parts) == 1 else segment.name} keeps {len(tokens.ids)} tokens"
+                for segment, tokens in cut
+            )
+            return ValueError(
+                f"{name} holds {phrase!r}, which was cut off: {kept} of the prompt {text}; shorten the prompt, or move "
+                "the word to its front"
+            )
+        return ValueError(
+            f"{name} holds {phrase!r}, which is not in the prompt {text}, whose tokens are {self._shown(index)}; use "
+            "words of the prompt as they stand there, or token ids"
+        )
 
     def positions(self, targets: Targets, name: str = "targets", *, within_prompt: bool = True) -> list[list[int]]:
-        """Return the targets' positions in the context, one list per prompt.
+        """Return the targets' positions in the text, one list per prompt.
 
-        Words and phrases stand for all their tokens at their first occurrence, compared as the tokenizer normalises
-        them (CLIP: without case).
+        Words and phrases stand for all their tokens at their first occurrence, in every text encoder's part that has
+        them, compared as the tokenizer normalises them, without case. One that an encoder's tokenizer cut off stands in
+        the other parts alone.
 
         Raises:
             ValueError: a word that is not in the prompt, or elsewhere in the prompt of the second text encoder; words
@@ -181,12 +147,12 @@ class Prompts:
 
     def _row(self, row: tuple[Target, ...], index: int, name: str, within_prompt: bool) -> list[int]:
         found = [position for item in row for position in self.find(item, index, name)]
-        if self.tokens is not None and within_prompt:
-            tokens = self.tokens[index]
-            if len(found) > tokens.end - 1:
+        if self.rows is not None and within_prompt:
+            own = sum(tokens.end - tokens.begin for _, tokens in self._in(index))
+            if len(found) > own:
                 raise ValueError(
-                    f"{name} names {len(found)} tokens, but the prompt {tokens.text!r} has only {tokens.end - 1}: "
-                    f"{self._shown(tokens)}"
+                    f"{name} names {len(found)} tokens, but the prompt {self.rows[0][index].text!r} has only {own}: "
+                    f"{self._shown(index)}"
                 )
         double = next((position for position in found if found.count(position) > 1), None)
         if double is not None:
@@ -198,15 +164,15 @@ class Prompts:
         return self.occurrences(item, index, name)[0]
 
     def occurrences(self, item: Target, index: int, name: str) -> list[list[int]]:
-        """Return positions as `find` does, wherever the word or phrase stands.
+        """Return positions as `find` does, wherever the word or phrase stands: the k-th time in every encoder's part.
 
-        Of those, what both text encoders' prompts have from the first one on.
+        Of those, what both prompts of two encoders side by side have from the first one on.
         """
         if isinstance(item, int):
             if item >= self.length:
                 raise ValueError(f"{name} holds the token id {item}, but the context has tokens 0..{self.length - 1}")
             return [[item]]
-        if self.tokens is None:
+        if self.rows is None:
             raise ValueError(
                 f"{name} holds {item!r}, but the pipeline was given prompt_embeds instead of a prompt, so where the "
                 "word stands is unknown; pass token ids (positions in the context) instead"
@@ -214,25 +180,42 @@ class Prompts:
         if not self._aligned:
             raise ValueError(
                 f"{name} holds {item!r}, but the context has {self.length} tokens and the tokenizer makes "
-                f"{self._tokenizer.model_max_length}, so where the word stands is unknown; pass token ids instead"
+                f"{self.segments[0].limit}, so where the word stands is unknown; pass token ids instead"
             )
-        found = self._find(item, self.tokens[index], name)
-        if self.second is None:
-            return found
-        second = self._find(item, self.second[index], name)
-        if second[0] != found[0]:
+        found: list[list[list[int]]] = []
+        for (segment, tokens), second in zip(self._in(index), self._seconds, strict=True):
+            places = segment.places(item, tokens)
+            if places and second is not None:
+                places = self._in_both(item, places, (segment, tokens), second[index], name)
+            found.append([[segment.start + i for i in place] for place in places])
+        if not any(found):
+            raise self._missing(item, index, name)
+        return [[i for place in places if place for i in place] for places in zip_longest(*found)]
+
+    def _in_both(
+        self, item: str, first: list[list[int]], part: tuple[Segment, Tokens], other: Tokens, name: str
+    ) -> list[list[int]]:
+        """Return the places of a word in the prompt that another encoder's prompt has too."""
+        segment, tokens = part
+        second = segment.places(item, other)
+        if not second:
             raise ValueError(
-                f"{name} holds {item!r}, which stands at {found[0]} in the prompt {self.tokens[index].text!r}, but "
-                f"elsewhere in prompt_2 {self.second[index].text!r}; give it the same place in both, or pass token ids"
+                f"{name} holds {item!r}, which is not in the prompt {other.text!r}, whose tokens are "
+                f"{segment.shown(other)}; use words of the prompt as they stand there, or token ids"
             )
-        return [place for place in found if place in second]
+        if second[0] != first[0]:
+            raise ValueError(
+                f"{name} holds {item!r}, which stands at {first[0]} in the prompt {tokens.text!r}, but elsewhere in "
+                f"prompt_2 {other.text!r}; give it the same place in both, or pass token ids"
+            )
+        return [place for place in first if place in second]
 
     def words(self, targets: Targets | None = None, name: str = "targets") -> list[dict[str, list[int]]] | None:
         """Return the positions of every word by what it is called, one dict per prompt; None where they are unknown.
 
         With targets, those as the user named them (an id by its digits); without, the words of the prompts in order,
         each all its tokens, as the tokenizer normalises them. What would be called the same is numbered: "dog",
-        "dog (2)". Of prompts that differ between the text encoders, the words that stand at the same place in both.
+        "dog (2)". Of prompts that differ between encoders side by side, the words that stand at the same place in both.
 
         Raises:
             ValueError: as `positions` does.
@@ -243,58 +226,75 @@ class Prompts:
             return [
                 _numbered([(str(item), self.find(item, index, name)) for item in row]) for index, row in enumerate(rows)
             ]
-        if self.tokens is None or not self._aligned:
+        if self.rows is None or not self._aligned:
             return None
-        second = self.second or self.tokens
-        shared = [[self._split(tokens) for tokens in both] for both in zip(self.tokens, second, strict=True)]
-        return [_numbered([word for word in first if word in other]) for first, other in shared]
+        return [self._words(index) for index in range(self.count)]
 
-    def _split(self, tokens: Tokens) -> list[tuple[str, list[int]]]:
-        """Return the words of a prompt and their positions, without start and end."""
-        strings, learned = tokens.strings, self._tokenizer.get_added_vocab()
-        found: list[list[int]] = []
-        for position in range(1, tokens.end):
-            # Textual inversion calls the further vectors of a word <word>_1, <word>_2.
-            further = found and strings[position] == f"{strings[found[-1][0]]}_{len(found[-1])}"
-            if further or self._inside(position, tokens):
-                found[-1].append(position)
-            else:
-                found.append([position])
-        shown = [[i for i in word if i == word[0] or strings[i] not in learned] for word in found]
-        return [
-            (self._tokenizer.decode([tokens.ids[i] for i in named]).strip(), word)
-            for named, word in zip(shown, found, strict=True)
-        ]
+    def _words(self, index: int) -> dict[str, list[int]]:
+        found: dict[str, tuple[str, list[int]]] = {}
+        for (segment, tokens), second in zip(self._in(index), self._seconds, strict=True):
+            words = segment.words(tokens)
+            if second is not None:
+                words = [word for word in words if word in segment.words(second[index])]
+            for word, positions in _numbered(words).items():
+                # The same word in several parts, where one keeps capitals.
+                found.setdefault(word.casefold(), (word, []))[1].extend(segment.start + i for i in positions)
+        return dict(found.values())
 
     def ends(self) -> list[int] | None:
-        """Return the position of the first end-of-text in every prompt.
+        """Return the position of the first end-of-text in every prompt, in the first encoder's part.
 
         None where the text is unknown (embeddings were given) or encoded piece by piece.
         """
         return [tokens.end for tokens in self.tokens] if self.tokens is not None and self._aligned else None
 
-    def strings(self, ids: list[list[int]]) -> list[list[str]] | None:
-        """Return the tokens at these positions, one list per prompt; "" past the end of the text. None without text."""
-        if self.tokens is None:
+    def content(self) -> list[list[list[int]]] | None:
+        """Return the positions of the prompts' own tokens, without special ones: per part, one list per prompt.
+
+        None where the text is unknown (embeddings were given) or encoded piece by piece.
+        """
+        if self.rows is None or not self._aligned:
             return None
-        known = [[string.removesuffix(_WORD_END) for string in tokens.strings] for tokens in self.tokens]
-        return [[row[i] if i < len(row) else "" for i in chosen] for row, chosen in zip(known, ids, strict=True)]
+        return [
+            [list(range(segment.start + tokens.begin, segment.start + tokens.end)) for tokens in rows]
+            for segment, rows in zip(self.segments, self.rows, strict=True)
+        ]
+
+    def strings(self, ids: list[list[int]]) -> list[list[str]] | None:
+        """Return the tokens at these positions, one list per prompt; "" past the end of a text. None without text."""
+        if self.rows is None:
+            return None
+        known = [
+            {
+                segment.start + i: segment.bare(string) or string
+                for segment, tokens in self._in(index)
+                for i, string in enumerate(tokens.strings)
+            }
+            for index in range(self.count)
+        ]
+        return [[row.get(i, "") for i in chosen] for row, chosen in zip(known, ids, strict=True)]
 
     def special(self) -> list[list[int]]:
-        """Return the positions of start-of-text and of the first end-of-text, one list per prompt.
+        """Return the positions of start-of-text and of the first end-of-text of every encoder, one list per prompt.
 
-        Where the text is unknown (embeddings were given) only the start is, position 0.
+        Where the text is unknown (embeddings were given) only the starts are.
         """
-        ends = self.ends()
-        return [[0] for _ in range(self.count)] if ends is None else [[0, end] for end in ends]
+        found: list[list[int]] = [[] for _ in range(self.count)]
+        for part, segment in enumerate(self.segments):
+            for index, row in enumerate(found):
+                row.extend(range(segment.start, segment.start + segment.opening))
+                if self.rows is not None and self._aligned and segment.closing:
+                    row.append(segment.start + self.rows[part][index].end)
+        return found
 
 
 def _numbered(words: list[tuple[str, list[int]]]) -> dict[str, list[int]]:
     seen: Counter[str] = Counter()
     named = {}
     for word, positions in words:
-        seen[word] += 1
-        named[word if seen[word] == 1 else f"{word} ({seen[word]})"] = positions
+        key = word.casefold()
+        seen[key] += 1
+        named[word if seen[key] == 1 else f"{word} ({seen[key]})"] = positions
     return named
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..attach.prompts import Prompts
+from ..attach.segments import segments_of
 from ..cli.method_options import Given, make_method, own_options, words_of
 from ..cli.model import Settings, call_arguments, draw
 from ..cli.report import first_line
@@ -96,7 +97,8 @@ def check(pipe: Any, pictures: Iterable[Picture]) -> None:
             with picture.controlled(pipe):
                 call_arguments(pipe, picture.settings)
         if (place, method) not in seen and getattr(pipe, "tokenizer", None) is not None:
-            prompts = Prompts(pipe, [picture.settings.prompt], 1, pipe.tokenizer.model_max_length)
+            length = pipe.tokenizer.model_max_length
+            prompts = Prompts(segments_of("unet", pipe, {"prompt": picture.settings.prompt}, length), 1, length)
             for name, word in words_of(picture.options):
                 prompts.find(word, 0, f"prompt {place + 1}: {name}")
         seen.update([method, (place, method)])

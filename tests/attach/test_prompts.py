@@ -10,7 +10,7 @@ import pytest
 
 import attnctl_fast as ac
 from attnctl_fast.attach.prompts import Prompts
-from tests.support import tiny
+from tests.support import guided, tiny
 
 PIPE = SimpleNamespace(tokenizer=tiny.tokenizer())
 PROMPT = "A black BAG and an octopus, a pineapple and an apple"
@@ -19,7 +19,7 @@ PROMPT = "A black BAG and an octopus, a pineapple and an apple"
 
 
 def prompts(*texts: str, second: list[str] | None = None, pipe: Any = PIPE) -> Prompts:
-    return Prompts(pipe, list(texts), len(texts), tiny.LENGTH, second)
+    return guided.prompts(pipe, list(texts), second=second)
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_special_tokens() -> None:
     assert prompts("a bag").special() == [[0, 3]]
     assert prompts("").special() == [[0, 1]]
     assert prompts(" ".join(["bag"] * 40)).special() == [[0, tiny.LENGTH - 1]]
-    assert Prompts(SimpleNamespace(tokenizer=tiny.tokenizer("!")), ["a bag"], 1, tiny.LENGTH).special() == [[0, 3]]
-    assert Prompts(PIPE, None, 2, tiny.LENGTH).special() == [[0], [0]]
+    assert guided.prompts(SimpleNamespace(tokenizer=tiny.tokenizer("!")), ["a bag"]).special() == [[0, 3]]
+    assert guided.prompts(PIPE, None, 2).special() == [[0], [0]]
 
 
 def test_textual_inversion_tokens() -> None:
@@ -84,8 +84,8 @@ def test_words() -> None:
     assert prompts("a bag", "a dog").words(["A", 2]) == [{"A": [1], "2": [2]}] * 2
     assert prompts("a 5 5", "a 5").words([["5", 5], [2]]) == [{"5": [2], "5 (2)": [5]}, {"2": [2]}]
     assert prompts("a bag", "a dog", second=["a bag", "dog"]).words() == [{"a": [1], "bag": [2]}, {}]
-    assert Prompts(PIPE, None, 2, tiny.LENGTH).words() is None
-    assert Prompts(PIPE, ["a bag"], 1, 2 * tiny.LENGTH).words() is None  # encoded piece by piece
+    assert guided.prompts(PIPE, None, 2).words() is None
+    assert guided.prompts(PIPE, ["a bag"], length=2 * tiny.LENGTH).words() is None  # encoded piece by piece
 
 
 BAD_TARGETS = {

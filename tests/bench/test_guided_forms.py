@@ -183,13 +183,13 @@ def test_two_text_encoders_and_default_layers(name: str, two_encoders: Any, monk
 @pytest.mark.parametrize("padded", [True, False])
 def test_text_similarity(padded: bool, two_encoders: Any) -> None:
     from attnctl_fast.attach.call import Call
-    from attnctl_fast.attach.prompts import Prompts
     from bench.pictures import guidance_loop, ours
     from bench.pictures.sampling import PROMPT, Setting
+    from tests.support import guided
 
     task = Setting(two_encoders, torch.zeros(1, 4, 16, 16), 1, 1)
     method = ours.method("TSAM", task)
-    prompts = Prompts(two_encoders, [PROMPT], 1, two_encoders.tokenizer.model_max_length)
+    prompts = guided.prompts(two_encoders, [PROMPT], length=two_encoders.tokenizer.model_max_length)
     expected = method.prepare(Call(two_encoders, prompts, 1, lambda _: torch.empty(0))).text[0]
     found = guidance_loop.text_similarity(task, method.gamma, padded=padded)
     torch.testing.assert_close(found.to(expected.dtype), expected)

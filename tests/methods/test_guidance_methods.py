@@ -10,10 +10,11 @@ import torch
 
 import attnctl_fast as ac
 from attnctl_fast.attach.call import Call
-from attnctl_fast.attach.prompts import Prompts, padded
+from attnctl_fast.attach.prompts import padded
 from attnctl_fast.methods import GuidanceContext
 from tests.support import tiny
 from tests.support.guidance_walk import sample
+from tests.support.guided import prompts as read_prompts
 from tests.support.pipelines import KINDS, LAYERS, call, guided
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -41,7 +42,7 @@ def test_equal_to_the_loop_by_hand(name: str) -> None:
     ours = guided(pipe, method, prompt=PROMPT)
     assert (ours - call(pipe, prompt=PROMPT)).abs().max() > 0.02
 
-    prompts = Prompts(pipe, [PROMPT], 1, tiny.LENGTH)
+    prompts = read_prompts(pipe, [PROMPT])
     at: Any = Call(pipe, prompts, 1, None, latents=(32, 32))  # type: ignore[arg-type]
     tokens = method.tokens(prompts)
     rows = [list(range(tiny.LENGTH))] if tokens is None else tokens

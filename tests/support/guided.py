@@ -10,22 +10,31 @@ import torch
 
 from attnctl_fast.attach.call import Call
 from attnctl_fast.attach.prompts import Prompts, padded
+from attnctl_fast.attach.segments import segments_of
 from attnctl_fast.methods import GuidanceContext, LatentGuidance
 from tests.support import tiny
 
 GRID = (4, 5)
 
 
+def prompts(
+    pipe: Any, texts: list[str] | None, count: int = 1, length: int = tiny.LENGTH, second: list[str] | None = None
+) -> Prompts:
+    """As a UNet pipeline's call reads them; `texts` None for embeddings."""
+    segments = segments_of("unet", pipe, {"prompt": texts, "prompt_2": second}, length)
+    return Prompts(segments, count if texts is None else len(texts), length)
+
+
 def call(*texts: str, images: int = 1, pipe: Any = None, second: list[str] | None = None) -> Call:
     """A call with these prompts; without a pipeline only the tokenizer is there."""
     pipe = pipe or SimpleNamespace(tokenizer=tiny.tokenizer())
-    return Call(pipe, Prompts(pipe, list(texts), len(texts), tiny.LENGTH, second), images, lambda _: torch.empty(0))
+    return Call(pipe, prompts(pipe, list(texts), second=second), images, lambda _: torch.empty(0))
 
 
 def embedded(count: int = 1, images: int = 1, pipe: Any = None) -> Call:
     """A call with prompt embeddings."""
     pipe = pipe or SimpleNamespace(tokenizer=tiny.tokenizer())
-    return Call(pipe, Prompts(pipe, None, count, tiny.LENGTH), images, lambda _: torch.empty(0))
+    return Call(pipe, prompts(pipe, None, count), images, lambda _: torch.empty(0))
 
 
 def started(method: LatentGuidance, one: Call) -> GuidanceContext:

@@ -1,0 +1,143 @@
+"""Which text encoders make up the text that a pipeline's model attends to, family by family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from .tokens import WORD_GOES_ON, WORD_START, Segment
+
+
+def segments_of(kind: str, pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    """Return the parts of the text that have words, in order.
+
+    Args:
+        kind: of the pipeline's family: unet, pixart, sana, hunyuan, sd3, flux or chroma.
+        pipe: the pipeline, for its tokenizers.
+        arguments: of its `encode_prompt`, by name; without "prompt" the texts are unknown.
+        length: columns of the whole text.
+    """
+    found: list[Segment] = _KINDS[kind](pipe, arguments, length)
+    return found
+
+
+def _texts(given: Any) -> Sequence[str] | None:
+    return [given] if isinstance(given, str) else given
+
+
+def _textual_inversion(pipe: Any, tokenizer: Any) -> Callable[[str], str]:
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    return str if convert is None else lambda text: convert(text, tokenizer)
+
+
+def _cleaned(pipe: Any, arguments: dict[str, Any]) -> Callable[[str], str]:
+    """Return what PixArt and Sana make of a caption."""
+    clean = bool(arguments.get("clean_caption", False))
+    return lambda text: pipe._text_preprocessing(text, clean_caption=clean)[0]
+
+
+def _t5(tokenizer: Any, texts: Any, start: int, length: int, **more: Any) -> Segment:
+    """Return a part by T5, which has no start of text."""
+    return Segment("T5", tokenizer, _texts(texts), start, length, limit=length, opening=0, marks=WORD_START, **more)
+
+
+def _unet(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    tokenizer = getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)
+    return [
+        Segment(
+            "CLIP",
+            tokenizer,
+            _texts(arguments.get("prompt")),
+            0,
+            length,
+            limit=getattr(tokenizer, "model_max_length", length),
+            second=_texts(arguments.get("prompt_2")),
+            converted=_textual_inversion(pipe, tokenizer),
+            encoders=("text_encoder", "text_encoder_2"),
+        )
+    ]
+
+
+def _sd3(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    prompt, clip = arguments.get("prompt"), pipe.tokenizer_max_length
+    # An empty prompt_2 or prompt_3 is none.
+    second, third = arguments.get("prompt_2") or None, arguments.get("prompt_3") or prompt
+    encoders = ("text_encoder", "text_encoder_2")
+    found = [Segment("CLIP", pipe.tokenizer, _texts(prompt), 0, clip, clip, second=_texts(second), encoders=encoders)]
+    # Without T5 its columns are zeros.
+    if pipe.text_encoder_3 is not None and pipe.tokenizer_3 is not None:
+        found.append(_t5(pipe.tokenizer_3, third, clip, length - clip, encoders=("text_encoder_3",)))
+    return found
+
+
+def _flux(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    # CLIP's tokens are pooled: they have no columns.
+    text = arguments.get("prompt_2") or arguments.get("prompt")
+    convert = _textual_inversion(pipe, pipe.tokenizer_2)
+    return [_t5(pipe.tokenizer_2, text, 0, length, converted=convert, encoders=("text_encoder_2",))]
+
+
+def _only_t5(
+    pipe: Any, arguments: dict[str, Any], length: int, *, convert: Callable[[Any, dict[str, Any]], Callable[[str], str]]
+) -> list[Segment]:
+    return [
+        _t5(
+            pipe.tokenizer,
+            arguments.get("prompt"),
+            0,
+            length,
+            converted=convert(pipe, arguments),
+            encoders=("text_encoder",),
+            masked=True,
+        )
+    ]
+
+
+def _sana(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    tokenizer, instruction = pipe.tokenizer, "\n".join(arguments.get("complex_human_instruction") or [])
+    before = len(tokenizer(instruction).input_ids) - 2 if instruction and tokenizer is not None else 0
+    return [
+        Segment(
+            "Gemma",
+            tokenizer,
+            _texts(arguments.get("prompt")),
+            0,
+            length,
+            limit=before + length,
+            closing=0,
+            marks=WORD_START,
+            instruction=instruction,
+            converted=_cleaned(pipe, arguments),
+            encoders=("text_encoder",),
+            masked=True,
+        )
+    ]
+
+
+def _hunyuan(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    text, bert = _texts(arguments.get("prompt")), pipe.transformer.config.text_len
+    return [
+        Segment(
+            "Bert", pipe.tokenizer, text, 0, bert, bert, marks=WORD_GOES_ON, encoders=("text_encoder",), masked=True
+        ),
+        _t5(
+            pipe.tokenizer_2,
+            text,
+            bert,
+            pipe.transformer.config.text_len_t5,
+            encoders=("text_encoder_2",),
+            masked=True,
+        ),
+    ]
+
+
+_KINDS: dict[str, Callable[[Any, dict[str, Any], int], list[Segment]]] = {
+    "unet": _unet,
+    "pixart": partial(_only_t5, convert=_cleaned),
+    "sana": _sana,
+    "hunyuan": _hunyuan,
+    "sd3": _sd3,
+    "flux": _flux,
+    "chroma": partial(_only_t5, convert=lambda pipe, arguments: _textual_inversion(pipe, pipe.tokenizer)),
+}
