@@ -66,17 +66,19 @@ class Prompts:
     Args:
         segments: those parts, in order.
         count: number of prompts.
-        length: columns of the whole text.
+        length: columns of the text that was encoded first; parts of other encoders may lie behind (HunyuanDiT's T5).
 
     Attributes:
         segments: the parts.
+        length: columns of the whole text.
         rows: the prompts' tokens in each part; None where there are none.
         tokens: those in the first part.
         second: those of the prompts that its second encoder reads (SDXL, SD 3), where these differ.
     """
 
     def __init__(self, segments: Sequence[Segment], count: int, length: int) -> None:
-        self.segments, self.count, self.length = list(segments), count, length
+        self.segments, self.count = list(segments), count
+        self.length = max([length, *(segment.start + segment.length for segment in segments)])
         self.rows = self._read()
         self._seconds = [
             None if self.rows is None or segment.second is None else [segment.tokenise(text) for text in segment.second]
@@ -94,13 +96,18 @@ class Prompts:
             rows.append([segment.tokenise(text) for text in segment.texts])
         return rows or None
 
-    def _in(self, index: int) -> list[tuple[Segment, Tokens]]:
+    @property
+    def clip_alone(self) -> bool:
+        """Whether the text is CLIP's alone, as of Stable Diffusion up to XL."""
+        return [segment.name for segment in self.segments] == ["CLIP"]
+
+    def parts(self, index: int) -> list[tuple[Segment, Tokens]]:
         """Return every part with its tokens of one prompt."""
         assert self.rows is not None
         return [(segment, rows[index]) for segment, rows in zip(self.segments, self.rows, strict=True)]
 
     def _shown(self, index: int) -> str:
-        parts = self._in(index)
+        parts = self.parts(index)
         return "; ".join(
             segment.shown(tokens) if len(parts) == 1 else f"{segment.name}: {segment.shown(tokens)}"
             for segment, tokens in parts
@@ -108,7 +115,7 @@ class Prompts:
 
     def _missing(self, phrase: str, index: int, name: str) -> ValueError:
         """Return the error of a word that no encoder has."""
-        parts = self._in(index)
+        parts = self.parts(index)
         text = " and ".join(dict.fromkeys(repr(tokens.text) for _, tokens in parts))
         cut = [(segment, tokens) for segment, tokens in parts if segment.lost(phrase, tokens)]
         if cut:
@@ -148,7 +155,7 @@ class Prompts:
     def _row(self, row: tuple[Target, ...], index: int, name: str, within_prompt: bool) -> list[int]:
         found = [position for item in row for position in self.find(item, index, name)]
         if self.rows is not None and within_prompt:
-            own = sum(tokens.end - tokens.begin for _, tokens in self._in(index))
+            own = sum(tokens.end - tokens.begin for _, tokens in self.parts(index))
             if len(found) > own:
                 raise ValueError(
                     f"{name} names {len(found)} tokens, but the prompt {self.rows[0][index].text!r} has only {own}: "
@@ -183,7 +190,7 @@ class Prompts:
                 f"{self.segments[0].limit}, so where the word stands is unknown; pass token ids instead"
             )
         found: list[list[list[int]]] = []
-        for (segment, tokens), second in zip(self._in(index), self._seconds, strict=True):
+        for (segment, tokens), second in zip(self.parts(index), self._seconds, strict=True):
             places = segment.places(item, tokens)
             if places and second is not None:
                 places = self._in_both(item, places, (segment, tokens), second[index], name)
@@ -232,7 +239,7 @@ class Prompts:
 
     def _words(self, index: int) -> dict[str, list[int]]:
         found: dict[str, tuple[str, list[int]]] = {}
-        for (segment, tokens), second in zip(self._in(index), self._seconds, strict=True):
+        for (segment, tokens), second in zip(self.parts(index), self._seconds, strict=True):
             words = segment.words(tokens)
             if second is not None:
                 words = [word for word in words if word in segment.words(second[index])]
@@ -260,6 +267,13 @@ class Prompts:
             for segment, rows in zip(self.segments, self.rows, strict=True)
         ]
 
+    def own(self) -> list[list[int]] | None:
+        """Return the positions of `content` of all parts together, one list per prompt."""
+        content = self.content()
+        return (
+            None if content is None else [[i for part in parts for i in part] for parts in zip(*content, strict=True)]
+        )
+
     def strings(self, ids: list[list[int]]) -> list[list[str]] | None:
         """Return the tokens at these positions, one list per prompt; "" past the end of a text. None without text."""
         if self.rows is None:
@@ -267,7 +281,7 @@ class Prompts:
         known = [
             {
                 segment.start + i: segment.bare(string) or string
-                for segment, tokens in self._in(index)
+                for segment, tokens in self.parts(index)
                 for i, string in enumerate(tokens.strings)
             }
             for index in range(self.count)
@@ -296,6 +310,13 @@ def _numbered(words: list[tuple[str, list[int]]]) -> dict[str, list[int]]:
         seen[key] += 1
         named[word if seen[key] == 1 else f"{word} ({seen[key]})"] = positions
     return named
+
+
+def shown_ranges(numbers: list[int]) -> str:
+    """Return rising numbers as text, such as 1..4, 78..81."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    stops = [number for number in numbers if number + 1 not in numbers]
+    return ", ".join(f"{start}..{stop}" for start, stop in zip(starts, stops, strict=True)) or "of nothing"
 
 
 def padded(rows: list[list[int]]) -> Tensor:

@@ -38,18 +38,23 @@ def parsed_places(parser: str | Callable[[str], Any], prompts: Prompts) -> Place
     Raises:
         ValueError: no spaCy, no such model, unknown text, or text that the tokenizer spells otherwise.
     """
-    if prompts.ends() is None or prompts.tokens is None:
+    if prompts.own() is None:
         raise ValueError(f"pairs is None, but the words of the prompt are unknown (prompt embeddings); {_REMEDY}")
     parse = _model(parser) if isinstance(parser, str) else parser
     found: Places = []
-    for tokens in prompts.tokens:
-        doc = parse(tokens.text)
-        positions = _positions([word.text for word in doc], tokens.strings[1 : tokens.end])
-        if positions is None:
-            raise ValueError(
-                f"the prompt {tokens.text!r} and its tokens {', '.join(tokens.strings)} are spelled differently, "
-                f"so its words cannot be found; {_REMEDY}"
-            )
+    for index in range(prompts.count):
+        parts = prompts.parts(index)
+        doc = parse(parts[0][1].text)
+        positions: list[list[int]] = [[] for _ in doc]
+        for segment, tokens in parts:
+            pieces = [segment.bare(string).lower() for string in tokens.strings[tokens.begin : tokens.end]]
+            spelled = _positions([word.text for word in doc], pieces, segment.start + tokens.begin)
+            if spelled is None:
+                raise ValueError(
+                    f"the prompt {tokens.text!r} and its tokens {', '.join(tokens.strings)} are spelled differently, "
+                    f"so its words cannot be found; {_REMEDY}"
+                )
+            positions = [before + here for before, here in zip(positions, spelled, strict=True)]
         groups = [[positions[word.i] for word in group] for group in noun_groups(doc)]
         # A noun beyond the end of the context is not there; neither are its modifiers.
         kept = [[word for word in group if word] for group in groups if group[-1]]
@@ -57,18 +62,17 @@ def parsed_places(parser: str | Callable[[str], Any], prompts: Prompts) -> Place
     return found
 
 
-def _positions(words: list[str], pieces: tuple[str, ...]) -> list[list[int]] | None:
+def _positions(words: list[str], pieces: list[str], first_position: int) -> list[list[int]] | None:
     """Return the tokens that spell each word, by their places in the text without spaces; None where they differ."""
     words = ["".join(word.lower().split()) for word in words]
-    spelled = [piece.removesuffix("</w>") for piece in pieces]
-    if not "".join(words).startswith("".join(spelled)):
+    if not "".join(words).startswith("".join(pieces)):
         return None
-    stops = list(accumulate(map(len, spelled), initial=0))
+    stops = list(accumulate(map(len, pieces), initial=0))
     bounds = list(accumulate(map(len, words), initial=0))
     return [
         [
             place
-            for place, (start, stop) in enumerate(zip(stops, stops[1:], strict=False), 1)
+            for place, (start, stop) in enumerate(zip(stops, stops[1:], strict=False), first_position)
             if start < last and stop > first
         ]
         for first, last in zip(bounds, bounds[1:], strict=False)

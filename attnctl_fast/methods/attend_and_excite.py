@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from .._numbers import check_number, check_smoothing
 from ..attach.call import Call
-from ..attach.prompts import Targets, check_targets, padded
+from ..attach.prompts import Prompts, Targets, check_targets, padded, shown_ranges
 from .latent_guidance import Bounds, GuidanceContext, LatentGuidance, check_bounds, sampled
 
 THRESHOLDS: Mapping[int, float | None] = {0: 0.05, 10: 0.5, 20: 0.8}
@@ -25,7 +25,8 @@ class AttendAndExcite(LatentGuidance):
     Attend-and-Excite (arXiv 2301.13826, SIGGRAPH 2023).
 
     The loss is one minus the highest attention to the least attended target, of attention that is sharpened and shared
-    out anew among all tokens but the start of text, then smoothed.
+    out anew among all tokens but the start of text, then smoothed. Maps of joint attention (SD 3, FLUX), of which the
+    image has its part, are first divided by their sum over the tokens that share.
 
     Args:
         targets: words, phrases (all their tokens, at their first occurrence) or token ids (positions in the context):
@@ -38,7 +39,8 @@ class AttendAndExcite(LatentGuidance):
             `max_refinements` times. Of the default's steps, those that a call does not run are left out.
         sharpness: factor of the attention before the softmax over the tokens.
         text_only: share out among the prompt's own tokens only, without the end of text and the padding, as the
-            released code does for SD 2.1. Needs a prompt, not embeddings.
+            released code does for SD 2.1. Needs a prompt, not embeddings. Where the text is not CLIP's alone
+            (transformers) it is always so, as far as the prompt is known.
         sigma: width of the smoothing in cells, as in `ops.smooth_maps`.
         kernel_size: its cells along an axis, odd.
         max_refinements: how often the latents are moved at most, at each step with a threshold.
@@ -93,32 +95,40 @@ class AttendAndExcite(LatentGuidance):
 
     def prepare(self, call: Call) -> _Prepared:
         prompts = call.prompts
-        positions = prompts.positions(self.targets)
-        ends = [prompts.length - 1] * prompts.count
-        if self.text_only:
-            ends = [row[-1] for row in prompts.special()]
-            if not all(ends):
-                raise ValueError(
-                    "text_only=True needs a prompt whose end of text is known; pass text instead of embeddings, or "
-                    "text_only=False"
-                )
-        for row, end in zip(positions, ends, strict=True):
-            outside = next((position for position in row if not 0 < position < end), None)
+        positions, sharing = prompts.positions(self.targets), self._sharing(prompts)
+        for row, tokens in zip(positions, sharing, strict=True):
+            outside = next((position for position in row if position not in tokens), None)
             if outside is not None:
                 raise ValueError(
-                    f"targets holds the token id {outside}, but attention is shared out among the tokens 1..{end - 1}; "
-                    "leave it out"
+                    f"targets holds the token id {outside}, but attention is shared out among the tokens "
+                    f"{shown_ranges(tokens)}; leave it out"
                 )
-        rows = padded(positions).repeat_interleave(call.images, 0)
-        return _Prepared(rows, torch.tensor(ends).repeat_interleave(call.images))
+        shared = torch.zeros(prompts.count, prompts.length, dtype=torch.bool)
+        for index, tokens in enumerate(sharing):
+            shared[index, tokens] = True
+        return _Prepared(*(rows.repeat_interleave(call.images, 0) for rows in (padded(positions), shared)))
+
+    def _sharing(self, prompts: Prompts) -> list[list[int]]:
+        """Return the tokens that share attention, one list per prompt."""
+        own = prompts.own()
+        if self.text_only and own is None:
+            raise ValueError(
+                "text_only=True needs a prompt whose end of text is known; pass text instead of embeddings, or "
+                "text_only=False"
+            )
+        if prompts.clip_alone and not self.text_only:
+            return [list(range(1, prompts.length - 1))] * prompts.count
+        return [list(range(prompts.length))] * prompts.count if own is None else own
 
     def loss(self, maps: Tensor, context: GuidanceContext) -> Tensor:
         context.prepared = prepared = context.prepared.to(maps.device)
+        if context.joint:
+            maps = maps / (maps * prepared.sharing[..., None]).sum(1, keepdim=True)
         return max_attention_loss(
             maps,
             prepared.targets,
             context.grid,
-            ends=prepared.ends,
+            sharing=prepared.sharing,
             sharpness=self.sharpness,
             sigma=self.sigma,
             kernel_size=self.kernel_size,
@@ -128,11 +138,11 @@ class AttendAndExcite(LatentGuidance):
 class _Prepared(NamedTuple):
     """The facts of the prompts that the loss needs.
 
-    targets: of every sample, `[B,T]`, padded with -1. ends: the first token after those that share attention, `[B]`.
+    targets: of every sample, `[B,T]`, padded with -1. sharing: which tokens share attention, `[B,N]` bool.
     """
 
     targets: Tensor
-    ends: Tensor
+    sharing: Tensor
 
     def to(self, device: torch.device) -> _Prepared:
         return _Prepared(*(x.to(device) for x in self))
@@ -143,7 +153,7 @@ def max_attention_loss(
     targets: Tensor,
     grid: tuple[int, int],
     *,
-    ends: Tensor,
+    sharing: Tensor,
     sharpness: float = 100.0,
     sigma: float = 0.5,
     kernel_size: int = 3,
@@ -152,9 +162,9 @@ def max_attention_loss(
 
     Args:
         maps: attention to every token of the context, `[B,N,M]`.
-        targets: the tokens that must be attended to, `[B,T]` int64, padded with -1; 0 < target < end.
+        targets: the tokens that must be attended to, `[B,T]` int64, padded with -1; all of them share.
         grid: (height, width) with height*width == M.
-        ends: `[B]` int64; the tokens 1..end-1 share the attention by a softmax.
+        sharing: `[B,N]` bool, which tokens share the attention by a softmax.
         sharpness: factor of the attention before it.
         sigma: width of the smoothing in cells, as in `ops.smooth_maps`.
         kernel_size: its cells along an axis, odd.
@@ -162,9 +172,7 @@ def max_attention_loss(
     Returns:
         The loss `[B]`, of the dtype of the maps.
     """
-    token = torch.arange(maps.shape[1], device=maps.device)
-    outside = (token == 0) | (token >= ends[:, None])  # [B,N]
-    shares = (sharpness * maps).masked_fill(outside[..., None], -torch.inf).softmax(1)
+    shares = (sharpness * maps).masked_fill(~sharing[..., None], -torch.inf).softmax(1)
     chosen = shares.gather(1, targets.clamp_min(0)[..., None].expand(-1, -1, maps.shape[2]))
     highest = ops.smooth_maps(chosen, grid, sigma=sigma, kernel_size=kernel_size).amax(2)
     return (1 - highest).clamp_min(0).masked_fill(targets < 0, 0).amax(1)

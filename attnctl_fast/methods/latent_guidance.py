@@ -47,12 +47,14 @@ class GuidanceContext:
             (its maps are zero there).
         grid: (height, width) of the maps.
         prepared: the result of the method's `prepare`.
+        joint: the maps are of joint attention (SD 3, FLUX), where those of a place add up to less than one.
     """
 
     call: Call
     token_ids: Tensor
     grid: tuple[int, int]
     prepared: Any = None
+    joint: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,7 @@ class _Guiding(Run):
         with torch.inference_mode(False), torch.no_grad():
             self._context = GuidanceContext(call, padded(rows).repeat_interleave(call.images, 0), (0, 0))
             self._context.prepared = method.prepare(call)
+        self._context.joint = bool(sites[0].layer.text)
         self._ids: dict[tuple[int, ...], Tensor] = {}
         self._sizes: list[float] | None = None
         self._bounds: dict[int, float | None] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import schedules
 from ..attach.call import Call
-from ..attach.prompts import Prompts, Targets, check_targets
+from ..attach.prompts import Prompts, Targets, check_targets, shown_ranges
 from ._groups import Groups, Places, check_groups, places
 from ._syntax import parsed_places
 from .latent_guidance import GuidanceContext, LatentGuidance
@@ -79,21 +79,24 @@ class SynGen(LatentGuidance):
         return parsed_places(self.parser, prompts) if self.pairs is None else places(self.pairs, prompts, "pairs")
 
     def _tokens(self, prompts: Prompts, found: Places) -> list[list[int]]:
-        ends = prompts.ends()
+        words = prompts.own()
         if self.unrelated is None:
-            if ends is None:
+            if words is None:
                 raise ValueError(
                     "SynGen pushes away from all other words of the prompt, which are unknown (prompt embeddings, or a "
                     "long prompt in pieces); pass a prompt, or token ids as unrelated="
                 )
-            others = [list(range(1, end)) for end in ends]
+            others = words
         else:
             others = prompts.positions(self.unrelated, "unrelated")
         named = [{position for group in row for word in group for position in word} for row in found]
-        for row, last in zip(named, [prompts.length] * prompts.count if ends is None else ends, strict=True):
-            outside = next((position for position in row if not 0 < position < last), None)
+        known = [list(range(1, prompts.length))] * prompts.count if words is None else words
+        for row, inside in zip(named, known, strict=True):
+            outside = next((position for position in row if position not in inside), None)
             if outside is not None:
-                raise ValueError(f"pairs holds the token id {outside}, but the prompt's words are tokens 1..{last - 1}")
+                raise ValueError(
+                    f"pairs holds the token id {outside}, but the prompt's words are tokens {shown_ranges(inside)}"
+                )
         rows = [sorted(row | set(other)) for row, other in zip(named, others, strict=True)]
         if not any(rows):
             raise ValueError("SynGen reads the words of the prompt, but it is empty; give the image a prompt")

@@ -497,9 +497,7 @@ def test_a_scheduler_that_cannot_be_followed() -> None:
     pipe = tiny.pipeline()
     before = snapshot(pipe)
     vars(pipe)["scheduler"] = NoScheduler()
-    with pytest.raises(
-        ValueError, match="scheduler of StableDiffusionPipeline, NoScheduler, has no step"
-    ):
+    with pytest.raises(ValueError, match="scheduler of StableDiffusionPipeline, NoScheduler, has no step"):
         ac.enable(pipe, Peaks())
     vars(pipe)["scheduler"] = tiny.scheduler()
     assert snapshot(pipe) == before

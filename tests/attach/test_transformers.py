@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -88,12 +89,12 @@ class Case:
         """A picture whose layers with text attend by `edit(name, logits, layout)`, in the prompt's evaluations."""
         counts: dict[str, int] = {}
 
-        def each(name: str, logits: Tensor) -> Tensor:
+        def each(name: str, logits: Tensor) -> Tensor | None:
             if name not in self.layers:
-                return logits.softmax(-1)
+                return None
             turn = counts.get(name, 0)
             counts[name] = turn + 1
-            return edit(name, logits, self.layout) if turn % self.turns == 0 else logits.softmax(-1)
+            return edit(name, logits, self.layout) if turn % self.turns == 0 else None
 
         with attending_by_hand(self.model, each):
             return self.draw()
@@ -104,15 +105,14 @@ def test_maps_are_the_models_own_attention(variant: Any) -> None:
     case = Case(variant)
     expected: dict[str, list[Tensor]] = {}
 
-    def look(name: str, logits: Tensor, layout: Layout) -> Tensor:
+    def look(name: str, logits: Tensor, layout: Layout) -> None:
         expected.setdefault(name, []).append(layout.maps(logits.double().softmax(-1)).unflatten(2, case.grid))
-        return logits.softmax(-1)
 
     plain = case.draw_by_hand(look)
     with ac.capture(case.pipe) as maps:
         drawn = case.draw()
     assert list(maps) == case.layers == list(expected)
-    torch.testing.assert_close(drawn, case.draw(), rtol=0, atol=1e-5 * float(plain.abs().max()))
+    torch.testing.assert_close(drawn, plain, rtol=0, atol=1e-5 * float(plain.abs().max()))
     for name, found in maps.items():
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), torch.stack(expected[name]), rtol=0, atol=2e-5)
@@ -204,7 +204,7 @@ def guided_by_hand(case: Case, size: float) -> Tensor:
             own = sample[layout.rows].narrow(2 if packed else 1, 0, channels)
             own, seen = own.detach().clone().requires_grad_(), []
 
-            def look(name: str, logits: Tensor) -> Tensor:
+            def look(name: str, logits: Tensor) -> Tensor | None:
                 probabilities = logits.softmax(-1)
                 if name in names:
                     seen.append(layout.maps(probabilities)[:, [1, 3]])
@@ -216,6 +216,7 @@ def guided_by_hand(case: Case, size: float) -> Tensor:
             latents["moved"] = latents["now"] = (own - size * gradient).detach()
         return forward(**given | {"hidden_states": with_latents(latents["now"], sample)})
 
+    @functools.wraps(step)
     def from_there(output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
         return step(output, timestep, latents.pop("moved").to(sample.dtype), **kwargs)
 

@@ -44,7 +44,9 @@ def test_loss_and_gradient(grid: tuple[int, int]) -> None:
     maps.requires_grad_()
     targets, ends = [[2, 5, 6], [3]], [8, 5]
     padded = torch.tensor([[2, 5, 6], [3, -1, -1]])
-    ours = max_attention_loss(maps, padded, grid, ends=torch.tensor(ends))
+    token = torch.arange(9)
+    sharing = (token > 0) & (token < torch.tensor(ends)[:, None])
+    ours = max_attention_loss(maps, padded, grid, sharing=sharing)
     theirs = torch.stack([by_hand(maps[i], targets[i], grid, ends[i]) for i in range(2)])
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
     gradients = [torch.autograd.grad(loss.sum(), maps, retain_graph=True)[0] for loss in (ours, theirs)]

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A layer's name and its logits [R,H,S,columns]; returns the probabilities that it attends with.
-Edit = Callable[[str, Tensor], Tensor]
+# A layer's name and its logits [R,H,S,columns]; returns the probabilities that it attends with, None for its own.
+Edit = Callable[[str, Tensor], Tensor | None]
 
 
 class Layout(NamedTuple):
@@ -75,7 +75,10 @@ def attending_by_hand(model: Any, edit: Edit) -> Iterator[None]:
         if attn_mask is not None:
             allowed = attn_mask.dtype == torch.bool
             logits = logits.masked_fill(~attn_mask, -torch.inf) if allowed else logits + attn_mask
-        return (edit(current.pop(), logits).nan_to_num() @ value).to(query.dtype)
+        probabilities = edit(current.pop(), logits)
+        if probabilities is None:
+            return real(query, key, value, attn_mask, *args, **kwargs)
+        return (probabilities.nan_to_num() @ value).to(query.dtype)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", attention)
