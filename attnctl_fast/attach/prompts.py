@@ -242,7 +242,8 @@ class Prompts:
         for (segment, tokens), second in zip(self.parts(index), self._seconds, strict=True):
             words = segment.words(tokens)
             if second is not None:
-                words = [word for word in words if word in segment.words(second[index])]
+                others = segment.words(second[index])
+                words = [word for word in words if word in others]
             for word, positions in _numbered(words).items():
                 # The same word in several parts, where one keeps capitals.
                 found.setdefault(word.casefold(), (word, []))[1].extend(segment.start + i for i in positions)

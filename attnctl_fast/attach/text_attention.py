@@ -8,73 +8,119 @@ import torch
 from torch import Tensor
 
 from .prompts import Prompts
+from .tokens import Segment
+
+# What a layer calls its queries, keys and number of heads, and what else it has.
+_CLIP, _T5, _BERT = (
+    ("q_proj", "k_proj", "num_heads", "out_proj"),
+    ("q", "k", "n_heads", "o"),
+    ("query", "key", "num_attention_heads", "value"),
+)
+_REMEDY = "pass text_similarity=, and targets= for the tokens that it is about"
 
 
 def text_attention(pipe: Any, prompts: Prompts) -> Tensor:
-    """Return the prompts' self-attention within the pipeline's CLIP text encoders, `[prompts,N,N]`.
+    """Return the prompts' self-attention within the encoders of the first part of the text, `[prompts,N,N]`.
 
-    Mean over layers and heads, then over the encoders where there are two (SDXL); the encoders' dtype, but at least
-    float32. N is the longest prompt with its start and end of text; what follows a prompt's own end means nothing. The
-    encoders run once more, as they are: any attention implementation, dtype, device or offloading.
+    Mean over layers and heads, then over the encoders where two lie side by side (SDXL, SD 3); the encoders' dtype, but
+    at least float32. Of CLIP, T5 and Bert; CLIP's is causal. N is the longest prompt with its start and end of text;
+    what follows a prompt's own end means nothing. The encoders run once more, as they are and as in the pipeline: any
+    attention implementation, dtype, device or offloading, and T5 with its padding where the pipeline has it attended to
+    (FLUX.1).
 
     Raises:
-        ValueError: no text, no text encoder, an encoder that is not CLIP's, or texts that differ between the encoders.
+        ValueError: no text, no text encoder, an encoder of another kind (Sana's Gemma), or texts that differ between
+            the encoders.
     """
-    remedy = "pass text_similarity=, and targets= for the tokens that it is about"
     if prompts.ends() is None or prompts.tokens is None:
         raise ValueError(
-            f"which words the prompt has is unknown (prompt embeddings, or a long prompt in pieces); {remedy}"
+            f"which words the prompt has is unknown (prompt embeddings, or a long prompt in pieces); {_REMEDY}"
         )
-    ids = [tokens.ids for tokens in prompts.tokens]
+    segment, ids = prompts.segments[0], [tokens.ids for tokens in prompts.tokens]
     if prompts.second is not None and [tokens.ids for tokens in prompts.second] != ids:
-        raise ValueError(f"prompt and prompt_2 differ, so their tokens have no self-attention in common; {remedy}")
-    encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
+        raise ValueError(f"prompt and prompt_2 differ, so their tokens have no self-attention in common; {_REMEDY}")
+    encoders = [getattr(pipe, name, None) for name in segment.encoders]
     encoders = [encoder for encoder in encoders if encoder is not None]
     if not encoders:
-        raise ValueError(f"{type(pipe).__name__} has no text encoder; load the pipeline with it, or {remedy}")
-    longest = max(map(len, ids))
-    # The attention is causal, so what the shorter ones are padded with does not matter.
-    rows = torch.tensor([[*row, *row[-1:] * (longest - len(row))] for row in ids])
-    found = [_attention(encoder, rows, getattr(pipe, "_execution_device", None), remedy) for encoder in encoders]
+        raise ValueError(f"{type(pipe).__name__} has no text encoder; load the pipeline with it, or {_REMEDY}")
+    device = getattr(pipe, "_execution_device", None)
+    found = [_attention(encoder, ids, segment, device) for encoder in encoders]
     return torch.stack([one.to(found[0].device) for one in found]).mean(0)
 
 
-def _attention(encoder: Any, ids: Tensor, device: torch.device | None, remedy: str) -> Tensor:
-    """Return an encoder's causal attention, mean over its layers and heads, `[B,N,N]`."""
+def content_attention(pipe: Any, prompts: Prompts) -> Tensor:
+    """Return `text_attention` among the tokens of `prompts.content()[0]` alone, `[prompts,n,n]`, n the longest's.
+
+    What follows a prompt's own tokens means nothing.
+    """
+    attention = text_attention(pipe, prompts)
+    assert prompts.tokens is not None
+    begin, longest = prompts.tokens[0].begin, max(tokens.end - tokens.begin for tokens in prompts.tokens)
+    return attention[:, begin : begin + longest, begin : begin + longest]
+
+
+def _attention(encoder: Any, ids: list[tuple[int, ...]], segment: Segment, device: torch.device | None) -> Tensor:
+    """Return an encoder's attention, mean over its layers and heads, `[B,N,N]`."""
     encoder = getattr(encoder, "_orig_mod", encoder)
-    layers = [module for module in encoder.modules() if hasattr(module, "q_proj") and hasattr(module, "num_heads")]
+    layers = [module for module in encoder.modules() if _kind(module) is not None]
     if not layers:
-        raise ValueError(f"{type(encoder).__name__} is not a CLIP text encoder; {remedy}")
-    words = encoder.get_input_embeddings().num_embeddings
-    if int(ids.max()) >= words:
+        raise ValueError(f"{type(encoder).__name__} is not a CLIP, T5 or Bert text encoder; {_REMEDY}")
+    words, largest = encoder.get_input_embeddings().num_embeddings, max(map(max, ids))
+    if largest >= words:
         raise ValueError(
-            f"the prompt has a token {int(ids.max())}, but {type(encoder).__name__} knows {words}; load the textual "
-            f"inversion into every text encoder, or {remedy}"
+            f"the prompt has a token {largest}, but {type(encoder).__name__} knows {words}; load the textual "
+            f"inversion into every text encoder, or {_REMEDY}"
         )
+    device = encoder.device if device is None else device
+    lengths = torch.tensor([[len(row)] for row in ids], device=device)
+    longest = int(lengths.max())
+    # Where padding is not attended to, it does not matter what it is and how much.
+    causal = _kind(layers[0]) is _CLIP
+    width, padding = (longest, ids[0][-1]) if causal else (segment.length, segment.tokenizer.pad_token_id)
+    rows = torch.tensor([[*row, *[padding] * (width - len(row))] for row in ids], device=device)
+    real = torch.arange(width, device=device) < lengths
+    masked = torch.zeros(real.shape, device=device).masked_fill(~real, -torch.inf)[:, None, None]
+    added = masked if segment.masked else torch.zeros_like(masked)
     maps: list[Tensor] = []
+    bias = 0.0
 
     def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        maps.append(_probabilities(module, args[0] if args else kwargs["hidden_states"]))
+        nonlocal bias
+        if getattr(module, "has_relative_attention_bias", False):
+            # T5's first layer has it for all.
+            bias = module.compute_bias(width, width, device=device)
+        found = _probabilities(module, args[0] if args else kwargs["hidden_states"], added + bias)
+        maps.append(found[:, :longest, :longest])
 
     hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
     try:
         # A compiled encoder would not see the hooks.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            encoder(ids.to(encoder.device if device is None else device))
+            encoder(rows, **({"attention_mask": real.long()} if segment.masked else {}))
     finally:
         for hook in hooks:
             hook.remove()
     return torch.stack([one.to(maps[0].device) for one in maps]).mean(0)
 
 
-def _probabilities(layer: Any, hidden: Tensor) -> Tensor:
-    """Return a layer's causal attention, mean over its heads, `[B,N,N]`."""
+def _kind(module: Any) -> tuple[str, ...] | None:
+    return next((names for names in (_CLIP, _T5, _BERT) if all(hasattr(module, name) for name in names)), None)
+
+
+def _probabilities(layer: Any, hidden: Tensor, added: Tensor | float = 0.0) -> Tensor:
+    """Return a layer's attention, mean over its heads, `[B,N,N]`; CLIP's is causal. added: to the logits."""
+    kind = _kind(layer)
+    assert kind is not None
+    query, key, heads, _ = kind
     q, k = (
-        projection(hidden).unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
-        for projection in (layer.q_proj, layer.k_proj)
+        getattr(layer, name)(hidden).unflatten(-1, (getattr(layer, heads), -1)).transpose(1, 2) for name in (query, key)
     )
     q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
-    tokens = hidden.shape[1]
-    later = torch.ones(tokens, tokens, dtype=torch.bool, device=hidden.device).triu(1)
+    scale = 1.0 if kind is _T5 else q.shape[-1] ** -0.5
     with torch.autocast(hidden.device.type, enabled=False):
-        return (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(later, -torch.inf).softmax(-1).mean(1)
+        logits = q @ k.mT * scale + added
+        if kind is _CLIP:
+            tokens = hidden.shape[1]
+            later = torch.ones(tokens, tokens, dtype=torch.bool, device=hidden.device).triu(1)
+            logits = logits.masked_fill(later, -torch.inf)
+        return logits.softmax(-1).mean(1)

@@ -211,7 +211,7 @@ def test_calls_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="SimpleNamespace has no text encoder; load the pipeline with it, or pass"):
         guided.started(ac.TSAM(), guided.call("a cat", pipe=bare))
     bare.text_encoder = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="Linear is not a CLIP text encoder; pass text_similarity="):
+    with pytest.raises(ValueError, match="Linear is not a CLIP, T5 or Bert text encoder; pass text_similarity="):
         guided.started(ac.TSAM(), guided.call("a cat", pipe=bare))
     pipe.tokenizer.add_tokens(["<thing>"])
     with pytest.raises(ValueError, match="the prompt has a token .* but CLIPTextModel knows .* textual inversion"):
