@@ -13,7 +13,6 @@ from .attach.engine import Engine, Entry, PipelineCall, engine_of
 from .attach.layers import LayerChoice, by_downsampling, check_choice
 from .attach.prompts import Prompts, check_targets
 from .attach.protocol import Method
-from .attach.segments import segments_of
 
 __all__ = ["AttentionMaps", "Handle", "by_downsampling", "capture", "control", "enable"]
 
@@ -77,7 +76,7 @@ class Handle:
                 f"prompt_embeds, {tuple(prompt_embeds.shape)}"
             )
         length = prompt_embeds.shape[1]
-        segments = segments_of(engine.family.name, pipe, {"prompt": texts}, length)
+        segments = engine.family.segments(pipe, {"prompt": texts}, length)
         prompts = Prompts(segments, len(prompt_embeds if texts is None else texts), length)
         self._call, contexts = engine.begin(pipe, prompts, prompt_embeds, negative_prompt_embeds)
         return contexts

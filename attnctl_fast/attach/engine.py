@@ -26,7 +26,6 @@ from .prompts import Prompts
 from .protocol import Method, Run, defines
 from .rows import Rows, conditional_rows
 from .scheduler import SchedulerTap
-from .segments import segments_of
 
 
 @dataclass(eq=False)
@@ -249,7 +248,7 @@ class PipelineCall:
         texts = _as_list(arguments.get("prompt"))
         given = arguments.get("prompt_embeds")
         count = len(texts) if texts is not None else len(first if given is None else given)
-        segments = segments_of(self.engine.family.name, self.pipe, arguments, first.shape[1])
+        segments = self.engine.family.segments(self.pipe, arguments, first.shape[1])
         prompts = Prompts(segments, count, first.shape[1])
         embeddings = self.start(prompts, first, rest, arguments)
         return embeddings if isinstance(result, Tensor) else (embeddings, *result[1:])

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import segments
 from .layers import Layer, transformer_layers, unet_layers
+from .tokens import Segment
 
 
 def _given_text(model: Any, given: dict[str, Any]) -> Tensor:
@@ -24,15 +26,17 @@ class Family:
     """Models that are attached to in the same way.
 
     name: how it is told from others. model: the class of its models in diffusers. component: where a pipeline keeps the
-    model. layers: its attention layers by name, in order of execution. context: what they are given as the text, from
-    the model's arguments. sample, timestep, text: the model's arguments. positions: the argument that says where each
-    of the image's tokens is, [M,3] of index, row and column; "" where the sample is `[R,C,height,width]`.
+    model. layers: its attention layers by name, in order of execution. segments: the parts of its text, as in the
+    module of that name. context: what layers are given as the text, from the model's arguments. sample, timestep, text:
+    the model's arguments. positions: the argument that says where each of the image's tokens is, [M,3] of index, row
+    and column; "" where the sample is `[R,C,height,width]`.
     """
 
     name: str
     model: str
     component: str
     layers: Callable[[Any], dict[str, Layer]]
+    segments: Callable[[Any, dict[str, Any], int], list[Segment]]
     context: Callable[[Any, dict[str, Any]], Tensor] = _given_text
     sample: str = "hidden_states"
     timestep: str = "timestep"
@@ -110,15 +114,33 @@ def _patched(model: Any, **options: Any) -> dict[str, Layer]:
 
 _cross = partial(_patched, cross=("attn2",))
 _flux = partial(transformer_layers, factor=2, cross=("attn",), text="first")
-UNET = Family("unet", "UNet2DConditionModel", "unet", unet_layers, _unet_context, sample="sample", timestep="timestep")
+_masked_flux = partial(_flux, outer_mask=True)
+_sd3 = partial(_patched, cross=("attn",), text="last")
+UNET = Family(
+    "unet",
+    "UNet2DConditionModel",
+    "unet",
+    unet_layers,
+    segments.unet_segments,
+    _unet_context,
+    sample="sample",
+    timestep="timestep",
+)
 FAMILIES = (
     UNET,
-    Family("pixart", "PixArtTransformer2DModel", "transformer", _cross, _pixart_context),
-    Family("sana", "SanaTransformer2DModel", "transformer", _cross, _sana_context),
-    Family("hunyuan", "HunyuanDiT2DModel", "transformer", _cross, _hunyuan_context),
-    Family("sd3", "SD3Transformer2DModel", "transformer", partial(_patched, cross=("attn",), text="last")),
-    Family("flux", "FluxTransformer2DModel", "transformer", _flux, positions="img_ids"),
-    Family("chroma", "ChromaTransformer2DModel", "transformer", partial(_flux, outer_mask=True), positions="img_ids"),
+    Family("pixart", "PixArtTransformer2DModel", "transformer", _cross, segments.pixart_segments, _pixart_context),
+    Family("sana", "SanaTransformer2DModel", "transformer", _cross, segments.sana_segments, _sana_context),
+    Family("hunyuan", "HunyuanDiT2DModel", "transformer", _cross, segments.hunyuan_segments, _hunyuan_context),
+    Family("sd3", "SD3Transformer2DModel", "transformer", _sd3, segments.sd3_segments),
+    Family("flux", "FluxTransformer2DModel", "transformer", _flux, segments.flux_segments, positions="img_ids"),
+    Family(
+        "chroma",
+        "ChromaTransformer2DModel",
+        "transformer",
+        _masked_flux,
+        segments.chroma_segments,
+        positions="img_ids",
+    ),
 )
 
 

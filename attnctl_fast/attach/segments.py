@@ -1,25 +1,18 @@
-"""Which text encoders make up the text that a pipeline's model attends to, family by family."""
+"""Which text encoders make up the text that a pipeline's model attends to, family by family.
+
+Every function here returns the parts of the text that have words, in order, of
+
+    pipe: the pipeline, for its tokenizers;
+    arguments: those of its `encode_prompt`, by name; without "prompt" the texts are unknown;
+    length: how many columns `encode_prompt` returned.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from .tokens import WORD_GOES_ON, WORD_START, Segment
-
-
-def segments_of(kind: str, pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
-    """Return the parts of the text that have words, in order.
-
-    Args:
-        kind: of the pipeline's family: unet, pixart, sana, hunyuan, sd3, flux or chroma.
-        pipe: the pipeline, for its tokenizers.
-        arguments: of its `encode_prompt`, by name; without "prompt" the texts are unknown.
-        length: columns of the whole text.
-    """
-    found: list[Segment] = _KINDS[kind](pipe, arguments, length)
-    return found
 
 
 def _texts(given: Any) -> Sequence[str] | None:
@@ -42,7 +35,8 @@ def _t5(tokenizer: Any, texts: Any, start: int, length: int, **more: Any) -> Seg
     return Segment("T5", tokenizer, _texts(texts), start, length, limit=length, opening=0, marks=WORD_START, **more)
 
 
-def _unet(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+def unet_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    """Return CLIP's part, which two encoders may share."""
     tokenizer = getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)
     return [
         Segment(
@@ -59,7 +53,8 @@ def _unet(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
     ]
 
 
-def _sd3(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+def sd3_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    """Return CLIP's part, of two encoders, and T5's if there is one."""
     prompt, clip = arguments.get("prompt"), pipe.tokenizer_max_length
     # An empty prompt_2 or prompt_3 is none.
     second, third = arguments.get("prompt_2") or None, arguments.get("prompt_3") or prompt
@@ -71,30 +66,22 @@ def _sd3(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
     return found
 
 
-def _flux(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+def flux_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    """Return T5's part."""
     # CLIP's tokens are pooled: they have no columns.
     text = arguments.get("prompt_2") or arguments.get("prompt")
     convert = _textual_inversion(pipe, pipe.tokenizer_2)
     return [_t5(pipe.tokenizer_2, text, 0, length, converted=convert, encoders=("text_encoder_2",))]
 
 
-def _only_t5(
-    pipe: Any, arguments: dict[str, Any], length: int, *, convert: Callable[[Any, dict[str, Any]], Callable[[str], str]]
-) -> list[Segment]:
-    return [
-        _t5(
-            pipe.tokenizer,
-            arguments.get("prompt"),
-            0,
-            length,
-            converted=convert(pipe, arguments),
-            encoders=("text_encoder",),
-            masked=True,
-        )
-    ]
+def _only_t5(pipe: Any, arguments: dict[str, Any], length: int, converted: Callable[[str], str]) -> list[Segment]:
+    text = arguments.get("prompt")
+    encoders = ("text_encoder",)
+    return [_t5(pipe.tokenizer, text, 0, length, converted=converted, encoders=encoders, masked=True)]
 
 
-def _sana(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+def sana_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    """Return Gemma's part."""
     tokenizer, instruction = pipe.tokenizer, "\n".join(arguments.get("complex_human_instruction") or [])
     before = len(tokenizer(instruction).input_ids) - 2 if instruction and tokenizer is not None else 0
     return [
@@ -115,7 +102,8 @@ def _sana(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
     ]
 
 
-def _hunyuan(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+def hunyuan_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    """Return Bert's part and T5's."""
     text, bert = _texts(arguments.get("prompt")), pipe.transformer.config.text_len
     return [
         Segment(
@@ -132,12 +120,11 @@ def _hunyuan(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]
     ]
 
 
-_KINDS: dict[str, Callable[[Any, dict[str, Any], int], list[Segment]]] = {
-    "unet": _unet,
-    "pixart": partial(_only_t5, convert=_cleaned),
-    "sana": _sana,
-    "hunyuan": _hunyuan,
-    "sd3": _sd3,
-    "flux": _flux,
-    "chroma": partial(_only_t5, convert=lambda pipe, arguments: _textual_inversion(pipe, pipe.tokenizer)),
-}
+def pixart_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    """Return T5's part."""
+    return _only_t5(pipe, arguments, length, _cleaned(pipe, arguments))
+
+
+def chroma_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    """Return T5's part."""
+    return _only_t5(pipe, arguments, length, _textual_inversion(pipe, pipe.tokenizer))

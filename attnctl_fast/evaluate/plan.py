@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..attach.families import family_of
 from ..attach.prompts import Prompts
-from ..attach.segments import segments_of
 from ..cli.method_options import Given, make_method, own_options, words_of
 from ..cli.model import Settings, call_arguments, draw
 from ..cli.report import first_line
@@ -87,7 +88,7 @@ def check(pipe: Any, pictures: Iterable[Picture]) -> None:
     """Find what the pipeline would refuse, without drawing.
 
     Raises:
-        ValueError: a method that does not fit the UNet or scheduler, an argument that the pipeline does not take, or a
+        ValueError: a method that does not fit the model or scheduler, an argument that the pipeline does not take, or a
             word that is not in its prompt.
     """
     seen: set[Any] = set()
@@ -97,11 +98,21 @@ def check(pipe: Any, pictures: Iterable[Picture]) -> None:
             with picture.controlled(pipe):
                 call_arguments(pipe, picture.settings)
         if (place, method) not in seen and getattr(pipe, "tokenizer", None) is not None:
-            length = pipe.tokenizer.model_max_length
-            prompts = Prompts(segments_of("unet", pipe, {"prompt": picture.settings.prompt}, length), 1, length)
+            prompts = _prompts(pipe, picture.settings.prompt)
             for name, word in words_of(picture.options):
                 prompts.find(word, 0, f"prompt {place + 1}: {name}")
         seen.update([method, (place, method)])
+
+
+def _prompts(pipe: Any, prompt: str) -> Prompts:
+    """Return the prompt's tokens as the pipeline will make them."""
+    family = family_of(pipe)
+    longest = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    if longest is None:
+        length = pipe.tokenizer.model_max_length
+    else:
+        length = longest.default + (pipe.tokenizer_max_length if family.name == "sd3" else 0)
+    return Prompts(family.segments(pipe, {"prompt": prompt}, length), 1, length)
 
 
 def draw_pictures(pipe: Any, pictures: Iterable[Picture], store: Store, log: Log) -> None:

@@ -25,8 +25,8 @@ class AttendAndExcite(LatentGuidance):
     Attend-and-Excite (arXiv 2301.13826, SIGGRAPH 2023).
 
     The loss is one minus the highest attention to the least attended target, of attention that is sharpened and shared
-    out anew among all tokens but the start of text, then smoothed. Maps of joint attention (SD 3, FLUX), of which the
-    image has its part, are first divided by their sum over the tokens that share.
+    out anew among all tokens but the start of text, then smoothed. Attention in joint layers (SD 3, FLUX), of which the
+    image has its part, is shared out without sharpening: divided by its sum over the words of the prompt.
 
     Args:
         targets: words, phrases (all their tokens, at their first occurrence) or token ids (positions in the context):
@@ -122,14 +122,12 @@ class AttendAndExcite(LatentGuidance):
 
     def loss(self, maps: Tensor, context: GuidanceContext) -> Tensor:
         context.prepared = prepared = context.prepared.to(maps.device)
-        if context.joint:
-            maps = maps / (maps * prepared.sharing[..., None]).sum(1, keepdim=True)
         return max_attention_loss(
             maps,
             prepared.targets,
             context.grid,
             sharing=prepared.sharing,
-            sharpness=self.sharpness,
+            sharpness=None if context.joint else self.sharpness,
             sigma=self.sigma,
             kernel_size=self.kernel_size,
         )
@@ -154,7 +152,7 @@ def max_attention_loss(
     grid: tuple[int, int],
     *,
     sharing: Tensor,
-    sharpness: float = 100.0,
+    sharpness: float | None = 100.0,
     sigma: float = 0.5,
     kernel_size: int = 3,
 ) -> Tensor:
@@ -164,15 +162,20 @@ def max_attention_loss(
         maps: attention to every token of the context, `[B,N,M]`.
         targets: the tokens that must be attended to, `[B,T]` int64, padded with -1; all of them share.
         grid: (height, width) with height*width == M.
-        sharing: `[B,N]` bool, which tokens share the attention by a softmax.
-        sharpness: factor of the attention before it.
+        sharing: `[B,N]` bool, which tokens share the attention.
+        sharpness: factor of the attention before the softmax by which they do; None for shares of their sum.
         sigma: width of the smoothing in cells, as in `ops.smooth_maps`.
         kernel_size: its cells along an axis, odd.
 
     Returns:
         The loss `[B]`, of the dtype of the maps.
     """
-    shares = (sharpness * maps).masked_fill(~sharing[..., None], -torch.inf).softmax(1)
+    outside = ~sharing[..., None]
+    if sharpness is None:
+        kept = maps.masked_fill(outside, 0.0)
+        shares = kept / kept.sum(1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+    else:
+        shares = (sharpness * maps).masked_fill(outside, -torch.inf).softmax(1)
     chosen = shares.gather(1, targets.clamp_min(0)[..., None].expand(-1, -1, maps.shape[2]))
     highest = ops.smooth_maps(chosen, grid, sigma=sigma, kernel_size=kernel_size).amax(2)
     return (1 - highest).clamp_min(0).masked_fill(targets < 0, 0).amax(1)

@@ -47,11 +47,13 @@ class DenseDiffusion(Method):
             t/T > 1 - edit_steps.
         cross_strength: w in cross-attention. At zero the pipeline's own attention stays in place; with both strengths
             at zero its picture, bit for bit.
-        self_strength: w in self-attention, likewise.
+        self_strength: w in self-attention, likewise, and in joint attention (SD 3, FLUX), where text and image share
+            rows; there image tokens belong together with text tokens and with image tokens as above.
         decay: exponent of the timestep.
         area: how much the size of a mask counts against its strength.
         encode_phrases: encode every phrase by itself as well, and give its tokens in the prompt these embeddings, in
-            all steps. Phrases given as token ids keep those of the prompt.
+            all steps. Phrases given as token ids keep those of the prompt, and so do all phrases in transformers, whose
+            text is not CLIP's alone.
         convention: `"official"` (the released code) or `"paper"`. They differ in what a share of steps is, and where
             masks overlap: in the released code the areas of an image token's masks are added, in the paper it is the
             area that they cover.
@@ -134,7 +136,8 @@ class _Modulating(Run):
             for index, row in enumerate(self._rows)
         ]
         self._columns = self._column_regions()
-        self._phrases = self._encoded() if method.works() and method.encode_phrases else {}
+        alone = method.works() and method.encode_phrases and call.prompts.clip_alone
+        self._phrases = self._encoded() if alone else {}
         self._grids: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._batch: Rows | None = None
         self._columns_here: Tensor

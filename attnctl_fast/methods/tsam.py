@@ -14,7 +14,7 @@ from .._impl import resolve
 from .._numbers import check_number, check_smoothing
 from ..attach.call import Call
 from ..attach.prompts import Prompts, Targets, check_targets
-from ..attach.text_attention import text_attention
+from ..attach.text_attention import content_attention
 from ..ops.map_similarity import KERNEL_TOKENS
 from .latent_guidance import Bounds, GuidanceContext, LatentGuidance, sampled
 
@@ -30,8 +30,10 @@ class TSAM(LatentGuidance):
 
     The loss compares the cosine similarities of the words' smoothed maps with the self-attention of the same words
     within the text encoder: mean over its layers and heads, without start and end of text, to the power gamma, rows
-    normalised. With two text encoders (SDXL, of which the released code knows nothing) it is the mean of the two. A
-    prompt of one token has no loss, and one of two has none by the default variant.
+    normalised. With two text encoders side by side (SDXL, SD 3; the released code knows neither) it is the mean of the
+    two, and of texts one behind the other (SD 3) the words of the first are compared. The self-attention of T5 (PixArt,
+    FLUX, Chroma) is bidirectional; what the loss reads of it, below the diagonal, is normalised all the same. Sana's
+    Gemma is not supported. A prompt of one token has no loss, and one of two has none by the default variant.
 
     Prompts of more than 64 tokens are compared by PyTorch operations on a GPU too.
 
@@ -106,15 +108,15 @@ class TSAM(LatentGuidance):
     def tokens(self, prompts: Prompts) -> list[list[int]]:
         if self.targets is not None:
             return prompts.positions(self.targets)
-        ends = prompts.ends()
-        if ends is None:
+        content = prompts.content()
+        if content is None:
             raise ValueError(
                 "TSAM compares the words of the prompt, which are unknown (prompt embeddings, or a long prompt in "
                 "pieces); pass a prompt, or text_similarity= and targets="
             )
-        if 1 in ends:
+        if not all(content[0]):
             raise ValueError("TSAM compares the words of the prompt, but one is empty; give every image a prompt")
-        return [list(range(1, end)) for end in ends]
+        return content[0]
 
     def prepare(self, call: Call) -> _Prepared:
         prompts = call.prompts
@@ -122,7 +124,7 @@ class TSAM(LatentGuidance):
         longest = int(lengths.max())
         text = self.text_similarity
         if text is None:
-            text = text_attention(call.pipe, prompts)[:, 1 : longest + 1, 1 : longest + 1]
+            text = content_attention(call.pipe, prompts)
             real = torch.arange(longest, device=text.device) < lengths.to(text.device)[:, None]
             text = text_similarity(text, self.gamma).where(real[..., None], 0.0)
         elif text.shape[-1] != longest or text.shape[:-2] not in ((), (prompts.count,)):

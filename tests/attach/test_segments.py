@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from attnctl_fast.attach.families import FAMILIES
 from attnctl_fast.attach.prompts import Prompts
-from attnctl_fast.attach.segments import segments_of
 from tests.support import tiny_text
 from tests.support import tiny_transformers as tiny
 
@@ -29,7 +29,8 @@ def prompts(kind: str, *texts: str, pipe: Any = None, length: int | None = None,
     if kind == "sana":
         arguments.setdefault("complex_human_instruction", tiny_text.INSTRUCTION)
     length = length or LENGTHS.get(kind, T5)
-    return Prompts(segments_of(kind.split("_")[0], pipe, arguments, length), len(texts) or 1, length)
+    family = next(family for family in FAMILIES if family.name == kind.split("_")[0])
+    return Prompts(family.segments(pipe, arguments, length), len(texts) or 1, length)
 
 
 class Output(tuple):

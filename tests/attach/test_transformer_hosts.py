@@ -292,3 +292,30 @@ def test_a_loop_of_the_users_own() -> None:
             latents = pipe.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         handle.end()
     torch.testing.assert_close(latents, expected)
+
+
+WORDS: dict[str, Any] = {
+    "regulation": ac.AttentionRegulation(["bag", "apple"], steps=2),
+    "A&E": ac.AttendAndExcite(["bag", "apple"], thresholds={0: 0.9}, max_refinements=1),
+    "SynGen": ac.SynGen([("photo", "bag"), ("and", "apple")]),
+    "CONFORM": ac.CONFORM([["bag"], ["apple"]], refinement={}),
+    "T-SAM": ac.TSAM(refinement={}, scale=2.0),
+    "regions": ac.DenseDiffusion({"a bag": [[1, 0]] * 2, "apple": [[0, 1]] * 2}),
+}
+
+
+@kinds
+@pytest.mark.parametrize("name", WORDS)
+def test_words_of_every_encoder(kind: str, name: str) -> None:
+    pipe = tiny.pipeline(kind)
+    plain, before = call(kind, pipe), snapshot(pipe)
+    if kind == "sana" and name == "T-SAM":
+        with ac.control(pipe, WORDS[name]), pytest.raises(ValueError, match="not a CLIP, T5 or Bert text encoder"):
+            call(kind, pipe)
+        return
+    with ac.control(pipe, WORDS[name]):
+        found = call(kind, pipe)
+    assert found.isfinite().all() and not torch.equal(found, plain)
+    assert snapshot(pipe) == before and torch.equal(call(kind, pipe), plain)
+    with ac.control(pipe, ac.AttentionRegulation(["dog"])), pytest.raises(ValueError, match="'dog', which is not in"):
+        call(kind, pipe)

@@ -54,6 +54,15 @@ def test_loss_and_gradient(grid: tuple[int, int]) -> None:
     assert gradients[0].abs().amax() > 0
 
 
+def test_shares_of_joint_attention() -> None:
+    """Without sharpness, attention is divided by its sum over the tokens that share."""
+    maps = torch.rand(1, 4, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sharing = torch.tensor([[False, True, True, True]])
+    found = max_attention_loss(maps, torch.tensor([[1, 3]]), (3, 4), sharing=sharing, sharpness=None, kernel_size=1)
+    shares = maps[0, 1:] / maps[0, 1:].sum(0)
+    torch.testing.assert_close(found, 1 - torch.stack([shares[0].max(), shares[2].max()]).min()[None])
+
+
 def diffusers_picture(pipe: Any, **options: Any) -> tuple[Tensor, list[float]]:
     """Latents of diffusers' StableDiffusionAttendAndExcitePipeline on the same parts."""
     with warnings.catch_warnings():

@@ -10,7 +10,7 @@ import torch
 
 from attnctl_fast.attach.call import Call
 from attnctl_fast.attach.prompts import Prompts, padded
-from attnctl_fast.attach.segments import segments_of
+from attnctl_fast.attach.segments import unet_segments
 from attnctl_fast.methods import GuidanceContext, LatentGuidance
 from tests.support import tiny
 
@@ -21,7 +21,7 @@ def prompts(
     pipe: Any, texts: list[str] | None, count: int = 1, length: int = tiny.LENGTH, second: list[str] | None = None
 ) -> Prompts:
     """As a UNet pipeline's call reads them; `texts` None for embeddings."""
-    segments = segments_of("unet", pipe, {"prompt": texts, "prompt_2": second}, length)
+    segments = unet_segments(pipe, {"prompt": texts, "prompt_2": second}, length)
     return Prompts(segments, count if texts is None else len(texts), length)
 
 
