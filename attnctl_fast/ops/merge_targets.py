@@ -42,8 +42,10 @@ def _merge_targets(
         restored = torch.exp(pinned_logits - plain_lse) - torch.exp(pinned_logits - lse)
         columns = torch.cat([columns, restored], 2)
         values = torch.cat([values, gather_columns(v, pinned_ids)], 2)
-    out = rest_out.to(wide) * rest_weight.unsqueeze(-1) + columns.mT @ values.to(wide)
-    return out.to(v.dtype)
+    rest = rest_out.to(wide) * rest_weight.unsqueeze(-1)
+    # One pass over the output less than a sum.
+    out = torch.baddbmm(rest.flatten(0, 1), columns.mT.flatten(0, 1), values.to(wide).flatten(0, 1))
+    return out.unflatten(0, rest.shape[:2]).to(v.dtype)
 
 
 merge_targets_op = composite("merge_targets" + _SCHEMA, _merge_targets)
