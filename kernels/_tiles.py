@@ -176,6 +176,6 @@ def finite_or_zero(maximum):
 
 @triton.jit
 def store_maps(maps_ptr, tile, slots, rows, inside, M):
-    """Store `tile` [COLUMNS, BLOCK_M] into the maps of `slots`, none for -1; int64 `slots` where there are very many."""
+    """Store `tile` [COLUMNS, BLOCK_M] into the maps of `slots`, none for -1; `slots` of very many are int64."""
     places = slots[:, None] * M + rows[None, :]
     tl.store(maps_ptr + places, tile, mask=(slots >= 0)[:, None] & inside[None, :])

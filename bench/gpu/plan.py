@@ -12,7 +12,7 @@ from bench.compile import tune
 from bench.gpu import correctness
 from bench.gpu.contest import Task
 from bench.harness.timing import Clock
-from bench.ops.layers import LARGE, LAYERS, REGULATED, SMALL, TINY, Layer
+from bench.ops.layers import JOINT, LARGE, LAYERS, REGULATED, SMALL, TINY, Layer
 from bench.ops.registry import OPERATIONS, launch
 
 # Four images at once, for these.
@@ -21,8 +21,9 @@ BATCHED = ("regulated_layer", "attention", "regulated_attention", "attention_wit
 
 def tasks(dry: bool = False) -> tuple[list[Task], list[Task]]:
     """List the comparisons in two parts, in float16, the most important first: the aims and every operation at two
-    layers; every operation at the other layers, SD 2's first, and some for four images. Classifier-free guidance
-    doubles the batch of plain attention; everything else runs on the conditional half."""
+    layers, and what is made of joint attention at its own; every operation at the other layers, SD 2's first, and some
+    for four images. Classifier-free guidance doubles the batch of plain attention; everything else runs on the
+    conditional half."""
     if dry:
         return [Task(name, TINY, torch.float32) for name in OPERATIONS], []
 
@@ -33,6 +34,7 @@ def tasks(dry: bool = False) -> tuple[list[Task], list[Task]]:
     first = [task(name, layer) for name in ("regulate", "regulated_layer") for layer in (SMALL, LARGE)]
     first += [task("attention", layer) for layer in LAYERS]
     first += [task(name, layer) for layer in (SMALL, LARGE) for name in OPERATIONS]
+    first += [task(name, layer) for layer in JOINT for name in ("maps_from_lse", "maps_from_lse_all")]
     first = list(dict.fromkeys(first))
     others = sorted(REGULATED, key=lambda layer: layer.model != "SD 2")
     rest = [task(name, layer) for layer in others for name in OPERATIONS]

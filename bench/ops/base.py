@@ -63,6 +63,7 @@ class Timing:
     outputs: those that the gradients come from, or that are compared; None is all.
     also: inputs that only rivals need.
     options: of the case.
+    unread: the bytes of its inputs that need not be read.
     judge: instead of a comparison with the textbook's results in float64.
     kernels: those that are tuned by it.
     """
@@ -73,6 +74,7 @@ class Timing:
     outputs: tuple[str, ...] | None = None
     also: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    unread: Callable[[Case], int] = lambda case: 0
     judge: Callable[[Case, Tensors], Judge] | None = None
     kernels: tuple[str, ...] = ()
 
@@ -215,7 +217,7 @@ class Timed(NamedTuple):
         for rival, (bind, checked, compiles) in timing.rivals(case, t, self.compile).items():
             contenders[rival] = Contender(partial(self.form, bind, t, grads), checked, compiles)
         moved = size(*(t[x] for x in self.operation.inputs if x in t and x not in EDIT), *outputs.values())
-        moved += size(*grads.values(), *(t[x] for x in timing.leaves))
+        moved += size(*grads.values(), *(t[x] for x in timing.leaves)) - timing.unread(case)
         flops = timing.flops(case)
         if timing.judge is not None:
             seen, truth, tolerance, check = timing.judge(case, t)

@@ -163,6 +163,7 @@ class Case:
             **dict.fromkeys(("maps", "text", "lengths"), self._maps),
             **dict.fromkeys(("row_regions", "column_regions", "share"), self._regions),
             "key_bias": self._key_bias,
+            "lse": self._lse,
             **dict.fromkeys(("projection", "gammas", "token_weight"), self._update),
         }
         made: Tensors = {}
@@ -209,6 +210,13 @@ class Case:
         if self.batch > 2:
             key_bias[-1] = -torch.inf
         return {"key_bias": key_bias}
+
+    def _lse(self) -> Tensors:
+        """Of all columns, as float64 gives it; head by head, for the logits of a joint layer would fill the memory."""
+        q, k, v = (x.double().split(1, 1) for x in self._qkv().values())
+        how: dict[str, Any] = {**self._key_bias(), "return_lse": True, "impl": "reference"}
+        heads = [ops.attention(*head, **how)[1] for head in zip(q, k, v, strict=True)]
+        return {"lse": torch.cat(heads, 1).float()}
 
     def _maps(self) -> Tensors:
         """Maps as attention gives them, NaN for padded tokens, and causal rows that sum to 1."""

@@ -1,4 +1,4 @@
-"""The layers of Stable Diffusion whose kernels are compiled, tuned and measured."""
+"""The layers of Stable Diffusion and FLUX whose kernels are compiled, tuned and measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ PINNED = (0, 12)
 
 
 class Layer(NamedTuple):
-    """One cross-attention layer: `tokens` text tokens, heads of `width` numbers; targets and steps of regulation."""
+    """One attention layer: `tokens` columns, those of text tokens but in joint attention; heads of `width` numbers;
+    targets and steps of regulation."""
 
     model: str
     heads: int
@@ -51,6 +52,13 @@ LAYERS = [
     *(Layer("SD 2", heads, (side, side), 64) for side, heads in ((64, 5), (32, 10), (16, 20), (8, 20))),
     *(Layer("SD 2 768", heads, (side, side), 64) for side, heads in ((96, 5), (48, 10), (24, 20), (12, 20))),
     *(Layer("SDXL", heads, (side, side), 64) for side, heads in ((64, 10), (32, 20))),
+]
+# Joint attention, image rows and all columns, of SD 3.5 at 512 and 1024 px and FLUX at 1024 px: a few words, the whole
+# text.
+JOINT = [
+    *(Layer("SD 3.5", 24, (32, 32), 64, tokens=1357, targets=targets) for targets in (4, 333)),
+    *(Layer("SD 3.5", 24, (64, 64), 64, tokens=4429, targets=targets) for targets in (4, 333)),
+    *(Layer("FLUX", 24, (64, 64), 128, tokens=4608, targets=targets) for targets in (4, 512)),
 ]
 # The kernels regulate up to 4096 image tokens.
 REGULATED = [layer for layer in LAYERS if layer.image_tokens <= 4096]

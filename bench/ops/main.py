@@ -28,7 +28,7 @@ from bench.harness.rows import Log, Row, stamp
 from bench.harness.timing import Clock, Run, first_line
 from bench.ops import rivals
 from bench.ops.base import ours
-from bench.ops.layers import LARGE, LAYERS, REGULATED, SMALL, Layer
+from bench.ops.layers import JOINT, LARGE, LAYERS, REGULATED, SMALL, Layer
 from bench.ops.registry import OPERATIONS, comparison
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -61,6 +61,14 @@ def default() -> Iterator[Case]:
         for targets in (2, 75):
             yield Case("attention_with_maps_guidance", layer._replace(targets=targets))
     yield Case("similarity_loss", SMALL._replace(targets=20))
+    yield from (case for case in joint() if case.layer.image_tokens <= 1024)
+
+
+def joint() -> Iterator[Case]:
+    """What is made of joint attention, at its layers."""
+    for layer in JOINT:
+        for name in ("maps_from_lse", "maps_from_lse_all"):
+            yield Case(name, layer)
 
 
 def every() -> Iterator[Case]:
@@ -70,7 +78,7 @@ def every() -> Iterator[Case]:
             yield Case(name, layer)
 
 
-SHAPES: dict[str, Callable[[], Iterator[Case]]] = {"small": small, "default": default, "all": every}
+SHAPES: dict[str, Callable[[], Iterator[Case]]] = {"small": small, "default": default, "joint": joint, "all": every}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", default="", metavar="NAME", help="operations whose name contains NAME")
     made.add_argument("--dtype", choices=DTYPES, help="on a CPU; default: float32")
     made.add_argument(
-        "--shapes", metavar="CHOICE", help="on a CPU: small, default, all, or layers whose model contains CHOICE"
+        "--shapes", metavar="CHOICE", help="on a CPU: small, default, joint, all, or layers whose model contains CHOICE"
     )
     made.add_argument("--quick", action="store_true", help="on a CPU: about a minute, small shapes, one short turn")
     made.add_argument("--compile", action="store_true", help="on a CPU, with the rivals that torch.compile makes")

@@ -24,6 +24,11 @@ def _with_maps(reduce: str, case: Case, t: Tensors, impl: str) -> Run:
     return partial(ops.attention_with_maps, *qkv(t), t.get("target_ids"), **how)
 
 
+def _from_lse(reduce: str, case: Case, t: Tensors, impl: str) -> Run:
+    how: dict[str, Any] = {"key_bias": t.get("key_bias"), "reduce": reduce, "impl": impl}
+    return partial(ops.maps_from_lse, t["q"], t["k"], t["lse"], t["target_ids"], **how)
+
+
 def _real(case: Case, t: Tensors) -> Tensor:
     """Zeros for padded tokens, where an operation knows no lengths."""
     return t["maps"].nan_to_num() if "lengths" in t else t["maps"]
@@ -55,6 +60,32 @@ def _map_rivals(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Ri
 
 def _forward_rivals(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
     return {**_map_rivals(case, t, compile), "plain attention": plain(case)}
+
+
+def _by_exp(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    def rival(maps: Any, **how: Any) -> Rival:
+        return Rival(lambda t: partial(maps(), t["q"], t["k"], t["lse"], t["target_ids"]), **how)
+
+    return {
+        "closed form": rival(lambda: rivals.columns_by_exp),
+        "torch.compile": rival(lambda: compile(rivals.columns_by_exp), compiles=True),
+    }
+
+
+def _column_rivals(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    columns = rivals.Columns.of(t["target_ids"], t["k"])
+
+    def one_hot(name: str) -> Rival:
+        attend = partial(rivals.sdpa, name)
+        return Rival(lambda t: partial(rivals.one_hot_columns, attend, t["q"], t["k"], columns.one_hot))
+
+    found = {f"SDPA {name}, one-hot": one_hot(name) for name in rivals.backends(case.device)}
+    return {**_by_exp(case, t, compile), **found}
+
+
+def _unnamed(case: Case) -> int:
+    """Bytes of the keys that are not those of a target."""
+    return case.batch * case.heads * (case.n - len(case.ids[0])) * case.d * case.dtype.itemsize
 
 
 def _convolution(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
@@ -91,6 +122,7 @@ def _comparing(case: Case) -> int:
     return 2 * _cells(case) * case.map_tokens
 
 
+QK_LSE = ("q", "k", "lse")
 MAPS = ("maps", "lengths")
 COMPARED = ("maps", "text", "lengths")
 KERNELS = ("similarity_products_fwd", "similarity_fwd", "similarity_bwd")
@@ -102,7 +134,7 @@ OPERATIONS = {
         QKV,
         timings={
             "attention_with_maps": Timing(
-                lambda case: products(case, 2), _forward_rivals, kernels=("attention_maps_fwd", "maps_fwd")
+                lambda case: products(case, 2), _forward_rivals, kernels=("attention_maps_fwd",)
             ),
             # As in the last layer that a loss of the maps reads.
             "attention_with_maps_guidance": Timing(
@@ -113,6 +145,31 @@ OPERATIONS = {
     "attention_with_all_maps": Operation(partial(_with_maps, "mean"), (*QKV, "key_bias"), ("out", "maps"), QKV),
     "attention_with_maps_of_heads": Operation(
         partial(_with_maps, "none"), (*QKV, "target_ids", "key_bias"), ("out", "maps"), QKV
+    ),
+    "maps_from_lse": Operation(
+        partial(_from_lse, "mean"),
+        (*QK_LSE, "target_ids", "key_bias"),
+        ("maps",),
+        QK_LSE,
+        timings={
+            "maps_from_lse": Timing(
+                lambda case: products(case, 1, len(case.ids[0])),
+                _column_rivals,
+                unread=_unnamed,
+                kernels=("maps_from_lse_fwd",),
+            ),
+            # No attention by one-hot columns has the logsumexp's gradient apart.
+            "maps_from_lse_all": Timing(
+                lambda case: products(case, 3, len(case.ids[0])),
+                _by_exp,
+                leaves=QK_LSE,
+                unread=_unnamed,
+                kernels=("maps_from_lse_bwd_rows", "maps_from_lse_bwd_columns"),
+            ),
+        },
+    ),
+    "maps_from_lse_of_heads": Operation(
+        partial(_from_lse, "none"), (*QK_LSE, "target_ids", "key_bias"), ("maps",), QK_LSE
     ),
     "smooth_maps": Operation(
         _smooth_maps,

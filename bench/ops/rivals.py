@@ -125,6 +125,24 @@ def one_hot_maps(
     return out[..., :width], out[..., width : width + count].float().mean(1).mT
 
 
+def one_hot_columns(attend: Callable[..., Tensor], q: Tensor, k: Tensor, one_hot: Tensor) -> Tensor:
+    """The head mean of the maps [B,n,M] from any attention to one-hot columns as values, which the heads are padded to
+    where there are more columns than their width."""
+    width, count = q.shape[3], one_hot.shape[1]
+    spare = max(width, count + -count % 8) - width
+    if spare:
+        # The backends scale by the width that they see.
+        q, k = F.pad(((width + spare) / width) ** 0.5 * q, (0, spare)), F.pad(k, (0, spare))
+    values = F.pad(one_hot, (0, width + spare - count)).expand(*k.shape[:2], -1, -1)
+    return attend(q, k, values)[..., :count].float().mean(1).mT
+
+
+def columns_by_exp(q: Tensor, k: Tensor, lse: Tensor, token_ids: Tensor) -> Tensor:
+    """The same from the logsumexp, with the maps of all heads in memory."""
+    logits = q.shape[-1] ** -0.5 * (k.index_select(2, token_ids).float() @ q.float().mT)
+    return torch.exp(logits - lse.unsqueeze(2)).mean(1)
+
+
 def masked_sdpa(backend: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, columns: Columns) -> Tensor:
     """The bias scattered into a mask [B,H,M,N] of zeros. Fused backends want its rows aligned, so they are padded."""
     tokens = k.shape[2]

@@ -88,6 +88,8 @@ def test_ours_is_what_the_device_runs(bench: Any, monkeypatch: pytest.MonkeyPatc
         ("gaussian_bias_all", "two products"),
         ("attention_with_maps", "published"),
         ("attention_with_maps_guidance", "published"),
+        ("maps_from_lse", "closed form"),
+        ("maps_from_lse_all", "closed form"),
         ("attention_with_context_gradient", "published"),
         ("context_energy", "logits in memory"),
         ("composed_attention", "SDPA math, each"),
@@ -274,7 +276,7 @@ def test_mistakes_are_named(bench: Any, tmp_path: Path, capsys: pytest.CaptureFi
     path = tmp_path / "ops.jsonl"
     wrong = {
         ("--only", "gausian"): "'gausian' is in the name of no operation; there are attention, ",
-        ("--shapes", "flux"): "'flux' is none of small, default, all, tiny and no part of a model: SD 1.5, ",
+        ("--shapes", "flux"): "'flux' is none of small, default, joint, all, tiny and no part of a model: SD 1.5, ",
         ("--results", path / "under" / "a file"): "ops.jsonl/under",
     }
     path.touch()

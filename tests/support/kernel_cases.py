@@ -27,14 +27,15 @@ from tests.support.rounding import Shared
 
 IMPL = "triton"
 OPERATIONS = {name: DECLARED[name] for name in JUDGED}
+IN_SINGLE = ("region_attention", "maps_from_lse")
 
 
 def plain(name: str, case: Case, t: Tensors, parts: int = 1) -> Tensors:
     """The outputs in plain PyTorch, the attention itself in the inputs' dtype, its sums over the head width in `parts`
     that are added."""
     outputs = OPERATIONS[name].run(case, "reference", t)
-    # Half-precision logits of region_attention would be judged by the rounding of what is added to them.
-    if name not in ATTENTION or name == "region_attention" or t["q"].dtype in (torch.float32, torch.float64):
+    # Half-precision logits of these would be judged by the rounding of what is added to them, or taken from them.
+    if name not in ATTENTION or name in IN_SINGLE or t["q"].dtype in (torch.float32, torch.float64):
         return outputs
     if name == "target_statistics":
         gone = [set(row) for row in case.rows(case.ids)]
@@ -157,7 +158,7 @@ def _carried(name: str, case: Case, t: Tensors, grads: Tensors | None) -> Tensor
             return {"maps": carried_to_maps(*inputs, *given)} if _by_lse(case) else {}
         given = (grads["out"], grads["maps"], rows, case.scale, t.get("key_bias"))
         return carried_through_maps(*inputs, t["v"], *given)
-    if name not in ATTENTION or grads is None:
+    if name not in ATTENTION or name == "maps_from_lse" or grads is None:
         return {}
     grad_out = grads.get("out", grads.get("rest_out"))
     inputs = (t["q"], t["k"], t["v"], grad_out, case.scale)
