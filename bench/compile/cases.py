@@ -28,13 +28,14 @@ CPU = torch.device("cpu")
 SOME = (
     *("attention", "target_statistics", "merge_targets", "attention_with_context_gradient", "context_update"),
     *("composed_attention", "region_attention", "regulated_attention, gradients", "attention_with_maps, gradients"),
+    *("maps_from_lse", "maps_from_lse, gradients"),
 )
 MOST = (
     *("regulated_attention", "merge_targets", "attention_with_context_gradient", "context_update"),
     *("attention_with_context_gradient_weighted", "composed_attention", "region_attention", "attention, gradients"),
     *("target_statistics, gradients", "regulated_attention, gradients", "attention_with_all_maps"),
     *("attention_with_maps, gradients", "attention_with_maps, query gradient of the maps"),
-    "attention_with_maps, query gradient",
+    *("attention_with_maps, query gradient", "maps_from_lse", "maps_from_lse, gradients"),
 )
 KEYED = (
     *("attention", "target_statistics, more", "regulated_attention", "attention_with_context_gradient"),
@@ -53,6 +54,10 @@ LONG = (
     *("attention", "target_statistics", "regulated_attention", "attention_with_maps"),
     *(f"{name}, keyed" for name in KEYED),
 )
+JOINED = (
+    *("maps_from_lse", "maps_from_lse, gradients", "maps_from_lse, query gradient", "maps_from_lse, keyed"),
+    *("maps_from_lse, keyed, gradients", "maps_from_lse_of_heads"),
+)
 # Every width, text length and dtype at the grid where the models have it, all forms at one of them, and the widest
 # heads that there may be. Kernels do not depend on batch, heads and, but for the solver, the grid.
 LAYERS: list[tuple[torch.dtype, Layer, Sequence[str]]] = [
@@ -61,6 +66,14 @@ LAYERS: list[tuple[torch.dtype, Layer, Sequence[str]]] = [
     (torch.float16, Layer("", 2, (32, 32), 80), MOST),
     (torch.float16, Layer("", 2, (16, 16), 160), MOST),
     (torch.float16, Layer("", 2, (32, 32), 64, tokens=154), LONG),
+    # Of joint attention: a few columns of many, and many.
+    (torch.float16, Layer("", 2, (16, 16), 64, tokens=400), JOINED),
+    (torch.float16, Layer("", 2, (16, 16), 64, tokens=600, targets=64), JOINED),
+    (torch.float16, Layer("", 2, (16, 16), 128, tokens=400), JOINED),
+    (torch.float16, Layer("", 2, (16, 16), 128, tokens=600, targets=64), JOINED),
+    (torch.bfloat16, Layer("", 2, (16, 16), 64, tokens=600, targets=64), JOINED),
+    (torch.bfloat16, Layer("", 2, (16, 16), 128, tokens=400), JOINED),
+    (torch.bfloat16, Layer("", 2, (16, 16), 128, tokens=600, targets=64), JOINED),
     (torch.bfloat16, Layer("", 2, (32, 32), 64), SOME),
     (torch.float32, Layer("", 2, (16, 16), 64), SOME),
     (torch.float32, Layer("", 2, (16, 16), 160), SOME),
