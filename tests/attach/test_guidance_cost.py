@@ -1,4 +1,4 @@
-"""What a guidance pass costs: operations and memory, counted on UNets of real configurations without weights."""
+"""What a guidance pass costs: operations and memory, counted on models of real configurations without weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 import attnctl_fast as ac
 from attnctl_fast.attach.call import Call, Site
 from attnctl_fast.attach.evaluation import Evaluation
-from attnctl_fast.attach.families import UNET
+from attnctl_fast.attach.families import FAMILIES
 from attnctl_fast.attach.guidance import reading
-from attnctl_fast.attach.layers import cross_attention_layers
 from attnctl_fast.attach.rows import Rows
 from bench.pictures import architectures
 from tests.support import tiny
@@ -48,18 +47,37 @@ def given(unet: Any) -> dict[str, Any]:
 
 def guidance(unet: Any, method: ac.LatentGuidance, arguments: dict[str, Any]) -> tuple[Any, Evaluation, list[Site]]:
     """The method at the first step of a call, the evaluation of the UNet that it guides, and its layers."""
-    layers = cross_attention_layers(unet)
-    side = arguments["sample"].shape[-1]
+    family = next(family for family in FAMILIES if family.model == type(unet).__name__)
+    side = int(unet.config.get("sample_size", 128))
+    layers = {name: layer for name, layer in family.layers(unet).items() if layer.cross}
     prompts: Any = SimpleNamespace(count=1, length=arguments["encoder_hidden_states"].shape[1])
     call: Any = Call(None, prompts, 1, None, step=0, steps=50, latents=(side, side))  # type: ignore[arg-type]
     sites = [Site(layers[name]) for name in method.default_layers(layers)]
-    tap: Any = SimpleNamespace(latents=arguments["sample"], moved=None, factor=lambda *_: None)
-    return method.start(call, sites), Evaluation(call, UNET, unet, Rows(1, [0], [0]), tap, (), arguments), sites
+    for site in sites:
+        site.grid = site.layer.grid(call.latents)
+    tap: Any = SimpleNamespace(latents=None, moved=None, factor=lambda *_: None)
+    return method.start(call, sites), Evaluation(call, family, unet, Rows(1, [0], [0]), tap, (), arguments), sites
+
+
+def _of_attention(q: Any, k: Any, *args: Any, **kwargs: Any) -> int:
+    """Two products of queries, and columns, and the width of a head."""
+    return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+
+# Of operations of ours that would otherwise count as none: shapes in place of tensors.
+OURS = {
+    torch.ops.attnctl_fast.attention: _of_attention,
+    # Five products, where the forward has two.
+    torch.ops.attnctl_fast.attention_backward: lambda out, lse, q, k, *args, **kwargs: _of_attention(q, k) * 5 // 2,
+    torch.ops.attnctl_fast.maps_from_lse: lambda q, k, lse, ids, *args, **kwargs: (
+        2 * q[0] * q[1] * q[2] * q[3] * ids[-1]
+    ),
+}
 
 
 def flops(run: Callable[[], Any]) -> int:
     # Without its hooks on modules, which torch.autograd.grad does not support.
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=OURS)
     with _FlopCounterMode(counter):
         run()
     return counter.get_total_flops()
@@ -92,6 +110,53 @@ def test_operations(name: str, forward: float, both: float) -> None:
         with reading(evaluation, sites, None) as read, torch.no_grad():
             assert flops(lambda: read(arguments["sample"])) <= forward * full
         spent = flops(lambda: cut.before_denoiser(evaluation))
+        assert spent <= both * full
+        assert flops(lambda: whole.before_denoiser(other)) > 1.1 * spent
+
+
+def given_transformer(model: Any) -> dict[str, Any]:
+    """What a call at 1024 pixels gives a transformer."""
+    if type(model).__name__ == "FluxTransformer2DModel":
+        return {
+            "hidden_states": torch.ones(1, 4096, 64),
+            "timestep": torch.ones(1),
+            "encoder_hidden_states": torch.ones(1, 512, 4096),
+            "pooled_projections": torch.ones(1, 768),
+            "img_ids": torch.ones(4096, 3),
+            "txt_ids": torch.ones(512, 3),
+            "guidance": torch.ones(1),
+        }
+    return {
+        "hidden_states": torch.ones(1, 16, 128, 128),
+        "timestep": torch.ones(1),
+        "encoder_hidden_states": torch.ones(1, 333, 4096),
+        "pooled_projections": torch.ones(1, 2048),
+    }
+
+
+class Words(ac.LatentGuidance):
+    """Of the maps of eight tokens, in the layers where guidance reads them by default."""
+
+    def tokens(self, prompts: Any) -> list[list[int]]:
+        return [list(range(8))]
+
+    def loss(self, maps: Tensor, context: ac.GuidanceContext) -> Tensor:
+        return maps.sum((1, 2))
+
+
+@pytest.mark.parametrize(("name", "forward", "both"), [("sd3.5 medium", 0.985, 2.5), full("flux.1 dev", 0.33, 0.75)])
+def test_operations_of_transformers(name: str, forward: float, both: float) -> None:
+    """All of SD 3's blocks have two streams; of FLUX's those that are read are a third of the model."""
+    with torch.device("meta"):
+        model = architectures.transformer(name)
+        arguments = given_transformer(model)
+        full = flops(lambda: model(**arguments))
+        cut, evaluation, sites = guidance(model, Words(), arguments)
+        whole, other, _ = guidance(model, Words(truncate=False, freeze=False), arguments)
+        with reading(evaluation, sites, torch.ones(8, dtype=torch.int64)) as read, torch.no_grad():
+            assert flops(lambda: read(arguments["hidden_states"])) <= forward * full
+        spent = flops(lambda: cut.before_denoiser(evaluation))
+        print(name, spent / full)
         assert spent <= both * full
         assert flops(lambda: whole.before_denoiser(other)) > 1.1 * spent
 
