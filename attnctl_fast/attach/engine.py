@@ -82,7 +82,12 @@ class Engine:
                     listed = ", ".join(sorted(shared))
                     raise ValueError(f"two of the methods edit {listed}; give them different layers")
                 edited.update(names)
-            method.check(pipe, [self.layers[name] for name in names])
+            if hasattr(pipe, "set_pag_applied_layers") and any(self.layers[one].text for one in names):
+                raise ValueError(
+                    f"{type(pipe).__name__} perturbs joint attention, where {name} would act; use the pipeline without "
+                    "perturbed attention guidance"
+                )
+            method.check(pipe, [self.layers[one] for one in names])
             if not method.alone:
                 for one in within if method.everywhere else names:
                     check_processor(self.layers[one])

@@ -189,7 +189,9 @@ def _eager(
         kept_axis_basis(grid[0], tuple(axis_y), sigma[0], logits.dtype, logits.device),
         kept_axis_basis(grid[1], tuple(axis_x), sigma[1], logits.dtype, logits.device),
     )
-    flat = [x if x is None else x.flatten(0, 1) for x in (logits, rest_lse, rest_square, theta, previous)]
+    given = (logits, rest_lse, rest_square, theta, previous)
+    # The descent works in place on views of what is laid out like its maps.
+    flat = [x if x is None else x.flatten(0, 1).contiguous() for x in given]
 
     def solve(strength: float) -> _Results:
         with np.errstate(all="ignore"):
@@ -205,8 +207,8 @@ def _eager(
             bias = _span(average, basis_y, basis_x, strength * bias_scale).reshape(maps.shape)
         return tensor(bias).view(logits.shape), tensor(kept), tensor(losses)
 
-    given = strength if strength_tensor is None else strength_tensor
-    return _at_strength(solve, given, logits, theta, previous, steps)
+    factor = strength if strength_tensor is None else strength_tensor
+    return _at_strength(solve, factor, logits, theta, previous, steps)
 
 
 def _reference(

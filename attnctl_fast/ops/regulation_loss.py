@@ -37,8 +37,8 @@ regulation_loss_reference = composite(f"regulation_loss_reference{_SCHEMA}", ref
 
 
 def _flat(*tensors: Tensor | None) -> list[Array]:
-    """Return [B,H,..] tensors as [B*H,..] arrays."""
-    return arrays(*(x if x is None else x.flatten(0, 1) for x in tensors))
+    """Return [B,H,..] tensors as [B*H,..] arrays; contiguous, for the gradient is made in place on views."""
+    return arrays(*(x if x is None else x.flatten(0, 1).contiguous() for x in tensors))
 
 
 def _softmax(logits: Array, rest_lse: Array) -> Array:

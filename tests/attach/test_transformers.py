@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ import attnctl_fast as ac
 from attnctl_fast import ops
 from attnctl_fast.attach.attention import Attention
 from attnctl_fast.attach.call import Call, Site
-from attnctl_fast.attach.protocol import Method, Run
+from attnctl_fast.attach.families import family_of
+from attnctl_fast.attach.layers import middle_third
+from attnctl_fast.attach.protocol import Edited, Method, Run
+from attnctl_fast.methods.attention_regulation import initial_theta
 from tests.support import tiny_transformers as tiny
 from tests.support.recomputed import Layout, attending_by_hand, layout_of
 
@@ -137,17 +141,22 @@ class _Raising(Run):
     def __init__(self, method: Raised) -> None:
         self.method = method
 
-    def edit(self, site: Site, attention: Attention) -> Tensor:
+    def edit(self, site: Site, attention: Attention) -> Edited:
         q, k, v = attention.q, attention.k, attention.v
         ids = attention.column_ids(torch.tensor(self.method.ids))
         bias = torch.full((*q.shape[:2], len(ids), q.shape[2]), self.method.by)
-        return ops.biased_attention(q, k, v, bias, ids, scale=attention.scale, key_bias=attention.key_bias)
+        out = ops.biased_attention(q, k, v, bias, ids, scale=attention.scale, key_bias=attention.key_bias)
+
+        def probabilities(logits: Tensor, head: int, rows: slice) -> Tensor:
+            return logits.index_add(2, ids, bias[:, head, :, rows].mT).softmax(-1)
+
+        return Edited(out, probabilities)
 
 
 @variants
 def test_an_edit_reaches_the_images_rows_and_the_prompts_columns(variant: Any) -> None:
     case = Case(variant)
-    ids = [1, 3]
+    ids, shown = [1, 3], []
 
     def raised(name: str, logits: Tensor, layout: Layout) -> Tensor:
         logits = logits.clone()
@@ -155,11 +164,13 @@ def test_an_edit_reaches_the_images_rows_and_the_prompts_columns(variant: Any) -
         rows = torch.arange(logits.shape[2])[layout.image]
         for row in range(layout.rows.start, layout.rows.stop):
             logits[row, :, rows[:, None], columns] += 2.0
+        shown.append(layout.maps(logits.softmax(-1)).unflatten(2, case.grid))
         return logits.softmax(-1)
 
     expected, plain = case.draw_by_hand(raised), case.draw()
-    with ac.control(case.pipe, Raised(ids)):
+    with ac.control(case.pipe, Raised(ids)), ac.capture(case.pipe) as maps:
         found = case.draw()
+    torch.testing.assert_close(maps[case.layers[0]][0], shown[0], rtol=0, atol=2e-5)
     size = float(plain.abs().max())
     assert float((expected - plain).abs().max()) > 1e-3 * size
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * size)
@@ -241,3 +252,88 @@ def test_guided_latents_are_those_of_plain_autograd(variant: Any) -> None:
     assert float((expected - plain).abs().max()) > 1e-4 * size
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * size)
     assert torch.equal(case.draw(), plain)
+
+
+def conditional(layout: Layout, change: Callable[[Tensor], Tensor]) -> Callable[[str, Tensor, Layout], Tensor]:
+    """An edit that makes the probabilities of the prompt's rows and the image's queries of their logits."""
+
+    def edit(name: str, logits: Tensor, _: Layout) -> Tensor:
+        probabilities = logits.softmax(-1)
+        probabilities[layout.rows, :, layout.image] = change(logits[layout.rows, :, layout.image])
+        return probabilities
+
+    return edit
+
+
+@pytest.mark.parametrize("kind", JOINT)
+def test_regulation_of_joint_attention(kind: str) -> None:
+    """The inner loop on statistics taken from the whole matrix of logits; start and end of text put back."""
+    case = Case((kind, kind, None, {}, {"num_inference_steps": 1}))
+    method = ac.AttentionRegulation(["bag", "apple"], steps=2, edit_steps=1.0)
+    words = {"sd3": [5, 16 + 4, 8, 16 + 7], "flux": [4, 7], "chroma": [4, 7]}[kind]
+    special = {"sd3": [0, 9, 16 + 8], "flux": [8], "chroma": [8]}[kind]
+    chosen = middle_third(
+        {name: layer for name, layer in family_of(case.pipe).layers(case.model).items() if layer.cross}
+    )
+    start = case.layout.text.start
+    targets, pinned = (torch.tensor(ids) + start for ids in (words, special))
+
+    def edit(name: str, logits: Tensor, layout: Layout) -> Tensor:
+        if name not in chosen:
+            return logits.softmax(-1)
+
+        def change(own: Tensor) -> Tensor:
+            others = own.index_fill(3, targets, -torch.inf)
+            at_targets, at_pinned = (own.index_select(3, ids).mT for ids in (targets, pinned))
+            nothing = torch.empty(*own.shape[:3], 0)
+            stats = ops.TargetStatistics(nothing, others.logsumexp(-1), at_targets, None, at_pinned)
+            centres = ops.basis_shape(case.grid, None, "official")
+            theta = initial_theta(0, name, 0, own.shape[1], len(targets), centres)[None]
+            found = ops.regulate(stats, case.grid, theta=theta, steps=2, step_size=100.0, previous=theta, ema=0.25)
+            edited = own.index_add(3, targets, found.bias.mT).softmax(-1)
+            return edited.index_copy(3, pinned, own.softmax(-1).index_select(3, pinned))
+
+        return conditional(layout, change)(name, logits, layout)
+
+    expected, plain = case.draw_by_hand(edit), case.draw()
+    with ac.control(case.pipe, method):
+        found = case.draw()
+    size = float(plain.abs().max())
+    assert float((expected - plain).abs().max()) > 1e-3 * size
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * size)
+
+
+@pytest.mark.parametrize("kind", JOINT)
+def test_regions_of_joint_attention(kind: str) -> None:
+    """Image rows are pulled towards what shares a mask with them, text and image alike, and away from all else."""
+    case = Case((kind, kind, None, {}, {}))
+    height, width = case.grid
+    left = torch.zeros(height, width)
+    left[:, : width // 2] = 1
+    method = ac.DenseDiffusion({1: left, 3: 1 - left}, edit_steps=1.0, decay=0.0, area=0.0)
+
+    def pulled(own: Tensor) -> Tensor:
+        image = torch.stack([left.flatten(), 1 - left.flatten()], 1).bool()
+        columns = torch.zeros(own.shape[3], 2, dtype=torch.bool)
+        columns[case.layout.image], columns[case.layout.text.start + torch.tensor([1, 3])] = image, torch.eye(2).bool()
+        shared = (image[:, None] & columns[None]).any(-1)
+        pull = torch.where(shared, own.amax(-1, keepdim=True), own.amin(-1, keepdim=True))
+        return own.lerp(pull, 0.3).softmax(-1)
+
+    expected, plain = case.draw_by_hand(conditional(case.layout, pulled)), case.draw()
+    with ac.control(case.pipe, method):
+        found = case.draw()
+    size = float(plain.abs().max())
+    assert float((expected - plain).abs().max()) > 1e-3 * size
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * size)
+
+
+def test_perturbed_joint_attention_is_refused() -> None:
+    import diffusers
+
+    parts = tiny.pipeline("sd3").components
+    for name in ("image_encoder", "feature_extractor"):
+        parts.pop(name)
+    pipe = diffusers.StableDiffusion3PAGPipeline(**parts, pag_applied_layers=["blocks.1"])
+    with pytest.raises(ValueError, match="StableDiffusion3PAGPipeline perturbs joint attention"):
+        ac.enable(pipe, Raised([1]))

@@ -481,6 +481,31 @@ def test_samples_do_not_depend_on_their_batch(impl):
     assert (together.bias[1, :, 1] == 0).all()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_statistics_of_any_strides(impl, objective):
+    """Image tokens first, heads last: nothing of it lies as the operations would lay it."""
+    grid = (4, 6)
+    stats = narrower(statistics(grid=grid, batch=1))
+
+    def laid_out(x):
+        last_first = list(range(x.ndim))[::-1]
+        return x.permute(last_first).contiguous().permute(last_first)
+
+    strided = TargetStatistics(*(x if x is None else laid_out(x) for x in stats))
+    theta = initial(stats, grid).float()
+    given = {"theta": theta, "steps": 3, "objective": objective, "impl": impl}
+    found, expected = (ops.regulate(x, grid, **given) for x in (strided, stats))
+    torch.testing.assert_close(found.losses, expected.losses)
+    torch.testing.assert_close(found.bias, expected.bias, rtol=0, atol=1e-4)
+    gradients = []
+    for given in (strided, stats):
+        bias = torch.zeros_like(stats.logits).requires_grad_()
+        ops.regulation_loss(given, bias, objective=objective, impl=impl).sum().backward()
+        gradients.append(bias.grad)
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("impl", FAST)
 def test_deterministic_under_a_generator(impl):
     stats = statistics(dtype=torch.float32, heads=2)
