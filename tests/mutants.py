@@ -45,6 +45,7 @@ CONTEXT = "ops/test_context_update.py"
 REGULATION = "ops/test_regulation.py"
 KEYED = "ops/test_key_bias.py"
 MAPS = "ops/test_maps.py"
+FROM_LSE = "ops/test_maps_from_lse.py"
 KERNELS = "kernels/test_operations.py"
 RESTORE = "attach/test_restore.py"
 KINDS = "attach/test_kinds.py"
@@ -222,6 +223,27 @@ OPS = [
         f"{MAPS} -k 'test_gradients and eager'",
     ),
     Mutant(
+        "maps_from_lse: sign of the logsumexp's gradient",
+        "attnctl_fast/ops/maps_from_lse.py",
+        "dlse.neg_() if needed[2]",
+        "dlse if needed[2]",
+        f"{FROM_LSE} -k 'they_are_attentions or (test_gradients and eager)'",
+    ),
+    Mutant(
+        "maps_from_lse: a row without columns is not zeros",
+        "attnctl_fast/ops/maps_from_lse.py",
+        "torch.where(self._lse.isneginf(), torch.inf, self._lse)",
+        "torch.where(self._lse.isneginf(), 0.0, self._lse)",
+        f"{FROM_LSE} -k 'row_without_columns and eager'",
+    ),
+    Mutant(
+        "attention: one column too many is left out of a copy",
+        "attnctl_fast/ops/attention.py",
+        "return places + torch.searchsorted(before, places, right=True)",
+        "return places + torch.searchsorted(before, places)",
+        f"{ATTENTION} -k columns_are_left_out_by",
+    ),
+    Mutant(
         "region_attention: masked columns are extremes",
         "attnctl_fast/ops/region_attention.py",
         "low = logits.masked_fill(left_out, torch.inf).amin(-1, keepdim=True)",
@@ -383,6 +405,20 @@ TRITON = [
         "grad = weights * (products - delta) - plain * pinned_delta",
         "grad = weights * (products - delta)",
         f"{KERNELS} -k 'test_families and biased_attention and sharp'",
+    ),
+    Mutant(
+        "kernel of maps_from_lse: weights are rounded to float16 as they are",
+        "kernels/maps_from_lse.py",
+        "    if DOT.is_fp16():",
+        "    if DOT.is_fp64():",
+        f"{FROM_LSE} -k 'below_what_float16_holds and triton'",
+    ),
+    Mutant(
+        "kernel of maps_from_lse: padded columns are those of token -1",
+        "kernels/maps_from_lse.py",
+        "return ids, wanted & (ids >= 0)",
+        "return ids, wanted",
+        f"{FROM_LSE} -k 'ids_and_sharp_maps and triton'",
     ),
     Mutant(
         "kernel of merge_targets: pinned columns moved the wrong way",
