@@ -237,13 +237,6 @@ OPS = [
         f"{FROM_LSE} -k 'row_without_columns and eager'",
     ),
     Mutant(
-        "attention: one column too many is left out of a copy",
-        "attnctl_fast/ops/attention.py",
-        "return places + torch.searchsorted(before, places, right=True)",
-        "return places + torch.searchsorted(before, places)",
-        f"{ATTENTION} -k columns_are_left_out_by",
-    ),
-    Mutant(
         "region_attention: masked columns are extremes",
         "attnctl_fast/ops/region_attention.py",
         "low = logits.masked_fill(left_out, torch.inf).amin(-1, keepdim=True)",

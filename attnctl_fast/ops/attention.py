@@ -15,8 +15,6 @@ from ._library import composite, differentiable, differentiated, launcher, may_h
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# From so many rows for each number of a head on, copying the other keys and values is cheaper than a mask on all rows.
-ROWS_TO_COPY = 16
 
 attention_reference = composite(
     "attention_reference(Tensor q, Tensor k, Tensor v, Tensor excluded_ids, float scale, Tensor? key_bias) "
@@ -60,20 +58,6 @@ def _mask(q: Tensor, k: Tensor, ids: Tensor | None, bias: Tensor | None, key_bia
     mask = q.new_zeros(*q.shape[:3], tokens + 1)
     mask = mask.scatter(3, spill[:, None, None, :].expand(*q.shape[:3], -1), bias.mT)[..., :tokens]
     return mask if key_bias is None else mask + key_bias[:, None, None, :]
-
-
-def _others(q: Tensor, k: Tensor, ids: Tensor | None, bias: Tensor | None, key_bias: Tensor | None) -> Tensor | None:
-    """Return the columns that `ids` leave, [N-T], where a CPU is to attend to a copy of them; None for a mask.
-
-    A mask is needed for a key_bias anyway, and where the samples leave different columns.
-    """
-    if ids is None or bias is not None or key_bias is not None or ids.ndim == 2 or q.device.type != "cpu":
-        return None
-    if not 0 < ids.shape[0] < k.shape[2] or q.shape[2] < ROWS_TO_COPY * q.shape[3]:
-        return None
-    places = torch.arange(k.shape[2] - ids.shape[0])
-    before = ids.sort().values - torch.arange(ids.shape[0])  # how many are left before each of those that are not
-    return places + torch.searchsorted(before, places, right=True)
 
 
 def _of_every_row(mask: Tensor, q: Tensor) -> Tensor:
@@ -203,9 +187,6 @@ def _forward(
     key_bias: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    others = _others(q, k, ids, bias, key_bias)
-    if others is not None:
-        k, v, ids = k.index_select(2, others), v.index_select(2, others), None
     mask = _mask(q, k, ids, bias, key_bias)
     if q.device.type != "cpu":
         out, lse = _dense_forward(q, k, v, mask, scale)
@@ -240,14 +221,10 @@ def _backward(
     lse = lse.masked_fill(lse.isneginf(), 0.0)
     found: list[Tensor | None] = [None] * 4
     if any(needed[:3]):
-        others = _others(q, k, ids, bias, key_bias)
-        keys, values = (x if others is None else x.index_select(2, others) for x in (k, v))
-        mask = _mask(q, k, ids, bias, key_bias) if others is None else None
-        given = (grad_out, grad_lse, q, keys, values, out, lse, mask, scale)
+        mask = _mask(q, k, ids, bias, key_bias)
+        given = (grad_out, grad_lse, q, k, v, out, lse, mask, scale)
         gradients = _fused_backward(*given) if q.device.type == "cpu" else _dense_backward(*given, needed)
         found[:3] = [x.contiguous() if wanted else None for x, wanted in zip(gradients, needed, strict=False)]
-        if others is not None:
-            found[1:3] = [x if x is None else k.new_zeros(k.shape).index_copy_(2, others, x) for x in found[1:3]]
     if needed[3]:
         assert ids is not None and bias is not None
         found[3] = _bias_gradient(grad_out, grad_lse, q, k, v, ids, bias, key_bias, out, lse, scale)

@@ -55,30 +55,6 @@ def test_attention_at_every_size(impl, dtype, m, n, d):
     assert_right(ops.attention(q, k, v, impl=impl), _plain_attention, q, k, v)
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="is a CPU's form")
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("ids", [[0], [8], [8, 0, 4], [3, 2, 1, 0], [5, 6, 7, 8], [1, 2, 3, 4, 5, 6, 7, 8, 0]], ids=str)
-@pytest.mark.parametrize("rows", [127, 128])
-def test_columns_are_left_out_by_a_mask_or_by_a_copy_of_the_others(rows, ids):
-    """Which of the two is a matter of the rows for each number of a head. Output and logsumexp are the same."""
-    attend = importlib.import_module("attnctl_fast.ops.attention")
-    leaves = [x.requires_grad_() for x in attention_inputs(2, 2, rows, 9, 8, torch.float64, strided=True)]
-    excluded = torch.tensor(ids)
-    copied = attend._others(leaves[0], leaves[1], excluded, None, None)
-    assert (copied is None) == (rows < 128 or len(ids) == 9)
-    if copied is not None:
-        assert copied.tolist() == [i for i in range(9) if i not in ids]
-    results = [attend.attention_without(*leaves, excluded, 0.3, impl) for impl in ("eager", "reference")]
-    weights = [randn(*x.shape, dtype=torch.float64, seed=7) for x in results[0]]
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
-    finite = [[(x.masked_fill(x.isneginf(), 0.0) * w).sum() for x, w in zip(y, weights, strict=True)] for y in results]
-    for wanted in (leaves, leaves[1:2]):
-        found = (torch.autograd.grad(sum(x), wanted, retain_graph=True) for x in finite)
-        for a, b in zip(*found, strict=True):
-            torch.testing.assert_close(a, b)
-
-
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("keyed", [False, True])
 def test_columns_are_left_out_in_one_graph(impl, keyed):
