@@ -46,7 +46,7 @@ def _like(axes: tuple[Tensor, Tensor], theta: Tensor) -> tuple[Tensor, Tensor]:
     return axes[0].to(theta.dtype), axes[1].to(theta.dtype)
 
 
-def _stock(
+def stock_rivals(
     bias: Callable[[Case, Tensors], Callable[[Tensors], Tensor]],
     differentiated: bool,
     case: Case,
@@ -73,7 +73,7 @@ def _stock(
     return {**found, "FlexAttention": Rival(lambda t: bind(rivals.flex(compile))(t), compiles=True)}
 
 
-def _given(case: Case, t: Tensors) -> Callable[[Tensors], Tensor]:
+def given_bias(case: Case, t: Tensors) -> Callable[[Tensors], Tensor]:
     return lambda t: t["bias"]
 
 
@@ -85,7 +85,7 @@ def _spanned(case: Case, t: Tensors) -> Callable[[Tensors], Tensor]:
 def _training(op: str, edit: str, extra: Callable[[Case], int]) -> dict[str, Timing]:
     """Forward, and forward and backward: to the edit alone, or to q, k and v as well. To the edit alone it takes its
     columns of dO V^T; to everything, dV, dP, dQ and dK."""
-    stock = partial(_stock, _given if edit == "bias" else _spanned)
+    stock = partial(stock_rivals, given_bias if edit == "bias" else _spanned)
     how: dict[str, Any] = {"options": UNPINNED}
     trained: dict[str, Any] = {"rivals": partial(stock, True), **how}
     kernels = ("attention_bwd_rows", "attention_bwd_columns", "attention_bwd_special") if edit == "theta" else ()

@@ -53,10 +53,11 @@ LAYERS = [
     *(Layer("SD 2 768", heads, (side, side), 64) for side, heads in ((96, 5), (48, 10), (24, 20), (12, 20))),
     *(Layer("SDXL", heads, (side, side), 64) for side, heads in ((64, 10), (32, 20))),
 ]
-# Joint attention, image rows and all columns, of SD 3.5 at 512 and 1024 px and FLUX at 1024 px: a few words, the whole
-# text.
+# Joint attention, image rows and all columns, of SD 3.5 and FLUX at 512 and 1024 px: a few words, a prompt's, the
+# whole text.
 JOINT = [
-    *(Layer("SD 3.5", 24, (32, 32), 64, tokens=1357, targets=targets) for targets in (4, 333)),
+    *(Layer("SD 3.5", 24, (32, 32), 64, tokens=1357, targets=targets) for targets in (4, 40, 333)),
+    *(Layer("FLUX", 24, (32, 32), 128, tokens=1536, targets=targets) for targets in (4, 40)),
     *(Layer("SD 3.5", 24, (64, 64), 64, tokens=4429, targets=targets) for targets in (4, 333)),
     *(Layer("FLUX", 24, (64, 64), 128, tokens=4608, targets=targets) for targets in (4, 512)),
 ]

@@ -61,14 +61,19 @@ def default() -> Iterator[Case]:
         for targets in (2, 75):
             yield Case("attention_with_maps_guidance", layer._replace(targets=targets))
     yield Case("similarity_loss", SMALL._replace(targets=20))
-    yield from (case for case in joint() if case.layer.image_tokens <= 1024)
+    # A prompt's words, and an edit of a few, where stock attention takes a tenth of a second.
+    yield Case("joint_maps", JOINT[1])
+    yield Case("joint_edit", JOINT[0])
 
 
 def joint() -> Iterator[Case]:
     """What is made of joint attention, at its layers."""
     for layer in JOINT:
-        for name in ("maps_from_lse", "maps_from_lse_all"):
+        for name in ("maps_from_lse", "maps_from_lse_all", "joint_maps"):
             yield Case(name, layer)
+        # An edit is one of a few words.
+        if layer.targets <= 8:
+            yield Case("joint_edit", layer)
 
 
 def every() -> Iterator[Case]:

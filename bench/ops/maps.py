@@ -47,15 +47,20 @@ def _similarity_loss(variant: str, case: Case, t: Tensors, impl: str) -> Run:
     return partial(ops.similarity_loss, t["maps"], t["text"], **case.smoothing, **how)
 
 
-def _map_rivals(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+def one_hot_rivals(case: Case, t: Tensors) -> dict[str, Rival]:
+    """Return every backend of stock attention, with one-hot columns of values that give the maps."""
     columns = rivals.Columns.of(t["target_ids"], t["k"])
 
     def one_hot(name: str) -> Rival:
         attend = partial(rivals.sdpa, name)
         return Rival(lambda t: lambda: rivals.one_hot_maps(attend, *qkv(t), columns.one_hot))
 
-    found = {f"SDPA {name}, one-hot": one_hot(name) for name in rivals.backends(case.device)}
-    return {**found, "published": Rival(lambda t: lambda: rivals.kept_maps(*qkv(t), t["target_ids"]))}
+    return {f"SDPA {name}, one-hot": one_hot(name) for name in rivals.backends(case.device)}
+
+
+def _map_rivals(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    published = Rival(lambda t: lambda: rivals.kept_maps(*qkv(t), t["target_ids"]))
+    return {**one_hot_rivals(case, t), "published": published}
 
 
 def _forward_rivals(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench.ops import attention, biased, context, maps, regulation, rivals
+from bench.ops import attention, biased, context, joint, maps, regulation, rivals
 from bench.ops.base import Comparison, Operation, Timed, Timing
 from bench.ops.layers import Layer
 
@@ -14,6 +14,7 @@ DECLARED: dict[str, Operation] = {
     **biased.OPERATIONS,
     **maps.OPERATIONS,
     **context.OPERATIONS,
+    **joint.OPERATIONS,
 }
 # Those that the tests' rule for errors judges row by row, forward and backward; the first ones compute attention.
 ATTENTION = (
