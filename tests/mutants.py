@@ -46,6 +46,7 @@ REGULATION = "ops/test_regulation.py"
 KEYED = "ops/test_key_bias.py"
 MAPS = "ops/test_maps.py"
 FROM_LSE = "ops/test_maps_from_lse.py"
+TRANSFORMERS = "attach/test_transformers.py"
 KERNELS = "kernels/test_operations.py"
 RESTORE = "attach/test_restore.py"
 KINDS = "attach/test_kinds.py"
@@ -134,8 +135,8 @@ OPS = [
     Mutant(
         "merge_targets: the rest keeps its weight",
         "attnctl_fast/ops/merge_targets.py",
-        "out = rest_out.to(wide) * rest_weight.unsqueeze(-1) + columns",
-        "out = rest_out.to(wide) + columns",
+        "rest = rest_out.to(wide) * rest_weight.unsqueeze(-1)",
+        "rest = rest_out.to(wide)",
         f"{ATTENTION} -k 'test_merge_is_stable and eager'",
     ),
     Mutant(
@@ -221,6 +222,76 @@ OPS = [
         "share.mT @ queries, alpha=scale)",
         "share.mT @ queries)",
         f"{MAPS} -k 'test_gradients and eager'",
+    ),
+    Mutant(
+        "joint attention: text columns of another place",
+        "attnctl_fast/attach/intercept.py",
+        "text=(0 if start else image, text),",
+        "text=(0, text),",
+        f"{TRANSFORMERS} -k 'models_own and sd3.5'",
+    ),
+    Mutant(
+        "joint attention: the text's rows are edited too",
+        "attnctl_fast/attach/intercept.py",
+        'start = text if self.layer.text == "first" else 0',
+        "start = 0",
+        f"{TRANSFORMERS} -k 'an_edit and schnell'",
+    ),
+    Mutant(
+        "joint attention: a key mask that is another row's",
+        "attnctl_fast/attach/intercept.py",
+        "of_image = mask[..., start : start + 1, :]",
+        "of_image = mask[..., start - 1 : start, :]",
+        f"{TRANSFORMERS} -k 'models_own and chroma'",
+    ),
+    Mutant(
+        "joint attention: an attention backend hides the call",
+        "attnctl_fast/attach/intercept.py",
+        "processor._attention_backend = _native()",
+        "pass",
+        "attach/test_transformer_hosts.py -k 'backend and regulation-flux'",
+    ),
+    Mutant(
+        "attention: padded targets become the last column before the text",
+        "attnctl_fast/attach/attention.py",
+        "return torch.where(token_ids < 0, token_ids, token_ids + self.text[0])",
+        "return token_ids + self.text[0]",
+        f"{TRANSFORMERS} -k 'padded_targets'",
+    ),
+    Mutant(
+        "capture: joint maps without the model's mask",
+        "attnctl_fast/attach/capture.py",
+        "bias = None if one.key_bias is None else taken(one.key_bias, self._kept)",
+        "bias = None",
+        f"{TRANSFORMERS} -k 'models_own and chroma'",
+    ),
+    Mutant(
+        "evaluation: packed latents take the mask's channels with them",
+        "attnctl_fast/attach/evaluation.py",
+        "return sample[:, : height * width // 4, : self._channels]",
+        "return sample[:, : height * width // 4]",
+        f"{TRANSFORMERS} -k 'guided and fill'",
+    ),
+    Mutant(
+        "engine: equal timesteps are one evaluation",
+        "attnctl_fast/attach/engine.py",
+        "new = stepped and self._own_times",
+        "new = False",
+        f"{TRANSFORMERS} -k 'rounded_timesteps'",
+    ),
+    Mutant(
+        "engine: the negative prompt by itself is taken for the prompt",
+        "attnctl_fast/attach/engine.py",
+        "if any(text is other for other in self._others):",
+        "if False:",
+        f"{TRANSFORMERS} -k 'negative_prompt_that_is_the_prompt'",
+    ),
+    Mutant(
+        "regulate: statistics of other strides",
+        "attnctl_fast/ops/regulate.py",
+        "x.flatten(0, 1).contiguous() for x in given",
+        "x.flatten(0, 1) for x in given",
+        "ops/test_regulation.py -k 'any_strides and eager'",
     ),
     Mutant(
         "maps_from_lse: sign of the logsumexp's gradient",
@@ -544,14 +615,14 @@ ATTACH = [
     Mutant(
         "evaluation: a move scaled the wrong way",
         "attnctl_fast/attach/evaluation.py",
-        "[:, : self._channels]) / factor",
-        "[:, : self._channels]) * factor",
+        "self._own(taken(self._sample, chosen))) / factor",
+        "self._own(taken(self._sample, chosen))) * factor",
         f"{GUIDANCE} -k 'by_hand and Euler'",
     ),
     Mutant(
         "evaluation: inpainting's mask is moved",
         "attnctl_fast/attach/evaluation.py",
-        "self._channels = model.config.out_channels if tap.latents is None else tap.latents.shape[1]",
+        "self._channels = family.channels(model) if tap.latents is None else tap.latents.shape[1]",
         "self._channels = self._sample.shape[1]",
         f"{GUIDANCE} -k 'test_kind_of_pipeline and 9'",
     ),
@@ -634,9 +705,9 @@ ATTACH = [
     ),
     Mutant(
         "prompts: words are found within words",
-        "attnctl_fast/attach/prompts.py",
-        "return marked and position > 1 and not whole",
-        "return False",
+        "attnctl_fast/attach/tokens.py",
+        "inside = marked and not before.endswith(WORD_END) and before not in learned",
+        "inside = False",
         "attach/test_prompts.py",
     ),
     Mutant(
@@ -649,8 +720,8 @@ ATTACH = [
     Mutant(
         "capture: summed over the heads",
         "attnctl_fast/attach/capture.py",
-        "@ total.mT / q.shape[1]",
-        "@ total.mT",
+        "return total / heads",
+        "return total",
         "attach/test_capture.py -k 'conditional_rows_probabilities'",
     ),
     Mutant(
@@ -728,8 +799,8 @@ METHODS = [
     Mutant(
         "AttendAndExcite: the start of text takes its share",
         "attnctl_fast/methods/attend_and_excite.py",
-        "outside = (token == 0) | (token >= ends[:, None])",
-        "outside = token >= ends[:, None]",
+        "return [list(range(1, prompts.length - 1))] * prompts.count",
+        "return [list(range(prompts.length - 1))] * prompts.count",
         "methods/test_attend_and_excite.py",
     ),
     Mutant(

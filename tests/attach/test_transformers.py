@@ -328,6 +328,40 @@ def test_regions_of_joint_attention(kind: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * size)
 
 
+def test_padded_targets() -> None:
+    """Prompts with one target and with two, in a batch and each alone."""
+    pipe = tiny.pipeline("sd3")
+    prompts, targets = ["a photo of a bag and an apple", "a photo of a bag"], [["bag", "apple"], ["bag"]]
+
+    def draw(prompt: Any, words: Any, *seeds: int) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        with ac.control(pipe, ac.AttentionRegulation(words, steps=2)):
+            return tiny.call("sd3", pipe, prompt=prompt, generator=generators)
+
+    both = draw(prompts, targets, 3, 4)
+    for index in range(2):
+        alone = draw(prompts[index], targets[index], 3 + index)
+        torch.testing.assert_close(both[index : index + 1], alone, rtol=0, atol=1e-4 * float(alone.abs().max()))
+
+
+def test_rounded_timesteps() -> None:
+    """In bfloat16 neighbouring timesteps of FLUX are one number; every step is an evaluation of its own."""
+    pipe = tiny.pipeline("flux").to(torch.bfloat16)
+    # Sigmas that bfloat16 cannot tell apart.
+    sigmas = [1.0, 0.9995, 0.999, 0.5]
+    with ac.capture(pipe, tokens=[1]) as maps:
+        tiny.call("flux", pipe, sigmas=sigmas, num_inference_steps=len(sigmas))
+    assert next(iter(maps.values())).shape[0] == len(sigmas)
+
+
+def test_a_negative_prompt_that_is_the_prompt() -> None:
+    """Evaluated by itself it is no evaluation of the prompt, although it says the same."""
+    pipe = tiny.pipeline("flux")
+    with ac.capture(pipe, tokens=[1]) as maps:
+        tiny.call("flux", pipe, true_cfg_scale=2.0, negative_prompt=tiny.PROMPT)
+    assert next(iter(maps.values())).shape[0] == 2
+
+
 def test_perturbed_joint_attention_is_refused() -> None:
     import diffusers
 
