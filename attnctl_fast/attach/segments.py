@@ -26,7 +26,10 @@ def _textual_inversion(pipe: Any, tokenizer: Any) -> Callable[[str], str]:
 
 def _cleaned(pipe: Any, arguments: dict[str, Any]) -> Callable[[str], str]:
     """Return what PixArt and Sana make of a caption."""
-    clean = bool(arguments.get("clean_caption", False))
+    from diffusers.utils import is_bs4_available, is_ftfy_available
+
+    # They warn, every time, that they do not clean without these.
+    clean = bool(arguments.get("clean_caption", False)) and is_bs4_available() and is_ftfy_available()
     return lambda text: pipe._text_preprocessing(text, clean_caption=clean)[0]
 
 

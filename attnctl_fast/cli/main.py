@@ -79,9 +79,9 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     generate = commands.add_parser(
         "generate",
         help="draw with your own model and a method on",
-        description="Draws with any text-to-image pipeline of diffusers whose UNet has cross-attention. The files are "
-        "SEED-METHOD.png for consecutive seeds, with --compare SEED-plain.png and compare.png too, and generate.json. "
-        "Nothing is overwritten without --overwrite.",
+        description="Draws with a text-to-image pipeline of diffusers: Stable Diffusion up to 3.5, FLUX.1 and others. "
+        "The files are SEED-METHOD.png for consecutive seeds, with --compare SEED-plain.png and compare.png too, and "
+        "generate.json. Nothing is overwritten without --overwrite.",
     )
     add_model_options(generate, out="out/generate")
     add_prompt_options(generate)
@@ -96,9 +96,9 @@ def _add_maps(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     maps = commands.add_parser(
         "maps",
         help="draw with your own model and see where it attends to each word",
-        description="Draws one picture and shows its cross-attention, averaged over heads, layers, steps and a word's "
-        "tokens, each map scaled by its own maximum. The files are SEED.png, SEED-WORD.png, maps.png with all of "
-        "them, and maps.json. Nothing is overwritten without --overwrite.",
+        description="Draws one picture and shows its attention to the text, averaged over heads, layers, steps and a "
+        "word's tokens, each map scaled by its own maximum. The files are SEED.png, SEED-WORD.png, maps.png with all "
+        "of them, and maps.json. Nothing is overwritten without --overwrite.",
     )
     add_model_options(maps, out="out/maps")
     add_prompt_options(maps)
@@ -106,7 +106,8 @@ def _add_maps(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--layers",
         nargs="+",
         metavar="PREFIX",
-        help="names of UNet blocks or layers; default: those at a quarter of the latents' size, or nearest to it",
+        help="names of blocks or layers; default: those at a quarter of the latents' size, or nearest to it; of "
+        "transformers those with a stream for the text and one for the image",
     )
     maps.add_argument("--words", nargs="+", metavar="WORD", help="words or phrases of the prompt; default: all words")
     maps.set_defaults(run=_command("maps"))

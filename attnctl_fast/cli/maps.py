@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..attach.engine import engine_of
-from ..attach.layers import ByDownsampling, by_downsampling
+from ..attach.layers import LayerChoice, both_streams, by_downsampling, of_transformer
 from ..pipeline import capture
 from .model import Settings, draw, load
 from .pictures import Panel, Strip, draw_sheet, heat_map
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     picture, overview, report = out / f"{settings.seed}.png", out / "maps.png", out / "maps.json"
     check_absent([picture, overview, report], overwrite=arguments.overwrite)
     pipe = load(settings)
-    with capture(pipe, arguments.words, arguments.layers or _middle(pipe)) as maps:
+    with capture(pipe, arguments.words, arguments.layers or _default_layers(pipe)) as maps:
         (image,) = draw(pipe, settings)
     (found,) = maps.per_word()
     if not found:
@@ -57,12 +57,16 @@ def run(arguments: argparse.Namespace) -> None:
     write_report(report, pipe, given, {"layers": list(maps), "file": picture.name, "words": words})
 
 
-def _middle(pipe: Any) -> ByDownsampling:
+def _default_layers(pipe: Any) -> LayerChoice:
     """Choose the layers at a quarter of the latents' size, or the nearest to it that has cross-attention.
 
-    There maps say most (Hertz et al., arXiv 2208.01626). Of two as near, the coarser is chosen.
+    There maps say most (Hertz et al., arXiv 2208.01626). Of two as near, the coarser is chosen. The layers of a
+    transformer have one size; of FLUX those of a single stream are left out, as latent guidance does.
     """
-    factors = {layer.factor for layer in engine_of(pipe).layers.values() if layer.cross}
+    layers = {name: layer for name, layer in engine_of(pipe).layers.items() if layer.cross}
+    if of_transformer(layers):
+        return both_streams(layers)
+    factors = {layer.factor for layer in layers.values()}
     return by_downsampling(min(factors, key=lambda factor: (abs(math.log2(factor) - 2), -factor)))
 
 

@@ -39,7 +39,7 @@ class Option:
 
 
 OPTIONS = {
-    "layers": Option("names of UNet blocks or layers; default: the method's own", "PREFIX", takes="names"),
+    "layers": Option("names of blocks or layers; default: the method's own", "PREFIX", takes="names"),
     "targets": Option("words or phrases of the prompt to enforce", "WORD", takes="words"),
     "pairs": Option(
         "which words modify which, such as red:ball or big:red:ball; default: what spaCy finds",

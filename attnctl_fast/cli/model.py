@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ class Settings:
     seed: int = 0
     steps: int | None = None
     guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
     height: int | None = None
     width: int | None = None
     dtype: str = "auto"
@@ -50,12 +52,10 @@ def load(settings: Settings) -> Any:
         OSError: there is no such model.
     """
     device = device_named(settings.device)
-    dtype = {"auto": torch.float16 if device.type == "cuda" else torch.float32}.get(settings.dtype)
-    dtype = dtype or getattr(torch, settings.dtype)
     if settings.model == SHAPES:
         from ..shapes.model import load_pipeline
 
-        return load_pipeline(dtype, device)
+        return load_pipeline(dtype_named(settings.dtype, device, ["unet"]), device)
     from diffusers import DiffusionPipeline
 
     files: dict[str, Any] = {"variant": settings.variant, "use_safetensors": None if settings.allow_pickle else True}
@@ -65,7 +65,8 @@ def load(settings: Settings) -> Any:
             folder = Path(DiffusionPipeline.download(settings.model, **files))
     except (OSError, ValueError) as error:
         raise _absent(settings, error) from error
-    _check_folder(folder, settings.allow_pickle)
+    parts = _check_folder(folder, settings.allow_pickle)
+    dtype = dtype_named(settings.dtype, device, parts)
     try:
         return DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, **files).to(device)
     except (OSError, ValueError) as error:
@@ -79,8 +80,11 @@ def _absent(settings: Settings, error: Exception) -> OSError:
     return OSError(f"--model {settings.model!r} is neither a saved pipeline nor to be had from the hub: {reason}")
 
 
-def _check_folder(folder: Path, allow_pickle: bool) -> None:
-    """Refuse a folder that is no saved pipeline, that holds code to run, or pickled weights where they are not allowed.
+def _check_folder(folder: Path, allow_pickle: bool) -> list[str]:
+    """Return the names of a saved pipeline's parts.
+
+    A folder is refused that is no saved pipeline, that holds code to run, or pickled weights where they are not
+    allowed.
 
     Raises:
         FileNotFoundError, ValueError: as above.
@@ -94,7 +98,8 @@ def _check_folder(folder: Path, allow_pickle: bool) -> None:
         entries = json.loads(index.read_text(encoding="utf-8")).items()
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{index} is not a JSON object: {first_line(error)}") from error
-    for name, (module, *_) in ((name, value) for name, value in entries if isinstance(value, list) and value):
+    parts = {name: value[0] for name, value in entries if isinstance(value, list) and value}
+    for name, module in parts.items():
         code = (folder if name == "_class_name" else folder / name) / f"{module}.py"
         if code.is_file():
             raise ValueError(
@@ -103,6 +108,7 @@ def _check_folder(folder: Path, allow_pickle: bool) -> None:
             )
         if not allow_pickle:
             check_weights(folder / name)
+    return [name for name, module in parts.items() if module is not None]
 
 
 def check_weights(path: Path) -> None:
@@ -125,23 +131,37 @@ def call_arguments(pipe: Any, settings: Settings, count: int = 1) -> dict[str, A
     """Return what the pipeline is called with for `count` pictures, but for their generators.
 
     Raises:
-        ValueError: the pipeline does not take one of the settings.
+        ValueError: the pipeline does not take one of the settings, or would draw the same without its negative prompt.
     """
+    negative = settings.negative_prompt
+    if negative is None and settings.true_cfg_scale is not None:
+        # FLUX has no such guidance without one.
+        negative = ""
     given = {
         "prompt": [settings.prompt],
-        "negative_prompt": settings.negative_prompt and [settings.negative_prompt],
+        "negative_prompt": None if negative is None else [negative],
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance_scale,
+        "true_cfg_scale": settings.true_cfg_scale,
         "height": settings.height,
         "width": settings.width,
         "num_images_per_prompt": count,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    unknown = sorted(given.keys() - inspect.signature(pipe.__call__).parameters.keys())
+    known = inspect.signature(pipe.__call__).parameters
+    unknown = sorted(given.keys() - known.keys())
     if unknown:
         raise ValueError(
             f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave those options out or choose another model"
         )
+    scale = next((name for name in ("true_cfg_scale", "guidance_scale") if name in known), None)
+    if settings.negative_prompt and scale is not None:
+        value = given.get(scale, known[scale].default)
+        if value is None or value <= 1:
+            raise ValueError(
+                f"{type(pipe).__name__} reads a negative prompt only with {scale} above 1, and here it is {value}; "
+                f"add --{scale.replace('_', '-')} 4, for instance, or leave the negative prompt out"
+            )
     return given
 
 
@@ -153,6 +173,19 @@ def draw(pipe: Any, settings: Settings, count: int = 1) -> list[Any]:
     """
     generators = [torch.Generator().manual_seed(settings.seed + i) for i in range(count)]
     return list(pipe(**call_arguments(pipe, settings, count), generator=generators).images)
+
+
+def dtype_named(name: str, device: torch.device, parts: Collection[str]) -> torch.dtype:
+    """Return the dtype of `--dtype` for a pipeline of these parts.
+
+    `auto` is float32, but on a GPU float16, and bfloat16 for transformers: FLUX overflows in float16.
+    """
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if "transformer" in parts else torch.float16
 
 
 def device_named(name: str) -> torch.device:

@@ -19,13 +19,19 @@ def add_model_options(command: argparse.ArgumentParser, *, out: str) -> None:
     command.add_argument("--negative-prompt")
     command.add_argument("--steps", type=positive, help="default: the pipeline's own")
     command.add_argument("--guidance-scale", type=finite, help="default: the pipeline's own")
+    command.add_argument(
+        "--true-cfg-scale",
+        type=finite,
+        help="scale of guidance away from the negative prompt, or from an empty one, in pipelines whose guidance scale "
+        "is another thing (FLUX); default: the pipeline's own, 1, which is none",
+    )
     command.add_argument("--height", type=positive, metavar="PIXELS", help="default: the model's own")
     command.add_argument("--width", type=positive, metavar="PIXELS", help="default: the model's own")
     command.add_argument(
         "--dtype",
         choices=["auto", "float32", "float16", "bfloat16"],
         default="auto",
-        help="default: auto, float16 on a GPU and float32 elsewhere",
+        help="default: auto, on a GPU float16 (transformers: bfloat16), elsewhere float32",
     )
     command.add_argument("--device", default="auto", help="torch device; default: auto, the GPU if there is one")
     command.add_argument("--variant", help="variant of the weight files, such as fp16")

@@ -96,23 +96,41 @@ def check(pipe: Any, pictures: Iterable[Picture]) -> None:
         place, method = picture.place, picture.method
         if method not in seen:
             with picture.controlled(pipe):
-                call_arguments(pipe, picture.settings)
-        if (place, method) not in seen and getattr(pipe, "tokenizer", None) is not None:
-            prompts = _prompts(pipe, picture.settings.prompt)
-            for name, word in words_of(picture.options):
-                prompts.find(word, 0, f"prompt {place + 1}: {name}")
-        seen.update([method, (place, method)])
+                pass
+        if place not in seen:
+            call_arguments(pipe, picture.settings)
+        if (place, method) not in seen:
+            _check_words(pipe, picture)
+        seen.update([method, place, (place, method)])
 
 
-def _prompts(pipe: Any, prompt: str) -> Prompts:
-    """Return the prompt's tokens as the pipeline will make them."""
+def _check_words(pipe: Any, picture: Picture) -> None:
+    words = words_of(picture.options)
+    prompts = prompts_of(pipe, picture.settings.prompt) if words else None
+    if prompts is not None:
+        for name, word in words:
+            prompts.find(word, 0, f"prompt {picture.place + 1}: {name}")
+
+
+def prompts_of(pipe: Any, prompt: str) -> Prompts | None:
+    """Return the prompt's tokens as the pipeline will make them when it is called with the prompt alone.
+
+    None where its tokens are unknown.
+    """
+    if not hasattr(pipe, "encode_prompt"):
+        return None
     family = family_of(pipe)
-    longest = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
-    if longest is None:
-        length = pipe.tokenizer.model_max_length
-    else:
-        length = longest.default + (pipe.tokenizer_max_length if family.name == "sd3" else 0)
-    return Prompts(family.segments(pipe, {"prompt": prompt}, length), 1, length)
+    encoding = inspect.signature(pipe.encode_prompt).parameters
+    calling = inspect.signature(pipe.__call__).parameters.items()
+    arguments = {name: one.default for name, one in calling if name in encoding} | {"prompt": [prompt]}
+    length = arguments.get("max_sequence_length", 0)
+    if family.name == "sd3":
+        length += pipe.tokenizer_max_length
+    elif family.name == "unet":
+        tokenizer = getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)
+        length = length or getattr(tokenizer, "model_max_length", 0)
+    prompts = Prompts(family.segments(pipe, arguments, length), 1, length)
+    return None if prompts.tokens is None else prompts
 
 
 def draw_pictures(pipe: Any, pictures: Iterable[Picture], store: Store, log: Log) -> None:

@@ -66,7 +66,8 @@ class Store:
         if self.begun:
             there = json.loads((self.path / "sweep.json").read_text(encoding="utf-8"))
             here = json.loads(json.dumps(settings))
-            if there != here:
+            # An earlier version may lack a setting that is None here.
+            if any(there.get(name) != here.get(name) for name in {**there, **here}):
                 raise ValueError(
                     f"{self.path} holds another sweep: {_difference(there, here)}; choose another --out, or repeat it "
                     "with the same options"

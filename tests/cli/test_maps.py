@@ -10,11 +10,11 @@ from PIL import Image
 
 import attnctl_fast as ac
 from attnctl_fast import cli
-from attnctl_fast.cli.maps import _middle, file_names
+from attnctl_fast.cli.maps import _default_layers, file_names
 from attnctl_fast.cli.pictures import heat_map
 from attnctl_fast.shapes import load_pipeline
 from attnctl_fast.shapes.model import cross_attention_layers
-from tests.support import tiny
+from tests.support import tiny, tiny_transformers
 
 PROMPT = "a red circle and a blue star"
 
@@ -116,8 +116,10 @@ def test_maps_explains_what_it_cannot_do(maps, tmp_path, capsys, monkeypatch, op
 
 
 def test_layers_nearest_to_a_quarter(untrained):
-    assert _middle(load_pipeline(weights=untrained)) == ac.by_downsampling(1)
-    assert _middle(tiny.pipeline()) == ac.by_downsampling(4)
+    assert _default_layers(load_pipeline(weights=untrained)) == ac.by_downsampling(1)
+    assert _default_layers(tiny.pipeline()) == ac.by_downsampling(4)
+    flux = _default_layers(tiny_transformers.pipeline("flux"))
+    assert flux == ["transformer_blocks.0.attn", "transformer_blocks.1.attn"]
 
 
 def test_file_names_are_safe_and_differ():

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import attnctl_fast as ac
 from attnctl_fast import evaluate
 from attnctl_fast.cli.model import Settings
 from attnctl_fast.evaluate import plan, prompts, scorers
@@ -31,7 +32,8 @@ from attnctl_fast.evaluate.sweep import _about, _prompts, _record, _shared
 from attnctl_fast.shapes import detect, scene_for_seed, score
 from attnctl_fast.shapes.evaluate import mcnemar
 from attnctl_fast.shapes.scene import scene_for_prompt
-from tests.support import tiny
+from tests.support import tiny, tiny_transformers
+from tests.support.marks import full
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ["--model", "shapes", "--device", "cpu"]
@@ -561,6 +563,63 @@ def test_mistakes_are_one_line_before_anything_is_drawn(sweep, tmp_path, capsys,
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("attnctl_fast.evaluate: ") and re.search(message, line), line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["unet", "sdxl", *tiny_transformers.KINDS])
+def test_words_are_found_beforehand_where_the_call_finds_them(kind):
+    """The tokens that are checked before anything is drawn are those that a call with the prompt alone has."""
+    seen, prompt = [], "A photo of a pineapple and an Octopus"
+
+    class Look(ac.Method):
+        layers = None
+
+        def start(self, call, sites):
+            seen.append(call.prompts)
+            raise RuntimeError("enough")
+
+    if kind in tiny_transformers.KINDS:
+        pipe = tiny_transformers.pipeline(kind)
+    else:
+        pipe = tiny.pipeline("StableDiffusionXLPipeline", kind="sdxl") if kind == "sdxl" else tiny.pipeline()
+    if kind == "pixart_sigma":
+        pipe.transformer.register_to_config(sample_size=32)
+    with ac.control(pipe, Look()), pytest.raises(RuntimeError, match="enough"):
+        pipe(prompt)
+    found, (expected,) = plan.prompts_of(pipe, prompt), seen
+    assert (found.rows, found.length) == (expected.rows, expected.length)
+    for word in ("octopus", "a pineapple"):
+        assert found.occurrences(word, 0, "targets") == expected.occurrences(word, 0, "targets")
+    with pytest.raises(ValueError, match="'apple', which is not in the prompt"):
+        found.find("apple", 0, "targets")
+
+
+def test_pipelines_whose_tokens_are_unknown_are_not_checked():
+    pipe = tiny.pipeline()
+    pipe.tokenizer = None
+    assert plan.prompts_of(pipe, "a bag") is None
+
+
+@pytest.mark.parametrize("kind", ["flux", full("sd3"), full("sana")])
+def test_a_sweep_on_a_transformer(sweep, tmp_path, capsys, monkeypatch, kind):
+    tiny_transformers.of_any_size(monkeypatch)
+    folder = tiny_transformers.saved(kind, tmp_path / "model")
+    lines = [{"prompt": tiny_transformers.PROMPT, "targets": ["bag", "an apple"]}, {"prompt": "a photo of a dog"}]
+    (tmp_path / "prompts").write_text("\n".join(map(json.dumps, lines)))
+    given = ["--model", folder, "--prompts", tmp_path / "prompts", "--height", 32, "--width", 32, "--seeds", 1]
+    given += ["--method", "plain", "regulation", "--targets"]
+    assert sweep(*given, "bag") == 2
+    assert "prompt 2: targets holds 'bag', which is not in the prompt" in capsys.readouterr().err
+    assert sweep(*given, "dog") == 0
+    drawn = {name: path.read_bytes() for name, path in pictures(tmp_path / "out").items()}
+    assert len(set(drawn.values())) == 4
+
+
+def test_a_negative_prompt_of_one_line_must_have_an_effect(sweep, tmp_path, capsys):
+    lines = [{"prompt": "a red circle"}, {"prompt": "a red circle", "negative_prompt": "a star"}]
+    (tmp_path / "prompts").write_text("\n".join(map(json.dumps, lines)))
+    assert sweep("--prompts", tmp_path / "prompts", "--method", "plain", "--guidance-scale", 1) == 2
+    error = capsys.readouterr().err
+    assert "StableDiffusionPipeline reads a negative prompt only with guidance_scale above 1" in error
 
 
 def test_prompts_that_cannot_be_read(sweep, tmp_path, capsys):

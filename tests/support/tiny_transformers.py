@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -311,3 +312,23 @@ def arguments(kind: str, pipe: Any, size: tuple[int, int] = (SIDE, SIDE), **opti
 def call(kind: str, pipe: Any, **options: Any) -> torch.Tensor:
     """The final latents: of FLUX and Chroma packed, `[B, cells, channels]`. `size`: (height, width) of the latents."""
     return pipe(**arguments(kind, pipe, **options)).images
+
+
+def saved(kind: str, folder: Path) -> Path:
+    """The folder, with a pipeline of this kind in the layout of `save_pretrained`."""
+    pipe = pipeline(kind)
+    if kind == "pixart_sigma":
+        # Of the sizes that its pipeline knows.
+        pipe.transformer.register_to_config(sample_size=32)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def of_any_size(patch: Any) -> None:
+    """Have pipelines that draw in sizes of their own only draw in any."""
+    from diffusers.image_processor import PixArtImageProcessor
+    from diffusers.pipelines.hunyuandit import pipeline_hunyuandit
+
+    same = staticmethod(lambda height, width, ratios: (height, width))
+    patch.setattr(PixArtImageProcessor, "classify_height_width_bin", same)
+    patch.setattr(pipeline_hunyuandit, "map_to_standard_shapes", lambda width, height: (width, height))
