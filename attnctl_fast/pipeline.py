@@ -89,7 +89,7 @@ class Handle:
 
 
 def enable(pipe: Any, *methods: Method) -> Handle:
-    """Put methods on a diffusers UNet pipeline until `handle.disable()`; `control` is the same for a `with` block.
+    """Put methods on a diffusers pipeline until `handle.disable()`; `control` is the same for a `with` block.
 
     The pipeline's class and the way it is called stay the same, and processors, adapters and hooks may be loaded, set
     and removed meanwhile: only while the model runs in a call of this pipeline, the attention of the layers that the
@@ -98,18 +98,20 @@ def enable(pipe: Any, *methods: Method) -> Handle:
     the other, and all other methods rest meanwhile. Other pipelines that share the model are not affected.
 
     Args:
-        pipe: a text-to-image, image-to-image, inpainting or ControlNet pipeline of SD 1.x, SD 2.x or SDXL.
+        pipe: a text-to-image, image-to-image, inpainting or ControlNet pipeline of a UNet (SD 1.x, SD 2.x, SDXL) or a
+            transformer (PixArt, Sana, HunyuanDiT, SD 3, SD 3.5, FLUX.1, Chroma).
         methods: such as `AttentionRegulation(["bag", "apple"])`. Those that edit attention on layers of their own; any
             number of LatentGuidance; one EnergyContext and one Composition, on any layers. A ComposableDiffusion stands
-            alone.
+            alone. Composition and ComposableDiffusion are for UNets, EnergyContext for models with cross-attention
+            (not SD 3, FLUX.1, Chroma).
 
     Returns:
         The handle.
 
     Raises:
-        ValueError: no method, two of a kind where one is allowed, a pipeline or a UNet that methods do not attach to,
-            layers that do not exist, that two methods edit or whose processors make no attention call; for latent
-            guidance a scheduler that does not scale its input, or group offloading. Nothing has been changed then. What
+        ValueError: no method, two of a kind where one is allowed, a model that methods, or these methods, do not attach
+            to, layers that do not exist, that two methods edit or whose processors make no attention call; for latent
+            guidance a scheduler without steps, or group offloading. Nothing has been changed then. What
             depends on the prompt (a target that does not stand in it) is raised by the pipeline call, before its first
             step.
     """
@@ -142,12 +144,12 @@ def control(pipe: Any, *methods: Method) -> Iterator[Handle]:
 
 @contextmanager
 def capture(pipe: Any, tokens: Any = None, layers: LayerChoice = None) -> Iterator[AttentionMaps]:
-    """Record head-averaged cross-attention maps of a pipeline's calls within a `with` block, for looking at.
+    """Record head-averaged maps of attention to the text in a pipeline's calls within a `with` block, to look at.
 
     Args:
         pipe: as for `enable`.
         tokens: words, phrases or token ids as for a method's targets; None for every token of the context.
-        layers: name prefixes or `by_downsampling(n)`; None for every cross-attention layer.
+        layers: name prefixes or `by_downsampling(n)`; None for every layer that attends to the text.
 
     Yields:
         `AttentionMaps`, a mapping from layer names to maps; it holds those of the last call, also after the block.

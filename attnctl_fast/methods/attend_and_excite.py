@@ -31,7 +31,7 @@ class AttendAndExcite(LatentGuidance):
     Args:
         targets: words, phrases (all their tokens, at their first occurrence) or token ids (positions in the context):
             one list for every prompt, or one list per prompt. With prompt embeddings, ids only.
-        layers: name prefixes, or `by_downsampling(n)`: cross-attention layers of one grid, as in `LatentGuidance`.
+        layers: name prefixes, or `by_downsampling(n)`: layers with text, of one grid, as in `LatentGuidance`.
         steps: the first steps to guide, a count or a share, as in `LatentGuidance`.
         scale: length of the step on the latents.
         schedule: its factor over the call, as in `attnctl_fast.schedules`.

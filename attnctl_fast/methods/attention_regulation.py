@@ -31,16 +31,18 @@ class AttentionRegulation(Method):
     In the first sampling steps, in a few cross-attention layers, a bias on the target tokens' logits is optimised by
     gradient descent until their attention maps are high somewhere and of similar mass, then averaged with that of the
     step before. Only the conditional rows are edited, and every sample as if it were alone: what it becomes does not
-    depend on its batch.
+    depend on its batch. In joint attention (SD 3, FLUX.1, Chroma) a map is the share of text and image together, so
+    that `level` and `mass` ask for more than in cross-attention.
 
     Args:
         targets: words, phrases (all their tokens, at their first occurrence) or token ids (positions in the context, 0
             is the start of text): one list for every prompt, or one list per prompt. With prompt embeddings, ids only.
         layers: name prefixes such as `["down_blocks.2", "up_blocks.1"]`, or `by_downsampling(n)`. None takes the last
-            down block and the first up block that have cross-attention.
+            down block and the first up block that have cross-attention, and of a transformer the middle third of its
+            blocks, without those of a single stream.
         edit_steps: the first steps to edit; an int counts them, a float is a share of the steps that the call runs
             (of the schedule from its first timestep on), rounded down. Where a second-order scheduler (Heun) evaluates
-            the UNet twice in a step, both are edited; PNDM's repeated timestep counts as a step.
+            the model twice in a step, both are edited; PNDM's repeated timestep counts as a step.
         strength: factor of the bias. Zero leaves the pipeline's own attention in place, bit for bit.
         steps: number of weights that the descent evaluates (`ops.regulate`).
         step_size: size of its steps.
@@ -239,7 +241,7 @@ class _Regulating(Run):
 
 
 def initial_theta(seed: int, layer: str, evaluation: int, heads: int, targets: int, centres: tuple[int, int]) -> Tensor:
-    """Return uniform weights `[H,T,r_y,r_x]` of one layer at one evaluation of the UNet, on the CPU."""
+    """Return uniform weights `[H,T,r_y,r_x]` of one layer at one evaluation of the model, on the CPU."""
     key = f"{seed}/{layer}/{evaluation}"
     number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")
     generator = torch.Generator().manual_seed(number)

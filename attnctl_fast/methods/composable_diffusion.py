@@ -34,7 +34,8 @@ class ComposableDiffusion(Method):
     The conditional prediction becomes `e + sum_i w_i (e_i - e)`, with e the unconditional prediction and e_i that for
     the i-th prompt; the pipeline's guidance scale multiplies the sum as it always does. These prompts take the place of
     the one that the pipeline is called with, which is not evaluated; its negative prompt stays. All prompts and the
-    unconditional one run through the UNet as one batch. It does not go together with other methods.
+    unconditional one run through the UNet as one batch. It does not go together with other methods, and is for UNets;
+    transformers are refused.
 
     Args:
         prompts: one or more texts, the same for every image; or one list of as many texts per prompt of the call.

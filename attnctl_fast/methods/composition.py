@@ -87,7 +87,7 @@ class Composition(Method):
     The attention of the conditional rows becomes the weighted mean of the attention to the prompt (weight 1) and to
     every edit's text (direction times weight). Edits with gammas move their own contexts from layer to layer, and the
     unconditional rows then see one more context, moved by the edits' mean, as published. Without guidance there are no
-    unconditional rows.
+    unconditional rows. It is for UNets; transformers are refused.
 
     Args:
         edits: one or more `Edit`.

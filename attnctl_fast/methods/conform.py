@@ -34,7 +34,7 @@ class CONFORM(LatentGuidance):
             `[("red", "bag"), ("green", "apple")]`, for every prompt, or one such list per prompt. A group may be one
             word. Of a word that the prompt repeats, a group's last word stands for the first occurrence that no earlier
             group ended with, its other words for the occurrence nearest to that one. With prompt embeddings, ids only.
-        layers: name prefixes, or `by_downsampling(n)`: cross-attention layers of one grid, as in `LatentGuidance`.
+        layers: name prefixes, or `by_downsampling(n)`: layers with text, of one grid, as in `LatentGuidance`.
         steps: the first steps to guide, a count or a share. 30 are those of the released example; the released
             pipeline's own default is 25.
         scale: length of the step on the latents.

@@ -1,4 +1,4 @@
-"""Latent guidance: before a denoising step, the latents move down the gradient of a loss on cross-attention maps."""
+"""Latent guidance: before a denoising step, the latents move down the gradient of a loss on attention maps."""
 
 from __future__ import annotations
 
@@ -59,20 +59,20 @@ class GuidanceContext:
 
 @dataclass(frozen=True)
 class LatentGuidance(Method):
-    """Guide the latents by a loss on cross-attention maps; subclass it and give `loss`.
+    """Guide the latents by a loss on maps of attention to the text; subclass it and give `loss`.
 
-    Before each of the first steps of a call, the part of the UNet up to the last layer that the loss reads is evaluated
+    Before each of the first steps of a call, the part of the model up to the last layer that the loss reads is evaluated
     on the conditional rows, and the latents take a step `scale * schedule` down the gradient of their loss. Losses,
     latents and steps are float32, whatever the dtype of the pipeline; each sample moves as if it were alone. A sample
     whose loss or gradient is not finite stays where it is, and a RuntimeWarning says so after the call. Other methods
     rest during the evaluation and see the moved latents afterwards.
 
     Args:
-        layers: name prefixes, or `by_downsampling(n)`: cross-attention layers of one grid, whose maps are averaged.
+        layers: name prefixes, or `by_downsampling(n)`: layers with text, of one grid, whose maps are averaged.
             None takes `by_downsampling(4)`, 16x16 for Stable Diffusion at 512x512, and of a transformer all blocks
             with text but those of a single stream.
         steps: the first steps to guide; an int counts them, a float is a share of the steps that the call runs, rounded
-            down. Where a second-order scheduler (Heun) evaluates the UNet twice in a step, both are guided, as the
+            down. Where a second-order scheduler (Heun) evaluates the model twice in a step, both are guided, as the
             published loops do; the second one changes little.
         scale: length of the step on the latents.
         schedule: its factor over the call, as in `attnctl_fast.schedules`.

@@ -34,7 +34,7 @@ class SynGen(LatentGuidance):
             list per prompt. Of a word that the prompt repeats, a noun stands for the first occurrence that no earlier
             noun took, a modifier for the occurrence nearest to its noun. None finds them with spaCy, and leaves alone
             what has none.
-        layers: name prefixes, or `by_downsampling(n)`: cross-attention layers of one grid, as in `LatentGuidance`.
+        layers: name prefixes, or `by_downsampling(n)`: layers with text, of one grid, as in `LatentGuidance`.
         steps: the first steps to guide, a count or a share, as in `LatentGuidance`.
         scale: length of the step on the latents.
         schedule: its factor over the call; the released code's step is the same at all 25 steps.

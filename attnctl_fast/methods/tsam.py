@@ -38,7 +38,7 @@ class TSAM(LatentGuidance):
     Prompts of more than 64 tokens are compared by PyTorch operations on a GPU too.
 
     Args:
-        layers: name prefixes, or `by_downsampling(n)`: cross-attention layers of one grid, as in `LatentGuidance`.
+        layers: name prefixes, or `by_downsampling(n)`: layers with text, of one grid, as in `LatentGuidance`.
         steps: the first steps to guide, a count or a share, as in `LatentGuidance`.
         scale: length of the step on the latents.
         schedule: its factor over the call, as in `attnctl_fast.schedules`.

@@ -12,13 +12,14 @@ import argparse
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import attnctl_fast as ac
-from tests.support import tiny
+from tests.support import tiny, tiny_transformers
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 PROMPT = "a red bag and a black apple"
@@ -26,6 +27,7 @@ OTHER = "the black bag of a red apple"
 IDS = {"red": 2, "bag": 3, "black": 6, "apple": 7}
 LAYERS = ["down_blocks.1", "up_blocks.1"]
 Options = dict[str, Any]
+Draw = Callable[[], torch.Tensor]
 
 
 def masks(height: int = 64, width: int = 64) -> dict[str, torch.Tensor]:
@@ -35,19 +37,26 @@ def masks(height: int = 64, width: int = 64) -> dict[str, torch.Tensor]:
 
 
 GUIDED: Options = {"layers": LAYERS, "scale": 40.0}
+
+
+def guided(word: Mapping[str, Any]) -> Options:
+    own: Options = word.get("guided", GUIDED)
+    return own
+
+
 METHODS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "AttentionRegulation": lambda word: ac.AttentionRegulation([word["bag"], word["apple"]]),
     "EnergyContext": lambda word: ac.EnergyContext(0.05, 0.05),
     "Composition": lambda word: ac.Composition([ac.Edit("the two dog", 1.5)]),
-    "AttendAndExcite": lambda word: ac.AttendAndExcite([word["bag"], word["apple"]], thresholds={}, **GUIDED),
-    "TSAM": lambda word: ac.TSAM(refinement={}, **GUIDED),
+    "AttendAndExcite": lambda word: ac.AttendAndExcite([word["bag"], word["apple"]], thresholds={}, **guided(word)),
+    "TSAM": lambda word: ac.TSAM(refinement={}, **guided(word)),
     "SynGen": lambda word: ac.SynGen(
         [(word["red"], word["bag"]), (word["black"], word["apple"])],
         unrelated=None if word["bag"] == "bag" else [1, 4, 5],
-        **GUIDED,
+        **guided(word),
     ),
     "CONFORM": lambda word: ac.CONFORM(
-        [(word["red"], word["bag"]), (word["black"], word["apple"])], refinement={}, **GUIDED
+        [(word["red"], word["bag"]), (word["black"], word["apple"])], refinement={}, **guided(word)
     ),
     "DenseDiffusion": lambda word: ac.DenseDiffusion(
         {word[name]: mask for name, mask in word.get("masks", masks()).items()}
@@ -105,12 +114,27 @@ PIPELINES: list[tuple[str, str, Options, Callable[[], Options]]] = [
 ]
 
 
-# Pipelines of transformers: nothing is built, the class is enough to be refused.
-TRANSFORMERS = {
-    "SD 3": "StableDiffusion3Pipeline",
-    "FLUX.1": "FluxPipeline",
-    "PixArt-Sigma": "PixArtSigmaPipeline",
-}
+# What a row is called, the pipeline's class, and its kind in `tests.support.tiny_transformers`.
+TRANSFORMERS: list[tuple[str, str, str]] = [
+    ("PixArt-alpha", "PixArtAlphaPipeline", "pixart_alpha"),
+    ("PixArt-Sigma", "PixArtSigmaPipeline", "pixart_sigma"),
+    ("Sana", "SanaPipeline", "sana"),
+    ("HunyuanDiT", "HunyuanDiTPipeline", "hunyuan"),
+    ("SD 3, SD 3.5", "StableDiffusion3Pipeline", "sd3"),
+    ("SD 3 image to image", "StableDiffusion3Img2ImgPipeline", "sd3"),
+    ("SD 3 inpainting", "StableDiffusion3InpaintPipeline", "sd3"),
+    ("SD 3 with ControlNet", "StableDiffusion3ControlNetPipeline", "sd3"),
+    ("SD 3 with perturbed attention guidance", "StableDiffusion3PAGPipeline", "sd3"),
+    ("FLUX.1", "FluxPipeline", "flux"),
+    ("FLUX.1 image to image", "FluxImg2ImgPipeline", "flux"),
+    ("FLUX.1 inpainting", "FluxInpaintPipeline", "flux"),
+    ("FLUX.1 Fill", "FluxFillPipeline", "flux"),
+    ("FLUX.1 with ControlNet", "FluxControlNetPipeline", "flux"),
+    ("Chroma", "ChromaPipeline", "chroma"),
+    ("Chroma image to image", "ChromaImg2ImgPipeline", "chroma"),
+]
+# A row for all models that nobody knows: nothing is built, the class of its transformer is enough to be refused.
+UNKNOWN = ("Qwen-Image, as all others", "QwenImagePipeline", "QwenImageTransformer2DModel")
 
 
 def with_lora(pipe: Any) -> None:
@@ -178,7 +202,7 @@ def drawn(pipe: Any, options: Options) -> torch.Tensor:
     return result
 
 
-def tried(pipe: Any, options: Options, name: str, words: Mapping[str, Any], plain: torch.Tensor) -> str:
+def tried(pipe: Any, draw: Draw, name: str, words: Mapping[str, Any], plain: torch.Tensor) -> str:
     """Return "yes", or the message of the error with which the method refused.
 
     Raises:
@@ -186,34 +210,54 @@ def tried(pipe: Any, options: Options, name: str, words: Mapping[str, Any], plai
     """
     try:
         if name == "capture":
-            with ac.capture(pipe, layers=LAYERS) as maps:
-                found = drawn(pipe, options)
+            with ac.capture(pipe, layers=guided(words)["layers"]) as maps:
+                found = draw()
             assert len(maps) and torch.equal(found, plain)
         else:
             with ac.control(pipe, METHODS[name](words)):
-                found = drawn(pipe, options)
+                found = draw()
             assert found.isfinite().all() and not torch.equal(found, plain), f"{name} changes nothing"
     except ValueError as error:
         return str(error)
     return "yes"
 
 
+def drawn_by_transformer(kind: str, pipe: Any) -> torch.Tensor:
+    # PixArt-alpha takes a single step for a distilled model.
+    return tiny_transformers.call(kind, pipe, prompt=PROMPT, num_inference_steps=1 + (kind == "pixart_alpha"))
+
+
 Rows = list[tuple[str, list[str]]]
 
 
 def pipeline_rows() -> Rows:
-    import diffusers
-
     rows: Rows = []
     for title, cls, build, options in PIPELINES:
         pipe = tiny.pipeline(cls, **build)
         if title == "Panorama":
             pipe.get_views = lambda *args, **kwargs: [(0, 32, 0, 32), (0, 32, 16, 48)]
-        rows.append((f"{title}: `{cls}`", _row(pipe, options(), WORDS)))
-    for title, cls in TRANSFORMERS.items():
-        kind = getattr(diffusers, cls)
-        refused = tried(kind.__new__(kind), {}, "AttentionRegulation", WORDS, torch.zeros(0))
-        rows.append((f"{title}: `{cls}`", [refused] * len(METHODS)))
+        rows.append((f"{title}: `{cls}`", _row(pipe, partial(drawn, pipe, options()), WORDS)))
+    return rows
+
+
+def transformer_rows() -> Rows:
+    import diffusers
+
+    rows: Rows = []
+    words = WORDS | {"guided": {"layers": None, "scale": 40.0}, "masks": masks(32, 32)}
+    for title, cls, kind in TRANSFORMERS:
+        pipe = tiny_transformers.pipeline(kind, cls)
+        cells = _row(pipe, partial(drawn_by_transformer, kind, pipe), words)
+        model = type(pipe.transformer).__name__
+        cells = [cell.replace(cls, "PIPELINE").replace(f"{model}, but", "MODEL, but") for cell in cells]
+        cells = [re.sub(r"where \w+ would act", "where METHOD would act", cell) for cell in cells]
+        rows.append((f"{title}: `{cls}`", cells))
+    title, cls, model = UNKNOWN
+    pipeline = getattr(diffusers, cls)
+    pipe, transformer = (one.__new__(one) for one in (pipeline, getattr(diffusers, model)))
+    vars(pipe)["transformer"] = transformer
+    refused = tried(pipe, partial(torch.zeros, 0), "AttentionRegulation", words, torch.zeros(0))
+    rows.append((f"{title}: `{cls}`", [refused] * len(METHODS)))
     return rows
 
 
@@ -222,16 +266,16 @@ def feature_rows() -> Rows:
     for title, change, options, words in FEATURES:
         pipe = tiny.pipeline()
         change(pipe)
-        rows.append((title, _row(pipe, options(pipe), words)))
+        rows.append((title, _row(pipe, partial(drawn, pipe, options(pipe)), words)))
     return rows
 
 
-def _row(pipe: Any, options: Options, words: Mapping[str, Any]) -> list[str]:
+def _row(pipe: Any, draw: Draw, words: Mapping[str, Any]) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plain = drawn(pipe, options)
-        cells = [tried(pipe, options, name, words, plain) for name in METHODS]
-        assert torch.equal(drawn(pipe, options), plain), "the pipeline is not as it was"
+        plain = draw()
+        cells = [tried(pipe, draw, name, words, plain) for name in METHODS]
+        assert torch.equal(draw(), plain), "the pipeline is not as it was"
     return cells
 
 
@@ -250,6 +294,7 @@ def table(rows: Rows, first: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "pipelines": lambda: table(pipeline_rows(), "pipeline"),
+    "transformers": lambda: table(transformer_rows(), "pipeline"),
     "features": lambda: table(feature_rows(), "with"),
 }
 
