@@ -61,8 +61,8 @@ class GuidanceContext:
 class LatentGuidance(Method):
     """Guide the latents by a loss on maps of attention to the text; subclass it and give `loss`.
 
-    Before each of the first steps of a call, the part of the model up to the last layer that the loss reads is evaluated
-    on the conditional rows, and the latents take a step `scale * schedule` down the gradient of their loss. Losses,
+    Before each of the first steps of a call, the model is evaluated up to the last layer that the loss reads, on the
+    conditional rows, and the latents take a step `scale * schedule` down the gradient of their loss. Losses,
     latents and steps are float32, whatever the dtype of the pipeline; each sample moves as if it were alone. A sample
     whose loss or gradient is not finite stays where it is, and a RuntimeWarning says so after the call. Other methods
     rest during the evaluation and see the moved latents afterwards.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import attnctl_fast as ac
 from attnctl_fast.methods import Method, Run
-from tests.support import tiny
+from tests.support import tiny, tiny_transformers
 from tests.support.graphs import counted_graphs
 from tests.support.marks import full
 from tests.support.pipelines import PROMPT, call, snapshot
@@ -135,12 +135,19 @@ def test_attention_of_the_conditional_rows() -> None:
 def test_the_method_of_the_documentation() -> None:
     text = (Path(__file__).parents[2] / "docs" / "own-methods.md").read_text(encoding="utf-8")
     code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "class Sharpen" in block)
-    scope: dict[str, Any] = {"ac": ac, "F": torch.nn.functional, "Any": Any, "dataclass": dataclass}
+    scope: dict[str, Any] = {"ac": ac, "Any": Any, "dataclass": dataclass}
     exec(code, scope)
     pipe = double()
     plain = call(pipe)
     torch.testing.assert_close(drawn(pipe, scope["Sharpen"](1.0)), plain, **EXACT)
     assert (drawn(pipe, scope["Sharpen"](2.0)) - plain).abs().max() > 0.05
+    for kind in ("pixart_sigma", "flux"):
+        pipe = tiny_transformers.pipeline(kind)
+        plain = tiny_transformers.call(kind, pipe)
+        for factor, same in ((1.0, True), (2.0, False)):
+            with ac.control(pipe, scope["Sharpen"](factor)):
+                found = tiny_transformers.call(kind, pipe)
+            assert torch.allclose(found, plain, atol=1e-4) == same
 
 
 def test_rules_of_the_engine_hold_for_it() -> None:
