@@ -81,7 +81,9 @@ def test_generate_draws_what_the_library_draws(command, models, tmp_path, kind):
     assert not np.array_equal(plain, drawn(kind, pipe, 5))
 
 
-@pytest.mark.parametrize("kind", ["flux", "sana", *map(full, ("sd3", "pixart_sigma", "pixart_alpha", "hunyuan", "chroma"))])
+@pytest.mark.parametrize(
+    "kind", ["flux", "sana", *map(full, ("sd3", "pixart_sigma", "pixart_alpha", "hunyuan", "chroma"))]
+)
 def test_maps_show_every_word(command, models, tmp_path, kind):
     assert command("maps", kind) == 0
     pipe = loaded(models(kind))
