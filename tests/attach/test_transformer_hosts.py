@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 import attnctl_fast as ac
 from tests.support import tiny_transformers as tiny
 from tests.support.graphs import counted_graphs
+from tests.support.marks import full
 from tests.support.pipelines import Stop, snapshot, stop_at
 from tests.support.tiny_transformers import call
 
@@ -35,13 +38,22 @@ kinds = pytest.mark.parametrize("kind", tiny.KINDS)
 methods = pytest.mark.parametrize("method", METHODS)
 
 
+def mostly(names: Iterable[str]) -> list[Any]:
+    """Every kind with every one of these; by default SD 3 and FLUX with all, the others with the first."""
+    pairs = [(kind, name) for kind in tiny.KINDS for name in names]
+    first = next(iter(names))
+    return [pair if pair[0] in ("sd3", "flux") or pair[1] == first else full(*pair) for pair in pairs]
+
+
+each = pytest.mark.parametrize(("kind", "method"), mostly(METHODS))
+
+
 def under(kind: str, pipe: Any, method: str, **options: Any) -> Tensor:
     with ac.control(pipe, METHODS[method]):
         return call(kind, pipe, **options)
 
 
-@kinds
-@methods
+@each
 def test_no_trace_after_use_exceptions_and_interrupts(kind: str, method: str) -> None:
     pipe = tiny.pipeline(kind)
     plain, before = call(kind, pipe), snapshot(pipe)
@@ -88,8 +100,7 @@ def test_strength_zero_is_plain(kind: str) -> None:
             assert torch.equal(call(kind, pipe), plain)
 
 
-@kinds
-@methods
+@each
 def test_a_sample_is_itself_in_any_batch(kind: str, method: str) -> None:
     pipe = tiny.pipeline(kind)
     prompts = [tiny.PROMPT, "a photo of a dog"]
@@ -164,13 +175,22 @@ def test_another_attention_backend(kind: str, method: str, monkeypatch: pytest.M
     torch.testing.assert_close(call(kind, pipe), plain, rtol=0, atol=atol)
 
 
-@kinds
-@pytest.mark.parametrize("method", ["regulation", "regions"])
-@pytest.mark.parametrize("place", ["wrapped", "blocks"])
+# Diffusers names repeated blocks of these two alone.
+GRAPHS = [
+    *itertools.product(tiny.KINDS, ["regulation", "regions"], ["wrapped"]),
+    *itertools.product(["flux", "chroma"], ["regulation", "regions"], ["blocks"]),
+]
+BY_DEFAULT = [
+    ("sd3", "regulation", "wrapped"),
+    ("flux", "regions", "wrapped"),
+    ("chroma", "regulation", "blocks"),
+    ("pixart_sigma", "regulation", "wrapped"),
+]
+
+
+@pytest.mark.parametrize(("kind", "method", "place"), [row if row in BY_DEFAULT else full(*row) for row in GRAPHS])
 def test_one_graph(kind: str, method: str, place: str) -> None:
     pipe = tiny.pipeline(kind)
-    if place == "blocks" and not pipe.transformer._repeated_blocks:
-        pytest.skip("diffusers names no repeated blocks of this model")
     expected = under(kind, pipe, method)
     with counted_graphs(pipe, place) as graphs:
         call(kind, pipe)
@@ -312,8 +332,7 @@ WORDS: dict[str, Any] = {
 }
 
 
-@kinds
-@pytest.mark.parametrize("name", WORDS)
+@pytest.mark.parametrize(("kind", "name"), mostly(WORDS))
 def test_words_of_every_encoder(kind: str, name: str) -> None:
     pipe = tiny.pipeline(kind)
     plain, before = call(kind, pipe), snapshot(pipe)
