@@ -21,9 +21,9 @@ BATCHED = ("regulated_layer", "attention", "regulated_attention", "attention_wit
 
 def tasks(dry: bool = False) -> tuple[list[Task], list[Task]]:
     """List the comparisons in two parts, in float16, the most important first: the aims and every operation at two
-    layers, and what is made of joint attention at its own; every operation at the other layers, SD 2's first, and some
-    for four images. Classifier-free guidance doubles the batch of plain attention; everything else runs on the
-    conditional half."""
+    layers; what is made of joint attention at its own, every operation at the other layers, SD 2's first, and some for
+    four images. Classifier-free guidance doubles the batch of plain attention; everything else runs on the conditional
+    half."""
     if dry:
         return [Task(name, TINY, torch.float32) for name in OPERATIONS], []
 
@@ -34,12 +34,12 @@ def tasks(dry: bool = False) -> tuple[list[Task], list[Task]]:
     first = [task(name, layer) for name in ("regulate", "regulated_layer") for layer in (SMALL, LARGE)]
     first += [task("attention", layer) for layer in LAYERS]
     first += [task(name, layer) for layer in (SMALL, LARGE) for name in OPERATIONS]
-    first += [task(name, layer) for layer in JOINT for name in ("maps_from_lse", "maps_from_lse_all")]
     first = list(dict.fromkeys(first))
     others = sorted(REGULATED, key=lambda layer: layer.model != "SD 2")
     rest = [task(name, layer) for layer in others for name in OPERATIONS]
     batched = [task(name, layer, 4) for layer in (SMALL, LARGE) for name in BATCHED]
-    return first, [x for x in dict.fromkeys(batched + rest) if x not in first]
+    joint = [task(name, layer) for layer in JOINT for name in ("maps_from_lse", "maps_from_lse_all")]
+    return first, [x for x in dict.fromkeys(joint + batched + rest) if x not in first]
 
 
 def rivals(dry: bool = False) -> list[Task]:

@@ -213,10 +213,12 @@ class Case:
 
     def _lse(self) -> Tensors:
         """Of all columns, as float64 gives it; head by head, for the logits of a joint layer would fill the memory."""
-        q, k, v = (x.double().split(1, 1) for x in self._qkv().values())
-        how: dict[str, Any] = {**self._key_bias(), "return_lse": True, "impl": "reference"}
-        heads = [ops.attention(*head, **how)[1] for head in zip(q, k, v, strict=True)]
-        return {"lse": torch.cat(heads, 1).float()}
+        q, k, _ = self._qkv().values()
+        key_bias = self._key_bias().get("key_bias")
+        added = 0.0 if key_bias is None else key_bias.double().unsqueeze(1)
+        heads = zip(q.double().unbind(1), k.double().unbind(1), strict=True)
+        lse = [torch.logsumexp((a @ b.mT).mul_(self.scale).add_(added), -1) for a, b in heads]
+        return {"lse": torch.stack(lse, 1).float()}
 
     def _maps(self) -> Tensors:
         """Maps as attention gives them, NaN for padded tokens, and causal rows that sum to 1."""

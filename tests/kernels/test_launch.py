@@ -376,3 +376,26 @@ def test_a_regulated_layer_never_waits_and_is_captured_in_a_graph(m):
     t["q"].neg_()
     graph.replay()
     torch.testing.assert_close(out, regulated_layer(case, t))
+
+
+@on_gpu
+def test_maps_from_a_logsumexp_are_captured_in_a_graph():
+    case = Case(256, 400, 64, heads=8, dtype=torch.float16, ids=((3, 5, 300),))
+    t = case.tensors()
+    leaves = OPERATIONS["maps_from_lse"].leaves
+
+    def run():
+        outputs = run_triton("maps_from_lse", case, t)
+        found = gradients(case, t, outputs, leaves, lambda c, x: run_triton("maps_from_lse", c, x))
+        return {**outputs, **{f"gradient of {name}": x for name, x in found.items()}}
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    t["q"].neg_()
+    graph.replay()
+    for name, x in run().items():
+        torch.testing.assert_close(captured[name], x)
