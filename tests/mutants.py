@@ -303,8 +303,8 @@ OPS = [
     Mutant(
         "maps_from_lse: a row without columns is not zeros",
         "attnctl_fast/ops/maps_from_lse.py",
-        "torch.where(self._lse.isneginf(), torch.inf, self._lse)",
-        "torch.where(self._lse.isneginf(), 0.0, self._lse)",
+        "lse = torch.where(lse.isneginf(), torch.inf, lse)",
+        "lse = torch.where(lse.isneginf(), 0.0, lse)",
         f"{FROM_LSE} -k 'row_without_columns and eager'",
     ),
     Mutant(

@@ -24,9 +24,9 @@ from .._validate import (
 from ._library import composite, differentiable, launcher, may_hold_columns, without_autocast
 from .attention import gather_columns, gather_key_bias
 
-# Numbers of the maps of all heads that are made at a time: about what the caches of two cores hold in float32; and the
-# fewest rows of them, for the matrix products.
-TILE = 1 << 19
+# Numbers of the maps of all heads that are made at a time: what a core's own cache holds in float32; and the fewest
+# rows of them, for the matrix products.
+TILE = 1 << 17
 LEAST_ROWS = 128
 
 maps_from_lse_reference = composite(
@@ -46,7 +46,10 @@ class _Columns:
     @cached_property
     def _less(self) -> Tensor:
         """What is subtracted from the logits of a row, [B,H,1,M]: inf makes zeros of a row without columns."""
-        return torch.where(self._lse.isneginf(), torch.inf, self._lse).unsqueeze(2)
+        lse = self._lse
+        if lse.device.type != "cpu" or not lse.amin().item() > -torch.inf:  # nor is NaN
+            lse = torch.where(lse.isneginf(), torch.inf, lse)
+        return lse.unsqueeze(2)
 
     @cached_property
     def _more(self) -> Tensor | None:
@@ -108,7 +111,7 @@ def _forward(
     else:
         held = kept.numel() > 0
         for b, rows in columns.tiles(held):
-            maps[b, :, rows] = columns.maps(b, rows, kept[b] if held else None).mean(0)
+            torch.mean(columns.maps(b, rows, kept[b] if held else None), 0, out=maps[b, :, rows])
     if token_ids.ndim == 2:
         maps.masked_fill_(_padding(token_ids, per_head), 0.0)
     return maps, kept
