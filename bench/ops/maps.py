@@ -169,7 +169,7 @@ OPERATIONS = {
                 _by_exp,
                 leaves=QK_LSE,
                 unread=_unnamed,
-                kernels=("maps_from_lse_bwd_rows", "maps_from_lse_bwd_columns"),
+                kernels=tuple(f"maps_from_lse_bwd_{name}" for name in ("rows", "columns", "merge")),
             ),
         },
     ),
