@@ -200,6 +200,7 @@ class _Moving(Run):
                 token_weight=self._token_weight,
                 alpha=self.method.alpha,
                 convention=self.method.convention,
+                key_bias=bias,
             )
         )
 

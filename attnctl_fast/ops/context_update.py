@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._impl import resolve
-from .._validate import check_kernel_limits
+from .._validate import check_kernel_limits, check_key_bias
 from ._library import differentiated, launcher, opaque
 
 CONVENTIONS = ("official", "paper")
@@ -124,6 +124,7 @@ def context_update(
     token_weight: Tensor | None = None,
     alpha: float = 0.0,
     convention: str = "official",
+    key_bias: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Compute the increment of the context: minus gamma times the gradient of the two energies (arXiv 2306.09869).
@@ -142,7 +143,8 @@ def context_update(
         token_weight: u, how far each token may move on the attention's energy, `[N]` or `[B,N]`.
         alpha: weight of the squared norm in the attention's energy; the released code has none.
         convention: `"official"` (p = softmax ||k||^2) or `"paper"` (p = softmax ||k||^2 / 2, its energy's gradient).
-        impl: `"triton"` (one kernel before the projection, where nothing is differentiated), `"eager"` or
+        key_bias: `[B,N]`, as for the attention: columns that it masks by -inf have no part in p, and do not move.
+        impl: `"triton"` (one kernel before the projection, where nothing is differentiated or masked), `"eager"` or
             `"reference"`, which are the same formula; None for the default.
 
     Returns:
@@ -170,18 +172,19 @@ def context_update(
                 f"token_weight has shape {tuple(token_weight.shape)}; it must be [{tokens}] or [{batch}, {tokens}]"
             )
         token_weight = token_weight.expand(batch, tokens)
+    key_bias = check_key_bias(key_bias, k)
     halved = convention == "paper"
     named = {"update": update, "gamma_attn": gamma_attn, "gamma_norm": gamma_norm, "token_weight": token_weight}
     for name, x in named.items():
         if isinstance(x, Tensor) and x.device != k.device:
             raise ValueError(f"{name} is on {x.device} but k is on {k.device}; move it there")
     tensors = [x for x in (update, k, gamma_attn, gamma_norm, token_weight) if isinstance(x, Tensor)]
-    if resolve(impl, k.device) == "triton" and not differentiated(*tensors):
+    if resolve(impl, k.device) == "triton" and key_bias is None and not differentiated(*tensors):
         check_kernel_limits(k)
         gammas = [x if isinstance(x, Tensor) else torch.full((), x, device=k.device) for x in (gamma_attn, gamma_norm)]
         pull = _pull_triton(update, k, *gammas, token_weight, alpha, halved)
     else:
-        pull = _pull(update, k, gamma_attn, gamma_norm, token_weight, alpha, halved)
+        pull = _pull(update, k, gamma_attn, gamma_norm, token_weight, alpha, halved, key_bias)
     return project_back(pull, to_k, k.dtype)
 
 
@@ -193,6 +196,7 @@ def _pull(
     token_weight: Tensor | None,
     alpha: float,
     halved: bool,
+    key_bias: Tensor | None,
 ) -> Tensor:
     """Return the increment before its projection, [B,N,H*d]."""
     gamma_attn, gamma_norm = (
@@ -205,5 +209,10 @@ def _pull(
     if token_weight is not None:
         pull = pull * token_weight.unsqueeze(-1).to(pull.dtype)
     square = keys.square().sum(-1)
-    share = (square / 2 if halved else square).softmax(-1)
-    return pull - gamma_norm * share.unsqueeze(-1) * keys
+    energy = square / 2 if halved else square
+    if key_bias is None:
+        return pull - gamma_norm * energy.softmax(-1).unsqueeze(-1) * keys
+    masked = key_bias.isneginf()
+    # Zeros where everything is masked.
+    share = torch.ops.aten._safe_softmax(energy.masked_fill(masked, -torch.inf), -1)
+    return (pull - gamma_norm * share.unsqueeze(-1) * keys).masked_fill(masked.unsqueeze(-1), 0.0)

@@ -328,6 +328,51 @@ def test_regions_of_joint_attention(kind: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * size)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in STACKED if kind not in JOINT])
+def test_contexts_that_move_under_a_mask_of_padding(kind: str) -> None:
+    """Each layer reads what the ones before made of the context: of real tokens alone, in all rows."""
+    case = Case((kind, kind, None, {}, {}))
+    attn, norm = 0.05, 0.04
+    moved: dict[str, Tensor] = {}
+    queries: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def read(name: str) -> Any:
+        def hook(module: Any, args: Any, kwargs: Any) -> Any:
+            if name == case.layers[0]:
+                moved["now"] = kwargs["encoder_hidden_states"]
+            return args, {**kwargs, "encoder_hidden_states": moved["now"]}
+
+        return hook
+
+    def edit(name: str, logits: Tensor) -> None:
+        if name not in case.layers:
+            return
+        q, k = queries[name]
+        real = logits[:, 0, 0] > -1000  # [R,N]; diffusers masks by -10000
+        columns = logits.masked_fill(~real[:, None, None], 0.0).mT.softmax(-1)
+        pull, keys = (x.transpose(1, 2).flatten(2) for x in (columns @ q, k))
+        share = keys.square().sum(-1).masked_fill(~real, -torch.inf).softmax(-1)
+        step = (attn * pull - norm * share[..., None] * keys) @ case.model.get_submodule(name).to_k.weight
+        moved["now"] = moved["now"] + step * real[..., None]
+
+    def watch(name: str, q: Tensor, k: Tensor) -> None:
+        queries[name] = q, k
+
+    hooks = [
+        case.model.get_submodule(name).register_forward_pre_hook(read(name), with_kwargs=True) for name in case.layers
+    ]
+    with attending_by_hand(case.model, edit, watch):
+        expected = case.draw()
+    for hook in hooks:
+        hook.remove()
+    plain = case.draw()
+    with ac.control(case.pipe, ac.EnergyContext(attn, norm)):
+        found = case.draw()
+    size = float(plain.abs().max())
+    assert float((expected - plain).abs().max()) > 1e-3 * size
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4 * size)
+
+
 def test_padded_targets() -> None:
     """Prompts with one target and with two, in a batch and each alone."""
     pipe = tiny.pipeline("sd3")

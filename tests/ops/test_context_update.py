@@ -468,6 +468,25 @@ def plain_step(update, k, gamma_attn, gamma_norm, tokens, alpha, convention, ord
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("convention", ["official", "paper"])
+def test_masked_columns_are_as_if_they_were_not_there(impl, convention):
+    dtype = widest(impl)
+    update, k = (randn(2, 2, 7, 8, dtype=dtype, seed=seed) for seed in (1, 2))
+    weight = randn(1, 1, 16, 5, dtype=dtype, seed=3)[0, 0]
+    kept = [0, 2, 3, 6]
+    key_bias = torch.full((2, 7), -torch.inf, device=k.device)
+    key_bias[0, kept], key_bias[1] = 0.5, 0.0
+    how = {"gamma_attn": 0.3, "gamma_norm": 0.2, "alpha": 0.1, "convention": convention, "impl": impl}
+    found = ops.context_update(update, k, weight, key_bias=key_bias, **how)
+    alone = ops.context_update(update[:1, :, kept], k[:1, :, kept], weight, **how)
+    torch.testing.assert_close(found[:1, kept], alone)
+    assert not found[0, [1, 4, 5]].any()
+    torch.testing.assert_close(found[1:], ops.context_update(update[1:], k[1:], weight, **how))
+    nothing = ops.context_update(update, k, weight, key_bias=torch.full_like(key_bias, -torch.inf), **how)
+    assert torch.equal(nothing, torch.zeros_like(nothing))
+
+
 @pytest.mark.parametrize(
     ("impl", "dtype", "h", "n", "d", "alpha", "convention"),
     pairs(FAST, DTYPES, HEADS, [(0.0, "official"), (0.2, "paper")]),

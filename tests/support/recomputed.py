@@ -48,8 +48,12 @@ def layout_of(kind: str, samples: int, text: int, image: int, guided: bool) -> L
 
 
 @contextmanager
-def attending_by_hand(model: Any, edit: Edit) -> Iterator[None]:
+def attending_by_hand(
+    model: Any, edit: Edit, watch: Callable[[str, Tensor, Tensor], None] | None = None
+) -> Iterator[None]:
     """Have the model attend by matrix products, with the probabilities that `edit` makes of its logits.
+
+    watch: sees a layer's name, queries and keys before.
 
     Only the first attention call of a layer is its own; others (an IP-Adapter's) stay.
     """
@@ -75,7 +79,10 @@ def attending_by_hand(model: Any, edit: Edit) -> Iterator[None]:
         if attn_mask is not None:
             allowed = attn_mask.dtype == torch.bool
             logits = logits.masked_fill(~attn_mask, -torch.inf) if allowed else logits + attn_mask
-        probabilities = edit(current.pop(), logits)
+        name = current.pop()
+        if watch is not None:
+            watch(name, query, key)
+        probabilities = edit(name, logits)
         if probabilities is None:
             return real(query, key, value, attn_mask, *args, **kwargs)
         return (probabilities.nan_to_num() @ value).to(query.dtype)
