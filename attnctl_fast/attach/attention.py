@@ -26,10 +26,12 @@ def plain(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float
 
 def with_logsumexp(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Return `plain` and the logsumexp of the logits, `[B,H,M]`, by the fastest attention that gives both."""
-    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if q.is_cuda and key_bias is None and not differentiated and q.dtype in (torch.float16, torch.bfloat16):
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, scale=scale)
-        return out, lse
+    if q.is_cuda and key_bias is None and not (torch.is_grad_enabled() and q.requires_grad):
+        how = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
+        if torch.backends.cuda.can_use_flash_attention(how):
+            # The derivative of this one has none by the logsumexp.
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, scale=scale)
+            return out, lse
     out, lse = ops.attention(q, k, v, scale=scale, key_bias=key_bias, return_lse=True)
     return out, lse
 
