@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Not by its name in F: what stands there while a model runs hands the call to methods.
 _scaled_dot_product_attention = torch._C._nn.scaled_dot_product_attention
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:
@@ -24,14 +25,18 @@ def plain(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float
     return _scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
+@torch.compiler.assume_constant_result
+def _has_flash(device: int) -> bool:
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def with_logsumexp(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Return `plain` and the logsumexp of the logits, `[B,H,M]`, by the fastest attention that gives both."""
-    if q.is_cuda and key_bias is None and not (torch.is_grad_enabled() and q.requires_grad):
-        how = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
-        if torch.backends.cuda.can_use_flash_attention(how):
-            # The derivative of this one has none by the logsumexp.
-            out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, scale=scale)
-            return out, lse
+    # The derivative of flash attention knows none by the logsumexp.
+    plain_half = key_bias is None and q.dtype in _HALF and not (torch.is_grad_enabled() and q.requires_grad)
+    if q.is_cuda and plain_half and q.shape[3] % 8 == 0 and _has_flash(q.device.index or 0):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, scale=scale)
+        return out, lse
     out, lse = ops.attention(q, k, v, scale=scale, key_bias=key_bias, return_lse=True)
     return out, lse
 
