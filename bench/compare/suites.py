@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 
 # What the registry times as a whole.
-PARTS = {"regulated_layer": ("target_statistics", "regulate", "merge_targets")}
+PARTS = {
+    "regulated_layer": ("target_statistics", "regulate", "merge_targets"),
+    "joint_maps": ("attention", "maps_from_lse"),
+    "joint_edit": ("target_statistics", "merge_targets"),
+}
 
 
 def functions(operation: str) -> tuple[str, ...]:
