@@ -55,6 +55,10 @@ class Attention:
         moved: the context is not what the model hands to every layer.
         text: of joint attention, the first column of the text and how many it has; then q are the image's queries, and
             k and v hold all columns. None where the text is apart.
+        sequence: of joint attention whose rows have one mask, the queries of image and text `[R,H,S,d]`, and the first
+            of the image's; None elsewhere.
+        every: attention of that sequence, where somebody has asked for its logsumexp.
+        unchanged: all that was asked for is the logsumexp: `every` is the attention.
         probabilities: of the conditional rows, as in `Edited`.
     """
 
@@ -71,8 +75,11 @@ class Attention:
         tokens: int | None = None,
         moved: bool = False,
         text: tuple[int, int] | None = None,
+        sequence: tuple[Tensor, int] | None = None,
     ) -> None:
-        self.module, self.text = module, text
+        self.module, self.text, self.sequence = module, text, sequence
+        self.every: Tensor | None = None
+        self.unchanged = False
         self._keys_values = k, v
         if tokens is not None and tokens < k.shape[2]:
             k, v = k[:, :, :tokens], v[:, :, :tokens]
@@ -126,9 +133,13 @@ class Attention:
 
         The attention that it comes from is `fill`ed in.
         """
-        out, lse = with_logsumexp(self.q, self.k, self.v, self.key_bias, self.scale)
-        self.fill(out)
-        return lse
+        queries, start = (self.q, 0) if self.sequence is None else self.sequence
+        out, lse = with_logsumexp(queries, self.k, self.v, self.key_bias, self.scale)
+        rows = slice(start, start + self.q.shape[2])
+        if self.sequence is not None:
+            self.every, self.unchanged = out, self.untouched
+        self.fill(out[:, :, rows])
+        return lse[:, :, rows]
 
     def fill(self, whole: Tensor) -> None:
         """Set the attention of all rows that nobody has set, from that of all rows `[R,H,M,d]`."""
@@ -148,6 +159,7 @@ class Attention:
 
     @conditional_out.setter
     def conditional_out(self, out: Tensor) -> None:
+        self.unchanged = False
         # Of a whole that was there, the other rows stay.
         if self._whole is not None and self._unconditional is None:
             self._unconditional = self.rows.rest(self._whole)
@@ -163,6 +175,7 @@ class Attention:
 
     @unconditional_out.setter
     def unconditional_out(self, out: Tensor) -> None:
+        self.unchanged = False
         if self._whole is not None and self._conditional is None:
             self._conditional = self.rows.take(self._whole)
         self._unconditional, self._whole = out, None
@@ -181,6 +194,7 @@ class Attention:
 
     @out.setter
     def out(self, out: Tensor) -> None:
+        self.unchanged = False
         self._whole, self._conditional, self._unconditional = out, None, None
 
 

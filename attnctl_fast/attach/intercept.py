@@ -191,15 +191,23 @@ class Place:
             rows,
             module=self.layer.module,
             text=(0 if start else image, text),
+            sequence=(query, start) if mask is None else None,
         )
         _act(acts, attention)
         if attention.untouched:
             return _real(query, key, value, attn_mask=mask, scale=scale)
-        others = [part for part in (query[:, :, :start], query[:, :, stop:]) if part.shape[2]]
-        if mask is not None and mask.shape[-2] > 1:
-            mask = torch.cat([mask[..., :start, :], mask[..., stop:, :]], -2)
-        own = _real(torch.cat(others, 2) if len(others) > 1 else others[0], key, value, attn_mask=mask, scale=scale)
-        return torch.cat([own[:, :, :start], attention.out.to(query.dtype), own[:, :, start:]], 2)
+        every = attention.every
+        if every is not None and attention.unchanged:
+            return every
+        if every is None:
+            others = [part for part in (query[:, :, :start], query[:, :, stop:]) if part.shape[2]]
+            if mask is not None and mask.shape[-2] > 1:
+                mask = torch.cat([mask[..., :start, :], mask[..., stop:, :]], -2)
+            own = _real(torch.cat(others, 2) if len(others) > 1 else others[0], key, value, attn_mask=mask, scale=scale)
+            before, after = own[:, :, :start], own[:, :, start:]
+        else:
+            before, after = every[:, :, :start], every[:, :, stop:]
+        return torch.cat([before, attention.out.to(query.dtype), after], 2)
 
     def missed(self) -> RuntimeError:
         return RuntimeError(

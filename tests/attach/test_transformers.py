@@ -116,7 +116,9 @@ def test_maps_are_the_models_own_attention(variant: Any) -> None:
     with ac.capture(case.pipe) as maps:
         drawn = case.draw()
     assert list(maps) == case.layers == list(expected)
-    torch.testing.assert_close(drawn, plain, rtol=0, atol=1e-5 * float(plain.abs().max()))
+    # Chroma's mask is one for every row, so that its rows are attended to in two calls.
+    atol = 1e-5 * float(plain.abs().max()) if case.kind == "chroma" else 0.0
+    torch.testing.assert_close(drawn, plain, rtol=0, atol=atol)
     for name, found in maps.items():
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), torch.stack(expected[name]), rtol=0, atol=2e-5)
