@@ -26,6 +26,7 @@ from .layers import Layer
 from .protocol import Edited, Run
 from .rows import Rows
 
+_ABSENT = object()
 _BUILTIN = torch._C._nn.scaled_dot_product_attention
 _ATTENDS = {"scaled_dot_product_attention", "dispatch_attention_fn"}
 _REMEDY = (
@@ -79,7 +80,7 @@ class Place:
         self._wants_images = "ip_adapter_masks" in _keywords(type(processor).__call__) and not self.layer.text
         if hasattr(processor, "_attention_backend"):
             # Of diffusers' ways to attend only this one makes the call.
-            self._backend = processor, processor._attention_backend
+            self._backend = processor, vars(processor).get("_attention_backend", _ABSENT)
             processor._attention_backend = _native()
         # A bound method of one function: torch.compile would take any other object for another layer.
         own["forward"], own["_attnctl_place"] = MethodType(_forward, self.layer.module), self
@@ -91,7 +92,11 @@ class Place:
             own["forward"] = self._before
         if self._backend is not None:
             processor, before = self._backend
-            processor._attention_backend, self._backend = before, None
+            if before is _ABSENT:
+                del processor._attention_backend
+            else:
+                processor._attention_backend = before
+            self._backend = None
 
     def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the layer's own forward."""

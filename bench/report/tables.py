@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from bench.harness.checkout import RESULTS, ROOT
 from bench.harness.rows import read
@@ -31,6 +31,10 @@ FAMILIES = {
     "maps": ("attention_with_maps_guidance",),
     "similarity": ("similarity_loss",),
 }
+# Layers whose cost is what they add to the attention alone.
+JOINT = ("joint_maps", "joint_edit")
+# By operation, model, shape and dtype, the rows of its forms.
+Cases: TypeAlias = dict[tuple[str, str, str, str], dict[str, dict[str, Any]]]
 CRITERIA = ("strict", "exact", "colours")
 
 
@@ -138,7 +142,7 @@ def methods_table(run: dict[str, Any]) -> str:
 def operations_table(path: Path, family: str | None) -> str:
     """Of a file of `bench ops`, the operations of a family as a Markdown table with its settings below; None: those of
     no family."""
-    named = {name for names in FAMILIES.values() for name in names}
+    named = {name for names in (*FAMILIES.values(), JOINT) for name in names}
     cases = {
         case: forms
         for case, forms in _cases(path).items()
@@ -158,6 +162,35 @@ def operations_table(path: Path, family: str | None) -> str:
             cells += ["", ""]
         cells += [_milliseconds(published), f"{published['median'] / ours:.2f}"] if published else ["", ""]
         rows.append(cells)
+    return "\n".join(_lines(rows) + ["", f"{_how_measured(cases)} Ratios are to eager's median."])
+
+
+def joint_table(path: Path) -> str:
+    """Of a file of `bench ops`, layers of joint attention as a Markdown table, beside stock attention alone."""
+    cases = {case: forms for case, forms in _cases(path).items() if case[0] in JOINT and "eager" in forms}
+    header = ["", "shape", "eager, ms", "attention alone, ms", "added", "stock PyTorch's best, ms", "ratio"]
+    rows = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
+    for (op, model, shape, _), forms in cases.items():
+        ours = forms["eager"]["median"]
+        alone = min((row for name, row in forms.items() if name.startswith("plain")), key=lambda row: row["median"])
+        stock = {name: row for name, row in _stock(forms).items() if name != "eager"}
+        best = min(stock, key=lambda name: stock[name]["median"])
+        rows.append(
+            [
+                f"`{op}`",
+                f"{model} {shape}",
+                _milliseconds(forms["eager"]),
+                _milliseconds(alone),
+                f"{100 * (ours / alone['median'] - 1):+.1f} %",
+                f"{_milliseconds(stock[best])} {best}",
+                f"{stock[best]['median'] / ours:.2f}",
+            ]
+        )
+    return "\n".join(_lines(rows) + ["", _how_measured(cases)])
+
+
+def _how_measured(cases: Cases) -> str:
+    """Return what a table of `bench ops` says of its figures."""
     shown = [row for forms in cases.values() for row in forms.values()]
     compiled = any(row["impl"] in ("torch.compile", "FlexAttention") for row in shown)
     places = dict.fromkeys(
@@ -166,17 +199,13 @@ def operations_table(path: Path, family: str | None) -> str:
         + (", a quick run" if row["quick"] else "")
         for row in shown
     )
-    lines = _lines(rows)
-    lines += [
-        "",
-        "float32 where nothing else is said, medians and quartiles, each form at its better of 1 and 2 threads; ratios "
-        f"are to eager's median, and stock PyTorch is {'with' if compiled else 'without'} torch.compile; "
-        f"{'; '.join(places)}.",
-    ]
-    return "\n".join(lines)
+    return (
+        "float32 where nothing else is said, medians and quartiles, each form at its better of 1 and 2 threads, stock "
+        f"PyTorch {'with' if compiled else 'without'} torch.compile; {'; '.join(places)}."
+    )
 
 
-def _cases(path: Path) -> dict[tuple[str, str, str, str], dict[str, dict[str, Any]]]:
+def _cases(path: Path) -> Cases:
     """By operation, model, shape and dtype the timed forms of the newest run with that case, of those that were not
     quick if there is one."""
     best: dict[tuple[str, str, str, str], tuple[bool, str]] = {}
@@ -306,6 +335,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods": lambda: methods_table(last_line(RESULTS / "shapes_methods.jsonl")),
     "gpu": lambda: gpu_table(RESULTS),
     **{name: partial(operations_table, RESULTS / "ops_cpu.jsonl", name) for name in FAMILIES},
+    "joint": lambda: joint_table(RESULTS / "ops_cpu.jsonl"),
     "ops": lambda: operations_table(RESULTS / "ops_cpu.jsonl", None),
     "resources": lambda: resources_table(RESOURCES),
 }

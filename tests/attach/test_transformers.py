@@ -375,6 +375,45 @@ def test_contexts_that_move_under_a_mask_of_padding(kind: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4 * size)
 
 
+def test_an_ip_adapter_beside() -> None:
+    """A layer's first attention call is joint; those that follow, to the adapter's image, stay as they are."""
+    case = Case(("flux", "flux", None, {}, {}))
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    width, inner = 32, 32
+    weights = {
+        "image_proj": {"proj.weight": random(4 * width, 8), "proj.bias": random(4 * width)}
+        | {f"norm.{name}": random(width) for name in ("weight", "bias")},
+        "ip_adapter": {
+            f"{layer}.to_{name}_ip.{part}": random(*((inner, width) if part == "weight" else (inner,)))
+            for layer in range(2)
+            for name in "kv"
+            for part in ("weight", "bias")
+        },
+    }
+    without = case.draw()
+    case.model._load_ip_adapter_weights([weights])
+    image = [random(1, 1, 8)]
+    case.options |= {"ip_adapter_image_embeds": image, "negative_ip_adapter_image_embeds": image}
+    plain = case.draw()
+    assert not torch.allclose(plain, without, atol=1e-2)
+
+    def raised(name: str, logits: Tensor, layout: Layout) -> Tensor:
+        logits = logits.clone()
+        logits[:, :, layout.image, [1, 3]] += 2.0
+        return logits.softmax(-1)
+
+    expected = case.draw_by_hand(raised)
+    with ac.control(case.pipe, Raised([1, 3])):
+        found = case.draw()
+    assert float((expected - plain).abs().max()) > 1e-2
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(plain.abs().max()))
+    assert torch.equal(case.draw(), plain)
+
+
 def test_padded_targets() -> None:
     """Prompts with one target and with two, in a batch and each alone."""
     pipe = tiny.pipeline("sd3")

@@ -125,7 +125,7 @@ def snapshot(pipe: Any) -> dict[str, Any]:
     modules = dict(model.named_modules())
     return {
         "processors": {name: id(processor) for name, processor in model.attn_processors.items()},
-        "backends": {name: getattr(p, "_attention_backend", None) for name, p in model.attn_processors.items()},
+        "backends": {name: vars(p).get("_attention_backend", "none") for name, p in model.attn_processors.items()},
         "children": {name: list(module._modules) for name, module in modules.items()},
         "attributes": {name: sorted(module.__dict__) for name, module in modules.items()},
         "hooks": {
