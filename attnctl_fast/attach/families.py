@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -28,8 +28,9 @@ class Family:
     name: how it is told from others. model: the class of its models in diffusers. component: where a pipeline keeps the
     model. layers: its attention layers by name, in order of execution. segments: the parts of its text, as in the
     module of that name. context: what layers are given as the text, from the model's arguments. sample, timestep, text:
-    the model's arguments. positions: the argument that says where each of the image's tokens is, [M,3] of index, row
-    and column; "" where the sample is `[R,C,height,width]`.
+    the model's arguments. positions: the argument that says where the image's tokens are, of each of them its index, row
+    and column, or of every picture how many frames, rows and columns it has; "" where the sample is
+    `[R,C,height,width]`. refused: pipelines with such a model whose pictures lie elsewhere, each with why.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Family:
     timestep: str = "timestep"
     text: str = "encoder_hidden_states"
     positions: str = ""
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def model_of(self, pipe: Any) -> Any:
         """Return the pipeline's model as it was before torch.compile wrapped it."""
@@ -69,15 +71,20 @@ class Family:
             height, width = given[self.sample].shape[-2:]
             return height, width
         ids = given[self.positions]
+        if not isinstance(ids, Tensor):
+            # Of every sample; those behind the first are pictures to look at.
+            first = ids[0][0] if isinstance(ids[0], list) else ids[0]
+            return first[1] * 2, first[2] * 2
         ids = (ids[0] if ids.ndim == 3 else ids).cpu()
         # Tokens of other index are pictures to look at (Kontext). A token holds 2x2 latents.
-        height, width = ((ids[ids[:, 0] == ids[0, 0]].amax(0)[1:] + 1) * 2).int().tolist()
+        height, width = ((ids[ids[:, 0] == ids[0, 0]].amax(0)[1:3] + 1) * 2).int().tolist()
         return height, width
 
     def channels(self, model: Any) -> int:
         """Return how many channels of the model's input are the latents; others are a mask and pictures behind them."""
         into = int(model.config.in_channels)
-        return min(into, int(getattr(model.config, "out_channels", None) or into))
+        cell = int(model.config.patch_size) ** 2 if self.positions else 1
+        return min(into, int(getattr(model.config, "out_channels", None) or into) * cell)
 
 
 @cache
@@ -141,6 +148,15 @@ FAMILIES = (
         segments.chroma_segments,
         positions="img_ids",
     ),
+    Family(
+        "qwen",
+        "QwenImageTransformer2DModel",
+        "transformer",
+        _flux,
+        segments.qwen_segments,
+        positions="img_shapes",
+        refused={"QwenImageLayeredPipeline": "draws several pictures in one sequence, which have no grid in common"},
+    ),
 )
 
 
@@ -159,6 +175,9 @@ def family_of(pipe: Any) -> Family:
     for family in FAMILIES:
         model = models.get(family.component)
         if isinstance(model, getattr(diffusers, family.model)):
+            for refused, why in family.refused.items():
+                if isinstance(pipe, getattr(diffusers, refused, ())):
+                    raise ValueError(f"{name} {why}; use another pipeline of {family.model}")
             if not any(layer.cross for layer in family.layers(model).values()):
                 raise ValueError(
                     f"the {family.component} of {name} has no cross-attention layer; use a text-to-image pipeline"

@@ -292,12 +292,14 @@ class Prompts:
     def special(self) -> list[list[int]]:
         """Return the positions of start-of-text and of the first end-of-text of every encoder, one list per prompt.
 
-        Where the text is unknown (embeddings were given) only the starts are.
+        Where the text is unknown (embeddings were given) only the starts are, and none where padding is before them.
         """
         found: list[list[int]] = [[] for _ in range(self.count)]
         for part, segment in enumerate(self.segments):
             for index, row in enumerate(found):
-                row.extend(range(segment.start, segment.start + segment.opening))
+                if self.rows is not None or segment.padding == "right":
+                    start = segment.start + (0 if self.rows is None else self.rows[part][index].padding)
+                    row.extend(range(start, start + segment.opening))
                 if self.rows is not None and self._aligned and segment.closing:
                     row.append(segment.start + self.rows[part][index].end)
         return found

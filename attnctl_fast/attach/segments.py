@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .tokens import WORD_GOES_ON, WORD_START, Segment
+from .tokens import SPACE_BYTE, WORD_GOES_ON, WORD_START, Segment
 
 
 def _texts(given: Any) -> Sequence[str] | None:
@@ -86,7 +86,7 @@ def _only_t5(pipe: Any, arguments: dict[str, Any], length: int, converted: Calla
 def sana_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
     """Return Gemma's part."""
     tokenizer, instruction = pipe.tokenizer, "\n".join(arguments.get("complex_human_instruction") or [])
-    before = len(tokenizer(instruction).input_ids) - 2 if instruction and tokenizer is not None else 0
+    before = max(0, len(tokenizer(instruction).input_ids) - 2) if instruction and tokenizer is not None else 0
     return [
         Segment(
             "Gemma",
@@ -98,6 +98,8 @@ def sana_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Seg
             closing=0,
             marks=WORD_START,
             instruction=instruction,
+            # The instruction's last token stays: it may have become one with the prompt's first.
+            left_out=(1, 1 + before),
             converted=_cleaned(pipe, arguments),
             encoders=("text_encoder",),
             masked=True,
@@ -131,3 +133,28 @@ def pixart_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[S
 def chroma_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
     """Return T5's part."""
     return _only_t5(pipe, arguments, length, _textual_inversion(pipe, pipe.tokenizer))
+
+
+def qwen_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    """Return Qwen2.5-VL's part: the prompt in a template, whose beginning has no columns."""
+    before, behind = pipe.prompt_template_encode.split("{}")
+    dropped, pictures = pipe.prompt_template_encode_start_idx, arguments.get("image") is not None
+    return [
+        Segment(
+            "Qwen",
+            pipe.tokenizer,
+            _texts(arguments.get("prompt")),
+            0,
+            length,
+            limit=dropped + length,
+            opening=0,
+            closing=0,
+            marks=SPACE_BYTE,
+            # How many tokens a picture before the prompt has is not known here.
+            instruction="" if pictures else before,
+            behind=behind,
+            left_out=(0, dropped),
+            encoders=("text_encoder",),
+            masked=True,
+        )
+    ]

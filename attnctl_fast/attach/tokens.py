@@ -5,11 +5,13 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
 
-# What a tokenizer marks: the end of words (CLIP), their start (sentence pieces: T5, Gemma), or that one goes on (Bert).
-WORD_END, WORD_START, WORD_GOES_ON = "</w>", "▁", "##"
+# What a tokenizer marks: the end of words (CLIP), their start (sentence pieces: T5, Gemma), that one goes on (Bert), or
+# the space before one, among characters that stand for bytes (Qwen, GLM, Mistral).
+WORD_END, WORD_START, WORD_GOES_ON, SPACE_BYTE = "</w>", "▁", "##", "Ġ"
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class Tokens:
 
     Ids, and the strings that the tokenizer has for them, both with special tokens, unpadded. begin: the position of the
     prompt's first own token. end: of what follows its last one, the end-of-text token where the tokenizer adds one.
-    text: the prompt. cut: the ids of the text that the tokenizer cut off.
+    text: the prompt. cut: the ids of the text that the tokenizer cut off. padding: how many of the first ones are
+    padding, where that stands in front.
     """
 
     ids: tuple[int, ...]
@@ -27,6 +30,7 @@ class Tokens:
     begin: int
     end: int
     cut: tuple[int, ...] = ()
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,10 @@ class Segment:
         opening: how many special tokens it puts before a text.
         closing: how many it puts behind.
         marks: how it marks the limits of words.
-        instruction: a text that the pipeline puts before the prompt. Of it, all but the first and the last token are
-            left out of the columns.
+        instruction: a text that the pipeline puts before the prompt.
+        behind: a text that the pipeline puts behind the prompt.
+        left_out: from which token to which one there are no columns.
+        padding: the side of the text that is padded.
         converted: what the pipeline makes of a text before it is tokenised.
         encoders: the pipeline's components that encode it.
         masked: the encoders do not attend to padding.
@@ -62,6 +68,9 @@ class Segment:
     closing: int = 1
     marks: str = WORD_END
     instruction: str = ""
+    behind: str = ""
+    left_out: tuple[int, int] = (0, 0)
+    padding: Literal["right", "left"] = "right"
     converted: Callable[[str], str] = str
     encoders: tuple[str, ...] = ()
     masked: bool = False
@@ -72,28 +81,34 @@ class Segment:
 
         Pipelines that encode long prompts piece by piece give a longer context, and words then stand elsewhere.
         """
-        return bool(self.instruction) or self.length == self.limit
+        return bool(self.instruction) or self.padding == "left" or self.length == self.limit
 
     def tokenise(self, text: str) -> Tokens:
         """Return the tokens of a prompt that have columns."""
-        tokenizer, read = self.tokenizer, self.instruction + self.converted(text)
-        ids = list(tokenizer(read, max_length=self.limit, truncation=True).input_ids)
+        tokenizer, special = self.tokenizer, bool(self.opening or self.closing)
+        read = self.instruction + self.converted(text) + self.behind
+        ids = list(tokenizer(read, max_length=self.limit, truncation=True, add_special_tokens=special).input_ids)
         if self.closing and tokenizer.eos_token_id in ids[1:]:
             ids = ids[: ids.index(tokenizer.eos_token_id, 1) + 1]
+        behind = len(tokenizer(self.behind, add_special_tokens=False).input_ids) if self.behind else 0
         cut: tuple[int, ...] = ()
         if len(ids) == self.limit:
             own = tokenizer(read, add_special_tokens=False, verbose=False).input_ids
-            cut = tuple(own[len(ids) - self.opening - self.closing :])
-        begin = self.opening
+            kept = len(ids) - self.opening - self.closing
+            cut = tuple(own[kept : len(own) - behind])
+            behind = max(0, behind - max(0, len(own) - kept))
+        begin, (first, last) = self.opening, self.left_out
         if self.instruction:
-            before = list(tokenizer(self.instruction).input_ids)
+            before = list(tokenizer(self.instruction, add_special_tokens=special).input_ids)
             # Its last token may have become one with the prompt's first.
             shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(ids, before, strict=False))))
-            left_out = len(before) - 2
-            ids = [*ids[:1], *ids[left_out + 1 :]]
-            begin = max(1, shared - left_out)
+            begin = max(first, shared - (last - first))
+        ids = [*ids[:first], *ids[last:]]
+        padding = max(0, self.length - len(ids)) if self.padding == "left" else 0
+        ids = [tokenizer.pad_token_id] * padding + ids
         strings = tuple(tokenizer.convert_ids_to_tokens(ids))
-        return Tokens(tuple(ids), strings, text, begin, len(ids) - self.closing, cut)
+        end = len(ids) - self.closing - behind
+        return Tokens(tuple(ids), strings, text, min(begin + padding, end), end, cut, padding)
 
     def words(self, tokens: Tokens) -> list[tuple[str, list[int]]]:
         """Return the words of a prompt and their positions, without special tokens."""
@@ -136,17 +151,22 @@ class Segment:
 
     def _spelled(self, strings: Sequence[str]) -> list[tuple[str, list[int]]]:
         """Return the words that strings of tokens spell, and where these are."""
-        bare = [self.bare(string) for string in strings]
+        # Parts of a character differ, although none of them is one.
+        bare = [self.bare(string, "surrogateescape") for string in strings]
         if self.marks != WORD_END:
             # CLIP's are lower case already, and stand for bytes.
             bare = [string.casefold() for string in bare]
         return [("".join(bare[i] for i in word), word) for word in self._grouped(strings)]
 
-    def bare(self, string: str) -> str:
-        """Return a token's string without its mark."""
+    def bare(self, string: str, errors: str = "replace") -> str:
+        """Return a token's string without its mark; errors: what becomes of parts of a character."""
         if self.marks == WORD_END:
             return string.removesuffix(WORD_END)
-        return string.removeprefix(self.marks)
+        string = string.removeprefix(self.marks)
+        alphabet = _bytes()
+        if self.marks != SPACE_BYTE or not alphabet.keys() >= set(string):
+            return string
+        return bytes(alphabet[character] for character in string).decode("utf-8", errors)
 
     def _grouped(self, strings: Sequence[str]) -> list[list[int]]:
         """Return which of a text's tokens make up each word."""
@@ -162,7 +182,7 @@ class Segment:
             elif self.marks == WORD_GOES_ON:
                 inside = string.startswith(WORD_GOES_ON)
             else:
-                inside = not string.startswith(WORD_START) and _one_word(self.bare(before), string)
+                inside = not string.startswith(self.marks) and _one_word(self.bare(before), self.bare(string))
             if words and (further or inside):
                 words[-1].append(i)
             else:
@@ -172,9 +192,11 @@ class Segment:
     def shown(self, tokens: Tokens) -> str:
         """Return the tokens with their positions; those that are no text by themselves (Chinese, emoji) as a word."""
         tokenizer = self.tokenizer
-        words = [[i] for i in range(tokens.begin)] + [positions for _, positions in self.words(tokens)]
+        # Not the pipeline's own words around the prompt.
+        first, last = (tokens.begin, tokens.end) if self.behind else (tokens.padding, len(tokens.ids))
+        words = [[i] for i in range(first, tokens.begin)] + [positions for _, positions in self.words(tokens)]
         shown = []
-        for positions in words + [[i] for i in range(tokens.end, len(tokens.ids))]:
+        for positions in words + [[i] for i in range(tokens.end, last)]:
             each = [self.bare(tokenizer.decode([tokens.ids[i]]).strip()) or tokens.strings[i] for i in positions]
             if any("\ufffd" in text for text in each):
                 word = tokenizer.decode([tokens.ids[i] for i in positions]).strip()
@@ -184,9 +206,17 @@ class Segment:
         return ", ".join(shown)
 
 
+@cache
+def _bytes() -> dict[str, int]:
+    """Return the byte that each character stands for in a byte-level vocabulary."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
 def _one_word(before: str, after: str) -> bool:
     """Return whether a sentence piece goes on with the word of the one before: of letters, in a script with spaces."""
-    if not before:
+    if not before or not after:
         return True
     edges = before[-1], after[0]
     wide = any(unicodedata.east_asian_width(edge) in "FW" for edge in edges)
