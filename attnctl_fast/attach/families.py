@@ -28,9 +28,8 @@ class Family:
     name: how it is told from others. model: the class of its models in diffusers. component: where a pipeline keeps the
     model. layers: its attention layers by name, in order of execution. segments: the parts of its text, as in the
     module of that name. context: what layers are given as the text, from the model's arguments. sample, timestep, text:
-    the model's arguments. positions: the argument that says where the image's tokens are, of each of them its index, row
-    and column, or of every picture how many frames, rows and columns it has; "" where the sample is
-    `[R,C,height,width]`. refused: pipelines with such a model whose pictures lie elsewhere, each with why.
+    the model's arguments. positions: the argument that says where the image's tokens are: the index, row and column of
+    each, or how many frames, rows and columns every picture has; "" where the sample is `[R,C,height,width]`. refused: pipelines with such a model whose pictures lie elsewhere, each with why.
     """
 
     name: str

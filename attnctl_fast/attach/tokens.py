@@ -151,12 +151,15 @@ class Segment:
 
     def _spelled(self, strings: Sequence[str]) -> list[tuple[str, list[int]]]:
         """Return the words that strings of tokens spell, and where these are."""
-        # Parts of a character differ, although none of them is one.
-        bare = [self.bare(string, "surrogateescape") for string in strings]
-        if self.marks != WORD_END:
-            # CLIP's are lower case already, and stand for bytes.
-            bare = [string.casefold() for string in bare]
-        return [("".join(bare[i] for i in word), word) for word in self._grouped(strings)]
+        return [(self._spell([strings[i] for i in word]), word) for word in self._grouped(strings)]
+
+    def _spell(self, strings: Sequence[str]) -> str:
+        if self.marks == SPACE_BYTE:
+            # Parts of a character differ, although none of them is one.
+            return self.bare("".join(strings), "surrogateescape").casefold()
+        spelled = "".join(map(self.bare, strings))
+        # CLIP's are lower case already, and stand for bytes.
+        return spelled if self.marks == WORD_END else spelled.casefold()
 
     def bare(self, string: str, errors: str = "replace") -> str:
         """Return a token's string without its mark; errors: what becomes of parts of a character."""
@@ -181,8 +184,14 @@ class Segment:
                 inside = marked and not before.endswith(WORD_END) and before not in learned
             elif self.marks == WORD_GOES_ON:
                 inside = string.startswith(WORD_GOES_ON)
+            elif self.marks == SPACE_BYTE:
+                # A character has up to four bytes, which may be as many tokens.
+                word = "".join(strings[j] for j in words[-1]) if words else ""
+                goes_on = _one_word(self.bare(word), self.bare("".join(strings[i : i + 4])))
+                within = _bytes().get(string[0], 0) & 0xC0 == 0x80
+                inside = within or (goes_on and not string.startswith(SPACE_BYTE))
             else:
-                inside = not string.startswith(self.marks) and _one_word(self.bare(before), self.bare(string))
+                inside = not string.startswith(WORD_START) and _one_word(self.bare(before), string)
             if words and (further or inside):
                 words[-1].append(i)
             else:

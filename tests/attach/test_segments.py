@@ -1,4 +1,5 @@
-"""Words in the text of several encoders: where SD 3, FLUX.1, Chroma, PixArt, Sana and HunyuanDiT have them."""
+"""Words in the text of several encoders: where SD 3, FLUX.1, Chroma, PixArt, Sana, HunyuanDiT and Qwen-Image have
+them."""
 
 from __future__ import annotations
 
@@ -45,12 +46,12 @@ class Echo(torch.nn.Module):
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
-        self.width = getattr(encoder.config, "d_model", None) or encoder.config.hidden_size
+        self.width = getattr(encoder.config, "d_model", None) or encoder.config.get_text_config().hidden_size
         self.projects = hasattr(encoder, "text_projection")
         self.dtype, self.device = torch.float32, torch.device("cpu")
 
-    def forward(self, ids: torch.Tensor, **options: Any) -> Output:
-        features = ids[..., None].float().expand(-1, -1, self.width)
+    def forward(self, input_ids: torch.Tensor, **options: Any) -> Output:
+        features = input_ids[..., None].float().expand(-1, -1, self.width)
         pooled = features[:, 0]
         output = Output((pooled if self.projects else features,))
         output.hidden_states, output.pooler_output = [features] * 3, pooled
@@ -77,6 +78,11 @@ def encoded(kind: str, pipe: Any, text: str) -> torch.Tensor:
     return torch.cat([part[0, :, 0] for part in parts])
 
 
+def padding(segment: Any) -> set[int]:
+    # Qwen's embeddings are padded, not its tokens.
+    return {0} if segment.name == "Qwen" else {segment.tokenizer.pad_token_id}
+
+
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("text", [PROMPT, "bag", "", " ".join(["A black BAG, an octopus"] * 12)])
 def test_columns_are_those_of_the_pipeline(kind: str, text: str) -> None:
@@ -88,7 +94,7 @@ def test_columns_are_those_of_the_pipeline(kind: str, text: str) -> None:
         ids = columns[segment.start : segment.start + segment.length].int().tolist()
         assert len(tokens.ids) <= len(ids) == segment.length
         assert tuple(ids[: len(tokens.ids)]) == tokens.ids
-        assert set(ids[len(tokens.ids) :]) <= {segment.tokenizer.pad_token_id}
+        assert set(ids[len(tokens.ids) :]) <= padding(segment)
 
 
 PLACES: dict[str, dict[str, list[int]]] = {
@@ -102,7 +108,7 @@ PLACES: dict[str, dict[str, list[int]]] = {
     "hunyuan": {"bag": [13, 89], "octopus": [5, 6, 81, 82], "apple": [16, 92], "bag, an": [13, 14, 15, 89, 90, 91]},
 }
 PLACES |= {"pixart_alpha": PLACES["pixart"], "pixart_sigma": PLACES["pixart"]}
-PLACES |= {"flux": PLACES["pixart"], "chroma": PLACES["pixart"]}
+PLACES |= {"flux": PLACES["pixart"], "chroma": PLACES["pixart"], "qwen": PLACES["pixart"]}
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -189,6 +195,8 @@ ERRORS = {
         ("sana", "dog " * 30 + "apple", "apple"),
         "cut off: the tokenizer keeps 24 tokens",
     ),
+    "of the template": (("qwen", "a bag", "user"), "whose tokens are 0 'a', 1 'bag'; use words"),
+    "cut off in a template": (("qwen", "dog " * 30 + "apple", "apple"), "cut off: the tokenizer keeps 24 tokens"),
     "of the instruction": (("sana", "a bag", "ball"), "whose tokens are 0 '<bos>', 1 'a', 2 'bag'; use words"),
 }
 
@@ -217,6 +225,7 @@ SPECIAL = {
     "sd3": [0, 3, 18],
     "flux": [2],
     "chroma": [2],
+    "qwen": [],
 }
 OWN = {"sana": [[1, 2]], "sd3": [[1, 2], [16, 17]], "hunyuan": [[1, 2], [77, 78]]}
 
@@ -253,6 +262,33 @@ def test_an_instruction_whose_last_token_stays() -> None:
     assert known.positions(["bag"]) == [[3]]
     assert known.content() == [[[2, 3]]] and known.special() == [[0]]
     assert prompts("sana", "a bag", complex_human_instruction=None).positions(["bag"]) == [[2]]
+
+
+def test_a_template_that_is_left_out_in_part() -> None:
+    """Pipelines leave a number of tokens out, whatever the tokenizer made of the template."""
+    pipe = tiny.pipeline("qwen")
+    whole = pipe.prompt_template_encode_start_idx
+    pipe.prompt_template_encode_start_idx = whole - 3
+    known = prompts("qwen", "a bag", pipe=pipe, length=10)
+    assert known.strings([[0, 3, 4, 5]]) == [["e", "a", "bag", "<|im_end|>"]]
+    assert known.positions(["bag"]) == [[4]] and known.content() == [[[3, 4]]]
+    # The prompt's end is gone, and some of what stands behind it.
+    assert prompts("qwen", "a bag", length=4).content() == [[[0, 1]]]
+    assert prompts("qwen", "a photo of a bag", length=3).content() == [[[0, 1, 2]]]
+
+
+def test_words_of_bytes() -> None:
+    """Letters of other scripts are bytes, some of which are parts of one."""
+    known = prompts("qwen", 'Ein Äpfel, für 苹果 of 苹 "bag"\nballs', length=60)
+    words = known.words()
+    assert words is not None
+    assert {"Ein", "Äpfel", "für", "苹", "果", "bag", "balls"} <= set(words[0])
+    assert known.positions(["äpfel"]) == [words[0]["Äpfel"]]
+    assert [len(place) for place in known.occurrences("苹果", 0, "targets")] == [7]
+    assert len(known.occurrences("苹", 0, "targets")) == 2
+    with pytest.raises(ValueError, match="which is not in the prompt"):
+        known.positions(["果苹"])
+    "".join(known.strings([list(range(40))])[0]).encode()  # type: ignore[index]
 
 
 def test_captions_are_cleaned_as_the_pipeline_does() -> None:

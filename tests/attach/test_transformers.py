@@ -22,7 +22,7 @@ from attnctl_fast.methods.attention_regulation import initial_theta
 from tests.support import tiny_transformers as tiny
 from tests.support.recomputed import Layout, attending_by_hand, layout_of
 
-JOINT = ("sd3", "flux", "chroma")
+JOINT = ("sd3", *tiny.PACKED)
 # Kinds whose calls have unconditional and conditional rows in one batch; the others evaluate them one after the other.
 STACKED = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3")
 TEXT = {
@@ -33,6 +33,9 @@ TEXT = {
     "sd3": 16 + 24,
     "flux": 24,
     "chroma": 24,
+    # Without padding: 8 tokens, and 5 of the template behind them.
+    "qwen": 8 + 5,
+    "qwen, two prompts": 5 + 5,
 }
 # (name, kind, class, options of the pipeline, options of its call)
 VARIANTS: list[tuple[str, str, str | None, dict[str, Any], dict[str, Any]]] = [
@@ -50,8 +53,14 @@ VARIANTS: list[tuple[str, str, str | None, dict[str, Any], dict[str, Any]]] = [
     ("flux fill", "flux", "FluxFillPipeline", {}, {}),
     ("flux ControlNet", "flux", "FluxControlNetPipeline", {}, {}),
     ("chroma image to image", "chroma", "ChromaImg2ImgPipeline", {}, {}),
+    ("qwen true guidance", "qwen", None, {}, {"true_cfg_scale": 3.0, "negative_prompt": "a dog"}),
+    ("qwen image to image", "qwen", "QwenImageImg2ImgPipeline", {}, {}),
+    ("qwen inpainting", "qwen", "QwenImageInpaintPipeline", {}, {}),
+    ("qwen ControlNet", "qwen", "QwenImageControlNetPipeline", {}, {}),
     ("two prompts", "sd3", None, {}, {"prompt": ["a dog", "a photo of a bag"], "num_images_per_prompt": 2}),
     ("flux, two prompts", "flux", None, {}, {"prompt": ["a dog", "a photo of a bag"], "num_images_per_prompt": 2}),
+    ("qwen, two prompts", "qwen", None, {}, {"prompt": ["a dog", "a photo of a bag"], "num_images_per_prompt": 2}),
+    ("qwen, not square", "qwen", None, {}, {"size": (24, 16)}),
     ("sd3, not square", "sd3", None, {}, {"size": (16, 24)}),
     ("flux, not square", "flux", None, {}, {"size": (24, 16)}),
     ("pixart, not square", "pixart_sigma", None, {}, {"size": (16, 24)}),
@@ -63,7 +72,7 @@ class Case:
     """A variant's pipeline, and where the text and the image are in its layers."""
 
     def __init__(self, variant: tuple[str, str, str | None, dict[str, Any], dict[str, Any]]) -> None:
-        _, self.kind, cls, options, self.options = variant
+        name, self.kind, cls, options, self.options = variant
         self.pipe = tiny.pipeline(self.kind, cls, **options)
         height, width = self.options.get("size", (tiny.SIDE, tiny.SIDE))
         patch = 1 if self.kind == "sana" else 2
@@ -72,7 +81,9 @@ class Case:
         images = self.options.get("num_images_per_prompt", 1)
         self.samples = (1 if isinstance(prompts, str) else len(prompts)) * images
         self.guided = self.kind in STACKED and self.options.get("guidance_scale", 2.0) > 1
-        self.layout = layout_of(self.kind, self.samples, TEXT[self.kind], self.grid[0] * self.grid[1], self.guided)
+        self.layout = layout_of(
+            self.kind, self.samples, TEXT.get(name, TEXT[self.kind]), self.grid[0] * self.grid[1], self.guided
+        )
         # Of two evaluations a step the first is the prompt's.
         self.turns = 2 if self.kind == "chroma" or "true_cfg_scale" in self.options else 1
 
@@ -197,7 +208,7 @@ def guided_by_hand(case: Case, size: float) -> Tensor:
     """A picture whose latents take a step down the gradient of `peaks` before each evaluation of the prompt."""
     model, layout, latents = case.model, case.layout, {}
     names = [name for name in case.layers if not name.startswith("single")]
-    packed = case.kind in ("flux", "chroma")
+    packed = case.kind in tiny.PACKED
     forward, step = model.forward, case.pipe.scheduler.step
     parameters = list(inspect.signature(forward).parameters)
     count = 0
@@ -272,13 +283,13 @@ def test_regulation_of_joint_attention(kind: str) -> None:
     """The inner loop on statistics taken from the whole matrix of logits; start and end of text put back."""
     case = Case((kind, kind, None, {}, {"num_inference_steps": 1}))
     method = ac.AttentionRegulation(["bag", "apple"], steps=2, edit_steps=1.0)
-    words = {"sd3": [5, 16 + 4, 8, 16 + 7], "flux": [4, 7], "chroma": [4, 7]}[kind]
-    special = {"sd3": [0, 9, 16 + 8], "flux": [8], "chroma": [8]}[kind]
+    words = {"sd3": [5, 16 + 4, 8, 16 + 7], "flux": [4, 7], "chroma": [4, 7], "qwen": [4, 7]}[kind]
+    special: list[int] = {"sd3": [0, 9, 16 + 8], "flux": [8], "chroma": [8], "qwen": []}[kind]
     chosen = middle_third(
         {name: layer for name, layer in family_of(case.pipe).layers(case.model).items() if layer.cross}
     )
     start = case.layout.text.start
-    targets, pinned = (torch.tensor(ids) + start for ids in (words, special))
+    targets, pinned = (torch.tensor(ids, dtype=torch.int64) + start for ids in (words, special))
 
     def edit(name: str, logits: Tensor, layout: Layout) -> Tensor:
         if name not in chosen:

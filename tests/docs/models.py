@@ -132,9 +132,13 @@ TRANSFORMERS: list[tuple[str, str, str]] = [
     ("FLUX.1 with ControlNet", "FluxControlNetPipeline", "flux"),
     ("Chroma", "ChromaPipeline", "chroma"),
     ("Chroma image to image", "ChromaImg2ImgPipeline", "chroma"),
+    ("Qwen-Image", "QwenImagePipeline", "qwen"),
+    ("Qwen-Image image to image", "QwenImageImg2ImgPipeline", "qwen"),
+    ("Qwen-Image inpainting", "QwenImageInpaintPipeline", "qwen"),
+    ("Qwen-Image with ControlNet", "QwenImageControlNetPipeline", "qwen"),
 ]
 # A row for all models that nobody knows: nothing is built, the class of its transformer is enough to be refused.
-UNKNOWN = ("Qwen-Image, as all others", "QwenImagePipeline", "QwenImageTransformer2DModel")
+UNKNOWN = ("Z-Image, as all others", "ZImagePipeline", "ZImageTransformer2DModel")
 
 
 def with_lora(pipe: Any) -> None:

@@ -42,7 +42,7 @@ def layout_of(kind: str, samples: int, text: int, image: int, guided: bool) -> L
     rows = slice(samples, 2 * samples) if guided else slice(0, samples)
     if kind == "sd3":
         return Layout(rows, slice(0, image), slice(image, image + text))
-    if kind in ("flux", "chroma"):
+    if kind in ("flux", "chroma", "qwen"):
         return Layout(rows, slice(text, text + image), slice(0, text))
     return Layout(rows, slice(0, image), slice(0, text))
 

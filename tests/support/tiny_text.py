@@ -1,5 +1,5 @@
-"""Tiny tokenizers and text encoders with random weights that pipelines of transformers have besides CLIP's: T5, Gemma
-and Bert."""
+"""Tiny tokenizers and text encoders with random weights that pipelines of transformers have besides CLIP's: T5, Gemma,
+Bert and Qwen2.5-VL."""
 
 from __future__ import annotations
 
@@ -90,6 +90,50 @@ def gemma_encoder(tokens: Any, width: int = 16) -> Any:
         pad_token_id=tokens.pad_token_id,
     )
     return Gemma2Model(config).eval()
+
+
+@cache
+def _byte_files() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        _merge([*word], (word,), merges)
+    for word, pieces in PIECES.items():
+        _merge([*word], pieces, merges)
+    # As Gemma's, with the space's byte in place of the mark.
+    merges += [("Ġ", word) for word in (*WORDS, *(pieces[0] for pieces in PIECES.values())) if word != ","]
+    tokens = [*sorted(ByteLevel.alphabet()), *dict.fromkeys(a + b for a, b in merges)]
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def qwen_tokenizer() -> Any:
+    """Byte-pair encoding of bytes, with the space before a word as its first byte: neither start nor end of text."""
+    from transformers import Qwen2Tokenizer
+
+    vocab, merges = _byte_files()
+    tokens = Qwen2Tokenizer(vocab=dict(vocab), merges=list(merges), model_max_length=512)
+    tokens.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "assistant"]})
+    return tokens
+
+
+def qwen_encoder(tokens: Any, width: int = 16) -> Any:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    pad = tokens.pad_token_id
+    text = {
+        "vocab_size": len(tokens),
+        "hidden_size": width,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), pad),
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"fullatt_block_indexes": [0]})
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
 def bert_tokenizer() -> Any:

@@ -1,5 +1,5 @@
-"""Tiny diffusers pipelines on transformers, with random weights: PixArt, Sana, HunyuanDiT, SD 3, FLUX.1 and Chroma, a
-fraction of a second each on a CPU.
+"""Tiny diffusers pipelines on transformers, with random weights: PixArt, Sana, HunyuanDiT, SD 3, FLUX.1, Chroma and
+Qwen-Image, a fraction of a second each on a CPU.
 
 Their latents are 16x16 by default, and have other shapes with `size`; their images have 8x8 tokens, and Sana's 16x16.
 """
@@ -15,7 +15,9 @@ import torch
 
 from tests.support import tiny, tiny_text
 
-KINDS = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3", "flux", "chroma")
+KINDS = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3", "flux", "chroma", "qwen")
+# Kinds whose latents are packed, 2x2 of them in a token.
+PACKED = ("flux", "chroma", "qwen")
 PROMPT = "a photo of a bag and an apple"
 SIDE = 16  # of the latents
 T5_LENGTH = 24  # of the T5 text, where a call may say it
@@ -27,6 +29,7 @@ CLASSES = {
     "sd3": "StableDiffusion3Pipeline",
     "flux": "FluxPipeline",
     "chroma": "ChromaPipeline",
+    "qwen": "QwenImagePipeline",
 }
 JOINT = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 32}
 ROTARY = (4, 6, 6)
@@ -241,6 +244,30 @@ def _chroma(cls: str) -> dict[str, Any]:
     return parts | {"transformer": _sharpened(model)}
 
 
+def _qwen(cls: str) -> dict[str, Any]:
+    from diffusers import AutoencoderKLQwenImage, QwenImageControlNetModel, QwenImageTransformer2DModel
+
+    tokens = tiny_text.qwen_tokenizer()
+    vae = AutoencoderKLQwenImage(base_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False])
+    config: dict[str, Any] = {**JOINT, "joint_attention_dim": 16, "axes_dims_rope": ROTARY}
+    parts = {
+        "vae": vae.eval(),
+        "tokenizer": tokens,
+        "text_encoder": tiny_text.qwen_encoder(tokens),
+        "transformer": _sharpened(QwenImageTransformer2DModel(**config, num_layers=3)),
+        "scheduler": _flow(shift=3.0, use_dynamic_shifting=True),
+    }
+    if "ControlNet" in cls:
+        parts["controlnet"] = _sharpened(QwenImageControlNetModel(**config, num_layers=2))
+    return parts
+
+
+def _with_template(pipe: Any) -> None:
+    """Have the text begin with the prompt, as it does with Qwen's own tokenizer."""
+    before, _ = pipe.prompt_template_encode.split("{}")
+    pipe.prompt_template_encode_start_idx = len(pipe.tokenizer(before).input_ids)
+
+
 BUILD: dict[str, Callable[..., dict[str, Any]]] = {
     "pixart_alpha": lambda cls: _pixart(cls, alpha=True),
     "pixart_sigma": lambda cls: _pixart(cls, alpha=False),
@@ -249,6 +276,7 @@ BUILD: dict[str, Callable[..., dict[str, Any]]] = {
     "sd3": _sd3,
     "flux": _flux,
     "chroma": _chroma,
+    "qwen": _qwen,
 }
 
 
@@ -269,11 +297,13 @@ def pipeline(
         built = BUILD[kind](name, **options)
         pipe = getattr(diffusers, name)(**(built | (parts or {})))
     pipe.set_progress_bar_config(disable=True)
+    if kind == "qwen":
+        _with_template(pipe)
     return pipe
 
 
 def latent_channels(kind: str) -> int:
-    return 16 if kind in ("sd3", "flux", "chroma") else 4
+    return 16 if kind in ("sd3", *PACKED) else 4
 
 
 def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -310,7 +340,7 @@ def arguments(kind: str, pipe: Any, size: tuple[int, int] = (SIDE, SIDE), **opti
 
 
 def call(kind: str, pipe: Any, **options: Any) -> torch.Tensor:
-    """The final latents: of FLUX and Chroma packed, `[B, cells, channels]`. `size`: (height, width) of the latents."""
+    """The final latents: of some kinds packed, `[B, cells, channels]`. `size`: (height, width) of the latents."""
     return pipe(**arguments(kind, pipe, **options)).images
 
 
