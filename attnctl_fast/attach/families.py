@@ -29,7 +29,8 @@ class Family:
     model. layers: its attention layers by name, in order of execution. segments: the parts of its text, as in the
     module of that name. context: what layers are given as the text, from the model's arguments. sample, timestep, text:
     the model's arguments. positions: the argument that says where the image's tokens are: the index, row and column of
-    each, or how many frames, rows and columns every picture has; "" where the sample is `[R,C,height,width]`. refused: pipelines with such a model whose pictures lie elsewhere, each with why.
+    each, or how many frames, rows and columns every picture has; "" where the sample is `[R,C,height,width]`. refused:
+    pipelines with such a model whose pictures lie elsewhere, each with why.
     """
 
     name: str

@@ -38,6 +38,12 @@ def _t5(tokenizer: Any, texts: Any, start: int, length: int, **more: Any) -> Seg
     return Segment("T5", tokenizer, _texts(texts), start, length, limit=length, opening=0, marks=WORD_START, **more)
 
 
+def _byte_level(name: str, tokenizer: Any, texts: Any, length: int, limit: int, **more: Any) -> Segment:
+    """Return the whole text of a language model, in a template or between special tokens of the tokenizer's own."""
+    given = {"opening": 0, "closing": 0, "marks": SPACE_BYTE, "encoders": ("text_encoder",), **more}
+    return Segment(name, tokenizer, _texts(texts), 0, length, limit, **given)
+
+
 def unet_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
     """Return CLIP's part, which two encoders may share."""
     tokenizer = getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)
@@ -137,24 +143,12 @@ def chroma_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[S
 
 def qwen_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
     """Return Qwen2.5-VL's part: the prompt in a template, whose beginning has no columns."""
-    before, behind = pipe.prompt_template_encode.split("{}")
-    dropped, pictures = pipe.prompt_template_encode_start_idx, arguments.get("image") is not None
-    return [
-        Segment(
-            "Qwen",
-            pipe.tokenizer,
-            _texts(arguments.get("prompt")),
-            0,
-            length,
-            limit=dropped + length,
-            opening=0,
-            closing=0,
-            marks=SPACE_BYTE,
-            # How many tokens a picture before the prompt has is not known here.
-            instruction="" if pictures else before,
-            behind=behind,
-            left_out=(0, dropped),
-            encoders=("text_encoder",),
-            masked=True,
-        )
-    ]
+    texts, (before, behind) = _texts(arguments.get("prompt")), pipe.prompt_template_encode.split("{}")
+    dropped, more = pipe.prompt_template_encode_start_idx, {"behind": behind, "masked": True}
+    if arguments.get("image") is not None:
+        # How many tokens the pictures before a prompt have is not known here; but the text ends with it.
+        whole = length < arguments.get("max_sequence_length", 1024)
+        alone = texts if texts is not None and len(texts) == 1 and whole else None
+        return [_byte_level("Qwen", pipe.tokenizer, alone, length, length, padding="left", **more)]
+    more |= {"instruction": before, "left_out": (0, dropped)}
+    return [_byte_level("Qwen", pipe.tokenizer, texts, length, dropped + length, **more)]
