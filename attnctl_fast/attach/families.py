@@ -122,6 +122,12 @@ def _patched(model: Any, **options: Any) -> dict[str, Layer]:
 _cross = partial(_patched, cross=("attn2",))
 _flux = partial(transformer_layers, factor=2, cross=("attn",), text="first")
 _masked_flux = partial(_flux, outer_mask=True)
+
+
+def _auraflow(model: Any) -> dict[str, Layer]:
+    return _patched(model, cross=("attn",), text="first", before=model.register_tokens.shape[1])
+
+
 _sd3 = partial(_patched, cross=("attn",), text="last")
 UNET = Family(
     "unet",
@@ -148,6 +154,7 @@ FAMILIES = (
         segments.chroma_segments,
         positions="img_ids",
     ),
+    Family("auraflow", "AuraFlowTransformer2DModel", "transformer", _auraflow, segments.auraflow_segments),
     Family(
         "qwen",
         "QwenImageTransformer2DModel",

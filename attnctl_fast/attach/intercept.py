@@ -180,8 +180,8 @@ class Place:
         self, acts: Acts, rows: Rows, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
     ) -> Tensor:
         """Return joint attention whose image rows are what methods make of them; all other rows are the model's own."""
-        text, image = self.tokens
-        start = text if self.layer.text == "first" else 0
+        (text, image), before = self.tokens, self.layer.before
+        start = before + text if self.layer.text == "first" else 0
         stop, of_image = start + image, mask
         if mask is not None and self.layer.outer_mask:
             # Image tokens are never masked, so the mask of each of their rows is that of the keys.
@@ -195,7 +195,7 @@ class Place:
             scale,
             rows,
             module=self.layer.module,
-            text=(0 if start else image, text),
+            text=(before if start else image, text),
             sequence=(query, start) if mask is None else None,
         )
         _act(acts, attention)
@@ -205,14 +205,14 @@ class Place:
         if every is not None and attention.unchanged:
             return every
         if every is None:
-            others = [part for part in (query[:, :, :start], query[:, :, stop:]) if part.shape[2]]
+            queries = [part for part in (query[:, :, :start], query[:, :, stop:]) if part.shape[2]]
             if mask is not None and mask.shape[-2] > 1:
                 mask = torch.cat([mask[..., :start, :], mask[..., stop:, :]], -2)
-            own = _real(torch.cat(others, 2) if len(others) > 1 else others[0], key, value, attn_mask=mask, scale=scale)
-            before, after = own[:, :, :start], own[:, :, start:]
+            own = _real(torch.cat(queries, 2) if len(queries) > 1 else queries[0], key, value, attn_mask=mask, scale=scale)
+            others = own[:, :, :start], own[:, :, start:]
         else:
-            before, after = every[:, :, :start], every[:, :, stop:]
-        return torch.cat([before, attention.out.to(query.dtype), after], 2)
+            others = every[:, :, :start], every[:, :, stop:]
+        return torch.cat([others[0], attention.out.to(query.dtype), others[1]], 2)
 
     def missed(self) -> RuntimeError:
         return RuntimeError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 
@@ -56,7 +56,8 @@ class Layer:
     name: as in `named_modules()`. block: its block, such as `down_blocks.2`. factor: how many latents lie along a side
     of one of its image tokens. cross: whether it attends to the text, not to the image alone. text: where the text
     stands in the one sequence of joint attention, "first" or "last"; "" where the text is apart. outer_mask: the mask
-    of its attention is the outer product of one of its tokens.
+    of its attention is the outer product of one of its tokens. before: how many tokens of the model's own stand before
+    a text that is first.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Layer:
     cross: bool = True
     text: Literal["", "first", "last"] = ""
     outer_mask: bool = False
+    before: int = 0
 
     def grid(self, latents: tuple[int, int]) -> tuple[int, int]:
         """Return (height, width) of the layer for latents of that (height, width).
@@ -112,6 +114,7 @@ def transformer_layers(
     cross: tuple[str, ...],
     text: Literal["", "first", "last"] = "",
     outer_mask: bool = False,
+    before: int = 0,
 ) -> dict[str, Layer]:
     """Return the attention layers of a transformer's blocks by name, in order of execution.
 
@@ -123,6 +126,7 @@ def transformer_layers(
         cross: the names, within a block, of those that attend to the text.
         text: as in `Layer`, of those.
         outer_mask: as in `Layer`, of those.
+        before: as in `Layer`, of those.
     """
     found = {}
     for name, module in model.named_modules():
@@ -132,10 +136,8 @@ def transformer_layers(
             continue
         if "Linear" in type(module.processor).__name__:
             continue
-        with_text = own in cross
-        found[name] = Layer(
-            name, f"{stack}.{index}", factor, module, with_text, text if with_text else "", outer_mask and with_text
-        )
+        layer = Layer(name, f"{stack}.{index}", factor, module, own in cross)
+        found[name] = replace(layer, text=text, outer_mask=outer_mask, before=before) if layer.cross else layer
     return found
 
 

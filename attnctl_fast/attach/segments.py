@@ -10,7 +10,8 @@ Every function here returns the parts of the text that have words, in order, of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from .tokens import SPACE_BYTE, WORD_GOES_ON, WORD_START, Segment
 
@@ -87,6 +88,26 @@ def _only_t5(pipe: Any, arguments: dict[str, Any], length: int, converted: Calla
     text = arguments.get("prompt")
     encoders = ("text_encoder",)
     return [_t5(pipe.tokenizer, text, 0, length, converted=converted, encoders=encoders, masked=True)]
+
+
+def auraflow_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    """Return T5's part, by the tokenizer of its own that Pile-T5 has."""
+    (segment,) = _only_t5(pipe, arguments, length, str)
+    opening, closing = _ends(pipe.tokenizer)
+    return [replace(segment, opening=opening, closing=closing, padding=_side(pipe.tokenizer))]
+
+
+def _ends(tokenizer: Any) -> tuple[int, int]:
+    """Return how many special tokens a tokenizer puts before and behind a text."""
+    if tokenizer is None:
+        return 0, 0
+    whole, own = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    before = next(at for at in range(len(whole)) if whole[at : at + len(own)] == own)
+    return before, len(whole) - before - len(own)
+
+
+def _side(tokenizer: Any) -> Literal["right", "left"]:
+    return "left" if getattr(tokenizer, "padding_side", "right") == "left" else "right"
 
 
 def sana_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:

@@ -205,7 +205,10 @@ class _Modulating(Run):
         text = self._columns_here
         if not layer.text:
             return text
-        return torch.cat([text, regions] if layer.text == "first" else [regions, text], 1)
+        if layer.text == "last":
+            return torch.cat([regions, text], 1)
+        # The model's own tokens belong to no region.
+        return torch.cat([F.pad(text, (layer.before, 0)), regions], 1)
 
     def edit(self, site: Site, attention: Attention) -> Edited:
         # Of perturbed attention guidance's self-attention the plain rows alone, which come first.

@@ -109,6 +109,7 @@ PLACES: dict[str, dict[str, list[int]]] = {
 }
 PLACES |= {"pixart_alpha": PLACES["pixart"], "pixart_sigma": PLACES["pixart"]}
 PLACES |= {"flux": PLACES["pixart"], "chroma": PLACES["pixart"], "qwen": PLACES["pixart"]}
+PLACES |= {"auraflow": PLACES["pixart"]}
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -226,6 +227,7 @@ SPECIAL = {
     "flux": [2],
     "chroma": [2],
     "qwen": [],
+    "auraflow": [2],
 }
 OWN = {"sana": [[1, 2]], "sd3": [[1, 2], [16, 17]], "hunyuan": [[1, 2], [77, 78]]}
 

@@ -13,7 +13,7 @@ from tests.attach.test_segments import prompts
 from tests.support import tiny_transformers as tiny
 
 PROMPTS = ("a red bag and a blue octopus", "cat", "A (dog) and two ball")
-KINDS = ("pixart_alpha", "pixart_sigma", "chroma", "flux", "hunyuan", "sd3")
+KINDS = ("pixart_alpha", "pixart_sigma", "chroma", "flux", "hunyuan", "sd3", "auraflow")
 UNMASKED = ("flux", "sd3")
 
 

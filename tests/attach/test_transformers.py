@@ -22,9 +22,9 @@ from attnctl_fast.methods.attention_regulation import initial_theta
 from tests.support import tiny_transformers as tiny
 from tests.support.recomputed import Layout, attending_by_hand, layout_of
 
-JOINT = ("sd3", *tiny.PACKED)
+JOINT = ("sd3", *tiny.PACKED, "auraflow")
 # Kinds whose calls have unconditional and conditional rows in one batch; the others evaluate them one after the other.
-STACKED = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3")
+STACKED = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3", "auraflow")
 TEXT = {
     "pixart_alpha": 24,
     "pixart_sigma": 24,
@@ -33,6 +33,7 @@ TEXT = {
     "sd3": 16 + 24,
     "flux": 24,
     "chroma": 24,
+    "auraflow": 24,
     # Without padding: 8 tokens, and 5 of the template behind them.
     "qwen": 8 + 5,
     "qwen, two prompts": 5 + 5,
@@ -60,6 +61,7 @@ VARIANTS: list[tuple[str, str, str | None, dict[str, Any], dict[str, Any]]] = [
     ("two prompts", "sd3", None, {}, {"prompt": ["a dog", "a photo of a bag"], "num_images_per_prompt": 2}),
     ("flux, two prompts", "flux", None, {}, {"prompt": ["a dog", "a photo of a bag"], "num_images_per_prompt": 2}),
     ("qwen, two prompts", "qwen", None, {}, {"prompt": ["a dog", "a photo of a bag"], "num_images_per_prompt": 2}),
+    ("auraflow, two prompts", "auraflow", None, {}, {"prompt": ["a dog", "a photo of a bag"]}),
     ("qwen, not square", "qwen", None, {}, {"size": (24, 16)}),
     ("sd3, not square", "sd3", None, {}, {"size": (16, 24)}),
     ("flux, not square", "flux", None, {}, {"size": (24, 16)}),
@@ -283,8 +285,11 @@ def test_regulation_of_joint_attention(kind: str) -> None:
     """The inner loop on statistics taken from the whole matrix of logits; start and end of text put back."""
     case = Case((kind, kind, None, {}, {"num_inference_steps": 1}))
     method = ac.AttentionRegulation(["bag", "apple"], steps=2, edit_steps=1.0)
-    words = {"sd3": [5, 16 + 4, 8, 16 + 7], "flux": [4, 7], "chroma": [4, 7], "qwen": [4, 7]}[kind]
-    special: list[int] = {"sd3": [0, 9, 16 + 8], "flux": [8], "chroma": [8], "qwen": []}[kind]
+    words = {
+        "sd3": [5, 16 + 4, 8, 16 + 7],
+        "flux": [4, 7],
+    }.get(kind, [4, 7])
+    special: list[int] = {"sd3": [0, 9, 16 + 8], "flux": [8], "qwen": []}.get(kind, [8])
     chosen = middle_third(
         {name: layer for name, layer in family_of(case.pipe).layers(case.model).items() if layer.cross}
     )

@@ -136,6 +136,7 @@ TRANSFORMERS: list[tuple[str, str, str]] = [
     ("Qwen-Image image to image", "QwenImageImg2ImgPipeline", "qwen"),
     ("Qwen-Image inpainting", "QwenImageInpaintPipeline", "qwen"),
     ("Qwen-Image with ControlNet", "QwenImageControlNetPipeline", "qwen"),
+    ("AuraFlow", "AuraFlowPipeline", "auraflow"),
 ]
 # A row for all models that nobody knows: nothing is built, the class of its transformer is enough to be refused.
 UNKNOWN = ("Z-Image, as all others", "ZImagePipeline", "ZImageTransformer2DModel")

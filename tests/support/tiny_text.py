@@ -35,10 +35,10 @@ def t5_tokenizer() -> Any:
     return T5TokenizerFast(vocab=_unigram(), extra_ids=0, model_max_length=512)
 
 
-def t5_encoder(tokens: Any, width: int = 32) -> Any:
-    from transformers import T5Config, T5EncoderModel
+def t5_encoder(tokens: Any, width: int = 32, cls: str = "T5EncoderModel") -> Any:
+    import transformers
 
-    config = T5Config(
+    config = getattr(transformers, cls.replace("EncoderModel", "Config"))(
         vocab_size=len(tokens),
         d_model=width,
         d_kv=8,
@@ -47,7 +47,7 @@ def t5_encoder(tokens: Any, width: int = 32) -> Any:
         num_heads=2,
         feed_forward_proj="gated-gelu",
     )
-    return T5EncoderModel(config).eval()
+    return getattr(transformers, cls)(config).eval()
 
 
 @cache

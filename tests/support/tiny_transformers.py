@@ -1,5 +1,5 @@
-"""Tiny diffusers pipelines on transformers, with random weights: PixArt, Sana, HunyuanDiT, SD 3, FLUX.1, Chroma and
-Qwen-Image, a fraction of a second each on a CPU.
+"""Tiny diffusers pipelines on transformers, with random weights: PixArt, Sana, HunyuanDiT, SD 3, FLUX.1, Chroma,
+Qwen-Image and AuraFlow, a fraction of a second each on a CPU.
 
 Their latents are 16x16 by default, and have other shapes with `size`; their images have 8x8 tokens, and Sana's 16x16.
 """
@@ -15,7 +15,7 @@ import torch
 
 from tests.support import tiny, tiny_text
 
-KINDS = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3", "flux", "chroma", "qwen")
+KINDS = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3", "flux", "chroma", "qwen", "auraflow")
 # Kinds whose latents are packed, 2x2 of them in a token.
 PACKED = ("flux", "chroma", "qwen")
 PROMPT = "a photo of a bag and an apple"
@@ -30,6 +30,7 @@ CLASSES = {
     "flux": "FluxPipeline",
     "chroma": "ChromaPipeline",
     "qwen": "QwenImagePipeline",
+    "auraflow": "AuraFlowPipeline",
 }
 JOINT = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 32}
 ROTARY = (4, 6, 6)
@@ -268,6 +269,27 @@ def _with_template(pipe: Any) -> None:
     pipe.prompt_template_encode_start_idx = len(pipe.tokenizer(before).input_ids)
 
 
+def _auraflow(cls: str) -> dict[str, Any]:
+    from diffusers import AuraFlowTransformer2DModel
+
+    tokens = tiny_text.t5_tokenizer()
+    model = AuraFlowTransformer2DModel(
+        **JOINT,
+        sample_size=SIDE,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
+        caption_projection_dim=32,
+        pos_embed_max_size=256,
+    )
+    return {
+        "vae": _vae(4),
+        "tokenizer": tokens,
+        "text_encoder": tiny_text.t5_encoder(tokens, cls="UMT5EncoderModel"),
+        "transformer": _sharpened(model, stronger=300.0),
+        "scheduler": _flow(shift=1.73),
+    }
+
+
 BUILD: dict[str, Callable[..., dict[str, Any]]] = {
     "pixart_alpha": lambda cls: _pixart(cls, alpha=True),
     "pixart_sigma": lambda cls: _pixart(cls, alpha=False),
@@ -277,6 +299,7 @@ BUILD: dict[str, Callable[..., dict[str, Any]]] = {
     "flux": _flux,
     "chroma": _chroma,
     "qwen": _qwen,
+    "auraflow": _auraflow,
 }
 
 
