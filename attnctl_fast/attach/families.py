@@ -128,6 +128,7 @@ def _auraflow(model: Any) -> dict[str, Layer]:
     return _patched(model, cross=("attn",), text="first", before=model.register_tokens.shape[1])
 
 
+_cogview4 = partial(_patched, cross=("attn1",), text="first")
 _sd3 = partial(_patched, cross=("attn",), text="last")
 UNET = Family(
     "unet",
@@ -154,6 +155,7 @@ FAMILIES = (
         segments.chroma_segments,
         positions="img_ids",
     ),
+    Family("cogview4", "CogView4Transformer2DModel", "transformer", _cogview4, segments.cogview4_segments),
     Family("auraflow", "AuraFlowTransformer2DModel", "transformer", _auraflow, segments.auraflow_segments),
     Family(
         "qwen",

@@ -162,6 +162,13 @@ def chroma_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[S
     return _only_t5(pipe, arguments, length, _textual_inversion(pipe, pipe.tokenizer))
 
 
+def cogview4_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    """Return GLM's part, which is padded in front."""
+    limit, (opening, closing) = min(length, arguments.get("max_sequence_length", 1024)), _ends(pipe.tokenizer)
+    more = {"opening": opening, "closing": closing, "padding": "left"}
+    return [_byte_level("GLM", pipe.tokenizer, arguments.get("prompt"), length, limit, **more)]
+
+
 def qwen_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
     """Return Qwen2.5-VL's part: the prompt in a template, whose beginning has no columns."""
     texts, (before, behind) = _texts(arguments.get("prompt")), pipe.prompt_template_encode.split("{}")

@@ -29,6 +29,7 @@ def prompts(kind: str, *texts: str, pipe: Any = None, length: int | None = None,
     arguments = {"prompt": list(texts) or None, **arguments}
     if kind == "sana":
         arguments.setdefault("complex_human_instruction", tiny_text.INSTRUCTION)
+    arguments.setdefault("max_sequence_length", T5)
     length = length or LENGTHS.get(kind, T5)
     family = next(family for family in FAMILIES if family.name == kind.split("_")[0])
     return Prompts(family.segments(pipe, arguments, length), len(texts) or 1, length)
@@ -110,6 +111,8 @@ PLACES: dict[str, dict[str, list[int]]] = {
 PLACES |= {"pixart_alpha": PLACES["pixart"], "pixart_sigma": PLACES["pixart"]}
 PLACES |= {"flux": PLACES["pixart"], "chroma": PLACES["pixart"], "qwen": PLACES["pixart"]}
 PLACES |= {"auraflow": PLACES["pixart"]}
+# 16 tokens behind 2 special ones, and padding before these: in 24 columns 6.
+PLACES["cogview4"] = {word: [place + 8 for place in places] for word, places in PLACES["pixart"].items()}
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -196,6 +199,11 @@ ERRORS = {
         ("sana", "dog " * 30 + "apple", "apple"),
         "cut off: the tokenizer keeps 24 tokens",
     ),
+    "cut off behind padding": (("cogview4", "dog " * 30 + "apple", "apple"), "cut off: the tokenizer keeps 24 tokens"),
+    "not there, behind padding": (
+        ("cogview4", "a bag", "zebra"),
+        "whose tokens are 20 '[gMASK]', 21 '<sop>', 22 'a', 23 'bag'; use words",
+    ),
     "of the template": (("qwen", "a bag", "user"), "whose tokens are 0 'a', 1 'bag'; use words"),
     "cut off in a template": (("qwen", "dog " * 30 + "apple", "apple"), "cut off: the tokenizer keeps 24 tokens"),
     "of the instruction": (("sana", "a bag", "ball"), "whose tokens are 0 '<bos>', 1 'a', 2 'bag'; use words"),
@@ -228,8 +236,9 @@ SPECIAL = {
     "chroma": [2],
     "qwen": [],
     "auraflow": [2],
+    "cogview4": [20, 21],
 }
-OWN = {"sana": [[1, 2]], "sd3": [[1, 2], [16, 17]], "hunyuan": [[1, 2], [77, 78]]}
+OWN = {"sana": [[1, 2]], "sd3": [[1, 2], [16, 17]], "hunyuan": [[1, 2], [77, 78]], "cogview4": [[22, 23]]}
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

@@ -210,7 +210,7 @@ def test_one_graph(kind: str, method: str, place: str) -> None:
         torch.testing.assert_close(under(kind, pipe, method), first, rtol=0, atol=0)
     assert count == len(graphs)
     # Evaluations with and without the prompt, and blocks with and without an edit, are different code.
-    assert count <= (2 * plain if kind == "chroma" or place == "blocks" else plain)
+    assert count <= (2 * plain if kind in ("chroma", "cogview4") or place == "blocks" else plain)
     torch.testing.assert_close(first, expected, rtol=0, atol=1e-4 * max(1.0, float(expected.abs().max())))
 
 
@@ -250,6 +250,8 @@ def embeddings(kind: str, pipe: Any) -> dict[str, Any]:
     if kind == "qwen":
         embeds, _ = pipe.encode_prompt(tiny.PROMPT)
         return {"prompt_embeds": embeds}
+    if kind == "cogview4":
+        return dict(zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt(tiny.PROMPT), strict=True))
     if kind == "hunyuan":
         found: dict[str, Any] = {}
         for index, end in ((0, ""), (1, "_2")):
@@ -278,6 +280,7 @@ def embeddings(kind: str, pipe: Any) -> dict[str, Any]:
     [
         ("qwen", "QwenImagePipeline", "QwenImageTransformer2DModel"),
         ("auraflow", "AuraFlowPipeline", "AuraFlowTransformer2DModel"),
+        ("cogview4", "CogView4Pipeline", "CogView4Transformer2DModel"),
         ("flux", "FluxPipeline", "FluxTransformer2DModel"),
         ("sd3", "StableDiffusion3Pipeline", "SD3Transformer2DModel"),
     ],
@@ -365,7 +368,7 @@ WORDS: dict[str, Any] = {
 def test_words_of_every_encoder(kind: str, name: str) -> None:
     pipe = tiny.pipeline(kind)
     plain, before = call(kind, pipe), snapshot(pipe)
-    if kind in ("sana", "qwen") and name == "T-SAM":
+    if kind in ("sana", "qwen", "cogview4") and name == "T-SAM":
         with ac.control(pipe, WORDS[name]), pytest.raises(ValueError, match="not a CLIP, T5 or Bert text encoder"):
             call(kind, pipe)
         return

@@ -22,7 +22,7 @@ from attnctl_fast.methods.attention_regulation import initial_theta
 from tests.support import tiny_transformers as tiny
 from tests.support.recomputed import Layout, attending_by_hand, layout_of
 
-JOINT = ("sd3", *tiny.PACKED, "auraflow")
+JOINT = ("sd3", *tiny.PACKED, "auraflow", "cogview4")
 # Kinds whose calls have unconditional and conditional rows in one batch; the others evaluate them one after the other.
 STACKED = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3", "auraflow")
 TEXT = {
@@ -34,6 +34,8 @@ TEXT = {
     "flux": 24,
     "chroma": 24,
     "auraflow": 24,
+    # 2 special tokens and 8, filled up to a multiple of 16.
+    "cogview4": 16,
     # Without padding: 8 tokens, and 5 of the template behind them.
     "qwen": 8 + 5,
     "qwen, two prompts": 5 + 5,
@@ -62,6 +64,7 @@ VARIANTS: list[tuple[str, str, str | None, dict[str, Any], dict[str, Any]]] = [
     ("flux, two prompts", "flux", None, {}, {"prompt": ["a dog", "a photo of a bag"], "num_images_per_prompt": 2}),
     ("qwen, two prompts", "qwen", None, {}, {"prompt": ["a dog", "a photo of a bag"], "num_images_per_prompt": 2}),
     ("auraflow, two prompts", "auraflow", None, {}, {"prompt": ["a dog", "a photo of a bag"]}),
+    ("cogview4, two prompts", "cogview4", None, {}, {"prompt": ["a dog", "a photo of a bag"]}),
     ("qwen, not square", "qwen", None, {}, {"size": (24, 16)}),
     ("sd3, not square", "sd3", None, {}, {"size": (16, 24)}),
     ("flux, not square", "flux", None, {}, {"size": (24, 16)}),
@@ -87,7 +90,7 @@ class Case:
             self.kind, self.samples, TEXT.get(name, TEXT[self.kind]), self.grid[0] * self.grid[1], self.guided
         )
         # Of two evaluations a step the first is the prompt's.
-        self.turns = 2 if self.kind == "chroma" or "true_cfg_scale" in self.options else 1
+        self.turns = 2 if self.kind in ("chroma", "cogview4") or "true_cfg_scale" in self.options else 1
 
     @property
     def model(self) -> Any:
@@ -96,7 +99,7 @@ class Case:
     @property
     def layers(self) -> list[str]:
         """The names of the layers with text, by their modules' names alone."""
-        own = "attn" if self.kind in JOINT else "attn2"
+        own = {"cogview4": "attn1"}.get(self.kind, "attn") if self.kind in JOINT else "attn2"
         return [name for name, _ in self.model.named_modules() if name.split(".")[-1] == own and "block" in name]
 
     def draw(self, **options: Any) -> Tensor:
@@ -287,9 +290,9 @@ def test_regulation_of_joint_attention(kind: str) -> None:
     method = ac.AttentionRegulation(["bag", "apple"], steps=2, edit_steps=1.0)
     words = {
         "sd3": [5, 16 + 4, 8, 16 + 7],
-        "flux": [4, 7],
+        "cogview4": [12, 15],
     }.get(kind, [4, 7])
-    special: list[int] = {"sd3": [0, 9, 16 + 8], "flux": [8], "qwen": []}.get(kind, [8])
+    special: list[int] = {"sd3": [0, 9, 16 + 8], "flux": [8], "qwen": [], "cogview4": [6, 7]}.get(kind, [8])
     chosen = middle_third(
         {name: layer for name, layer in family_of(case.pipe).layers(case.model).items() if layer.cross}
     )

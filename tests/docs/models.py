@@ -137,6 +137,7 @@ TRANSFORMERS: list[tuple[str, str, str]] = [
     ("Qwen-Image inpainting", "QwenImageInpaintPipeline", "qwen"),
     ("Qwen-Image with ControlNet", "QwenImageControlNetPipeline", "qwen"),
     ("AuraFlow", "AuraFlowPipeline", "auraflow"),
+    ("CogView 4", "CogView4Pipeline", "cogview4"),
 ]
 # A row for all models that nobody knows: nothing is built, the class of its transformer is enough to be refused.
 UNKNOWN = ("Z-Image, as all others", "ZImagePipeline", "ZImageTransformer2DModel")

@@ -123,9 +123,10 @@ def snapshot(pipe: Any) -> dict[str, Any]:
     """All of a pipeline that control touches or might: processors by identity, hooks, instance attributes, weights."""
     model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     modules = dict(model.named_modules())
+    processors = {name: module.processor for name, module in modules.items() if hasattr(module, "processor")}
     return {
-        "processors": {name: id(processor) for name, processor in model.attn_processors.items()},
-        "backends": {name: vars(p).get("_attention_backend", "none") for name, p in model.attn_processors.items()},
+        "processors": {name: id(processor) for name, processor in processors.items()},
+        "backends": {name: vars(p).get("_attention_backend", "none") for name, p in processors.items()},
         "children": {name: list(module._modules) for name, module in modules.items()},
         "attributes": {name: sorted(module.__dict__) for name, module in modules.items()},
         "hooks": {

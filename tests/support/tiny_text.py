@@ -1,5 +1,5 @@
 """Tiny tokenizers and text encoders with random weights that pipelines of transformers have besides CLIP's: T5, Gemma,
-Bert and Qwen2.5-VL."""
+Bert, Qwen2.5-VL and GLM."""
 
 from __future__ import annotations
 
@@ -134,6 +134,37 @@ def qwen_encoder(tokens: Any, width: int = 16) -> Any:
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"fullatt_block_indexes": [0]})
     return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def glm_tokenizer() -> Any:
+    """As Qwen's, but with two tokens before a text, and padded in front."""
+    from tokenizers.processors import TemplateProcessing
+
+    vocab, merges = _byte_files()
+    from transformers import Qwen2Tokenizer
+
+    tokens = Qwen2Tokenizer(vocab=dict(vocab), merges=list(merges), model_max_length=512, padding_side="left")
+    before = ["[gMASK]", "<sop>"]
+    tokens.add_special_tokens({"additional_special_tokens": before})
+    special = [(token, tokens.convert_tokens_to_ids(token)) for token in before]
+    tokens.backend_tokenizer.post_processor = TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=special)
+    return tokens
+
+
+def glm_encoder(tokens: Any, width: int = 16) -> Any:
+    from transformers import GlmConfig, GlmModel
+
+    config = GlmConfig(
+        vocab_size=len(tokens),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=tokens.pad_token_id,
+    )
+    return GlmModel(config).eval()
 
 
 def bert_tokenizer() -> Any:

@@ -1,5 +1,5 @@
 """Tiny diffusers pipelines on transformers, with random weights: PixArt, Sana, HunyuanDiT, SD 3, FLUX.1, Chroma,
-Qwen-Image and AuraFlow, a fraction of a second each on a CPU.
+Qwen-Image, AuraFlow and CogView 4, a fraction of a second each on a CPU.
 
 Their latents are 16x16 by default, and have other shapes with `size`; their images have 8x8 tokens, and Sana's 16x16.
 """
@@ -15,7 +15,7 @@ import torch
 
 from tests.support import tiny, tiny_text
 
-KINDS = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3", "flux", "chroma", "qwen", "auraflow")
+KINDS = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3", "flux", "chroma", "qwen", "auraflow", "cogview4")
 # Kinds whose latents are packed, 2x2 of them in a token.
 PACKED = ("flux", "chroma", "qwen")
 PROMPT = "a photo of a bag and an apple"
@@ -31,6 +31,7 @@ CLASSES = {
     "chroma": "ChromaPipeline",
     "qwen": "QwenImagePipeline",
     "auraflow": "AuraFlowPipeline",
+    "cogview4": "CogView4Pipeline",
 }
 JOINT = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 32}
 ROTARY = (4, 6, 6)
@@ -70,21 +71,22 @@ def _flow(**options: Any) -> Any:
     return FlowMatchEulerDiscreteScheduler(**options)
 
 
-def _sharpened(model: Any, sharper: float = 4.0, stronger: float = 3.0) -> Any:
+def _sharpened(model: Any, sharper: float = 4.0, stronger: float = 3.0, attention: str = "attn") -> Any:
     """Give the attention to the text peaks, and an effect on the output that tests can see.
 
     sharper: factor of queries and keys; of their norms' weights its square root. stronger: of values and outputs.
+    attention: what the layers of joint attention are called.
     """
     scales = {
         sharper: (
             "attn2.to_q.weight",
             "attn2.to_k.weight",
-            "attn.to_q.weight",
-            "attn.to_k.weight",
+            f"{attention}.to_q.weight",
+            f"{attention}.to_k.weight",
             "add_k_proj.weight",
         ),
         sharper**0.5: ("norm_q.weight", "norm_k.weight", "norm_added_k.weight"),
-        stronger: ("attn2.to_v.weight", "attn2.to_out.0.weight", "add_v_proj.weight", "attn.to_out.0.weight"),
+        stronger: ("attn2.to_v.weight", "attn2.to_out.0.weight", "add_v_proj.weight", f"{attention}.to_out.0.weight"),
     }
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -290,6 +292,30 @@ def _auraflow(cls: str) -> dict[str, Any]:
     }
 
 
+def _cogview4(cls: str) -> dict[str, Any]:
+    from diffusers import CogView4Transformer2DModel
+
+    tokens = tiny_text.glm_tokenizer()
+    model = CogView4Transformer2DModel(
+        in_channels=16,
+        num_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        text_embed_dim=16,
+        time_embed_dim=16,
+        condition_dim=8,
+        sample_size=SIDE,
+        rope_axes_dim=(16, 16),
+    )
+    return {
+        "vae": _vae(16),
+        "tokenizer": tokens,
+        "text_encoder": tiny_text.glm_encoder(tokens),
+        "transformer": _sharpened(model, stronger=12.0, attention="attn1"),
+        "scheduler": _flow(use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75),
+    }
+
+
 BUILD: dict[str, Callable[..., dict[str, Any]]] = {
     "pixart_alpha": lambda cls: _pixart(cls, alpha=True),
     "pixart_sigma": lambda cls: _pixart(cls, alpha=False),
@@ -300,6 +326,7 @@ BUILD: dict[str, Callable[..., dict[str, Any]]] = {
     "chroma": _chroma,
     "qwen": _qwen,
     "auraflow": _auraflow,
+    "cogview4": _cogview4,
 }
 
 
@@ -326,7 +353,7 @@ def pipeline(
 
 
 def latent_channels(kind: str) -> int:
-    return 16 if kind in ("sd3", *PACKED) else 4
+    return 16 if kind in ("sd3", "cogview4", *PACKED) else 4
 
 
 def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
