@@ -155,6 +155,15 @@ FAMILIES = (
         segments.chroma_segments,
         positions="img_ids",
     ),
+    Family(
+        "flux2",
+        "Flux2Transformer2DModel",
+        "transformer",
+        _flux,
+        segments.flux2_segments,
+        positions="img_ids",
+        refused={"Flux2KleinKVPipeline": "keeps the keys of the pictures to look at, and has them in between"},
+    ),
     Family("cogview4", "CogView4Transformer2DModel", "transformer", _cogview4, segments.cogview4_segments),
     Family("auraflow", "AuraFlowTransformer2DModel", "transformer", _auraflow, segments.auraflow_segments),
     Family(

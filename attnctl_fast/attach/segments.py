@@ -162,6 +162,34 @@ def chroma_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[S
     return _only_t5(pipe, arguments, length, _textual_inversion(pipe, pipe.tokenizer))
 
 
+def flux2_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    """Return Mistral's part, or Qwen's in Klein's pipelines: a chat with the prompt in it, and padding."""
+    # Mistral's is a processor.
+    tokenizer, name = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer), "Qwen"
+    if tokenizer is None:
+        return [_byte_level(name, None, None, length, length)]
+    here = "PROMPT"
+    chat: list[Any] = [{"role": "user", "content": here}]
+    options: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": False}
+    converted: Callable[[str], str] = str
+    if hasattr(pipe, "system_message"):
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        name, options = "Mistral", {"add_generation_prompt": False}
+        (chat,) = format_input([here], pipe.system_message)
+        converted = _without_pictures
+    before, behind = pipe.tokenizer.apply_chat_template(chat, tokenize=False, **options).rsplit(here, 1)
+    starts = bool(tokenizer.bos_token) and before.startswith(tokenizer.bos_token)
+    opening, closing = (0, 0) if starts else _ends(tokenizer)
+    more = {"opening": opening, "closing": closing, "padding": _side(tokenizer), "converted": converted}
+    more |= {"instruction": before, "behind": behind}
+    return [_byte_level(name, tokenizer, arguments.get("prompt"), length, length, **more)]
+
+
+def _without_pictures(text: str) -> str:
+    return text.replace("[IMG]", "")
+
+
 def cogview4_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
     """Return GLM's part, which is padded in front."""
     limit, (opening, closing) = min(length, arguments.get("max_sequence_length", 1024)), _ends(pipe.tokenizer)

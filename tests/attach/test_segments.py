@@ -19,7 +19,7 @@ from tests.support import tiny_transformers as tiny
 
 PROMPT = "a photo of an octopus and a pineapple and a bag, an apple"
 T5 = tiny.T5_LENGTH
-LENGTHS = {"sd3": 16 + T5, "hunyuan": 77 + 256}
+LENGTHS = {"sd3": 16 + T5, "hunyuan": 77 + 256, "flux2": T5 + 8, "flux2_klein": T5 + 8}
 
 pipeline = cache(tiny.pipeline)
 
@@ -29,8 +29,8 @@ def prompts(kind: str, *texts: str, pipe: Any = None, length: int | None = None,
     arguments = {"prompt": list(texts) or None, **arguments}
     if kind == "sana":
         arguments.setdefault("complex_human_instruction", tiny_text.INSTRUCTION)
-    arguments.setdefault("max_sequence_length", T5)
     length = length or LENGTHS.get(kind, T5)
+    arguments.setdefault("max_sequence_length", length if kind.startswith("flux2") else T5)
     family = next(family for family in FAMILIES if family.name == kind.split("_")[0])
     return Prompts(family.segments(pipe, arguments, length), len(texts) or 1, length)
 
@@ -71,17 +71,13 @@ def encoded(kind: str, pipe: Any, text: str) -> torch.Tensor:
     """The token that every column of the pipeline's own text is of."""
     given: dict[str, Any] = {"prompt": text, "prompt_2": None, "prompt_3": None, "max_sequence_length": T5}
     given |= {"complex_human_instruction": tiny_text.INSTRUCTION, "device": torch.device("cpu")}
+    given["text_encoder_out_layers"] = (0, 1, 2)
     known = inspect.signature(type(pipe).encode_prompt).parameters
     given = {name: value for name, value in given.items() if name in known}
     if kind != "hunyuan":
         return pipe.encode_prompt(**given)[0][0, :, 0]
     parts = [pipe.encode_prompt(**given | {"max_sequence_length": None, "text_encoder_index": i})[0] for i in (0, 1)]
     return torch.cat([part[0, :, 0] for part in parts])
-
-
-def padding(segment: Any) -> set[int]:
-    # Qwen's embeddings are padded, not its tokens.
-    return {0} if segment.name == "Qwen" else {segment.tokenizer.pad_token_id}
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -95,7 +91,8 @@ def test_columns_are_those_of_the_pipeline(kind: str, text: str) -> None:
         ids = columns[segment.start : segment.start + segment.length].int().tolist()
         assert len(tokens.ids) <= len(ids) == segment.length
         assert tuple(ids[: len(tokens.ids)]) == tokens.ids
-        assert set(ids[len(tokens.ids) :]) <= padding(segment)
+        # Qwen-Image pads embeddings, not tokens.
+        assert set(ids[len(tokens.ids) :]) <= {0 if kind == "qwen" else segment.tokenizer.pad_token_id}
 
 
 PLACES: dict[str, dict[str, list[int]]] = {
@@ -113,6 +110,9 @@ PLACES |= {"flux": PLACES["pixart"], "chroma": PLACES["pixart"], "qwen": PLACES[
 PLACES |= {"auraflow": PLACES["pixart"]}
 # 16 tokens behind 2 special ones, and padding before these: in 24 columns 6.
 PLACES["cogview4"] = {word: [place + 8 for place in places] for word, places in PLACES["pixart"].items()}
+# Behind the chat's beginning, and before its end: 8 and 1 tokens behind padding to 32 columns; 3 tokens.
+PLACES["flux2"] = {word: [place + 15 for place in places] for word, places in PLACES["pixart"].items()}
+PLACES["flux2_klein"] = {word: [place + 3 for place in places] for word, places in PLACES["pixart"].items()}
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -237,8 +237,17 @@ SPECIAL = {
     "qwen": [],
     "auraflow": [2],
     "cogview4": [20, 21],
+    "flux2": [],
+    "flux2_klein": [],
 }
-OWN = {"sana": [[1, 2]], "sd3": [[1, 2], [16, 17]], "hunyuan": [[1, 2], [77, 78]], "cogview4": [[22, 23]]}
+OWN = {
+    "sana": [[1, 2]],
+    "sd3": [[1, 2], [16, 17]],
+    "hunyuan": [[1, 2], [77, 78]],
+    "cogview4": [[22, 23]],
+    "flux2": [[29, 30]],
+    "flux2_klein": [[3, 4]],
+}
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -275,13 +284,36 @@ def test_an_instruction_whose_last_token_stays() -> None:
     assert prompts("sana", "a bag", complex_human_instruction=None).positions(["bag"]) == [[2]]
 
 
+def test_a_chat_of_a_processor() -> None:
+    """FLUX.2 has its tokenizer within one; a picture's token in a prompt is left out."""
+    tokens = tiny_text.mistral_tokenizer()
+    processor = SimpleNamespace(tokenizer=tokens, apply_chat_template=tokens.apply_chat_template)
+    pipe = SimpleNamespace(tokenizer=processor, system_message="a photo.")
+    assert prompts("flux2", "a [IMG]bag", pipe=pipe, length=12).content() == [[[9, 10]]]
+    tokens.padding_side = "right"
+    assert prompts("flux2", "a [IMG]bag", pipe=pipe, length=12).content() == [[[7, 8]]]
+    tokens.chat_template = tokens.chat_template.removeprefix("{{ bos_token }}")
+    assert prompts("flux2", "a bag", pipe=pipe, length=12).content() == [[[6, 7]]]
+    unknown = prompts("flux2", "a bag", pipe=SimpleNamespace(tokenizer=None), length=12)
+    assert unknown.content() is None and unknown.positions([11]) == [[11]]
+
+
+def test_words_behind_pictures() -> None:
+    """How many tokens a picture before the prompt has is not known; the text ends as always."""
+    known = prompts("qwen", "a bag", image=object(), length=20)
+    assert known.content() == [[[13, 14]]] and known.positions(["bag"]) == [[14]]
+    # Of several prompts some may be padded, and of one that was cut the end is gone.
+    assert prompts("qwen", "a bag", "a dog", image=object(), length=20).content() is None
+    assert prompts("qwen", "a bag", image=object(), length=20, max_sequence_length=20).content() is None
+
+
 def test_a_template_that_is_left_out_in_part() -> None:
     """Pipelines leave a number of tokens out, whatever the tokenizer made of the template."""
     pipe = tiny.pipeline("qwen")
     whole = pipe.prompt_template_encode_start_idx
     pipe.prompt_template_encode_start_idx = whole - 3
     known = prompts("qwen", "a bag", pipe=pipe, length=10)
-    assert known.strings([[0, 3, 4, 5]]) == [["e", "a", "bag", "<|im_end|>"]]
+    assert known.strings([[0, 3, 4, 5]]) == [["<|im_start|>", "a", "bag", "<|im_end|>"]]
     assert known.positions(["bag"]) == [[4]] and known.content() == [[[3, 4]]]
     # The prompt's end is gone, and some of what stands behind it.
     assert prompts("qwen", "a bag", length=4).content() == [[[0, 1]]]

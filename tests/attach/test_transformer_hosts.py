@@ -35,7 +35,8 @@ METHODS: dict[str, Any] = {
     "regions": ac.DenseDiffusion({1: [[1, 0]] * 2, 3: [[0, 1]] * 2}, edit_steps=1.0),
 }
 # What is tried of these by default is in `mostly`.
-LATER = ("qwen", "auraflow", "cogview4", "flux2")
+LATER = ("qwen", "auraflow", "cogview4", "flux2", "flux2_klein")
+DECODERS = ("sana", "qwen", "cogview4", "flux2", "flux2_klein")
 kinds = pytest.mark.parametrize("kind", [full(kind) if kind in LATER else kind for kind in tiny.KINDS])
 methods = pytest.mark.parametrize("method", METHODS)
 
@@ -187,7 +188,7 @@ def test_another_attention_backend(kind: str, method: str, monkeypatch: pytest.M
 # Diffusers names repeated blocks of these alone.
 GRAPHS = [
     *itertools.product(tiny.KINDS, ["regulation", "regions"], ["wrapped"]),
-    *itertools.product(["flux", "chroma", "qwen"], ["regulation", "regions"], ["blocks"]),
+    *itertools.product(["flux", "chroma", "qwen", "flux2"], ["regulation", "regions"], ["blocks"]),
 ]
 BY_DEFAULT = [
     ("sd3", "regulation", "wrapped"),
@@ -210,7 +211,7 @@ def test_one_graph(kind: str, method: str, place: str) -> None:
         torch.testing.assert_close(under(kind, pipe, method), first, rtol=0, atol=0)
     assert count == len(graphs)
     # Evaluations with and without the prompt, and blocks with and without an edit, are different code.
-    assert count <= (2 * plain if kind in ("chroma", "cogview4") or place == "blocks" else plain)
+    assert count <= (2 * plain if kind in ("chroma", "cogview4", "flux2_klein") or place == "blocks" else plain)
     torch.testing.assert_close(first, expected, rtol=0, atol=1e-4 * max(1.0, float(expected.abs().max())))
 
 
@@ -247,6 +248,9 @@ def embeddings(kind: str, pipe: Any) -> dict[str, Any]:
     if kind == "flux":
         embeds, pooled, _ = pipe.encode_prompt(tiny.PROMPT, None, **length)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    if kind.startswith("flux2"):
+        embeds, _ = pipe.encode_prompt(tiny.PROMPT, **length, text_encoder_out_layers=(0, 1, 2))
+        return {"prompt_embeds": embeds}
     if kind == "qwen":
         embeds, _ = pipe.encode_prompt(tiny.PROMPT)
         return {"prompt_embeds": embeds}
@@ -281,6 +285,7 @@ def embeddings(kind: str, pipe: Any) -> dict[str, Any]:
         ("qwen", "QwenImagePipeline", "QwenImageTransformer2DModel"),
         ("auraflow", "AuraFlowPipeline", "AuraFlowTransformer2DModel"),
         ("cogview4", "CogView4Pipeline", "CogView4Transformer2DModel"),
+        ("flux2", "Flux2Pipeline", "Flux2Transformer2DModel"),
         ("flux", "FluxPipeline", "FluxTransformer2DModel"),
         ("sd3", "StableDiffusion3Pipeline", "SD3Transformer2DModel"),
     ],
@@ -301,7 +306,9 @@ def test_what_an_architecture_rules_out(kind: str, cls: str, model: str) -> None
     assert snapshot(pipe) == before
 
 
-@pytest.mark.parametrize(("cls", "kind"), [("QwenImageLayeredPipeline", "qwen")])
+@pytest.mark.parametrize(
+    ("cls", "kind"), [("QwenImageLayeredPipeline", "qwen"), ("Flux2KleinKVPipeline", "flux2_klein")]
+)
 def test_pipelines_whose_pictures_lie_elsewhere(cls: str, kind: str) -> None:
     import diffusers
 
@@ -368,7 +375,7 @@ WORDS: dict[str, Any] = {
 def test_words_of_every_encoder(kind: str, name: str) -> None:
     pipe = tiny.pipeline(kind)
     plain, before = call(kind, pipe), snapshot(pipe)
-    if kind in ("sana", "qwen", "cogview4") and name == "T-SAM":
+    if kind in DECODERS and name == "T-SAM":
         with ac.control(pipe, WORDS[name]), pytest.raises(ValueError, match="not a CLIP, T5 or Bert text encoder"):
             call(kind, pipe)
         return

@@ -25,6 +25,8 @@ from tests.support.recomputed import Layout, attending_by_hand, layout_of
 JOINT = ("sd3", *tiny.PACKED, "auraflow", "cogview4")
 # Kinds whose calls have unconditional and conditional rows in one batch; the others evaluate them one after the other.
 STACKED = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3", "auraflow")
+# Texts without a start or an end of their own.
+CHATS = ("qwen", "flux2", "flux2_klein")
 TEXT = {
     "pixart_alpha": 24,
     "pixart_sigma": 24,
@@ -36,6 +38,8 @@ TEXT = {
     "auraflow": 24,
     # 2 special tokens and 8, filled up to a multiple of 16.
     "cogview4": 16,
+    "flux2": 24,
+    "flux2_klein": 24,
     # Without padding: 8 tokens, and 5 of the template behind them.
     "qwen": 8 + 5,
     "qwen, two prompts": 5 + 5,
@@ -65,6 +69,9 @@ VARIANTS: list[tuple[str, str, str | None, dict[str, Any], dict[str, Any]]] = [
     ("qwen, two prompts", "qwen", None, {}, {"prompt": ["a dog", "a photo of a bag"], "num_images_per_prompt": 2}),
     ("auraflow, two prompts", "auraflow", None, {}, {"prompt": ["a dog", "a photo of a bag"]}),
     ("cogview4, two prompts", "cogview4", None, {}, {"prompt": ["a dog", "a photo of a bag"]}),
+    ("flux2, two prompts", "flux2", None, {}, {"prompt": ["a dog", "a photo of a bag"], "num_images_per_prompt": 2}),
+    ("flux2 with a picture", "flux2", None, {}, {"image": tiny.picture_file(64, 128)}),
+    ("flux2, not square", "flux2", None, {}, {"size": (24, 16)}),
     ("qwen, not square", "qwen", None, {}, {"size": (24, 16)}),
     ("sd3, not square", "sd3", None, {}, {"size": (16, 24)}),
     ("flux, not square", "flux", None, {}, {"size": (24, 16)}),
@@ -90,7 +97,7 @@ class Case:
             self.kind, self.samples, TEXT.get(name, TEXT[self.kind]), self.grid[0] * self.grid[1], self.guided
         )
         # Of two evaluations a step the first is the prompt's.
-        self.turns = 2 if self.kind in ("chroma", "cogview4") or "true_cfg_scale" in self.options else 1
+        self.turns = 2 if self.kind in ("chroma", "cogview4", "flux2_klein") or "true_cfg_scale" in self.options else 1
 
     @property
     def model(self) -> Any:
@@ -220,9 +227,12 @@ def guided_by_hand(case: Case, size: float) -> Tensor:
 
     def with_latents(own: Tensor, given: Tensor) -> Tensor:
         """The model's input with other latents in it: in all rows, but not in what comes behind them."""
-        axis = 2 if packed else 1
-        stacked = own.repeat(len(given) // len(own), *[1] * (own.ndim - 1))
-        return torch.cat([stacked, given.narrow(axis, own.shape[axis], given.shape[axis] - own.shape[axis])], axis)
+        whole, stacked = given.clone(), own.repeat(len(given) // len(own), *[1] * (own.ndim - 1))
+        if packed:
+            whole[:, : own.shape[1], : own.shape[2]] = stacked
+        else:
+            whole[:, : own.shape[1]] = stacked
+        return whole
 
     def evaluate(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
@@ -231,6 +241,7 @@ def guided_by_hand(case: Case, size: float) -> Tensor:
         if turn == 0:
             channels = 64 if packed else tiny.latent_channels(case.kind)
             own = sample[layout.rows].narrow(2 if packed else 1, 0, channels)
+            own = own[:, : case.grid[0] * case.grid[1]] if packed else own
             own, seen = own.detach().clone().requires_grad_(), []
 
             def look(name: str, logits: Tensor) -> Tensor | None:
@@ -291,8 +302,12 @@ def test_regulation_of_joint_attention(kind: str) -> None:
     words = {
         "sd3": [5, 16 + 4, 8, 16 + 7],
         "cogview4": [12, 15],
+        "flux2": [19, 22],
+        "flux2_klein": [7, 10],
     }.get(kind, [4, 7])
-    special: list[int] = {"sd3": [0, 9, 16 + 8], "flux": [8], "qwen": [], "cogview4": [6, 7]}.get(kind, [8])
+    special: list[int] = {"sd3": [0, 9, 16 + 8], "flux": [8], "cogview4": [6, 7], **dict.fromkeys(CHATS, [])}.get(
+        kind, [8]
+    )
     chosen = middle_third(
         {name: layer for name, layer in family_of(case.pipe).layers(case.model).items() if layer.cross}
     )

@@ -136,6 +136,8 @@ TRANSFORMERS: list[tuple[str, str, str]] = [
     ("Qwen-Image image to image", "QwenImageImg2ImgPipeline", "qwen"),
     ("Qwen-Image inpainting", "QwenImageInpaintPipeline", "qwen"),
     ("Qwen-Image with ControlNet", "QwenImageControlNetPipeline", "qwen"),
+    ("FLUX.2", "Flux2Pipeline", "flux2"),
+    ("FLUX.2 Klein", "Flux2KleinPipeline", "flux2_klein"),
     ("AuraFlow", "AuraFlowPipeline", "auraflow"),
     ("CogView 4", "CogView4Pipeline", "cogview4"),
 ]

@@ -42,7 +42,7 @@ def layout_of(kind: str, samples: int, text: int, image: int, guided: bool) -> L
     rows = slice(samples, 2 * samples) if guided else slice(0, samples)
     if kind == "sd3":
         return Layout(rows, slice(0, image), slice(image, image + text))
-    if kind in ("flux", "chroma", "qwen", "auraflow", "cogview4"):
+    if kind in ("flux", "chroma", "qwen", "auraflow", "cogview4", "flux2", "flux2_klein"):
         before = 8 if kind == "auraflow" else 0
         return Layout(rows, slice(before + text, before + text + image), slice(before, before + text))
     return Layout(rows, slice(0, image), slice(0, text))

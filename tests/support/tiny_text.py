@@ -1,5 +1,5 @@
 """Tiny tokenizers and text encoders with random weights that pipelines of transformers have besides CLIP's: T5, Gemma,
-Bert, Qwen2.5-VL and GLM."""
+Bert, Qwen2.5-VL, Qwen3, GLM and Mistral."""
 
 from __future__ import annotations
 
@@ -107,14 +107,63 @@ def _byte_files() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
-def qwen_tokenizer() -> Any:
-    """Byte-pair encoding of bytes, with the space before a word as its first byte: neither start nor end of text."""
+def _byte_tokenizer(special: list[str], **options: Any) -> Any:
     from transformers import Qwen2Tokenizer
 
     vocab, merges = _byte_files()
-    tokens = Qwen2Tokenizer(vocab=dict(vocab), merges=list(merges), model_max_length=512)
-    tokens.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "assistant"]})
+    tokens = Qwen2Tokenizer(vocab=dict(vocab), merges=list(merges), model_max_length=512, **options)
+    tokens.add_special_tokens({"additional_special_tokens": special})
     return tokens
+
+
+def qwen_tokenizer() -> Any:
+    """Byte-pair encoding of bytes, with the space before a word as its first byte: neither start nor end of text."""
+    tokens = _byte_tokenizer(["<|im_start|>", "<|im_end|>", "user", "assistant", "<think>", "</think>"])
+    tokens.chat_template = (
+        "<|im_start|>user\n{{ messages[0]['content'] }}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    return tokens
+
+
+def mistral_tokenizer() -> Any:
+    """As Qwen's, with another chat and padding in front. Mistral's own is within a processor, which makes the chat."""
+    roles = ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"]
+    tokens = _byte_tokenizer(roles, bos_token="<s>", padding_side="left")
+    tokens.chat_template = (
+        "{{ bos_token }}[SYSTEM_PROMPT]{{ messages[0]['content'][0]['text'] }}[/SYSTEM_PROMPT]"
+        "[INST]{{ messages[1]['content'][0]['text'] }}[/INST]"
+    )
+    return tokens
+
+
+def _decoder(tokens: Any, width: int) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokens),
+        "hidden_size": width,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "pad_token_id": tokens.pad_token_id,
+    }
+
+
+def qwen3_encoder(tokens: Any, width: int = 16) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**_decoder(tokens, width))).eval()
+
+
+def mistral_encoder(tokens: Any, width: int = 16) -> Any:
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", **_decoder(tokens, width)},
+        vision_config={"model_type": "pixtral", "image_size": 32, "patch_size": 16, **vision},
+    )
+    return Mistral3ForConditionalGeneration(config).eval()
 
 
 def qwen_encoder(tokens: Any, width: int = 16) -> Any:
@@ -140,12 +189,8 @@ def glm_tokenizer() -> Any:
     """As Qwen's, but with two tokens before a text, and padded in front."""
     from tokenizers.processors import TemplateProcessing
 
-    vocab, merges = _byte_files()
-    from transformers import Qwen2Tokenizer
-
-    tokens = Qwen2Tokenizer(vocab=dict(vocab), merges=list(merges), model_max_length=512, padding_side="left")
     before = ["[gMASK]", "<sop>"]
-    tokens.add_special_tokens({"additional_special_tokens": before})
+    tokens = _byte_tokenizer(before, padding_side="left")
     special = [(token, tokens.convert_tokens_to_ids(token)) for token in before]
     tokens.backend_tokenizer.post_processor = TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=special)
     return tokens
@@ -154,17 +199,7 @@ def glm_tokenizer() -> Any:
 def glm_encoder(tokens: Any, width: int = 16) -> Any:
     from transformers import GlmConfig, GlmModel
 
-    config = GlmConfig(
-        vocab_size=len(tokens),
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        pad_token_id=tokens.pad_token_id,
-    )
-    return GlmModel(config).eval()
+    return GlmModel(GlmConfig(**_decoder(tokens, width))).eval()
 
 
 def bert_tokenizer() -> Any:

@@ -1,5 +1,5 @@
 """Tiny diffusers pipelines on transformers, with random weights: PixArt, Sana, HunyuanDiT, SD 3, FLUX.1, Chroma,
-Qwen-Image, AuraFlow and CogView 4, a fraction of a second each on a CPU.
+Qwen-Image, AuraFlow, CogView 4 and FLUX.2, a fraction of a second each on a CPU.
 
 Their latents are 16x16 by default, and have other shapes with `size`; their images have 8x8 tokens, and Sana's 16x16.
 """
@@ -15,9 +15,22 @@ import torch
 
 from tests.support import tiny, tiny_text
 
-KINDS = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3", "flux", "chroma", "qwen", "auraflow", "cogview4")
+KINDS = (
+    "pixart_alpha",
+    "pixart_sigma",
+    "sana",
+    "hunyuan",
+    "sd3",
+    "flux",
+    "chroma",
+    "qwen",
+    "auraflow",
+    "cogview4",
+    "flux2",
+    "flux2_klein",
+)
 # Kinds whose latents are packed, 2x2 of them in a token.
-PACKED = ("flux", "chroma", "qwen")
+PACKED = ("flux", "chroma", "qwen", "flux2", "flux2_klein")
 PROMPT = "a photo of a bag and an apple"
 SIDE = 16  # of the latents
 T5_LENGTH = 24  # of the T5 text, where a call may say it
@@ -32,6 +45,8 @@ CLASSES = {
     "qwen": "QwenImagePipeline",
     "auraflow": "AuraFlowPipeline",
     "cogview4": "CogView4Pipeline",
+    "flux2": "Flux2Pipeline",
+    "flux2_klein": "Flux2KleinPipeline",
 }
 JOINT = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 32}
 ROTARY = (4, 6, 6)
@@ -316,6 +331,39 @@ def _cogview4(cls: str) -> dict[str, Any]:
     }
 
 
+def _flux2(cls: str) -> dict[str, Any]:
+    from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+
+    klein = "Klein" in cls
+    tokens = tiny_text.qwen_tokenizer() if klein else tiny_text.mistral_tokenizer()
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=16,
+        norm_num_groups=4,
+    )
+    model = Flux2Transformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        # Three of the encoder's layers side by side.
+        joint_attention_dim=3 * 16,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=not klein,
+    )
+    return {
+        "vae": vae.eval(),
+        "tokenizer": tokens,
+        "text_encoder": (tiny_text.qwen3_encoder if klein else tiny_text.mistral_encoder)(tokens),
+        "transformer": _sharpened(model),
+        "scheduler": _flow(shift=3.0, use_dynamic_shifting=True),
+    }
+
+
 BUILD: dict[str, Callable[..., dict[str, Any]]] = {
     "pixart_alpha": lambda cls: _pixart(cls, alpha=True),
     "pixart_sigma": lambda cls: _pixart(cls, alpha=False),
@@ -327,6 +375,8 @@ BUILD: dict[str, Callable[..., dict[str, Any]]] = {
     "qwen": _qwen,
     "auraflow": _auraflow,
     "cogview4": _cogview4,
+    "flux2": _flux2,
+    "flux2_klein": _flux2,
 }
 
 
@@ -349,6 +399,8 @@ def pipeline(
     pipe.set_progress_bar_config(disable=True)
     if kind == "qwen":
         _with_template(pipe)
+    if kind == "flux2":
+        pipe.system_message = "a photo."
     return pipe
 
 
@@ -358,6 +410,12 @@ def latent_channels(kind: str) -> int:
 
 def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def picture_file(height: int, width: int) -> Any:
+    from diffusers.image_processor import VaeImageProcessor
+
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(picture(height, width)))[0]
 
 
 def mask_image(height: int, width: int) -> torch.Tensor:
@@ -377,6 +435,7 @@ def arguments(kind: str, pipe: Any, size: tuple[int, int] = (SIDE, SIDE), **opti
         "output_type": "latent",
         "generator": torch.Generator().manual_seed(1),
         "max_sequence_length": T5_LENGTH,
+        "text_encoder_out_layers": (0, 1, 2),
         "use_resolution_binning": False,
         "clean_caption": False,
         "complex_human_instruction": tiny_text.INSTRUCTION,
@@ -386,6 +445,9 @@ def arguments(kind: str, pipe: Any, size: tuple[int, int] = (SIDE, SIDE), **opti
         "strength": 1.0,
     }
     known = inspect.signature(type(pipe).__call__).parameters
+    if kind.startswith("flux2"):
+        # Of FLUX.2 a picture to look at.
+        del given["image"]
     return {name: value for name, value in given.items() if name in known} | options
 
 
