@@ -162,6 +162,15 @@ class Raised(Method):
         return _Raising(self)
 
 
+class Nothing(Method):
+    """A control that only tells the prompt."""
+
+    layers = None
+
+    def start(self, call: Call, sites: list[Site]) -> Run:
+        return Run()
+
+
 class _Raising(Run):
     def __init__(self, method: Raised) -> None:
         self.method = method
@@ -484,6 +493,49 @@ def test_rounded_timesteps() -> None:
     with ac.control(pipe, Counted()):
         tiny.call("flux", pipe, sigmas=sigmas, num_inference_steps=len(sigmas))
     assert seen == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["qwen", "flux"])
+def test_pictures_behind_the_image(kind: str) -> None:
+    """Those of editing pipelines belong neither to the text nor to the image: of a loop of the user's own."""
+    pipe, noise = tiny.pipeline(kind), torch.Generator().manual_seed(1)
+    embeds = pipe.encode_prompt(
+        tiny.PROMPT, **({"prompt_2": None, "max_sequence_length": 24} if kind == "flux" else {})
+    )[0]
+    text, sample = embeds.shape[1], torch.randn(1, 4 * 6 + 2 * 3, 64, generator=noise)
+    given: dict[str, Any] = {"hidden_states": sample, "encoder_hidden_states": embeds, "timestep": torch.ones(1)}
+    if kind == "qwen":
+        given["img_shapes"] = [[(1, 4, 6), (1, 2, 3)]]
+    else:
+        ids = [
+            torch.cartesian_prod(torch.tensor([i]), torch.arange(h), torch.arange(w))
+            for i, h, w in ((0, 4, 6), (1, 2, 3))
+        ]
+        given |= {"img_ids": torch.cat(ids), "txt_ids": torch.zeros(text, 3), "guidance": torch.ones(1)}
+        given["pooled_projections"] = torch.randn(1, 16, generator=noise)
+    expected: dict[str, Tensor] = {}
+
+    def look(name: str, logits: Tensor) -> None:
+        expected[name] = logits.softmax(-1)[:, :, text : text + 24, :text].mean(1).mT.unflatten(2, (4, 6))
+
+    def evaluate() -> Tensor:
+        with torch.no_grad():
+            return pipe.transformer(**given, return_dict=False)[0]
+
+    pipe.scheduler.set_timesteps(sigmas=[1.0], mu=1.0)
+    with attending_by_hand(pipe.transformer, look):
+        plain = evaluate()
+    with ac.control(pipe, Raised([1])) as handle:
+        handle.begin(prompt_embeds=embeds)
+        changed = evaluate()
+        handle.end()
+    with ac.control(pipe, Nothing()) as handle, ac.capture(pipe) as maps:
+        handle.begin(prompt_embeds=embeds)
+        assert torch.equal(evaluate(), plain)
+        handle.end()
+    for name, found in maps.items():
+        torch.testing.assert_close(found[0], expected[name], rtol=0, atol=2e-5)
+    assert not torch.equal(changed, plain)
 
 
 def test_a_negative_prompt_that_is_the_prompt() -> None:

@@ -260,6 +260,7 @@ def transformer_rows() -> Rows:
         model = type(pipe.transformer).__name__
         cells = [cell.replace(cls, "PIPELINE").replace(f"{model}, but", "MODEL, but") for cell in cells]
         cells = [re.sub(r"where \w+ would act", "where METHOD would act", cell) for cell in cells]
+        cells = [re.sub(r"^\w+ is not a CLIP", "ENCODER is not a CLIP", cell) for cell in cells]
         rows.append((f"{title}: `{cls}`", cells))
     title, cls, model = UNKNOWN
     pipeline = getattr(diffusers, cls)
