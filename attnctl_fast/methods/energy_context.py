@@ -31,7 +31,7 @@ class EnergyContext(Method):
 
     Every cross-attention layer moves the text's context a step down its energies and hands it to the next layer; each
     evaluation of the model begins with the text encoder's own. Conditional and unconditional rows are both moved, as
-    published. Models with joint attention (SD 3, FLUX and others), whose blocks change the text themselves, are refused.
+    published. Models with joint attention (SD 3, FLUX), whose blocks change the text themselves, are refused.
 
     Args:
         gamma_attn: step on the energy of the attention; 0.01 to 0.025 is typical for generation and inpainting.

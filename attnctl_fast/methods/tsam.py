@@ -32,8 +32,8 @@ class TSAM(LatentGuidance):
     within the text encoder: mean over its layers and heads, without start and end of text, to the power gamma, rows
     normalised. With two text encoders side by side (SDXL, SD 3; the released code knows neither) it is the mean of the
     two, and of texts one behind the other (SD 3) the words of the first are compared. The self-attention of T5 (PixArt,
-    FLUX, Chroma) is bidirectional; what the loss reads of it, below the diagonal, is normalised all the same. Sana's
-    Gemma is not supported. A prompt of one token has no loss, and one of two has none by the default variant.
+    FLUX, Chroma) is bidirectional; what the loss reads of it, below the diagonal, is normalised all the same. Language
+    models (Sana, Qwen-Image, FLUX.2, CogView 4) are not supported. A prompt of one token has no loss, and one of two has none by the default variant.
 
     Prompts of more than 64 tokens are compared by PyTorch operations on a GPU too.
 
