@@ -33,7 +33,8 @@ class TSAM(LatentGuidance):
     normalised. With two text encoders side by side (SDXL, SD 3; the released code knows neither) it is the mean of the
     two, and of texts one behind the other (SD 3) the words of the first are compared. The self-attention of T5 (PixArt,
     FLUX, Chroma) is bidirectional; what the loss reads of it, below the diagonal, is normalised all the same. Language
-    models (Sana, Qwen-Image, FLUX.2, CogView 4) are not supported. A prompt of one token has no loss, and one of two has none by the default variant.
+    models (of Sana, Qwen-Image and others) are not supported. A prompt of one token has no loss, and one of two has
+    none by the default variant.
 
     Prompts of more than 64 tokens are compared by PyTorch operations on a GPU too.
 
