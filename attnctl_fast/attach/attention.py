@@ -91,10 +91,14 @@ class Attention:
         self._unconditional: Tensor | None = None
 
     def column_ids(self, token_ids: Tensor) -> Tensor:
-        """Return the columns of k and v that hold these tokens of the text, of the same shape, padded as they are."""
-        if self.text is None or not self.text[0]:
+        """Return the columns of k and v that hold these tokens of the text, of the same shape, padded as they are.
+
+        Tokens beyond the text, padding that the model has left out, are padding here.
+        """
+        if self.text is None:
             return token_ids
-        return torch.where(token_ids < 0, token_ids, token_ids + self.text[0])
+        start, tokens = self.text
+        return torch.where((token_ids < 0) | (token_ids >= tokens), -1, token_ids + start)
 
     def columns(self, site: Site) -> tuple[Tensor, Tensor]:
         """Return keys and values `[R,H,L,d]` of the contexts that a run added at its site."""

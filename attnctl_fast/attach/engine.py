@@ -385,7 +385,7 @@ class PipelineCall:
             run.before_denoiser(evaluation)
         if tap.moved is not None and not evaluation.moved and evaluation.given[family.sample] is not sample:
             self._replayed = sample, evaluation.latents
-        places = self._acting_places(call, rows, given[family.text].shape[1])
+        places = self._acting_places(call, rows, evaluation)
         if places and torch.is_grad_enabled() and getattr(engine.model, "is_gradient_checkpointing", False):
             raise ValueError(
                 "gradient checkpointing would compute layers again without what acts on them now; call "
@@ -457,16 +457,15 @@ class PipelineCall:
         call.repeated = call.step == call.evaluation // order
         call.step = call.evaluation // order
 
-    def _acting_places(self, call: Call, rows: Rows, text: int) -> list[Place]:
-        """Return the layers on which anything acts in this call, with what does now.
-
-        text: tokens of the text that the model is given.
-        """
+    def _acting_places(self, call: Call, rows: Rows, evaluation: Evaluation) -> list[Place]:
+        """Return the layers on which anything acts in this call, with what does now."""
         key = tuple((run, run.active, run.used) for _, _, run, _ in self._runs)
         if key != self._acting:
             self._acting = key
             self._arrange()
         places = list(self._places.values())
+        joint = rows.conditional and any(place.layer.text for place in places)
+        text = evaluation.columns if joint else evaluation.text.shape[1]
         for place in places:
             place.rows = rows
             height, width = place.layer.grid(call.latents)

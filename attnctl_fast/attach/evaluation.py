@@ -58,6 +58,11 @@ class Evaluation:
         """The context of every row, `[R,N,C]`."""
         return self.given[self._family.text]
 
+    @property
+    def columns(self) -> int:
+        """How many columns of the text joint attention has."""
+        return self._family.columns(self.given)
+
     def context_of(self, text: Tensor) -> Tensor:
         """Return what the layers are given for a text, `[R,N,C]`: of some models not the text encoder's own."""
         return self._family.context(self.model, {**self.given, self._family.text: text})

@@ -21,6 +21,10 @@ def _given_text(model: Any, given: dict[str, Any]) -> Tensor:
     return text
 
 
+def _whole_text(given: dict[str, Any]) -> int:
+    return int(given["encoder_hidden_states"].shape[1])
+
+
 @dataclass(frozen=True)
 class Family:
     """Models that are attached to in the same way.
@@ -29,8 +33,9 @@ class Family:
     model. layers: its attention layers by name, in order of execution. segments: the parts of its text, as in the
     module of that name. context: what layers are given as the text, from the model's arguments. sample, timestep, text:
     the model's arguments. positions: the argument that says where the image's tokens are: the index, row and column of
-    each, or how many frames, rows and columns every picture has; "" where the sample is `[R,C,height,width]`. refused:
-    pipelines with such a model whose pictures lie elsewhere, each with why.
+    each, or how many frames, rows and columns every picture has; "" where the sample is `[R,C,height,width]`. columns:
+    how many columns of the text joint attention has, from the model's arguments. refused: pipelines with such a model
+    whose pictures lie elsewhere, each with why.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Family:
     timestep: str = "timestep"
     text: str = "encoder_hidden_states"
     positions: str = ""
+    columns: Callable[[dict[str, Any]], int] = _whole_text
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def model_of(self, pipe: Any) -> Any:
@@ -115,6 +121,17 @@ def _hunyuan_context(model: Any, given: dict[str, Any]) -> Tensor:
     return torch.where(mask.bool()[..., None], text, model.text_embedding_padding)
 
 
+def _real_text(given: dict[str, Any]) -> int:
+    """Return how many tokens the text has without padding, behind which the image follows at once."""
+    lengths = {int(length) for length in given["encoder_attention_mask"].sum(1).tolist()}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"the prompts have {', '.join(map(str, sorted(lengths)))} tokens, and the image stands right behind each "
+            "of them; draw prompts of different lengths one by one"
+        )
+    return lengths.pop()
+
+
 def _patched(model: Any, **options: Any) -> dict[str, Layer]:
     return transformer_layers(model, model.config.patch_size, **options)
 
@@ -129,6 +146,7 @@ def _auraflow(model: Any) -> dict[str, Layer]:
 
 
 _cogview4 = partial(_patched, cross=("attn1",), text="first")
+_lumina2 = partial(_patched, stacks="layers", cross=("attn",), text="first")
 _sd3 = partial(_patched, cross=("attn",), text="last")
 UNET = Family(
     "unet",
@@ -163,6 +181,14 @@ FAMILIES = (
         segments.flux2_segments,
         positions="img_ids",
         refused={"Flux2KleinKVPipeline": "keeps the keys of the pictures to look at, and has them in between"},
+    ),
+    Family(
+        "lumina2",
+        "Lumina2Transformer2DModel",
+        "transformer",
+        _lumina2,
+        segments.lumina2_segments,
+        columns=_real_text,
     ),
     Family("cogview4", "CogView4Transformer2DModel", "transformer", _cogview4, segments.cogview4_segments),
     Family("auraflow", "AuraFlowTransformer2DModel", "transformer", _auraflow, segments.auraflow_segments),

@@ -24,8 +24,8 @@ class _Read(Exception):
 class _Reader(Run):
     """A run that adds the maps of every layer to a list, and ends the pass at the last one."""
 
-    def __init__(self, token_ids: Tensor | None, last: Site | None) -> None:
-        self.token_ids, self.last = token_ids, last
+    def __init__(self, token_ids: Tensor | None, tokens: int, last: Site | None) -> None:
+        self.token_ids, self.tokens, self.last = token_ids, tokens, last
         self.maps: list[Tensor] = []
 
     def attend(self, site: Site, attention: Attention) -> None:
@@ -44,7 +44,11 @@ class _Reader(Run):
 
     def _ids(self, attention: Attention, device: torch.device) -> Tensor:
         assert attention.text is not None
-        return torch.arange(attention.text[1], device=device) if self.token_ids is None else self.token_ids
+        if self.token_ids is not None:
+            return self.token_ids
+        ids = torch.arange(self.tokens, device=device)
+        # Those that the model leaves out are padding of every row's own.
+        return ids if self.tokens == attention.text[1] else ids.expand(len(attention.q), -1)
 
 
 @contextmanager
@@ -71,12 +75,13 @@ def reading(
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     model, samples = evaluation.model, evaluation.samples
-    reader = _Reader(token_ids, sites[-1] if truncate else None)
+    reader = _Reader(token_ids, evaluation.text.shape[1], sites[-1] if truncate else None)
     places = [Place(site.layer) for site in sites]
+    columns = evaluation.columns if sites[-1].layer.text else 0
     for place, site in zip(places, sites, strict=True):
         place.rows = Rows(len(samples), range(len(samples)), samples)
         place.now = Acts(attend=((reader, site),))
-        place.tokens = evaluation.text.shape[1], site.grid[0] * site.grid[1]
+        place.tokens = columns, site.grid[0] * site.grid[1]
 
     def read(latents: Tensor) -> Tensor:
         args, kwargs = evaluation.conditional_arguments(latents)

@@ -115,6 +115,7 @@ def transformer_layers(
     text: Literal["", "first", "last"] = "",
     outer_mask: bool = False,
     before: int = 0,
+    stacks: str = "blocks",
 ) -> dict[str, Layer]:
     """Return the attention layers of a transformer's blocks by name, in order of execution.
 
@@ -127,12 +128,13 @@ def transformer_layers(
         text: as in `Layer`, of those.
         outer_mask: as in `Layer`, of those.
         before: as in `Layer`, of those.
+        stacks: how its lists of blocks are called, or how their names end.
     """
     found = {}
     for name, module in model.named_modules():
         stack, _, rest = name.partition(".")
         index, _, own = rest.partition(".")
-        if not stack.endswith("blocks") or own not in {*cross, "attn1", "attn2"} or not hasattr(module, "processor"):
+        if not stack.endswith(stacks) or own not in {*cross, "attn1", "attn2"} or not hasattr(module, "processor"):
             continue
         if "Linear" in type(module.processor).__name__:
             continue
@@ -168,7 +170,8 @@ def both_streams(layers: dict[str, Layer]) -> list[str]:
 
 def of_transformer(layers: dict[str, Layer]) -> bool:
     """Return whether these are a transformer's layers, which all have one grid."""
-    return any("transformer_blocks" in layer.block or layer.block.startswith("blocks") for layer in layers.values())
+    lists = ("blocks.", "layers.")
+    return any("transformer_blocks" in layer.block or layer.block.startswith(lists) for layer in layers.values())
 
 
 def _matches(name: str, prefix: str) -> bool:

@@ -134,6 +134,26 @@ def sana_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Seg
     ]
 
 
+def lumina2_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    """Return Gemma's part: a start token, the system's message and the prompt."""
+    message = arguments.get("system_prompt") or pipe.system_prompt
+    return [
+        Segment(
+            "Gemma",
+            pipe.tokenizer,
+            _texts(arguments.get("prompt")),
+            0,
+            length,
+            limit=length,
+            closing=0,
+            marks=WORD_START,
+            instruction=f"{message} <Prompt Start> ",
+            encoders=("text_encoder",),
+            masked=True,
+        )
+    ]
+
+
 def hunyuan_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
     """Return Bert's part and T5's."""
     text, bert = _texts(arguments.get("prompt")), pipe.transformer.config.text_len

@@ -202,7 +202,8 @@ class Segment:
         """Return the tokens with their positions; those that are no text by themselves (Chinese, emoji) as a word."""
         tokenizer = self.tokenizer
         # Not the pipeline's own words around the prompt.
-        first, last = (tokens.begin, tokens.end) if self.behind else (tokens.padding, len(tokens.ids))
+        within = self.behind or (self.instruction and not self.left_out[1])
+        first, last = (tokens.begin, tokens.end) if within else (tokens.padding, len(tokens.ids))
         words = [[i] for i in range(first, tokens.begin)] + [positions for _, positions in self.words(tokens)]
         shown = []
         for positions in words + [[i] for i in range(tokens.end, last)]:

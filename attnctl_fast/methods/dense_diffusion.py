@@ -185,6 +185,7 @@ class _Modulating(Run):
         if self._batch is not rows:
             self._batch, self._grids = rows, {}
             self._columns_here = rows.of_samples(self._columns.to(sample.device))
+            self._text = evaluation.columns if any(site.layer.text for site in self._sites) else 0
         weights: dict[tuple[tuple[int, int], float], Tensor] = {}
         for site in self._sites:
             if site.grid not in self._grids:
@@ -205,6 +206,7 @@ class _Modulating(Run):
         text = self._columns_here
         if not layer.text:
             return text
+        text = text[:, : self._text]
         if layer.text == "last":
             return torch.cat([regions, text], 1)
         # The model's own tokens belong to no region.

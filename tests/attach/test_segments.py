@@ -19,7 +19,7 @@ from tests.support import tiny_transformers as tiny
 
 PROMPT = "a photo of an octopus and a pineapple and a bag, an apple"
 T5 = tiny.T5_LENGTH
-LENGTHS = {"sd3": 16 + T5, "hunyuan": 77 + 256, "flux2": T5 + 8, "flux2_klein": T5 + 8}
+LENGTHS = {"sd3": 16 + T5, "hunyuan": 77 + 256, "flux2": T5 + 8, "flux2_klein": T5 + 8, "lumina2": 48}
 
 pipeline = cache(tiny.pipeline)
 
@@ -71,7 +71,7 @@ def encoded(kind: str, pipe: Any, text: str) -> torch.Tensor:
     """The token that every column of the pipeline's own text is of."""
     given: dict[str, Any] = {"prompt": text, "prompt_2": None, "prompt_3": None, "max_sequence_length": T5}
     given |= {"complex_human_instruction": tiny_text.INSTRUCTION, "device": torch.device("cpu")}
-    given["text_encoder_out_layers"] = (0, 1, 2)
+    given |= {"text_encoder_out_layers": (0, 1, 2), **({"max_sequence_length": 48} if kind == "lumina2" else {})}
     known = inspect.signature(type(pipe).encode_prompt).parameters
     given = {name: value for name, value in given.items() if name in known}
     if kind != "hunyuan":
@@ -112,6 +112,8 @@ PLACES |= {"auraflow": PLACES["pixart"]}
 PLACES["cogview4"] = {word: [place + 8 for place in places] for word, places in PLACES["pixart"].items()}
 # Behind the chat's beginning, and before its end: 8 and 1 tokens behind padding to 32 columns; 3 tokens.
 PLACES["flux2"] = {word: [place + 15 for place in places] for word, places in PLACES["pixart"].items()}
+# A start, and 18 tokens of the system's message.
+PLACES["lumina2"] = {word: [place + 19 for place in places] for word, places in PLACES["pixart"].items()}
 PLACES["flux2_klein"] = {word: [place + 3 for place in places] for word, places in PLACES["pixart"].items()}
 
 
@@ -204,6 +206,7 @@ ERRORS = {
         ("cogview4", "a bag", "zebra"),
         "whose tokens are 20 '[gMASK]', 21 '<sop>', 22 'a', 23 'bag'; use words",
     ),
+    "of a system's message": (("lumina2", "a bag", "photo"), "whose tokens are 19 'a', 20 'bag'; use words"),
     "of the template": (("qwen", "a bag", "user"), "whose tokens are 0 'a', 1 'bag'; use words"),
     "cut off in a template": (("qwen", "dog " * 30 + "apple", "apple"), "cut off: the tokenizer keeps 24 tokens"),
     "of the instruction": (("sana", "a bag", "ball"), "whose tokens are 0 '<bos>', 1 'a', 2 'bag'; use words"),
@@ -239,6 +242,7 @@ SPECIAL = {
     "cogview4": [20, 21],
     "flux2": [],
     "flux2_klein": [],
+    "lumina2": [0],
 }
 OWN = {
     "sana": [[1, 2]],
@@ -247,6 +251,7 @@ OWN = {
     "cogview4": [[22, 23]],
     "flux2": [[29, 30]],
     "flux2_klein": [[3, 4]],
+    "lumina2": [[19, 20]],
 }
 
 
@@ -260,7 +265,7 @@ def test_special_tokens_and_the_prompts_own(kind: str) -> None:
     assert [rows[1] for rows in own] == [[] for _ in own]
     given = prompts(kind)
     assert given.content() is None and given.words() is None and given.strings([[0]]) is None
-    assert given.special() == [[0] if kind in ("sana", "sd3", "hunyuan") else []]
+    assert given.special() == [[0] if kind in ("sana", "sd3", "hunyuan", "lumina2") else []]
     assert given.positions([3]) == [[3]]
     with pytest.raises(ValueError, match="given prompt_embeds instead of a prompt"):
         given.positions(["bag"])

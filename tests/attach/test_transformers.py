@@ -22,7 +22,7 @@ from attnctl_fast.methods.attention_regulation import initial_theta
 from tests.support import tiny_transformers as tiny
 from tests.support.recomputed import Layout, attending_by_hand, layout_of
 
-JOINT = ("sd3", *tiny.PACKED, "auraflow", "cogview4")
+JOINT = ("sd3", *tiny.PACKED, "auraflow", "cogview4", "lumina2")
 # Kinds whose calls have unconditional and conditional rows in one batch; the others evaluate them one after the other.
 STACKED = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3", "auraflow")
 # Texts without a start or an end of their own.
@@ -39,6 +39,7 @@ TEXT = {
     # 2 special tokens and 8, filled up to a multiple of 16.
     "cogview4": 16,
     "flux2": 24,
+    "lumina2": 48,
     "flux2_klein": 24,
     # Without padding: 8 tokens, and 5 of the template behind them.
     "qwen": 8 + 5,
@@ -71,6 +72,7 @@ VARIANTS: list[tuple[str, str, str | None, dict[str, Any], dict[str, Any]]] = [
     ("cogview4, two prompts", "cogview4", None, {}, {"prompt": ["a dog", "a photo of a bag"]}),
     ("flux2, two prompts", "flux2", None, {}, {"prompt": ["a dog", "a photo of a bag"], "num_images_per_prompt": 2}),
     ("flux2 with a picture", "flux2", None, {}, {"image": tiny.picture_file(64, 128)}),
+    ("lumina2, two images", "lumina2", None, {}, {"num_images_per_prompt": 2, "size": (16, 24)}),
     ("flux2, not square", "flux2", None, {}, {"size": (24, 16)}),
     ("qwen, not square", "qwen", None, {}, {"size": (24, 16)}),
     ("sd3, not square", "sd3", None, {}, {"size": (16, 24)}),
@@ -97,7 +99,11 @@ class Case:
             self.kind, self.samples, TEXT.get(name, TEXT[self.kind]), self.grid[0] * self.grid[1], self.guided
         )
         # Of two evaluations a step the first is the prompt's.
-        self.turns = 2 if self.kind in ("chroma", "cogview4", "flux2_klein") or "true_cfg_scale" in self.options else 1
+        self.turns = (
+            2
+            if self.kind in ("chroma", "cogview4", "flux2_klein", "lumina2") or "true_cfg_scale" in self.options
+            else 1
+        )
 
     @property
     def model(self) -> Any:
@@ -107,7 +113,11 @@ class Case:
     def layers(self) -> list[str]:
         """The names of the layers with text, by their modules' names alone."""
         own = {"cogview4": "attn1"}.get(self.kind, "attn") if self.kind in JOINT else "attn2"
-        return [name for name, _ in self.model.named_modules() if name.split(".")[-1] == own and "block" in name]
+        return [
+            name
+            for name, _ in self.model.named_modules()
+            if name.split(".")[-1] == own and ("block" in name or name.startswith("layers."))
+        ]
 
     def draw(self, **options: Any) -> Tensor:
         return tiny.call(self.kind, self.pipe, **{**self.options, **options})
@@ -313,10 +323,10 @@ def test_regulation_of_joint_attention(kind: str) -> None:
         "cogview4": [12, 15],
         "flux2": [19, 22],
         "flux2_klein": [7, 10],
+        "lumina2": [23, 26],
     }.get(kind, [4, 7])
-    special: list[int] = {"sd3": [0, 9, 16 + 8], "flux": [8], "cogview4": [6, 7], **dict.fromkeys(CHATS, [])}.get(
-        kind, [8]
-    )
+    others: dict[str, list[int]] = {"sd3": [0, 9, 16 + 8], "cogview4": [6, 7], "lumina2": [0]}
+    special = others.get(kind, [] if kind in CHATS else [8])
     chosen = middle_third(
         {name: layer for name, layer in family_of(case.pipe).layers(case.model).items() if layer.cross}
     )
@@ -536,6 +546,21 @@ def test_pictures_behind_the_image(kind: str) -> None:
     for name, found in maps.items():
         torch.testing.assert_close(found[0], expected[name], rtol=0, atol=2e-5)
     assert not torch.equal(changed, plain)
+
+
+def test_images_that_stand_behind_prompts_of_different_lengths() -> None:
+    pipe = tiny.pipeline("lumina2")
+    prompts, noise = ["a photo of a bag", "a dog"], [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    plain = tiny.call("lumina2", pipe, prompt=prompts, generator=noise)
+    with ac.control(pipe, Raised([20])), pytest.raises(ValueError, match="have 21, 24 tokens, .*one by one"):
+        tiny.call("lumina2", pipe, prompt=prompts)
+    noise = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    assert torch.equal(tiny.call("lumina2", pipe, prompt=prompts, generator=noise), plain)
+    with ac.control(pipe, Raised([20])):
+        assert not torch.equal(tiny.call("lumina2", pipe, prompt=["a cat", "a dog"]), plain)
+    # Negative prompts may have any.
+    with ac.control(pipe, Raised([20])):
+        tiny.call("lumina2", pipe, prompt=["a cat", "a dog"], negative_prompt=["a", "a photo of"])
 
 
 def test_a_negative_prompt_that_is_the_prompt() -> None:

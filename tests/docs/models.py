@@ -138,6 +138,7 @@ TRANSFORMERS: list[tuple[str, str, str]] = [
     ("Qwen-Image with ControlNet", "QwenImageControlNetPipeline", "qwen"),
     ("FLUX.2", "Flux2Pipeline", "flux2"),
     ("FLUX.2 Klein", "Flux2KleinPipeline", "flux2_klein"),
+    ("Lumina 2", "Lumina2Pipeline", "lumina2"),
     ("AuraFlow", "AuraFlowPipeline", "auraflow"),
     ("CogView 4", "CogView4Pipeline", "cogview4"),
 ]

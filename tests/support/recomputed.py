@@ -22,16 +22,19 @@ Edit = Callable[[str, Tensor], Tensor | None]
 class Layout(NamedTuple):
     """Where the text and the image stand in a layer's logits.
 
-    rows: of the batch, those that are the prompt's. image: of the queries. text: of the keys.
+    rows: of the batch, those that are the prompt's. image: of the queries. text: of the keys. padding: how many tokens
+    of the text behind these the model leaves out.
     """
 
     rows: slice
     image: slice
     text: slice
+    padding: int = 0
 
     def maps(self, probabilities: Tensor) -> Tensor:
         """Maps of every token of the text, mean over heads, `[B,N,M]`."""
-        return probabilities[self.rows, :, self.image, self.text].mean(1).mT
+        maps = probabilities[self.rows, :, self.image, self.text].mean(1).mT
+        return F.pad(maps, (0, 0, 0, self.padding))
 
 
 def layout_of(kind: str, samples: int, text: int, image: int, guided: bool) -> Layout:
@@ -42,6 +45,9 @@ def layout_of(kind: str, samples: int, text: int, image: int, guided: bool) -> L
     rows = slice(samples, 2 * samples) if guided else slice(0, samples)
     if kind == "sd3":
         return Layout(rows, slice(0, image), slice(image, image + text))
+    if kind == "lumina2":
+        # As many as `PROMPT` has behind the system's message.
+        return Layout(rows, slice(27, 27 + image), slice(0, 27), text - 27)
     if kind in ("flux", "chroma", "qwen", "auraflow", "cogview4", "flux2", "flux2_klein"):
         before = 8 if kind == "auraflow" else 0
         return Layout(rows, slice(before + text, before + text + image), slice(before, before + text))

@@ -28,6 +28,7 @@ KINDS = (
     "cogview4",
     "flux2",
     "flux2_klein",
+    "lumina2",
 )
 # Kinds whose latents are packed, 2x2 of them in a token.
 PACKED = ("flux", "chroma", "qwen", "flux2", "flux2_klein")
@@ -47,6 +48,7 @@ CLASSES = {
     "cogview4": "CogView4Pipeline",
     "flux2": "Flux2Pipeline",
     "flux2_klein": "Flux2KleinPipeline",
+    "lumina2": "Lumina2Pipeline",
 }
 JOINT = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 32}
 ROTARY = (4, 6, 6)
@@ -364,6 +366,31 @@ def _flux2(cls: str) -> dict[str, Any]:
     }
 
 
+def _lumina2(cls: str) -> dict[str, Any]:
+    from diffusers import Lumina2Transformer2DModel
+
+    tokens = tiny_text.gemma_tokenizer()
+    model = Lumina2Transformer2DModel(
+        sample_size=SIDE,
+        hidden_size=32,
+        num_layers=3,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=ROTARY,
+        axes_lens=(64, 32, 32),
+        cap_feat_dim=16,
+    )
+    return {
+        "vae": _vae(16),
+        "tokenizer": tokens,
+        "text_encoder": tiny_text.gemma_encoder(tokens),
+        "transformer": _sharpened(model),
+        "scheduler": _flow(shift=6.0),
+    }
+
+
 BUILD: dict[str, Callable[..., dict[str, Any]]] = {
     "pixart_alpha": lambda cls: _pixart(cls, alpha=True),
     "pixart_sigma": lambda cls: _pixart(cls, alpha=False),
@@ -377,6 +404,7 @@ BUILD: dict[str, Callable[..., dict[str, Any]]] = {
     "cogview4": _cogview4,
     "flux2": _flux2,
     "flux2_klein": _flux2,
+    "lumina2": _lumina2,
 }
 
 
@@ -401,11 +429,13 @@ def pipeline(
         _with_template(pipe)
     if kind == "flux2":
         pipe.system_message = "a photo."
+    if kind == "lumina2":
+        pipe.system_prompt = "a photo."
     return pipe
 
 
 def latent_channels(kind: str) -> int:
-    return 16 if kind in ("sd3", "cogview4", *PACKED) else 4
+    return 16 if kind in ("sd3", "cogview4", "lumina2", *PACKED) else 4
 
 
 def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -434,7 +464,7 @@ def arguments(kind: str, pipe: Any, size: tuple[int, int] = (SIDE, SIDE), **opti
         "num_inference_steps": 2,
         "output_type": "latent",
         "generator": torch.Generator().manual_seed(1),
-        "max_sequence_length": T5_LENGTH,
+        "max_sequence_length": 48 if kind == "lumina2" else T5_LENGTH,
         "text_encoder_out_layers": (0, 1, 2),
         "use_resolution_binning": False,
         "clean_caption": False,
