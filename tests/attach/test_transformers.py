@@ -528,6 +528,11 @@ def test_pictures_behind_the_image(kind: str) -> None:
     def look(name: str, logits: Tensor) -> None:
         expected[name] = logits.softmax(-1)[:, :, text : text + 24, :text].mean(1).mT.unflatten(2, (4, 6))
 
+    def raised(name: str, logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        logits[:, :, text : text + 24, 1] += 2.0
+        return logits.softmax(-1)
+
     def evaluate() -> Tensor:
         with torch.no_grad():
             return pipe.transformer(**given, return_dict=False)[0]
@@ -535,17 +540,20 @@ def test_pictures_behind_the_image(kind: str) -> None:
     pipe.scheduler.set_timesteps(sigmas=[1.0], mu=1.0)
     with attending_by_hand(pipe.transformer, look):
         plain = evaluate()
+    with attending_by_hand(pipe.transformer, raised):
+        edited = evaluate()
     with ac.control(pipe, Raised([1])) as handle:
         handle.begin(prompt_embeds=embeds)
         changed = evaluate()
         handle.end()
     with ac.control(pipe, Nothing()) as handle, ac.capture(pipe) as maps:
         handle.begin(prompt_embeds=embeds)
-        assert torch.equal(evaluate(), plain)
+        torch.testing.assert_close(evaluate(), plain, rtol=0, atol=1e-5)
         handle.end()
     for name, found in maps.items():
         torch.testing.assert_close(found[0], expected[name], rtol=0, atol=2e-5)
-    assert not torch.equal(changed, plain)
+    torch.testing.assert_close(changed, edited, rtol=0, atol=1e-4)
+    assert float((edited - plain).abs().max()) > 1e-3
 
 
 def test_images_that_stand_behind_prompts_of_different_lengths() -> None:
