@@ -70,7 +70,12 @@ class Handle:
                 f"prompt_embeds has shape {tuple(prompt_embeds.shape)} for {count} prompts; it must be "
                 "[prompts * images, tokens, channels]"
             )
-        if negative_prompt_embeds is not None and negative_prompt_embeds.shape != prompt_embeds.shape:
+        # Where texts are not padded to one length, the negative one may have another.
+        compared = slice(None, None, 2 if engine.family.fill else 1)
+        if (
+            negative_prompt_embeds is not None
+            and negative_prompt_embeds.shape[compared] != prompt_embeds.shape[compared]
+        ):
             raise ValueError(
                 f"negative_prompt_embeds has shape {tuple(negative_prompt_embeds.shape)}; it must be that of "
                 f"prompt_embeds, {tuple(prompt_embeds.shape)}"

@@ -34,8 +34,9 @@ class Family:
     module of that name. context: what layers are given as the text, from the model's arguments. sample, timestep, text:
     the model's arguments. positions: the argument that says where the image's tokens are: the index, row and column of
     each, or how many frames, rows and columns every picture has; "" where the sample is `[R,C,height,width]`. columns:
-    how many columns of the text joint attention has, from the model's arguments. refused: pipelines with such a model
-    whose pictures lie elsewhere, each with why.
+    how many columns of the text joint attention has, from the model's arguments. fill: of how many tokens the length of
+    a text is a multiple; 0 where it is what the call says. refused: pipelines with such a model whose pictures lie
+    elsewhere, each with why.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Family:
     text: str = "encoder_hidden_states"
     positions: str = ""
     columns: Callable[[dict[str, Any]], int] = _whole_text
+    fill: int = 0
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def model_of(self, pipe: Any) -> Any:
@@ -190,7 +192,7 @@ FAMILIES = (
         segments.lumina2_segments,
         columns=_real_text,
     ),
-    Family("cogview4", "CogView4Transformer2DModel", "transformer", _cogview4, segments.cogview4_segments),
+    Family("cogview4", "CogView4Transformer2DModel", "transformer", _cogview4, segments.cogview4_segments, fill=16),
     Family("auraflow", "AuraFlowTransformer2DModel", "transformer", _auraflow, segments.auraflow_segments),
     Family(
         "qwen",
@@ -199,6 +201,7 @@ FAMILIES = (
         _flux,
         segments.qwen_segments,
         positions="img_shapes",
+        fill=1,
         refused={"QwenImageLayeredPipeline": "draws several pictures in one sequence, which have no grid in common"},
     ),
 )

@@ -130,6 +130,10 @@ def prompts_of(pipe: Any, prompt: str) -> Prompts | None:
         tokenizer = getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)
         length = length or getattr(tokenizer, "model_max_length", 0)
     prompts = Prompts(family.segments(pipe, arguments, length), 1, length)
+    if family.fill and prompts.tokens is not None:
+        tokens = len(prompts.tokens[0].ids) - prompts.tokens[0].padding
+        length = -(-tokens // family.fill) * family.fill
+        prompts = Prompts(family.segments(pipe, arguments, length), 1, length)
     return None if prompts.tokens is None else prompts
 
 
