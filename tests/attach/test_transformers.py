@@ -556,6 +556,19 @@ def test_pictures_behind_the_image(kind: str) -> None:
     assert float((edited - plain).abs().max()) > 1e-3
 
 
+def test_a_told_negative_prompt_may_be_shorter() -> None:
+    pipe = tiny.pipeline("qwen")
+    embeds, others = (pipe.encode_prompt(text)[0] for text in (tiny.PROMPT, "a dog"))
+    given = {"hidden_states": torch.ones(1, 24, 64), "timestep": torch.ones(1), "img_shapes": [[(1, 4, 6)]]}
+    pipe.scheduler.set_timesteps(sigmas=[1.0], mu=1.0)
+    with ac.control(pipe, Nothing()) as handle, ac.capture(pipe) as maps, torch.no_grad():
+        handle.begin(prompt_embeds=embeds, negative_prompt_embeds=others, prompt=tiny.PROMPT)
+        for text in (embeds, others):
+            pipe.transformer(encoder_hidden_states=text, **given)
+        handle.end()
+    assert next(iter(maps.values())).shape == (1, 1, embeds.shape[1], 4, 6)
+
+
 def test_images_that_stand_behind_prompts_of_different_lengths() -> None:
     pipe = tiny.pipeline("lumina2")
     prompts, noise = ["a photo of a bag", "a dog"], [torch.Generator().manual_seed(seed) for seed in (1, 2)]
