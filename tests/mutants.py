@@ -170,15 +170,15 @@ OPS = [
     Mutant(
         "context_update: sign of the norms' energy",
         "attnctl_fast/ops/context_update.py",
-        "return pull - gamma_norm * share",
-        "return pull + gamma_norm * share",
+        "return pull - gamma_norm * energy.softmax(-1)",
+        "return pull + gamma_norm * energy.softmax(-1)",
         f"{CONTEXT} -k minus_the_gradient_of_the_energies",
     ),
     Mutant(
         "context_update: conventions swapped",
         "attnctl_fast/ops/context_update.py",
-        "share = (square / 2 if halved else square).softmax(-1)",
-        "share = (square if halved else square / 2).softmax(-1)",
+        "energy = square / 2 if halved else square",
+        "energy = square if halved else square / 2",
         f"{CONTEXT} -k 'minus_the_gradient_of_the_energies or released_convention'",
     ),
     Mutant(

@@ -208,7 +208,9 @@ class Place:
             queries = [part for part in (query[:, :, :start], query[:, :, stop:]) if part.shape[2]]
             if mask is not None and mask.shape[-2] > 1:
                 mask = torch.cat([mask[..., :start, :], mask[..., stop:, :]], -2)
-            own = _real(torch.cat(queries, 2) if len(queries) > 1 else queries[0], key, value, attn_mask=mask, scale=scale)
+            own = _real(
+                torch.cat(queries, 2) if len(queries) > 1 else queries[0], key, value, attn_mask=mask, scale=scale
+            )
             others = own[:, :, :start], own[:, :, start:]
         else:
             others = every[:, :, :start], every[:, :, stop:]
