@@ -336,7 +336,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods": lambda: methods_table(last_line(RESULTS / "shapes_methods.jsonl")),
     "gpu": lambda: gpu_table(RESULTS),
     **{name: partial(operations_table, RESULTS / "ops_cpu.jsonl", name) for name in FAMILIES},
-    "joint": lambda: joint_table(RESULTS / "ops_cpu.jsonl"),
+    "joint": lambda: joint_table(RESULTS / "joint_cpu.jsonl"),
     "ops": lambda: operations_table(RESULTS / "ops_cpu.jsonl", None),
     "resources": lambda: resources_table(RESOURCES),
 }
