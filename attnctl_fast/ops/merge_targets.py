@@ -43,8 +43,8 @@ def _merge_targets(
         columns = torch.cat([columns, restored], 2)
         values = torch.cat([values, gather_columns(v, pinned_ids)], 2)
     rest = rest_out.to(wide) * rest_weight.unsqueeze(-1)
-    # One pass over the output less than a sum.
-    out = torch.baddbmm(rest.flatten(0, 1), columns.mT.flatten(0, 1), values.to(wide).flatten(0, 1))
+    # In place, for memory that is new costs as much as the product.
+    out = rest.flatten(0, 1).baddbmm_(columns.mT.flatten(0, 1), values.to(wide).flatten(0, 1))
     return out.unflatten(0, rest.shape[:2]).to(v.dtype)
 
 

@@ -144,7 +144,8 @@ class Words(ac.LatentGuidance):
         return maps.sum((1, 2))
 
 
-@pytest.mark.parametrize(("name", "forward", "both"), [full("sd3.5 medium", 0.985, 2.5), full("flux.1 dev", 0.33, 0.75)])
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "forward", "both"), [("sd3.5 medium", 0.985, 2.5), ("flux.1 dev", 0.33, 0.75)])
 def test_operations_of_transformers(name: str, forward: float, both: float) -> None:
     """All of SD 3's blocks have two streams; of FLUX's those that are read are a third of the model."""
     with torch.device("meta"):
