@@ -199,7 +199,6 @@ BY_DEFAULT = [
     ("sd3", "regulation", "wrapped"),
     ("flux", "regions", "wrapped"),
     ("chroma", "regulation", "blocks"),
-    ("pixart_sigma", "regulation", "wrapped"),
 ]
 
 

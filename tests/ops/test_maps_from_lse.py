@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 from attnctl_fast import ops
 from bench.ops.inputs import randn
 from tests.ops.test_maps import Largest
-from tests.support.marks import full, pairs
+from tests.support.marks import pairs
 from tests.support.numerics import (
     DEVICE,
     FAST,
@@ -187,7 +187,8 @@ def test_gradcheck(impl, reduce, ids):
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
-@pytest.mark.parametrize(("programs", "reduce"), [(1000, "mean"), full(1, "mean"), full(1, "none"), full(1000, "none")])
+@pytest.mark.full
+@pytest.mark.parametrize(("programs", "reduce"), pairs([1, 1000], REDUCTIONS))
 def test_kernels_share_heads_rows_and_columns(programs, reduce):
     """All of them in one program, and in many, whose parts are added."""
     launch = importlib.import_module("attnctl_fast.kernels._launch")
