@@ -158,7 +158,6 @@ UNET = Family(
     segments.unet_segments,
     _unet_context,
     sample="sample",
-    timestep="timestep",
 )
 FAMILIES = (
     UNET,
@@ -221,7 +220,8 @@ def family_of(pipe: Any) -> Family:
     models = {part: getattr(model, "_orig_mod", model) for part, model in found.items()}
     for family in FAMILIES:
         model = models.get(family.component)
-        if isinstance(model, getattr(diffusers, family.model)):
+        # Older releases of diffusers lack some.
+        if isinstance(model, getattr(diffusers, family.model, ())):
             for refused, why in family.refused.items():
                 if isinstance(pipe, getattr(diffusers, refused, ())):
                     raise ValueError(f"{name} {why}; use another pipeline of {family.model}")

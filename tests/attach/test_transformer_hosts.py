@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable
 from typing import Any
@@ -328,6 +329,18 @@ def test_a_model_that_nobody_knows() -> None:
     parts = {**pipe.components, "transformer": torch.nn.Linear(2, 2)}
     with pytest.raises(ValueError, match=r"transformer of FluxPipeline is a Linear, .*how one is added"):
         ac.enable(type(pipe)(**parts), METHODS["regulation"])
+
+
+def test_an_older_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that a release does not have yet are no hindrance to those that it has."""
+    import diffusers
+
+    from attnctl_fast.attach import families
+
+    later = dataclasses.replace(families.UNET, name="later", model="LaterTransformer2DModel", component="transformer")
+    assert not hasattr(diffusers, later.model)
+    monkeypatch.setattr(families, "FAMILIES", (later, *families.FAMILIES))
+    assert families.family_of(tiny.pipeline("flux")).name == "flux"
 
 
 def test_a_mask_of_the_users_own() -> None:
