@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from . import ops, schedules, shapes
     from .methods import (
         CONFORM,
+        FOCUS,
         TSAM,
         AttendAndExcite,
         AttentionRegulation,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         Method,
         Run,
         SynGen,
+        VelocityGuidance,
     )
     from .pipeline import by_downsampling, capture, control, enable
 
@@ -39,12 +41,14 @@ __all__ = [
     "DenseDiffusion",
     "Edit",
     "EnergyContext",
+    "FOCUS",
     "GuidanceContext",
     "LatentGuidance",
     "Method",
     "Run",
     "SynGen",
     "TSAM",
+    "VelocityGuidance",
     "by_downsampling",
     "capture",
     "control",
@@ -64,12 +68,14 @@ _HOME = {
     "DenseDiffusion": "methods",
     "Edit": "methods",
     "EnergyContext": "methods",
+    "FOCUS": "methods",
     "GuidanceContext": "methods",
     "LatentGuidance": "methods",
     "Method": "methods",
     "Run": "methods",
     "SynGen": "methods",
     "TSAM": "methods",
+    "VelocityGuidance": "methods",
     "by_downsampling": "pipeline",
     "capture": "pipeline",
     "control": "pipeline",

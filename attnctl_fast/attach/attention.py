@@ -145,6 +145,27 @@ class Attention:
         self.fill(out[:, :, rows])
         return lse[:, :, rows]
 
+    def maps(self, token_ids: Tensor | None, tokens: int) -> Tensor:
+        """Return attention of all rows to some tokens, mean over heads, `[R,n,M]`, differentiable.
+
+        It is the model's own, which is `fill`ed in.
+
+        Args:
+            token_ids: `[R,n]`, padded with -1, or None for every token.
+            tokens: how many the text has.
+        """
+        q, k, scale, bias = self.q, self.k, self.scale, self.key_bias
+        if self.text is None:
+            out, maps = ops.attention_with_maps(q, k, self.v, token_ids, scale=scale, key_bias=bias)
+            self.fill(out)
+            return maps
+        if token_ids is None:
+            token_ids = torch.arange(tokens, device=q.device)
+            if tokens != self.text[1]:
+                # Those that the model leaves out are padding of every row's own.
+                token_ids = token_ids.expand(len(q), -1)
+        return ops.maps_from_lse(q, k, self.logsumexp(), self.column_ids(token_ids), scale=scale, key_bias=bias)
+
     def fill(self, whole: Tensor) -> None:
         """Set the attention of all rows that nobody has set, from that of all rows `[R,H,M,d]`."""
         if self.untouched:

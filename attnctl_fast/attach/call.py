@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
-from .scheduler import schedule_times
+from .scheduler import noise_shares, schedule_times
 
 if TYPE_CHECKING:
     from .layers import Layer
@@ -49,6 +49,7 @@ class Call:
     latents: tuple[int, int] = (0, 0)
     mask: Tensor | None = None
     _times: list[float] | None = None
+    _shares: list[float] | None = None
     # Entries of the scheduler's timesteps from the first one that the call runs (image-to-image starts late).
     _remaining: int = 0
 
@@ -61,6 +62,12 @@ class Call:
         if self._times is None:
             self._times = schedule_times(self.pipe.scheduler, self._remaining)
         return self._times[min(self.evaluation, len(self._times) - 1)]
+
+    def noise_share(self) -> float:
+        """Return sigma / (alpha + sigma) at this evaluation, the time of a flow; read from the device once."""
+        if self._shares is None:
+            self._shares = noise_shares(self.pipe.scheduler, self._remaining)
+        return self._shares[min(self.evaluation, len(self._shares) - 1)]
 
 
 class Site:

@@ -375,6 +375,16 @@ class PipelineCall:
         elif rows.conditional:
             call.view += 1
         evaluation = Evaluation(call, family, engine.model, rows, tap, args, kwargs)
+        if rows.conditional and rows.others and any(run.apart() for _, _, run, _ in self._runs):
+            apart, rest = (self._denoise(model, part, sample) for part in evaluation.parts())
+            return _changed(apart, lambda x: evaluation.joined(x, _prediction(rest)))
+        return self._denoise(model, evaluation, sample)
+
+    def _denoise(self, model: Callable[..., Any], evaluation: Evaluation, sample: Tensor) -> Any:
+        """Return what the model predicts in one evaluation, of the pipeline's `sample` or of some of its rows."""
+        engine, call, tap = self.engine, self.public, self._tap
+        assert call is not None and tap is not None
+        given = evaluation.sample
         if tap.moved is not None and self._replayed is not None and self._replayed[0] is sample:
             # Not stepped since: the pipeline evaluates the model twice on the same latents.
             evaluation.replay(self._replayed[1])
@@ -383,20 +393,26 @@ class PipelineCall:
             for site in sites:
                 site.grid = site.layer.grid(call.latents)
             run.before_denoiser(evaluation)
-        if tap.moved is not None and not evaluation.moved and evaluation.given[family.sample] is not sample:
+        if tap.moved is not None and not evaluation.moved and evaluation.sample is not given:
             self._replayed = sample, evaluation.latents
-        places = self._acting_places(call, rows, evaluation)
-        if places and torch.is_grad_enabled() and getattr(engine.model, "is_gradient_checkpointing", False):
-            raise ValueError(
-                "gradient checkpointing would compute layers again without what acts on them now; call "
-                f"{family.component}.disable_gradient_checkpointing() under control"
-            )
-        args, kwargs = evaluation.arguments()
-        if not places:
-            output = model(*args, **kwargs)
-        else:
+        places = self._acting_places(call, evaluation.rows, evaluation)
+
+        def evaluate() -> Any:
+            if places and torch.is_grad_enabled() and getattr(engine.model, "is_gradient_checkpointing", False):
+                raise ValueError(
+                    "gradient checkpointing would compute layers again without what acts on them now; call "
+                    f"{engine.family.component}.disable_gradient_checkpointing() under control"
+                )
+            args, kwargs = evaluation.arguments()
+            if not places:
+                return model(*args, **kwargs)
             with installed(places, compiled=self._compiled()):
-                output = model(*args, **kwargs)
+                return model(*args, **kwargs)
+
+        for _, _, run, _ in self._runs:
+            if defines(run, "denoise"):
+                evaluate = functools.partial(run.denoise, evaluation, evaluate)
+        output = evaluate()
         for _, _, run, _ in self._runs:
             if defines(run, "after_denoiser"):
                 output = _changed(output, run.after_denoiser)
@@ -566,6 +582,12 @@ def _calling_pipeline(pipe: Any) -> Any:
             return owner
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _prediction(output: Any) -> Tensor:
+    """Return what a model predicts, of its output."""
+    prediction: Tensor = output[0] if isinstance(output, tuple) else output.sample
+    return prediction
 
 
 def _changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

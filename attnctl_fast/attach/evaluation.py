@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +45,7 @@ class Evaluation:
         self._sample = self.sample
         self._channels = family.channels(model) if tap.latents is None else tap.latents.shape[1]
         self._latents: Tensor | None = None
+        self._leaf: Tensor | None = None
 
     @property
     def sample(self) -> Tensor:
@@ -144,6 +146,45 @@ class Evaluation:
         given = {name: with_rows(value, len(carried), sliced) for name, value in self.given.items()}
         given[self._family.sample] = self._with(latents, sliced(self._sample))
         return self._family.replaced(self.model, self._args, given)
+
+    def parts(self) -> list[Evaluation]:
+        """Return two evaluations of fewer rows: of the rows of `latents`, and of all others."""
+        rows = self.rows
+        if rows.parts is None:
+            chosen, _ = self._layout()
+            rest = [row for row in range(rows.total) if row not in chosen]
+            rows.parts = (chosen, rows.of(chosen)), (rest, rows.of(rest))
+        return [self._part(*part) for part in rows.parts]
+
+    def _part(self, chosen: list[int], rows: Rows) -> Evaluation:
+        given = {name: with_rows(x, self.rows.total, partial(taken, rows=chosen)) for name, x in self.given.items()}
+        args, kwargs = self._family.replaced(self.model, self._args, given)
+        return Evaluation(self.call, self._family, self.model, rows, self._tap, args, kwargs)
+
+    def joined(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the batch made of what the two `parts` have."""
+        assert self.rows.parts is not None
+        (chosen, _), (rest, _) = self.rows.parts
+        order = [*chosen, *rest]
+        return torch.cat([first, second])[[order.index(row) for row in range(len(order))]]
+
+    def track(self) -> Tensor:
+        """Return `latents` as a leaf of the graph that the model's evaluation will make."""
+        if self._leaf is not None:
+            return self._leaf
+        total = self.rows.total
+        # Tensors of inference mode cannot be kept for a gradient.
+        self.given = {
+            name: with_rows(x, total, lambda x: x.clone() if x.is_inference() else x) for name, x in self.given.items()
+        }
+        self._sample = self.sample
+        self._leaf = self.latents.detach().clone().requires_grad_()
+        self.replay(self._leaf)
+        return self._leaf
+
+    def correct(self, correction: Tensor) -> None:
+        """Add to the prediction from which the scheduler makes its next step, `[B,C,height,width]` or packed."""
+        self._tap.add(correction)
 
     def _layout(self) -> tuple[list[int], list[int]]:
         """Return the first rows that carry their latents, and for every row which of those it carries."""

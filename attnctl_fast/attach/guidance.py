@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from .attention import Attention
 from .call import Site
 from .evaluation import Evaluation
@@ -29,26 +28,9 @@ class _Reader(Run):
         self.maps: list[Tensor] = []
 
     def attend(self, site: Site, attention: Attention) -> None:
-        q, k, v = attention.q, attention.k, attention.v
-        bias, scale = attention.key_bias, attention.scale
-        if attention.text is None:
-            out, maps = ops.attention_with_maps(q, k, v, self.token_ids, scale=scale, key_bias=bias)
-        else:
-            out, lse = ops.attention(q, k, v, scale=scale, key_bias=bias, return_lse=True)
-            ids = attention.column_ids(self._ids(attention, q.device))
-            maps = ops.maps_from_lse(q, k, lse, ids, scale=scale, key_bias=bias)
-        self.maps.append(maps)
+        self.maps.append(attention.maps(self.token_ids, self.tokens))
         if site is self.last:
             raise _Read
-        attention.out = out
-
-    def _ids(self, attention: Attention, device: torch.device) -> Tensor:
-        assert attention.text is not None
-        if self.token_ids is not None:
-            return self.token_ids
-        ids = torch.arange(self.tokens, device=device)
-        # Those that the model leaves out are padding of every row's own.
-        return ids if self.tokens == attention.text[1] else ids.expand(len(attention.q), -1)
 
 
 @contextmanager
@@ -97,7 +79,7 @@ def reading(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if freeze:
-            stack.enter_context(_frozen(model))
+            stack.enter_context(frozen(model))
         for module in model.modules():
             # Perturbed attention guidance's processors take their batch apart, whose rows this pass has not.
             if type(getattr(module, "processor", None)).__name__.startswith("PAG"):
@@ -117,7 +99,7 @@ def _unload(model: nn.Module, name: str) -> None:
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
+def frozen(module: nn.Module) -> Iterator[None]:
     """Have no parameter of the module require a gradient."""
     # By name: sequential offloading puts other parameters into their places in the meantime.
     trained = [

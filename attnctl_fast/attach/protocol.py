@@ -50,6 +50,14 @@ class Run:
     def before_denoiser(self, evaluation: Evaluation) -> None:
         """Prepare an evaluation of the model, or change what it is given."""
 
+    def apart(self) -> bool:
+        """Return whether this step's conditional rows are evaluated by themselves, apart from the others."""
+        return False
+
+    def denoise(self, evaluation: Evaluation, evaluate: Callable[[], Any]) -> Any:
+        """Return the model's output, which `evaluate()` computes."""
+        return evaluate()
+
     def context(self, site: Site, text: Tensor) -> Tensor:
         """Return the context `[R,N,C]` that the layer reads instead of `text`."""
         return text

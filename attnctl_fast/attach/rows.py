@@ -18,10 +18,11 @@ class Rows:
 
     total: rows in the batch. conditional: the indices of those, rising. samples: which sample of the call each of them
     is. others: the indices of all other rows. alone: the conditional rows as a batch of their own. layout: what
-    `Evaluation` has found out about the latents that they carry.
+    `Evaluation` has found out about the latents that they carry. parts: two batches that it takes this one apart into.
     """
 
     layout: tuple[list[int], list[int]] | None = None
+    parts: tuple[tuple[list[int], Rows], tuple[list[int], Rows]] | None = None
 
     def __init__(self, total: int, conditional: Sequence[int], samples: Sequence[int]) -> None:
         self.total, self.conditional, self.samples = total, tuple(conditional), tuple(samples)
@@ -59,12 +60,17 @@ class Rows:
         """Return what belongs to the conditional rows of `x` `[samples,..]`."""
         return x if self.samples == tuple(range(len(x))) else x[list(self.samples)]
 
+    def of(self, rows: Sequence[int]) -> Rows:
+        """Return some rows as a batch of their own."""
+        sample = dict(zip(self.conditional, self.samples, strict=True))
+        kept = [index for index, row in enumerate(rows) if row in sample]
+        return Rows(len(rows), kept, [sample[rows[index]] for index in kept])
+
     def first(self, total: int) -> Rows:
         """Return the rows of a smaller batch that begins with these: perturbed ones come last."""
         if total == self.total:
             return self
-        kept = [index for index, row in enumerate(self.conditional) if row < total]
-        return Rows(total, [self.conditional[index] for index in kept], [self.samples[index] for index in kept])
+        return self.of(range(total))
 
 
 def taken(x: Tensor, rows: Sequence[int]) -> Tensor:

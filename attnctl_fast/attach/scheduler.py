@@ -31,12 +31,14 @@ class SchedulerTap:
     It notes the latents before they are scaled, and has the step start from others.
 
     latents: what `scale_model_input` was last given; None before, and where the scheduler has none. moved: what the
-    next `step` starts from, once; None for what the pipeline gives. steps: how many steps were taken.
+    next `step` starts from, once; None for what the pipeline gives. added: what is added to its prediction, likewise.
+    steps: how many steps were taken.
     """
 
     def __init__(self) -> None:
         self.latents: Tensor | None = None
         self.moved: Tensor | None = None
+        self.added: Tensor | None = None
         self.steps = 0
         self._patches: dict[str, Patch] = {}
 
@@ -46,18 +48,23 @@ class SchedulerTap:
                 self._patches[name] = Patch(scheduler, name, wrapper)
 
     def _scale(self, patch: Patch, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.latents, self.moved = sample, None
+        self.latents, self.moved, self.added = sample, None, None
         return patch.inner(sample, *args, **kwargs)
 
     def _step(self, patch: Patch, *args: Any, **kwargs: Any) -> Any:
         self.steps += 1
+        names = ("model_output", "timestep", "sample")[: len(args)]
+        given = dict(zip(names, args, strict=False)) | kwargs
         if self.moved is not None:
-            if "sample" in kwargs:
-                kwargs["sample"] = self.moved.to(kwargs["sample"].dtype)
-            else:
-                args = (*args[:2], self.moved.to(args[2].dtype), *args[3:])
-            self.moved = None
-        return patch.inner(*args, **kwargs)
+            given["sample"] = self.moved.to(given["sample"].dtype)
+        if self.added is not None:
+            given["model_output"] = given["model_output"] + self.added.to(given["model_output"].dtype)
+        self.moved = self.added = None
+        return patch.inner(*(given.pop(name) for name in names), *args[3:], **given)
+
+    def add(self, correction: Tensor) -> None:
+        """Add to the prediction that the next `step` is given."""
+        self.added = correction if self.added is None else self.added + correction
 
     def factor(self, timestep: Any, like: Tensor) -> Tensor | None:
         """Return what the scheduler multiplies latents by to make the model's input of them, a scalar; None for 1."""
@@ -70,7 +77,42 @@ class SchedulerTap:
         """Take the wrappers off."""
         for patch in self._patches.values():
             patch.undo()
-        self.latents = self.moved = None
+        self.latents = self.moved = self.added = None
+
+
+def prediction_type(scheduler: Any) -> str:
+    """Return what a scheduler takes the model's output for: "flow", "v_prediction", "epsilon" or "sample".
+
+    Raises:
+        ValueError: something else.
+    """
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return "flow"
+    kind = getattr(scheduler.config, "prediction_type", "epsilon")
+    kind = "flow" if kind == "flow_prediction" else kind
+    if kind not in ("flow", "v_prediction", "epsilon", "sample") or hasattr(scheduler.config, "sigma_data"):
+        raise ValueError(
+            f"{type(scheduler).__name__} takes the model's output for {kind}, scaled in a way of its own, so it cannot "
+            "be corrected; use a scheduler of epsilon, v_prediction or flow_prediction"
+        )
+    return str(kind)
+
+
+def noise_shares(scheduler: Any, count: int) -> list[float]:
+    """Return sigma / (alpha + sigma) of the last entries of a scheduler's schedule: 1 is noise alone, 0 the picture.
+
+    Args:
+        scheduler: a diffusers scheduler whose timesteps are set.
+        count: how many entries; at least 1.
+    """
+    levels = _noise_levels(scheduler)
+    if levels is None:
+        table = _training_levels(scheduler)
+        times = np.asarray(scheduler.timesteps.tolist(), dtype=np.float64)
+        levels = np.exp(np.interp(times, np.arange(len(table)), np.log(table)))
+    # A flow's sigma is the share itself.
+    shares = levels if prediction_type(scheduler) == "flow" else levels / (1 + levels)
+    return [float(share) for share in shares[-count:]]
 
 
 def schedule_times(scheduler: Any, count: int) -> list[float]:

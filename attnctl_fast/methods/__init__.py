@@ -8,9 +8,12 @@ from .composition import Composition, Edit
 from .conform import CONFORM
 from .dense_diffusion import DenseDiffusion
 from .energy_context import EnergyContext
-from .latent_guidance import GuidanceContext, LatentGuidance
+from .focus import FOCUS
+from .latent_guidance import LatentGuidance
+from .map_guidance import GuidanceContext
 from .syngen import SynGen
 from .tsam import TSAM
+from .velocity_guidance import VelocityGuidance
 
 __all__ = [
     "AttendAndExcite",
@@ -22,10 +25,12 @@ __all__ = [
     "Edit",
     "Edited",
     "EnergyContext",
+    "FOCUS",
     "GuidanceContext",
     "LatentGuidance",
     "Method",
     "Run",
     "SynGen",
     "TSAM",
+    "VelocityGuidance",
 ]

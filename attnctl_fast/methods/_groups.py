@@ -68,6 +68,27 @@ def places(groups: Groups, prompts: Prompts, name: str) -> Places:
     return found
 
 
+def members(groups: Groups, prompts: Prompts, name: str) -> list[list[tuple[int, int]]]:
+    """Return (position, index of its group) of every token of checked groups, one list per prompt.
+
+    Raises:
+        ValueError: as `places`, or a token in two groups of a prompt.
+    """
+    rows = [
+        [(position, index) for index, group in enumerate(row) for word in group for position in word]
+        for row in places(groups, prompts, name)
+    ]
+    for row in rows:
+        named = [position for position, _ in row]
+        double = next((position for position in named if named.count(position) > 1), None)
+        if double is not None:
+            raise ValueError(
+                f"{name} names token {double} in two groups of a prompt, and cannot both attract and repel it; "
+                "leave it out of one, or pass the token id of another occurrence"
+            )
+    return rows
+
+
 def _group(group: Group, prompts: Prompts, index: int, name: str, taken: list[list[int]]) -> list[list[int]]:
     *others, last = (prompts.occurrences(word, index, name) for word in group)
     end = next((place for place in last if place not in taken), last[0])

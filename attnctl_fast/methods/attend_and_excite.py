@@ -13,7 +13,8 @@ from .. import ops
 from .._numbers import check_number, check_smoothing
 from ..attach.call import Call
 from ..attach.prompts import Prompts, Targets, check_targets, padded, shown_ranges
-from .latent_guidance import Bounds, GuidanceContext, LatentGuidance, check_bounds, sampled
+from .latent_guidance import Bounds, LatentGuidance, check_bounds, sampled
+from .map_guidance import GuidanceContext
 
 THRESHOLDS: Mapping[int, float | None] = {0: 0.05, 10: 0.5, 20: 0.8}
 

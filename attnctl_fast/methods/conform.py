@@ -13,8 +13,9 @@ from .. import ops
 from .._numbers import check_number, check_smoothing
 from ..attach.call import Call
 from ..attach.prompts import Prompts, padded
-from ._groups import Groups, check_groups, places
-from .latent_guidance import Bounds, GuidanceContext, LatentGuidance, sampled
+from ._groups import Groups, check_groups, members
+from .latent_guidance import Bounds, LatentGuidance, sampled
+from .map_guidance import GuidanceContext
 
 REFINEMENT: Mapping[int, float | None] = {0: None, 10: None, 20: None}
 
@@ -81,26 +82,10 @@ class CONFORM(LatentGuidance):
         return sampled("refinement", dict(self.refinement), steps, REFINEMENT)
 
     def tokens(self, prompts: Prompts) -> list[list[int]]:
-        return [[position for position, _ in row] for row in self._members(prompts)]
-
-    def _members(self, prompts: Prompts) -> list[list[tuple[int, int]]]:
-        """Return (position, index of its group) of every named token, one list per prompt."""
-        rows = [
-            [(position, index) for index, group in enumerate(row) for word in group for position in word]
-            for row in places(self.groups, prompts, "groups")
-        ]
-        for row in rows:
-            named = [position for position, _ in row]
-            double = next((position for position in named if named.count(position) > 1), None)
-            if double is not None:
-                raise ValueError(
-                    f"groups names token {double} in two groups of a prompt, and cannot both attract and repel it; "
-                    "leave it out of one, or pass the token id of another occurrence"
-                )
-        return rows
+        return [[position for position, _ in row] for row in members(self.groups, prompts, "groups")]
 
     def prepare(self, call: Call) -> _Memory:
-        rows = [[index for _, index in row] for row in self._members(call.prompts)]
+        rows = [[index for _, index in row] for row in members(self.groups, call.prompts, "groups")]
         return _Memory(padded(rows).repeat_interleave(call.images, 0))
 
     def loss(self, maps: Tensor, context: GuidanceContext) -> Tensor:

@@ -14,7 +14,8 @@ from ..attach.call import Call
 from ..attach.prompts import Prompts, Targets, check_targets, shown_ranges
 from ._groups import Groups, Places, check_groups, places
 from ._syntax import parsed_places
-from .latent_guidance import GuidanceContext, LatentGuidance
+from .latent_guidance import LatentGuidance
+from .map_guidance import GuidanceContext
 
 
 @dataclass(frozen=True)

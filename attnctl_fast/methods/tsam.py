@@ -16,7 +16,8 @@ from ..attach.call import Call
 from ..attach.prompts import Prompts, Targets, check_targets
 from ..attach.text_attention import content_attention
 from ..ops.map_similarity import KERNEL_TOKENS
-from .latent_guidance import Bounds, GuidanceContext, LatentGuidance, sampled
+from .latent_guidance import Bounds, LatentGuidance, sampled
+from .map_guidance import GuidanceContext
 
 VARIANTS = ("cosine", "normalised_cosine", "absolute")
 REFINEMENT: Mapping[int, float | None] = {0: None, 10: None, 20: None}

@@ -82,6 +82,14 @@ VARIANTS: list[tuple[str, str, str | None, dict[str, Any], dict[str, Any]]] = [
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=[row[0] for row in VARIANTS])
 
 
+# Those that differ in what their models predict, and in how they are evaluated.
+CORRECTED = [
+    row
+    for row in VARIANTS
+    if row[0] in ("pixart_alpha", "sana", "hunyuan", "two prompts", "flux true guidance", "lumina2")
+]
+
+
 class Case:
     """A variant's pipeline, and where the text and the image are in its layers."""
 
@@ -231,12 +239,25 @@ class Peaks(ac.LatentGuidance):
         return peaks(maps)
 
 
+class Corrected(ac.VelocityGuidance):
+    """The same by corrections of the velocity."""
+
+    def tokens(self, prompts: Any) -> list[list[int]]:
+        return [[1, 3]] * prompts.count
+
+    def loss(self, maps: Tensor, context: Any) -> Tensor:
+        return peaks(maps)
+
+
 def peaks(maps: Tensor) -> Tensor:
     return 1 - maps.amax(2).mean(1)
 
 
-def guided_by_hand(case: Case, size: float) -> Tensor:
-    """A picture whose latents take a step down the gradient of `peaks` before each evaluation of the prompt."""
+def guided_by_hand(case: Case, size: float, velocity: bool = False) -> Tensor:
+    """A picture whose latents take a step down the gradient of `peaks` before each evaluation of the prompt.
+
+    velocity: the prediction is corrected instead, as FOCUS does.
+    """
     model, layout, latents = case.model, case.layout, {}
     names = [name for name in case.layers if not name.startswith("single")]
     packed = case.kind in tiny.PACKED
@@ -272,11 +293,15 @@ def guided_by_hand(case: Case, size: float) -> Tensor:
             with torch.enable_grad(), attending_by_hand(model, look):
                 forward(**given | {"hidden_states": with_latents(own, sample)})
                 (gradient,) = torch.autograd.grad(peaks(torch.stack(seen).mean(0)).sum(), own)
-            latents["moved"] = latents["now"] = (own - size * gradient).detach()
+            latents["moved"] = latents["now"] = own.detach() if velocity else (own - size * gradient).detach()
+            latents["added"] = size * gradient
         return forward(**given | {"hidden_states": with_latents(latents["now"], sample)})
 
     @functools.wraps(step)
     def from_there(output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+        if velocity:
+            share, factor = noise_at(case.pipe.scheduler, timestep)
+            output = output + factor * 2 * (share + 1e-3) / (1 - share + 1e-3) * share * latents.pop("added")
         return step(output, timestep, latents.pop("moved").to(sample.dtype), **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -290,11 +315,35 @@ def guided_by_hand(case: Case, size: float) -> Tensor:
             vars(case.pipe.scheduler).pop("step", None)
 
 
+def noise_at(scheduler: Any, timestep: Any) -> tuple[float, float]:
+    """The noise of a timestep as a flow's share, and what a correction of velocities is to the prediction there."""
+    kind = getattr(scheduler.config, "prediction_type", "flow_prediction")
+    if kind == "flow_prediction":
+        # Timesteps may be rounded.
+        return float(scheduler.sigmas[:-1][scheduler.timesteps == timestep][0]), 1.0
+    kept = float(scheduler.alphas_cumprod[int(timestep)])
+    alpha, sigma = kept**0.5, (1 - kept) ** 0.5
+    return sigma / (alpha + sigma), alpha if kind == "epsilon" else 1.0
+
+
 @variants
 def test_guided_latents_are_those_of_plain_autograd(variant: Any) -> None:
     case = Case(variant)
     expected, plain = guided_by_hand(case, 5.0), case.draw()
     with ac.control(case.pipe, Peaks(steps=1.0, scale=5.0, schedule=ac.schedules.constant())):
+        found = case.draw()
+    size = float(plain.abs().max())
+    assert float((expected - plain).abs().max()) > 1e-4 * size
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * size)
+    assert torch.equal(case.draw(), plain)
+
+
+@pytest.mark.parametrize("variant", CORRECTED, ids=[row[0] for row in CORRECTED])
+def test_corrected_velocities_are_those_of_plain_autograd(variant: Any) -> None:
+    case = Case(variant)
+    plain = case.draw()
+    expected = guided_by_hand(case, 0.05, velocity=True)
+    with ac.control(case.pipe, Corrected(strength=0.05)):
         found = case.draw()
     size = float(plain.abs().max())
     assert float((expected - plain).abs().max()) > 1e-4 * size
