@@ -135,6 +135,7 @@ METHODS = {
     "tsam": Method("TSAM", ("layers", "scale", "convention")),
     "syngen": Method("SynGen", ("layers", "pairs", "scale"), arguments=_syngen),
     "conform": Method("CONFORM", ("layers", "groups", "scale"), ("groups",)),
+    "focus": Method("FOCUS", ("layers", "groups", "strength"), ("groups",)),
     "dense": Method("DenseDiffusion", ("layers", "masks", "convention"), ("masks",), _dense),
     "composable": Method("ComposableDiffusion", ("edit", "negate", "edit_weight"), ("edit", "negate"), _composable),
 }

@@ -31,6 +31,19 @@ def step_sizes(setting: Setting, method: Any) -> list[float]:
     return [method.scale * factor for factor in factors[: step_count(method.steps, setting.steps)]]
 
 
+def correction_factor(setting: Setting, timestep: Tensor) -> float:
+    """What a loss's gradient by the latents is multiplied by to correct a model's prediction, at strength 1.
+
+    With s the noise's share of a flow's latents: `2 (s + 0.001) / (1 - s + 0.001) * s` for a model of v, and alpha
+    times that for one of epsilon.
+    """
+    kept = float(setting.pipe.scheduler.alphas_cumprod[int(timestep)])
+    alpha, noise = kept**0.5, (1 - kept) ** 0.5
+    share = noise / (alpha + noise)
+    factor = 2 * (share + 1e-3) / (1 - share + 1e-3) * share
+    return factor if setting.pipe.scheduler.config.prediction_type == "v_prediction" else alpha * factor
+
+
 def tokens_of(setting: Setting, words: Any) -> list[int]:
     """Positions of words in the prompt, one after the other."""
     return [position for word in words for position in setting.positions(word)]

@@ -48,6 +48,7 @@ _MAKE: dict[str, Callable[[Setting], Any]] = {
     "SynGen": lambda x: ac.SynGen(PAIRS, **_guidance(x)),
     "TSAM": lambda x: ac.TSAM(refinement={}, **_guidance(x)),
     "CONFORM": lambda x: ac.CONFORM(PAIRS, refinement={}, **_guidance(x)),
+    "FOCUS": lambda x: ac.FOCUS(PAIRS, **_guidance(x)),
 }
 METHODS = tuple(_MAKE)
 

@@ -14,6 +14,7 @@ from attnctl_fast import cli
 from attnctl_fast.cli import method_options
 from attnctl_fast.methods import (
     CONFORM,
+    FOCUS,
     TSAM,
     AttendAndExcite,
     AttentionRegulation,
@@ -127,11 +128,15 @@ def test_generate_writes_its_settings(generate, untrained, tmp_path):
             CONFORM([("red", "circle"), ("star",)], layers=["down_blocks"]),
         ),
         (
+            ["--method", "focus", "--groups", "red+circle", "star", "--layers", "down_blocks", "--strength", 3],
+            FOCUS([("red", "circle"), ("star",)], layers=["down_blocks"], strength=3.0),
+        ),
+        (
             ["--method", "dense", "--masks", "red circle=MASK", "--convention", "paper"],
             DenseDiffusion.paper({"red circle": [[1, 0], [1, 0]]}),
         ),
     ],
-    ids=["energy", "paper", "compose", "composable", "excite", "tsam", "syngen", "conform", "dense"],
+    ids=["energy", "paper", "compose", "composable", "excite", "tsam", "syngen", "conform", "focus", "dense"],
 )
 def test_generate_with_every_other_method(generate, untrained, tmp_path, options, method):
     Image.fromarray(np.array([[255, 0], [255, 0]], np.uint8)).save(tmp_path / "mask.png")

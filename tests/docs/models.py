@@ -58,6 +58,9 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "CONFORM": lambda word: ac.CONFORM(
         [(word["red"], word["bag"]), (word["black"], word["apple"])], refinement={}, **guided(word)
     ),
+    "FOCUS": lambda word: ac.FOCUS(
+        [(word["red"], word["bag"]), (word["black"], word["apple"])], strength=5.0, layers=guided(word).get("layers")
+    ),
     "DenseDiffusion": lambda word: ac.DenseDiffusion(
         {word[name]: mask for name, mask in word.get("masks", masks()).items()}
     ),

@@ -1,5 +1,5 @@
 """As the authors' code does it, written from the equations."""
 
-from bench.pictures.published import attention, guidance
+from bench.pictures.published import attention, guidance, velocity
 
-FORMS = attention.FORMS | guidance.FORMS
+FORMS = attention.FORMS | guidance.FORMS | velocity.FORMS

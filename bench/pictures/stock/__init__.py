@@ -1,5 +1,5 @@
 """The best that PyTorch does without kernels of one's own."""
 
-from bench.pictures.stock import attention, guidance
+from bench.pictures.stock import attention, guidance, velocity
 
-FORMS = attention.FORMS | guidance.FORMS
+FORMS = attention.FORMS | guidance.FORMS | velocity.FORMS

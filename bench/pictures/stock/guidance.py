@@ -39,7 +39,7 @@ class _Done(Exception):
 
 
 class _Processor:
-    """Attention whose maps, mean over heads, go to `maps`; the last layer ends the evaluation."""
+    """Attention whose maps, mean over heads, go to `maps`; the last layer ends the evaluation, unless it is whole."""
 
     def __init__(self, maps: list[Tensor], last: bool) -> None:
         self._maps, self._last = maps, last
@@ -65,13 +65,13 @@ def _heads(attn: Any, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _reading(layers: list[Layer]) -> Iterator[list[Tensor]]:
-    """Within the block an evaluation gives the maps of these layers, and ends with the last."""
+def reading(layers: list[Layer], whole: bool = False) -> Iterator[list[Tensor]]:
+    """Within the block an evaluation gives the maps of these layers, and ends with the last unless it is whole."""
     maps: list[Tensor] = []
     before = [layer.module.processor for layer in layers]
     try:
         for layer in layers:
-            layer.module.set_processor(_Processor(maps, layer is layers[-1]))
+            layer.module.set_processor(_Processor(maps, layer is layers[-1] and not whole))
         with suppress(_Done), torch.compiler.set_stance("force_eager"):
             yield maps
     finally:
@@ -89,7 +89,7 @@ def _draw(name: str, make_loss: Callable[[Setting, Any, tuple[int, int]], Loss],
             return latents
         with torch.enable_grad():
             leaf = latents.detach().to(wide_dtype(latents.dtype), copy=True).requires_grad_()
-            with _reading(layers) as maps:
+            with reading(layers) as maps:
                 evaluate(setting, leaf.to(latents.dtype), timestep, text)
             mean = torch.stack(maps).mean(0).mT
             (gradient,) = torch.autograd.grad(loss(mean).sum(), leaf)
