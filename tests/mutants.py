@@ -663,9 +663,9 @@ ATTACH = [
     ),
     Mutant(
         "guidance: a mask of the keys is forgotten",
-        "attnctl_fast/attach/guidance.py",
-        "self.token_ids, scale=scale, key_bias=bias)",
-        "self.token_ids, scale=scale)",
+        "attnctl_fast/attach/attention.py",
+        "self.v, token_ids, scale=scale, key_bias=bias)",
+        "self.v, token_ids, scale=scale)",
         f"{KINDS} -k 'key_padding_masks'",
     ),
     Mutant(
@@ -878,7 +878,7 @@ METHODS = [
         "attnctl_fast/attach/scheduler.py",
         "        self.moved = self.added = None\n        return",
         "        self.moved = None\n        return",
-        "methods/test_velocity_guidance.py -k 'first_steps or by_hand or falls or batch or two_corr'",
+        "attach/test_transformers.py -k 'corrected_velocities'",
     ),
     Mutant(
         "rows that were evaluated apart change places",
@@ -932,8 +932,8 @@ METHODS = [
     Mutant(
         "LatentGuidance: every step has one size",
         "attnctl_fast/methods/latent_guidance.py",
-        "self._sizes = [self.method.scale * factor for factor in factors]",
-        "self._sizes = [self.method.scale for factor in factors]",
+        "self._sizes = [method.scale * factor for factor in factors]",
+        "self._sizes = [method.scale for factor in factors]",
         "methods/test_attend_and_excite.py -k 'same_latents'",
     ),
 ]
