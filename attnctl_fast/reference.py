@@ -132,6 +132,44 @@ def composed_attention(
     return sum(w * (_softmax(_logits(q, k, scale, bias)) @ _wide(v)) for k, v, w, bias in contexts)  # type: ignore[return-value]
 
 
+def guided(positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: float | Tensor, norm: int) -> Tensor:
+    """Return attention moved away from the negative one, its norm over all heads' features bounded (arXiv 2505.21179).
+
+    Where that norm is 0 it is within any bound (MATH.md section 7).
+    """
+    extended = scale * positive - (scale - 1) * negative
+    size, own = (torch.linalg.vector_norm(x, norm, (1, 3), keepdim=True) for x in (extended, positive))
+    within = size <= tau * own
+    bounded = extended * torch.where(within, 1.0, tau * own / torch.where(within, 1.0, size))
+    return alpha * bounded + (1 - alpha) * positive
+
+
+def normalized_guidance(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_negative: Tensor,
+    v_negative: Tensor,
+    scale: float,
+    tau: float,
+    alpha: float | Tensor,
+    norm: int,
+    softmax_scale: float,
+    key_biases: Sequence[Tensor | None],
+    shared: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Return the `guided` attention of two texts; each softmax is also over what gave `shared` and its logsumexp."""
+    found = []
+    for keys, values, bias in ((k, v, key_biases[0]), (k_negative, v_negative, key_biases[1])):
+        logits, values = _logits(q, keys, softmax_scale, bias), _wide(values)
+        if shared is None:
+            found.append(_softmax(logits) @ values)
+            continue
+        weights = _softmax(torch.cat([logits, shared[1].unsqueeze(-1)], -1))
+        found.append(weights[..., :-1] @ values + weights[..., -1:] * _wide(shared[0]))
+    return guided(*found, scale, tau, alpha, norm)
+
+
 def region_attention(
     q: Tensor,
     k: Tensor,

@@ -42,6 +42,7 @@ class Mutant(NamedTuple):
 
 ATTENTION = "ops/test_attention.py"
 CONTEXT = "ops/test_context_update.py"
+GUIDED = "ops/test_normalized_guidance.py"
 REGULATION = "ops/test_regulation.py"
 KEYED = "ops/test_key_bias.py"
 MAPS = "ops/test_maps.py"
@@ -355,6 +356,20 @@ OPS = [
         "grads[0] = dq if grads[0] is None else grads[0] + dq",
         "grads[0] = dq",
         f"{CONTEXT} -k 'test_composed_attention_gradients'",
+    ),
+    Mutant(
+        "normalized_guidance: the shared columns count for the prompt only",
+        "attnctl_fast/ops/normalized_guidance.py",
+        "attended.append(out if shared is None else _merged(out, lse, shared))",
+        "attended.append(out if shared is None or attended else _merged(out, lse, shared))",
+        f"{GUIDED} -k 'shared and eager'",
+    ),
+    Mutant(
+        "normalized_guidance kernel: the bound is of the guided attention",
+        "kernels/normalized_guidance.py",
+        "tau * tl.sqrt(tl.sum(positive * positive))",
+        "tau * tl.sqrt(tl.sum(guided * guided))",
+        f"{GUIDED} -k 'released and triton or bounded and triton'",
     ),
     Mutant(
         "smooth_maps: the border is repeated and not reflected",

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call, Site
+from .beside import Beside, added, running
+from .call import Call, Encoded, Site
 from .evaluation import Evaluation
 from .families import Family, family_of
 from .intercept import Acts, Place, check_processor, installed
@@ -264,8 +265,8 @@ class PipelineCall:
             self.public.mask = result[0][-self.public.samples :]
         return result
 
-    def _encode(self, arguments: dict[str, Any], texts: list[str]) -> tuple[Tensor, Tensor | None]:
-        """Return contexts `[n,N,C]` of other texts and their pooled embeddings (SDXL), encoded as with `arguments`.
+    def _encode(self, arguments: dict[str, Any], texts: list[str]) -> Encoded:
+        """Encode other texts as with `arguments`.
 
         Raises:
             ValueError: the pipeline cannot encode them.
@@ -283,8 +284,12 @@ class PipelineCall:
         encode = next((patch.inner for patch in self._patches if patch.name == "encode_prompt"), pipe.encode_prompt)
         result = encode(**given)
         if not isinstance(result, (tuple, list)):
-            return result, None
-        return result[0], result[2] if len(result) > 2 else None
+            return Encoded(result)
+        contexts, *rest = result
+        flat = [x for x in rest if isinstance(x, Tensor) and x.ndim == 2 and len(x) == len(contexts)]
+        masks = [x for x in flat if x.shape == contexts.shape[:2] and not x.is_floating_point()]
+        pooled = [x for x in flat if x.is_floating_point()]
+        return Encoded(contexts, next(iter(pooled), None), next(iter(masks), None))
 
     def start(self, prompts: Prompts, texts: Tensor, others: list[Tensor], arguments: dict[str, Any]) -> Tensor:
         """Begin the methods' runs; returns the contexts of the prompts as they want them.
@@ -375,6 +380,7 @@ class PipelineCall:
         elif rows.conditional:
             call.view += 1
         evaluation = Evaluation(call, family, engine.model, rows, tap, args, kwargs)
+        evaluation.compiled = self._compiled()
         if tap.moved is not None and self._replayed is not None and self._replayed[0] is sample:
             # Not stepped since: the pipeline evaluates the model twice on the same latents.
             evaluation.replay(self._replayed[1])
@@ -386,6 +392,7 @@ class PipelineCall:
         if tap.moved is not None and not evaluation.moved and evaluation.given[family.sample] is not sample:
             self._replayed = sample, evaluation.latents
         places = self._acting_places(call, rows, evaluation)
+        beside = self._put_beside(places, evaluation)
         if places and torch.is_grad_enabled() and getattr(engine.model, "is_gradient_checkpointing", False):
             raise ValueError(
                 "gradient checkpointing would compute layers again without what acts on them now; call "
@@ -395,12 +402,27 @@ class PipelineCall:
         if not places:
             output = model(*args, **kwargs)
         else:
-            with installed(places, compiled=self._compiled()):
+            with ExitStack() as stack:
+                stack.enter_context(installed(places, compiled=evaluation.compiled))
+                if beside is not None:
+                    stack.enter_context(running(engine.model, beside))
                 output = model(*args, **kwargs)
         for _, _, run, _ in self._runs:
             if defines(run, "after_denoiser"):
                 output = _changed(output, run.after_denoiser)
         return output
+
+    def _put_beside(self, places: list[Place], evaluation: Evaluation) -> Beside | None:
+        """Give the model the second text that a run wants beside the prompts, and every layer what it needs of it."""
+        wanted = next((run.beside for _, _, run, _ in self._runs if run.active and run.beside is not None), None)
+        beside = None
+        if wanted is not None and evaluation.rows.conditional:
+            family, order = self.engine.family, next(place.layer.text for place in places if place.layer.text)
+            beside = Beside(evaluation.rows, evaluation.columns, order)  # type: ignore[arg-type]
+            evaluation.given = added(evaluation.given, wanted, family.text, family.beside, evaluation.rows)
+        for place in places:
+            place.beside = beside if place.layer.text else None
+        return beside
 
     def _latents(self, given: dict[str, Any]) -> tuple[int, int]:
         """Return (height, width) of the latents; positions are read once for every tensor of them."""
@@ -490,9 +512,10 @@ def _acts(acting: list[tuple[Method, Run, Site]]) -> Acts:
     """Return what acts on a layer."""
     hooks = {
         hook: tuple((run, site) for _, run, site in acting if defines(run, hook))
-        for hook in ("edit", "context", "more_context", "attend")
+        for hook in ("keys", "edit", "context", "more_context", "attend")
     }
     return Acts(
+        hooks["keys"],
         # Of several the innermost control's.
         hooks["edit"][-1] if hooks["edit"] else None,
         hooks["context"],

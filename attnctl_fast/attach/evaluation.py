@@ -24,6 +24,7 @@ class Evaluation:
         rows: which rows are conditional.
         given: the model's arguments by name; changing them changes what it is called with.
         moved: the latents have been moved already, by an evaluation of the same ones before this one.
+        compiled: any part of the model is compiled, and runs one graph at all steps.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Evaluation:
     ) -> None:
         self.call, self.model, self.rows = call, model, rows
         self.given = family.arguments(model, args, kwargs)
-        self.moved = False
+        self.moved = self.compiled = False
         self._family, self._tap = family, tap
         self._args = args
         self._sample = self.sample

@@ -35,7 +35,8 @@ class Family:
     the model's arguments. positions: the argument that says where the image's tokens are: the index, row and column of
     each, or how many frames, rows and columns every picture has; "" where the sample is `[R,C,height,width]`. columns:
     how many columns of the text joint attention has, from the model's arguments. fill: of how many tokens the length of
-    a text is a multiple; 0 where it is what the call says. refused: pipelines with such a model whose pictures lie
+    a text is a multiple; 0 where it is what the call says. beside: the model's arguments with a row for each text, where
+    a second text may run beside the prompts'; () where none may. refused: pipelines with such a model whose pictures lie
     elsewhere, each with why.
     """
 
@@ -51,6 +52,7 @@ class Family:
     positions: str = ""
     columns: Callable[[dict[str, Any]], int] = _whole_text
     fill: int = 0
+    beside: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def model_of(self, pipe: Any) -> Any:
@@ -164,8 +166,23 @@ FAMILIES = (
     Family("pixart", "PixArtTransformer2DModel", "transformer", _cross, segments.pixart_segments, _pixart_context),
     Family("sana", "SanaTransformer2DModel", "transformer", _cross, segments.sana_segments, _sana_context),
     Family("hunyuan", "HunyuanDiT2DModel", "transformer", _cross, segments.hunyuan_segments, _hunyuan_context),
-    Family("sd3", "SD3Transformer2DModel", "transformer", _sd3, segments.sd3_segments),
-    Family("flux", "FluxTransformer2DModel", "transformer", _flux, segments.flux_segments, positions="img_ids"),
+    Family(
+        "sd3",
+        "SD3Transformer2DModel",
+        "transformer",
+        _sd3,
+        segments.sd3_segments,
+        beside=("pooled_projections", "timestep"),
+    ),
+    Family(
+        "flux",
+        "FluxTransformer2DModel",
+        "transformer",
+        _flux,
+        segments.flux_segments,
+        positions="img_ids",
+        beside=("pooled_projections", "timestep", "guidance"),
+    ),
     Family(
         "chroma",
         "ChromaTransformer2DModel",

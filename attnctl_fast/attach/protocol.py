@@ -9,6 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .attention import Attention
+    from .beside import SecondText
     from .call import Call, Site
     from .evaluation import Evaluation
     from .layers import Layer, LayerChoice
@@ -33,15 +34,18 @@ class Run:
     Every hook is optional: what a subclass does not define is not called. Hooks on attention may be compiled into the
     model's graph: what depends on the step has to lie in tensors.
 
-    Both attributes are read after `before_denoiser`.
+    All attributes are read after `before_denoiser`.
 
     Attributes:
         active: whether the hooks on attention act at this evaluation.
         used: whether they act at any evaluation of the call; a compiled model runs the same graph at all of them.
+        beside: a text that is to run through a joint model beside the prompts'; one run of a call may have one, and
+            acts on every layer (`Method.everywhere`).
     """
 
     active: bool = True
     used: bool = True
+    beside: SecondText | None = None
 
     def encoded(self, embeddings: Tensor) -> Tensor:
         """Return the prompts' contexts `[samples,N,C]` for the whole call; the given ones are left as they are."""
@@ -63,6 +67,9 @@ class Run:
             context: what this layer reads, as other methods have moved it; `text` itself if none has.
         """
         return None
+
+    def keys(self, site: Site, attention: Attention) -> None:
+        """Change the keys that the image tokens of all rows attend to, before the edit: `Attention.sharpen`."""
 
     def edit(self, site: Site, attention: Attention) -> Tensor | Edited:
         """Return attention of the conditional rows in place of the model's, `[B,H,M,d]`; one method per layer may."""

@@ -9,7 +9,9 @@ from .conform import CONFORM
 from .dense_diffusion import DenseDiffusion
 from .energy_context import EnergyContext
 from .latent_guidance import GuidanceContext, LatentGuidance
+from .nag import NAG
 from .syngen import SynGen
+from .taca import TACA
 from .tsam import TSAM
 
 __all__ = [
@@ -25,7 +27,9 @@ __all__ = [
     "GuidanceContext",
     "LatentGuidance",
     "Method",
+    "NAG",
     "Run",
     "SynGen",
+    "TACA",
     "TSAM",
 ]

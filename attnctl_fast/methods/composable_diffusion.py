@@ -104,7 +104,7 @@ class _Adding(Run):
     def __init__(self, method: ComposableDiffusion, call: Call) -> None:
         assert method.weights is not None
         self._weights, self.call = method.weights, call
-        context, pooled = call.encode(method.texts(call.prompts.count))
+        context, pooled, _ = call.encode(method.texts(call.prompts.count))
         self._context = context.repeat_interleave(call.images, 0)
         self._pooled = None if pooled is None else pooled.repeat_interleave(call.images, 0)
 

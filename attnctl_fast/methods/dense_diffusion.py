@@ -155,7 +155,7 @@ class _Modulating(Run):
         """Return the contexts `[N,C]` of the phrases that are given as text, each encoded by itself."""
         targets = [target for row in self._rows for targets, _ in row for target in targets]
         texts = list(dict.fromkeys(target.strip() for target in targets if isinstance(target, str)))
-        return dict(zip(texts, self.call.encode(texts)[0], strict=True)) if texts else {}
+        return dict(zip(texts, self.call.encode(texts).contexts, strict=True)) if texts else {}
 
     def encoded(self, embeddings: Tensor) -> Tensor:
         if not self._phrases:

@@ -11,6 +11,7 @@ from .gaussian_bias import basis_shape, default_sigma, gaussian_bias
 from .map_similarity import map_similarity
 from .maps_from_lse import maps_from_lse
 from .merge_targets import merge_targets
+from .normalized_guidance import normalized_guidance
 from .region_attention import region_attention
 from .regulate import Regulation, regulate
 from .regulated_attention import regulated_attention
@@ -36,6 +37,7 @@ __all__ = [
     "map_similarity",
     "maps_from_lse",
     "merge_targets",
+    "normalized_guidance",
     "region_attention",
     "regulate",
     "regulated_attention",

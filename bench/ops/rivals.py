@@ -76,6 +76,23 @@ def sdpa_each(backend: str, q: Tensor, ks: Sequence[Tensor], vs: Sequence[Tensor
     return out
 
 
+def sdpa_guided(
+    backend: str, compile: Compile, guidance: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, *negative: Tensor
+) -> Tensor:
+    """Attention to both texts, and the released code's guidance of the heads' outputs side by side, perhaps compiled."""
+
+    def guide(positive: Tensor, away: Tensor) -> Tensor:
+        positive, away = (x.transpose(1, 2).flatten(2) for x in (positive, away))
+        extended = positive * guidance["scale"] - away * (guidance["scale"] - 1)
+        sizes = [torch.norm(x, p=guidance["norm"], dim=-1, keepdim=True) for x in (positive, extended)]
+        ratio = sizes[1] / sizes[0]
+        bounded = extended * torch.clamp(ratio, max=guidance["tau"]) / ratio
+        out = bounded * guidance["alpha"] + positive * (1 - guidance["alpha"])
+        return out.unflatten(2, (q.shape[1], -1)).transpose(1, 2)
+
+    return compile(guide)(sdpa(backend, q, k, v), sdpa(backend, q, *negative))
+
+
 def published_region_attention(
     q: Tensor, k: Tensor, v: Tensor, row_regions: Tensor, column_regions: Tensor, weight: Tensor
 ) -> Tensor:

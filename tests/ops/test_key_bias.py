@@ -63,6 +63,14 @@ def _composed(q, k, v, impl, key_bias):
     return ops.composed_attention(q, [k, k[:, :, short].detach()], [v, v[:, :, short].detach()], weights, **given)
 
 
+def _guided(q, k, v, impl, key_bias):
+    negative = k.roll(1, 2).detach(), v.roll(1, 2).detach()
+    how = {"scale": 3.0, "tau": 1.5, "alpha": 0.5, "norm": 2, "key_bias": key_bias, "impl": impl}
+    if key_bias is not None:
+        how["key_bias_negative"] = key_bias.roll(1, -1)
+    return ops.normalized_guidance(q, k, v, *negative, **how)
+
+
 # Functions of q, k, v, impl, key_bias and, for some, of the ids; their results that have a row for each image token.
 FUNCTIONS = {
     "attention": lambda q, k, v, impl, x: ops.attention(q, k, v, key_bias=x, return_lse=True, impl=impl),
@@ -80,6 +88,7 @@ FUNCTIONS = {
     "context": lambda q, k, v, impl, x: ops.attention_with_context_gradient(q, k, v, key_bias=x, impl=impl),
     "energy": lambda q, k, v, impl, x: tuple(ops.context_energy(q, k, key_bias=x, impl=impl)),
     "composed": _composed,
+    "guided": _guided,
     "region": _region,
 }
 WITH_IDS = ("maps", "statistics", "merged", "biased", "biased, nothing pinned", "regulated")

@@ -1,0 +1,164 @@
+"""A second text in every conditional row of a joint model, which runs through its blocks beside the prompt's.
+
+Each text is a row of its own until attention: the batch of texts has R rows and E more, that of pictures R. So every
+text is modulated by its own pooled embedding, and the pictures by the prompts'. In attention, and in all of a block that
+has text and image in one sequence, the second text stands outside of the first one, where a slice parts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .rows import Rows
+
+
+@dataclass(frozen=True)
+class SecondText:
+    """What a run wants to have beside the prompts: contexts `[E,N,C]` and pooled embeddings `[E,P]`, one for each
+    conditional row."""
+
+    context: Tensor
+    pooled: Tensor
+
+
+def added(given: dict[str, Any], second: SecondText, text: str, names: tuple[str, ...], rows: Rows) -> dict[str, Any]:
+    """Return a model's arguments with a second text for every conditional row.
+
+    Args:
+        given: the arguments by name.
+        second: the text.
+        text: the name of the contexts.
+        names: of the other arguments with a row for each text.
+        rows: which rows are conditional.
+
+    Raises:
+        ValueError: the second text is not as long as the first, or the pictures to look at have a row for each text.
+    """
+    context = given[text]
+    if second.context.shape[1:] != context.shape[1:]:
+        raise ValueError(
+            f"the second text has {second.context.shape[1]} columns of {second.context.shape[2]}, but the prompt "
+            f"{context.shape[1]} of {context.shape[2]}; let the pipeline encode both, with one max_sequence_length"
+        )
+    changed = {**given, text: torch.cat([context, second.context.to(context)])}
+    for name in names:
+        one = given.get(name)
+        if name == "pooled_projections":
+            changed[name] = torch.cat([one, second.pooled.to(one)])  # type: ignore[list-item]
+        elif isinstance(one, Tensor) and one.ndim and len(one) == rows.total:
+            changed[name] = torch.cat([one, rows.take(one)])
+    if isinstance(ids := given.get("txt_ids"), Tensor):
+        changed["txt_ids"] = torch.cat([ids, ids], -2)
+    return changed
+
+
+class Beside:
+    """The second texts of one evaluation: rows: which rows are conditional; tokens: how many columns each has; order:
+    where a text stands in the sequence, "first" or "last"."""
+
+    def __init__(self, rows: Rows, tokens: int, order: Literal["first", "last"]) -> None:
+        self.rows, self.tokens, self.first = rows, tokens, order == "first"
+
+    def parted(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """Return the sequence without the second text, and that text."""
+        n = self.tokens
+        if self.first:
+            return x.narrow(dim, n, x.shape[dim] - n), x.narrow(dim, 0, n)
+        return x.narrow(dim, 0, x.shape[dim] - n), x.narrow(dim, x.shape[dim] - n, n)
+
+    def joined(self, x: Tensor, second: Tensor, dim: int) -> Tensor:
+        """Undo `parted`."""
+        return torch.cat([second, x] if self.first else [x, second], dim)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Return something of the second texts `[E,..]` as `[R,..]`, zeros in the other rows."""
+        return self.rows.merge(x, x.new_zeros(len(self.rows.others), *x.shape[1:]))
+
+    def folded(self, text: Tensor) -> Tensor:
+        """Return the batch of texts `[R+E,N,C]` as one of sequences `[R,2N,C]`."""
+        total = self.rows.total
+        return self.joined(text[:total], self.spread(text[total:]), 1)
+
+    def unfolded(self, text: Tensor) -> Tensor:
+        """Undo `folded`."""
+        first, second = self.parted(text, 1)
+        return torch.cat([first, self.rows.take(second)])
+
+
+@contextmanager
+def running(model: Any, beside: Beside) -> Iterator[None]:
+    """Have the blocks of a model take the batch of texts, within the block of code."""
+    put: list[tuple[Any, Any]] = []
+
+    def wrap(module: Any, forward: Any) -> None:
+        own = module.__dict__
+        put.append((module, own.get("forward")))
+        # The class's own function is bound when it is called: torch.compile would take bound ones for other layers.
+        own["_attnctl_inner"], own["_attnctl_beside"] = own.get("forward"), beside
+        own["forward"] = MethodType(forward, module)
+
+    try:
+        for block in model.transformer_blocks:
+            wrap(block.norm1, _of_pictures)
+        for block in getattr(model, "single_transformer_blocks", ()):
+            wrap(block, _joined_block)
+            wrap(block.norm, _joined_norm)
+            wrap(block.proj_out, _joined_projection)
+        wrap(model.norm_out, _of_pictures)
+        yield
+    finally:
+        for module, before in reversed(put):
+            own = module.__dict__
+            for name in ("forward", "_attnctl_inner", "_attnctl_beside", "_attnctl_kept"):
+                own.pop(name, None)
+            if before is not None:
+                own["forward"] = before
+
+
+def _run(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a module's own forward."""
+    inner = module._attnctl_inner
+    return type(module).forward(module, *args, **kwargs) if inner is None else inner(*args, **kwargs)
+
+
+def _of_pictures(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run a norm of the pictures with their part of the batch's modulation."""
+    args = tuple(one[: len(x)] if isinstance(one, Tensor) else one for one in args)
+    kwargs = {name: one[: len(x)] if isinstance(one, Tensor) else one for name, one in kwargs.items()}
+    return _run(module, x, *args, **kwargs)
+
+
+def _joined_block(module: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **kwargs: Any) -> Any:
+    """Run a block that has text and image in one sequence: the second text's step is by its own gate."""
+    beside: Beside = module._attnctl_beside
+    before = beside.spread(encoder_hidden_states[beside.rows.total :])
+    texts, pictures = _run(module, hidden_states, beside.folded(encoder_hidden_states), temb, **kwargs)
+    first, _ = beside.parted(texts, 1)
+    second = before + module.norm._attnctl_kept.unsqueeze(1) * module.proj_out._attnctl_kept
+    if second.dtype == torch.float16:
+        second = second.clip(-65504, 65504)
+    return torch.cat([first, beside.rows.take(second)]), pictures
+
+
+def _joined_norm(module: Any, x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
+    """Modulate the second text by its own embedding, and keep its gate."""
+    beside: Beside = module._attnctl_beside
+    total = beside.rows.total
+    first, second = beside.parted(x, 1)
+    second, module._attnctl_kept = _run(module, second, emb=beside.spread(emb[total:]))
+    first, gate = _run(module, first, emb=emb[:total])
+    return beside.joined(first, second, 1), gate
+
+
+def _joined_projection(module: Any, x: Tensor) -> Tensor:
+    """Keep what is projected of the second text."""
+    out = _run(module, x)
+    _, module._attnctl_kept = module._attnctl_beside.parted(out, 1)
+    return out
