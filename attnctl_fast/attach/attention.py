@@ -115,9 +115,9 @@ class Attention:
 
         The other rows of joint attention keep the model's keys.
         """
-        text, image = self.parted(self.k)
-        start, _ = self.text or (0, 0)
-        self.k = torch.cat([image, factor * text] if start else [factor * text, image], 2)
+        start, tokens = self.text or (0, self.k.shape[2])
+        before, text, after = self.k.tensor_split((start, start + tokens), 2)
+        self.k = torch.cat([before, factor * text, after], 2)
         if self.beside is not None:
             self.beside = factor * self.beside[0], self.beside[1]
         self.sharpened, self.sequence = True, None

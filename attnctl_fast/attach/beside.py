@@ -99,9 +99,11 @@ def running(model: Any, beside: Beside) -> Iterator[None]:
 
     def wrap(module: Any, forward: Any) -> None:
         own = module.__dict__
-        put.append((module, own.get("forward")))
-        # The class's own function is bound when it is called: torch.compile would take bound ones for other layers.
-        own["_attnctl_inner"], own["_attnctl_beside"] = own.get("forward"), beside
+        before = own.get("forward")
+        put.append((module, before))
+        # torch.compile cannot look the class's function up, and would take a bound one for another layer.
+        own["_attnctl_inner"] = type(module).forward if before is None else before
+        own["_attnctl_bound"], own["_attnctl_beside"] = before is not None, beside
         own["forward"] = MethodType(forward, module)
 
     try:
@@ -116,7 +118,7 @@ def running(model: Any, beside: Beside) -> Iterator[None]:
     finally:
         for module, before in reversed(put):
             own = module.__dict__
-            for name in ("forward", "_attnctl_inner", "_attnctl_beside", "_attnctl_kept"):
+            for name in ("forward", "_attnctl_inner", "_attnctl_bound", "_attnctl_beside", "_attnctl_kept"):
                 own.pop(name, None)
             if before is not None:
                 own["forward"] = before
@@ -125,7 +127,7 @@ def running(model: Any, beside: Beside) -> Iterator[None]:
 def _run(module: Any, *args: Any, **kwargs: Any) -> Any:
     """Run a module's own forward."""
     inner = module._attnctl_inner
-    return type(module).forward(module, *args, **kwargs) if inner is None else inner(*args, **kwargs)
+    return inner(*args, **kwargs) if module._attnctl_bound else inner(module, *args, **kwargs)
 
 
 def _of_pictures(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:

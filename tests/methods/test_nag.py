@@ -11,6 +11,7 @@ from torch import Tensor
 import attnctl_fast as ac
 from tests.support import tiny, tiny_transformers
 from tests.support.doubled import doubled
+from tests.support.graphs import counted_graphs
 from tests.support.marks import full
 from tests.support.pipelines import KINDS, LAYERS, call, snapshot
 
@@ -52,13 +53,13 @@ def encoded(kind: str, pipe: Any) -> dict[str, Tensor]:
         return {"encoder_hidden_states": found[0], "encoder_attention_mask": found[1]}
 
 
-def by_hand(kind: str, pipe: Any, draw: Any, guided: bool, images: int = 1, numbers: Any = NUMBERS) -> Tensor:
+def by_hand(kind: str, pipe: Any, draw: Any, guided: bool, images: int = 1, turns: int = 1) -> Tensor:
     model = getattr(pipe, "unet", None) or pipe.transformer
     negative = {name: x.repeat_interleave(images, 0) for name, x in encoded(kind, pipe).items()}
     order = {"sd3": "last", "flux": "first"}.get(kind, "")
     rows = images * (2 if guided else 1)
     tokens = negative["encoder_hidden_states"].shape[1]
-    with doubled(model, rows, slice(rows - images, rows), tokens, negative, numbers, order):
+    with doubled(model, rows, slice(rows - images, rows), tokens, negative, NUMBERS, order, turns):
         return draw()
 
 
@@ -83,14 +84,138 @@ def test_equals_the_released_scheme_on_a_transformer(kind: str, parts: dict[str,
     pipe = tiny_transformers.pipeline(kind, **parts)
     guided = kind != "flux" and options.get("guidance_scale", 2.0) > 1
     images = options.get("num_images_per_prompt", 1)
-    expected = by_hand(kind, pipe, lambda: draw(kind, pipe, **options), guided, images)
-    before, plain = set(_attributes(pipe)), draw(kind, pipe, **options)
+    turns = 2 if "true_cfg_scale" in options else 1
+    expected = by_hand(kind, pipe, lambda: draw(kind, pipe, **options), guided, images, turns)
+    plain, before = draw(kind, pipe, **options), set(_attributes(pipe))
     with ac.control(pipe, ac.NAG(AWAY, **NUMBERS)):
         found = draw(kind, pipe, **options)
     size = float(plain.abs().max())
     assert float((found - plain).abs().max()) > 1e-3 * size
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * size)
     assert set(_attributes(pipe)) == before and torch.equal(draw(kind, pipe, **options), plain)
+
+
+def under(kind: str, pipe: Any, *methods: Any, **options: Any) -> Tensor:
+    with ac.control(pipe, *methods):
+        return call(pipe, **options) if kind in KINDS else draw(kind, pipe, **options)
+
+
+def built(kind: str) -> Any:
+    return tiny.pipeline(**KINDS[kind][0]) if kind in KINDS else tiny_transformers.pipeline(kind)
+
+
+def near(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * max(1.0, float(expected.abs().max())))
+
+
+EVERY = pytest.mark.parametrize("kind", ["sd1", "sd3", "flux", full("sdxl"), full("pixart_sigma"), full("sana")])
+
+
+@EVERY
+def test_a_sample_is_itself_in_any_batch(kind: str) -> None:
+    """One negative prompt for all, or one each."""
+    pipe, prompts, negative = built(kind), ["a bag and an apple", "the red ball"], ["a dog", "a black cat"]
+
+    def noise(*seeds: int) -> dict[str, Any]:
+        if kind in KINDS:
+            return {"latents": torch.cat([tiny.latents(seed=seed) for seed in seeds])}
+        return {"generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
+
+    both = under(kind, pipe, ac.NAG(negative, **NUMBERS), prompt=prompts, **noise(3, 4))
+    for index, prompt in enumerate(prompts):
+        alone = under(kind, pipe, ac.NAG(negative[index], **NUMBERS), prompt=prompt, **noise(3 + index))
+        near(both[index : index + 1], alone)
+    with pytest.raises(ValueError, match="negative_prompt holds 2 texts, but there are 1 prompts"):
+        under(kind, pipe, ac.NAG(negative))
+
+
+@EVERY
+def test_steps_and_layers(kind: str) -> None:
+    """Outside of both the model is plain; the negative text still passes through the layers that do not guide."""
+    pipe = built(kind)
+    plain = call(pipe) if kind in KINDS else draw(kind, pipe)
+    for nothing in ({"steps": 0}, {"scale": 1.0}):
+        near(under(kind, pipe, ac.NAG(AWAY, **{**NUMBERS, **nothing})), plain)
+    first = under(kind, pipe, ac.NAG(AWAY, **NUMBERS, steps=1))
+    layers = ["down_blocks.1"] if kind in KINDS else ["transformer_blocks.1"]
+    some = under(kind, pipe, ac.NAG(AWAY, **NUMBERS, layers=layers))
+    every = under(kind, pipe, ac.NAG(AWAY, **NUMBERS))
+    drawn = [plain, first, some, every]
+    assert all(not torch.allclose(a, b, atol=1e-4) for i, a in enumerate(drawn) for b in drawn[:i])
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd3", "flux"])
+def test_beside_other_methods(kind: str) -> None:
+    """The positive attention is what an edit makes of it; maps are those of the model's own attention."""
+    pipe, nag = built(kind), ac.NAG(AWAY, **NUMBERS)
+    only = {"layers": LAYERS[:1]} if kind in KINDS else {}
+    regulation = ac.AttentionRegulation([2, 4], edit_steps=1.0, pin_special=False, steps=2, **only)
+    near(
+        under(kind, pipe, ac.AttentionRegulation([2, 4], strength=0.0, pin_special=False), nag), under(kind, pipe, nag)
+    )
+    both = under(kind, pipe, regulation, nag)
+    assert not torch.allclose(both, under(kind, pipe, nag), atol=1e-4)
+    # A share of nothing leaves what the edit made.
+    near(under(kind, pipe, regulation, ac.NAG(AWAY, alpha=0.0)), under(kind, pipe, regulation))
+    with ac.control(pipe, nag), ac.capture(pipe) as maps:
+        watched = call(pipe) if kind in KINDS else draw(kind, pipe)
+    near(watched, under(kind, pipe, nag))
+    assert all(torch.isfinite(found).all() for found in maps.values())
+
+
+@pytest.mark.parametrize("kind", ["sd1", "flux", full("sd3"), full("sdxl"), full("pixart_sigma"), full("sana")])
+def test_one_graph(kind: str) -> None:
+    """For all steps, those behind the last guided one too."""
+    pipe, nag = built(kind), ac.NAG(AWAY, **NUMBERS, steps=1)
+    expected = under(kind, pipe, nag)
+    with counted_graphs(pipe) as graphs:
+        for _ in range(2):
+            near(under(kind, pipe, nag), expected)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_lora_before_and_after(kind: str) -> None:
+    from tests.attach.test_transformer_hosts import add_lora
+
+    before, after, nag = built(kind), built(kind), ac.NAG(AWAY, **NUMBERS)
+    add_lora(before)
+    expected = under(kind, before, nag)
+    with ac.control(after, nag):
+        assert not torch.allclose(draw(kind, after), expected, atol=1e-3)
+        add_lora(after)
+        assert torch.equal(draw(kind, after), expected)
+
+
+def test_an_exception_leaves_no_trace() -> None:
+    pipe = built("flux")
+    plain, before = draw("flux", pipe), set(_attributes(pipe))
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = pipe.transformer.single_transformer_blocks[1].proj_out.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        under("flux", pipe, ac.NAG(AWAY))
+    hook.remove()
+    assert set(_attributes(pipe)) == before and torch.equal(draw("flux", pipe), plain)
+
+
+def test_bad_input() -> None:
+    for given, message in (
+        ({"negative_prompt": []}, r"negative_prompt is \[\]; pass a text, or a list of one text per prompt"),
+        ({"negative_prompt": 3}, "negative_prompt is 3"),
+        ({"scale": 0.5}, "scale is 0.5; it must be a number at least 1"),
+        ({"tau": 0.0}, "tau is 0.0; it must be a number above 0"),
+        ({"alpha": 1.5}, "alpha is 1.5; it must be a number at least 0 and at most 1"),
+        ({"norm": 3}, "norm is 3; it must be 1"),
+        ({"steps": 1.5}, "steps is 1.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ac.NAG(**{"negative_prompt": AWAY, **given})
+    for kind, message in (("hunyuan", "two texts by two encoders"), ("chroma", "cannot send a second text")):
+        with pytest.raises(ValueError, match=message):
+            ac.enable(built(kind), ac.NAG(AWAY))
 
 
 def _attributes(pipe: Any) -> list[tuple[str, str]]:

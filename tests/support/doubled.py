@@ -30,16 +30,25 @@ def guided(positive: Tensor, negative: Tensor, numbers: Numbers) -> Tensor:
 
 @contextmanager
 def doubled(
-    model: Any, rows: int, conditional: slice, tokens: int, negative: dict[str, Tensor], numbers: Numbers, order: str
+    model: Any,
+    rows: int,
+    conditional: slice,
+    tokens: int,
+    negative: dict[str, Tensor],
+    numbers: Numbers,
+    order: str,
+    turns: int = 1,
 ) -> Iterator[None]:
     """Have evaluations of so many rows guided away from `negative`, the arguments of the negative prompt's rows.
 
     tokens: the text's columns. order: "first" or "last" in the sequence of joint attention, "" for cross-attention.
+    turns: of so many evaluations the first is the prompt's.
     """
     real, forward = F.scaled_dot_product_attention, model.forward
     count = len(range(*conditional.indices(rows)))
 
     lengths: set[int] = set()
+    turn = [0]
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **how: Any) -> Tensor:
         q, k, v = query, key, value
@@ -61,9 +70,9 @@ def doubled(
 
     def evaluate(*args: Any, **kwargs: Any) -> Any:
         given = dict(zip(inspect.signature(forward).parameters, args, strict=False)) | kwargs
-        text = given["encoder_hidden_states"]
         sample = given["sample" if "sample" in given else "hidden_states"]
-        if len(text) != rows:
+        turn[0] += 1
+        if turn[0] % turns != 1 % turns:
             return forward(**given)
         cells = sample.shape[1] if sample.ndim == 3 else sample.shape[2] * sample.shape[3] // 4
         lengths.add(cells + tokens)
@@ -71,7 +80,13 @@ def doubled(
         def with_more(name: str, x: Any) -> Any:
             if isinstance(x, dict):
                 return {key: with_more(key, one) for key, one in x.items()}
-            if not isinstance(x, Tensor) or not x.ndim or len(x) != rows or name.endswith("_ids") and name != "time_ids":
+            if (
+                not isinstance(x, Tensor)
+                or not x.ndim
+                or len(x) != rows
+                or name.endswith("_ids")
+                and name != "time_ids"
+            ):
                 return x
             return torch.cat([x, negative.get(name, x[conditional])])
 
