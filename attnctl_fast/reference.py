@@ -167,7 +167,8 @@ def normalized_guidance(
             continue
         weights = _softmax(torch.cat([logits, shared[1].unsqueeze(-1)], -1))
         found.append(weights[..., :-1] @ values + weights[..., -1:] * _wide(shared[0]))
-    return guided(*found, scale, tau, alpha, norm)
+    positive, negative = found
+    return guided(positive, negative, scale, tau, alpha, norm)
 
 
 def region_attention(

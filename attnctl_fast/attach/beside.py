@@ -1,8 +1,8 @@
 """A second text in every conditional row of a joint model, which runs through its blocks beside the prompt's.
 
 Each text is a row of its own until attention: the batch of texts has R rows and E more, that of pictures R. So every
-text is modulated by its own pooled embedding, and the pictures by the prompts'. In attention, and in all of a block that
-has text and image in one sequence, the second text stands outside of the first one, where a slice parts them.
+text is modulated by its own pooled embedding, and the pictures by the prompts'. In attention, and in all of a block
+that has text and image in one sequence, the second text stands outside of the first one, where a slice parts them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from .rows import Rows
 
 @dataclass(frozen=True)
 class SecondText:
-    """What a run wants to have beside the prompts: contexts `[E,N,C]` and pooled embeddings `[E,P]`, one for each
-    conditional row."""
+    """The texts that a run wants to have beside the prompts, one for each conditional row.
+
+    context: `[E,N,C]`. pooled: their pooled embeddings `[E,P]`.
+    """
 
     context: Tensor
     pooled: Tensor
@@ -60,8 +62,10 @@ def added(given: dict[str, Any], second: SecondText, text: str, names: tuple[str
 
 
 class Beside:
-    """The second texts of one evaluation: rows: which rows are conditional; tokens: how many columns each has; order:
-    where a text stands in the sequence, "first" or "last"."""
+    """The second texts of one evaluation.
+
+    rows: which rows are conditional. tokens: how many columns each text has. order: where it stands in the sequence.
+    """
 
     def __init__(self, rows: Rows, tokens: int, order: Literal["first", "last"]) -> None:
         self.rows, self.tokens, self.first = rows, tokens, order == "first"
@@ -137,7 +141,9 @@ def _of_pictures(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return _run(module, x, *args, **kwargs)
 
 
-def _joined_block(module: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **kwargs: Any) -> Any:
+def _joined_block(
+    module: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **kwargs: Any
+) -> Any:
     """Run a block that has text and image in one sequence: the second text's step is by its own gate."""
     beside: Beside = module._attnctl_beside
     before = beside.spread(encoder_hidden_states[beside.rows.total :])

@@ -418,7 +418,7 @@ class PipelineCall:
         beside = None
         if wanted is not None and evaluation.rows.conditional:
             family, order = self.engine.family, next(place.layer.text for place in places if place.layer.text)
-            beside = Beside(evaluation.rows, evaluation.columns, order)  # type: ignore[arg-type]
+            beside = Beside(evaluation.rows, evaluation.columns, order)
             evaluation.given = added(evaluation.given, wanted, family.text, family.beside, evaluation.rows)
         for place in places:
             place.beside = beside if place.layer.text else None

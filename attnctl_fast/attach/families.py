@@ -35,9 +35,9 @@ class Family:
     the model's arguments. positions: the argument that says where the image's tokens are: the index, row and column of
     each, or how many frames, rows and columns every picture has; "" where the sample is `[R,C,height,width]`. columns:
     how many columns of the text joint attention has, from the model's arguments. fill: of how many tokens the length of
-    a text is a multiple; 0 where it is what the call says. beside: the model's arguments with a row for each text, where
-    a second text may run beside the prompts'; () where none may. refused: pipelines with such a model whose pictures lie
-    elsewhere, each with why.
+    a text is a multiple; 0 where it is what the call says. beside: the model's arguments with a row for each text,
+    where a second text may run beside the prompts'; () where none may. refused: pipelines with such a model whose
+    pictures lie elsewhere, each with why.
     """
 
     name: str

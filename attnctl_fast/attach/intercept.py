@@ -189,11 +189,11 @@ class Place:
         seconds = side_key, side_value
         out = self._attend_jointly(acts, beside.rows, query, key, value, None, scale, seconds)
         image = slice(self.tokens[0], None) if beside.first else slice(0, self.tokens[1])
-        columns = (
+        k, v = (
             torch.cat([beside.rows.take(second), beside.rows.take(whole)[:, :, image]], 2)
             for second, whole in ((side_key, key), (side_value, value))
         )
-        own = plain(beside.rows.take(side), *columns, None, scale)
+        own = plain(beside.rows.take(side), k, v, None, scale)
         return beside.joined(out, beside.spread(own.to(out.dtype)), 2)
 
     def _attend_jointly(

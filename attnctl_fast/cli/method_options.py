@@ -65,6 +65,11 @@ OPTIONS = {
     "edit": Option("texts to add to the prompt", "TEXT", takes="texts"),
     "negate": Option("texts to take away from the prompt", "TEXT", takes="texts"),
     "edit_weight": Option("weight of every text; default: 1, as the prompt has in composable", "WEIGHT", strength),
+    "avoid": Option("what the picture is not to be; unlike --negative-prompt, without guidance too", "TEXT"),
+    "nag_scale": Option("strength, 1 for none; default: 5", None, strength),
+    "nag_tau": Option("the longest that attention may become, in its own lengths; default: 2.5", "LENGTH", strength),
+    "nag_alpha": Option("share of the guided attention; default: 0.25", "SHARE", share),
+    "factor": Option("of the logits of image and text; default: 1.2", None, strength),
     "edit_start": Option("share of the steps before the edits; default: 0", "SHARE", share),
 }
 
@@ -117,6 +122,10 @@ def _composable(given: Given, prompt: str) -> Given:
     return {"prompts": [prompt, *(text for text, _ in texts)], "weights": [1.0, *(sign * weight for _, sign in texts)]}
 
 
+def _nag(given: Given, prompt: str) -> Given:
+    return {"negative_prompt" if name == "avoid" else name.removeprefix("nag_"): x for name, x in given.items()}
+
+
 def _texts(given: Given) -> list[tuple[str, int]]:
     """Return the texts of --edit, each with 1, and of --negate, with -1."""
     return [(text, 1) for text in given.get("edit", [])] + [(text, -1) for text in given.get("negate", [])]
@@ -136,6 +145,8 @@ METHODS = {
     "syngen": Method("SynGen", ("layers", "pairs", "scale"), arguments=_syngen),
     "conform": Method("CONFORM", ("layers", "groups", "scale"), ("groups",)),
     "dense": Method("DenseDiffusion", ("layers", "masks", "convention"), ("masks",), _dense),
+    "nag": Method("NAG", ("layers", "avoid", "nag_scale", "nag_tau", "nag_alpha"), ("avoid",), _nag),
+    "taca": Method("TACA", ("layers", "factor")),
     "composable": Method("ComposableDiffusion", ("edit", "negate", "edit_weight"), ("edit", "negate"), _composable),
 }
 

@@ -26,9 +26,9 @@ from ..ops.normalized_guidance import check_guidance, guided
 class NAG(Method):
     """Move the attention to the prompt away from the attention to a negative prompt, by a bounded step, in every layer.
 
-    Normalized attention guidance (arXiv 2505.21179). Unlike a pipeline's own negative prompt it needs no guidance, so it
-    works on models of few steps too; with guidance it acts on the prompt's half. On UNets, PixArt and Sana the layers
-    read the negative prompt as well; in SD 3 and FLUX.1 its text runs through the model beside the prompt's.
+    Normalized attention guidance (arXiv 2505.21179). Unlike a pipeline's own negative prompt it needs no guidance, so
+    that it works on models of few steps too; with guidance it acts on the prompt's half. On UNets, PixArt and Sana the
+    layers read the negative prompt as well; in SD 3 and FLUX.1 its text runs through the model beside the prompt's.
 
     Args:
         negative_prompt: what the picture is not to be: a text, or a list of one text per prompt.

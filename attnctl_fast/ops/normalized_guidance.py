@@ -125,8 +125,8 @@ def normalized_guidance(
 ) -> Tensor:
     """Compute attention to a prompt, moved away from that to a negative prompt (arXiv 2505.21179, "NAG").
 
-    With the attentions Z+ and Z-: G = scale Z+ - (scale - 1) Z-, shortened where its norm is more than tau times that of
-    Z+, and out = alpha G + (1 - alpha) Z+. The norms are of an image token's features, of all heads together.
+    With the attentions Z+ and Z-: G = scale Z+ - (scale - 1) Z-, shortened where its norm is more than tau times that
+    of Z+, and out = alpha G + (1 - alpha) Z+. The norms are of an image token's features, of all heads together.
     Differentiable in q, in both texts' keys and values, and in `shared`.
 
     Args:
@@ -190,4 +190,5 @@ def normalized_guidance(
         else:
             out, lse = attend(q, keys, values, None, None, factor, bias)
         attended.append(out if shared is None else _merged(out, lse, shared))
-    return reference.guided(*attended, scale, tau, alpha, norm).to(q.dtype)
+    positive, negative = attended
+    return reference.guided(positive, negative, scale, tau, alpha, norm).to(q.dtype)

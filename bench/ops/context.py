@@ -17,7 +17,7 @@ from bench.ops.inputs import Case, Tensors, qkv
 
 WEIGHTS = [1.0, 1.3, -0.4]
 # Of a bound that some rows of random inputs reach.
-GUIDANCE = {"scale": 5.0, "tau": 2.5, "alpha": 0.25, "norm": 2}
+GUIDANCE: dict[str, Any] = {"scale": 5.0, "tau": 2.5, "alpha": 0.25, "norm": 2}
 
 
 def _with_context_gradient(case: Case, t: Tensors, impl: str) -> Run:
@@ -62,8 +62,8 @@ def _away(case: Case, t: Tensors) -> tuple[Tensor, Tensor]:
 
 def _guided(case: Case, t: Tensors, impl: str) -> Run:
     shared = (t["rest_out"], t["rest_lse"]) if "rest_out" in t else None
-    how: dict[str, Any] = {"key_bias": t.get("key_bias"), "shared": shared, "impl": impl}
-    return partial(ops.normalized_guidance, *qkv(t), *_away(case, t), **GUIDANCE, **how)
+    how = {**GUIDANCE, "key_bias": t.get("key_bias"), "shared": shared, "impl": impl}
+    return partial(ops.normalized_guidance, t["q"], t["k"], t["v"], *_away(case, t), **how)
 
 
 def _twice(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:

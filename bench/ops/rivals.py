@@ -79,7 +79,7 @@ def sdpa_each(backend: str, q: Tensor, ks: Sequence[Tensor], vs: Sequence[Tensor
 def sdpa_guided(
     backend: str, compile: Compile, guidance: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, *negative: Tensor
 ) -> Tensor:
-    """Attention to both texts, and the released code's guidance of the heads' outputs side by side, perhaps compiled."""
+    """Attention to both texts, and the released code's guidance of the heads' outputs side by side."""
 
     def guide(positive: Tensor, away: Tensor) -> Tensor:
         positive, away = (x.transpose(1, 2).flatten(2) for x in (positive, away))

@@ -14,6 +14,7 @@ from attnctl_fast import cli
 from attnctl_fast.cli import method_options
 from attnctl_fast.methods import (
     CONFORM,
+    NAG,
     TSAM,
     AttendAndExcite,
     AttentionRegulation,
@@ -107,6 +108,10 @@ def test_generate_writes_its_settings(generate, untrained, tmp_path):
             ),
         ),
         (
+            ["--method", "nag", "--avoid", "a star", "--nag-scale", 4, "--nag-tau", 2, "--nag-alpha", 0.5],
+            NAG("a star", scale=4.0, tau=2.0, alpha=0.5),
+        ),
+        (
             ["--method", "composable", "--edit", "a ring", "--negate", "a star", "--edit-weight", 0.5],
             ComposableDiffusion([PROMPT, "a ring", "a star"], [1, 0.5, -0.5]),
         ),
@@ -188,6 +193,8 @@ def test_generate_overwrites_only_when_told(generate, tmp_path, capsys):
         (("--method", "syngen"), [], "--method syngen needs --pairs.*or spaCy"),
         (("--method", "syngen", "--pairs", "red:cat", "--layers", "up_blocks"), [], "pairs holds 'cat'"),
         (("--method", "conform"), [], "--method conform needs --groups"),
+        (("--method", "nag"), [], "--method nag needs --avoid: what the picture is not to be"),
+        (("--method", "taca"), [], "StableDiffusionPipeline has a UNet2DConditionModel, .*TACA is for joint attention"),
         (("--method", "conform", "--groups", "red+circle"), [], "name at least 2"),
         (("--method", "composable"), [], "--method composable needs --edit or --negate"),
         (

@@ -77,7 +77,7 @@ def test_an_edit_and_maps_see_the_sharper_logits(kind: str) -> None:
 
 
 def test_beside_nag() -> None:
-    """Both texts' columns are sharper: with a share of nothing, and with the prompt against itself, it is TACA alone."""
+    """Both texts' columns are sharper: with a share of nothing, or the prompt against itself, it is TACA alone."""
     pipe = tiny_transformers.pipeline("flux")
     taca = ac.TACA(1.5, steps=9)
     alone = draw("flux", pipe, taca)
