@@ -1,8 +1,11 @@
 """A second text in every conditional row of a joint model, which runs through its blocks beside the prompt's.
 
-Each text is a row of its own until attention: the batch of texts has R rows and E more, that of pictures R. So every
-text is modulated by its own pooled embedding, and the pictures by the prompts'. In attention, and in all of a block
-that has text and image in one sequence, the second text stands outside of the first one, where a slice parts them.
+In attention it stands outside of the first one in the sequence, where a slice parts them. Elsewhere it is either
+
+- "columns": there as well, in a model whose blocks are modulated alike whatever the text says;
+- "rows": a row of its own. The batch of texts has R rows and E more, that of pictures R, so that every text is
+  modulated by its own pooled embedding, and the pictures by the prompts'. A block that has text and image in one
+  sequence gets the second text outside of the first one, and is told where to modulate it otherwise.
 """
 
 from __future__ import annotations
@@ -11,64 +14,67 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .rows import Rows
 
+# Of what a model modulates its blocks by.
+_OF_TEXTS = ("pooled_projections", "timestep", "guidance")
+
 
 @dataclass(frozen=True)
 class SecondText:
     """The texts that a run wants to have beside the prompts, one for each conditional row.
 
-    context: `[E,N,C]`. pooled: their pooled embeddings `[E,P]`.
+    context: `[E,N,C]`. pooled: their pooled embeddings `[E,P]`, or None where the model reads none.
     """
 
     context: Tensor
-    pooled: Tensor
-
-
-def added(given: dict[str, Any], second: SecondText, text: str, names: tuple[str, ...], rows: Rows) -> dict[str, Any]:
-    """Return a model's arguments with a second text for every conditional row.
-
-    Args:
-        given: the arguments by name.
-        second: the text.
-        text: the name of the contexts.
-        names: of the other arguments with a row for each text.
-        rows: which rows are conditional.
-
-    Raises:
-        ValueError: the second text is not as long as the first, or the pictures to look at have a row for each text.
-    """
-    context = given[text]
-    if second.context.shape[1:] != context.shape[1:]:
-        raise ValueError(
-            f"the second text has {second.context.shape[1]} columns of {second.context.shape[2]}, but the prompt "
-            f"{context.shape[1]} of {context.shape[2]}; let the pipeline encode both, with one max_sequence_length"
-        )
-    changed = {**given, text: torch.cat([context, second.context.to(context)])}
-    for name in names:
-        one = given.get(name)
-        if name == "pooled_projections":
-            changed[name] = torch.cat([one, second.pooled.to(one)])  # type: ignore[list-item]
-        elif isinstance(one, Tensor) and one.ndim and len(one) == rows.total:
-            changed[name] = torch.cat([one, rows.take(one)])
-    if isinstance(ids := given.get("txt_ids"), Tensor):
-        changed["txt_ids"] = torch.cat([ids, ids], -2)
-    return changed
+    pooled: Tensor | None
 
 
 class Beside:
     """The second texts of one evaluation.
 
     rows: which rows are conditional. tokens: how many columns each text has. order: where it stands in the sequence.
+    stacked: it is a row of its own.
     """
 
-    def __init__(self, rows: Rows, tokens: int, order: Literal["first", "last"]) -> None:
-        self.rows, self.tokens, self.first = rows, tokens, order == "first"
+    def __init__(self, rows: Rows, tokens: int, order: str, *, stacked: bool) -> None:
+        self.rows, self.tokens, self.first, self.stacked = rows, tokens, order == "first", stacked
+
+    def added(self, given: dict[str, Any], text: str, second: SecondText) -> dict[str, Any]:
+        """Return a model's arguments with a second text for every conditional row.
+
+        Args:
+            given: the arguments by name.
+            text: the name of the contexts.
+            second: the text.
+
+        Raises:
+            ValueError: it is not as long as the first one.
+        """
+        context, own = given[text], second.context
+        if own.shape[1:] != context.shape[1:]:
+            raise ValueError(
+                f"the second text has {own.shape[1]} columns of {own.shape[2]}, but the prompt {context.shape[1]} of "
+                f"{context.shape[2]}; let the pipeline encode both, with one max_sequence_length"
+            )
+        both = torch.cat([context, own.to(context)])
+        changed = {**given, text: both if self.stacked else self.folded(both)}
+        if isinstance(ids := given.get("txt_ids"), Tensor):
+            changed["txt_ids"] = torch.cat([ids, ids], -2)
+        for name in _OF_TEXTS if self.stacked else ():
+            one = given.get(name)
+            if name == "pooled_projections":
+                assert second.pooled is not None
+                changed[name] = torch.cat([given[name], second.pooled.to(given[name])])
+            elif isinstance(one, Tensor) and one.ndim and len(one) == self.rows.total:
+                changed[name] = torch.cat([one, self.rows.take(one)])
+        return changed
 
     def parted(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """Return the sequence without the second text, and that text."""
@@ -98,7 +104,7 @@ class Beside:
 
 @contextmanager
 def running(model: Any, beside: Beside) -> Iterator[None]:
-    """Have the blocks of a model take the batch of texts, within the block of code."""
+    """Have the blocks of a model take second texts that are rows, within the block of code."""
     put: list[tuple[Any, Any]] = []
 
     def wrap(module: Any, forward: Any) -> None:
@@ -110,6 +116,9 @@ def running(model: Any, beside: Beside) -> Iterator[None]:
         own["_attnctl_bound"], own["_attnctl_beside"] = before is not None, beside
         own["forward"] = MethodType(forward, module)
 
+    if not beside.stacked:
+        yield
+        return
     try:
         for block in model.transformer_blocks:
             wrap(block.norm1, _of_pictures)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .beside import Beside, added, running
+from .beside import Beside, running
 from .call import Call, Encoded, Site
 from .evaluation import Evaluation
 from .families import Family, family_of
@@ -418,8 +418,8 @@ class PipelineCall:
         beside = None
         if wanted is not None and evaluation.rows.conditional:
             family, order = self.engine.family, next(place.layer.text for place in places if place.layer.text)
-            beside = Beside(evaluation.rows, evaluation.columns, order)
-            evaluation.given = added(evaluation.given, wanted, family.text, family.beside, evaluation.rows)
+            beside = Beside(evaluation.rows, evaluation.columns, order, stacked=family.beside == "rows")
+            evaluation.given = beside.added(evaluation.given, family.text, wanted)
         for place in places:
             place.beside = beside if place.layer.text else None
         return beside

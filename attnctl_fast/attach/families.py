@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,9 +35,9 @@ class Family:
     the model's arguments. positions: the argument that says where the image's tokens are: the index, row and column of
     each, or how many frames, rows and columns every picture has; "" where the sample is `[R,C,height,width]`. columns:
     how many columns of the text joint attention has, from the model's arguments. fill: of how many tokens the length of
-    a text is a multiple; 0 where it is what the call says. beside: the model's arguments with a row for each text,
-    where a second text may run beside the prompts'; () where none may. refused: pipelines with such a model whose
-    pictures lie elsewhere, each with why.
+    a text is a multiple; 0 where it is what the call says. beside: how a second text may run through it beside the
+    prompts', as the module of that name has it; "" where none may. refused: pipelines with such a model whose pictures
+    lie elsewhere, each with why.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Family:
     positions: str = ""
     columns: Callable[[dict[str, Any]], int] = _whole_text
     fill: int = 0
-    beside: tuple[str, ...] = ()
+    beside: Literal["", "rows", "columns"] = ""
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def model_of(self, pipe: Any) -> Any:
@@ -172,7 +172,7 @@ FAMILIES = (
         "transformer",
         _sd3,
         segments.sd3_segments,
-        beside=("pooled_projections", "timestep"),
+        beside="rows",
     ),
     Family(
         "flux",
@@ -181,7 +181,7 @@ FAMILIES = (
         _flux,
         segments.flux_segments,
         positions="img_ids",
-        beside=("pooled_projections", "timestep", "guidance"),
+        beside="rows",
     ),
     Family(
         "chroma",
@@ -198,6 +198,7 @@ FAMILIES = (
         _flux,
         segments.flux2_segments,
         positions="img_ids",
+        beside="columns",
         refused={"Flux2KleinKVPipeline": "keeps the keys of the pictures to look at, and has them in between"},
     ),
     Family(

@@ -329,13 +329,10 @@ def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
         elif kwargs.get("encoder_hidden_states") is not None:
             context, tokens, moved = place.read(acts, kwargs["encoder_hidden_states"])
             kwargs = {**kwargs, "encoder_hidden_states": context}
-    if place.beside is not None:
-        kwargs = {**kwargs}
-        text = kwargs.get("encoder_hidden_states")
-        if text is not None:
-            kwargs["encoder_hidden_states"] = place.beside.folded(text)
-            pictures, texts = _attended(module, place, acts, tokens, moved, args, kwargs)
-            return pictures, place.beside.unfolded(texts)
+    if place.beside is not None and place.beside.stacked and kwargs.get("encoder_hidden_states") is not None:
+        kwargs = {**kwargs, "encoder_hidden_states": place.beside.folded(kwargs["encoder_hidden_states"])}
+        pictures, texts = _attended(module, place, acts, tokens, moved, args, kwargs)
+        return pictures, place.beside.unfolded(texts)
     return _attended(module, place, acts, tokens, moved, args, kwargs)
 
 

@@ -28,7 +28,7 @@ class NAG(Method):
 
     Normalized attention guidance (arXiv 2505.21179). Unlike a pipeline's own negative prompt it needs no guidance, so
     that it works on models of few steps too; with guidance it acts on the prompt's half. On UNets, PixArt and Sana the
-    layers read the negative prompt as well; in SD 3 and FLUX.1 its text runs through the model beside the prompt's.
+    layers read the negative prompt as well; in SD 3 and FLUX its text runs through the model beside the prompt's.
 
     Args:
         negative_prompt: what the picture is not to be: a text, or a list of one text per prompt.
@@ -141,8 +141,7 @@ class _Guiding(Run):
         assert self._contexts is not None
         negative = rows.of_samples(self._contexts.to(text))
         if self._joint:
-            assert self._pooled is not None
-            self.beside = SecondText(negative, rows.of_samples(self._pooled))
+            self.beside = SecondText(negative, None if self._pooled is None else rows.of_samples(self._pooled))
             return
         self._rows, self._context = rows, evaluation.context_of(negative)
         if self._mask is not None:

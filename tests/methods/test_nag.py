@@ -28,6 +28,7 @@ TRANSFORMERS = [
     ("flux", {}, {}),
     ("flux", {"schnell": True}, {"num_images_per_prompt": 2}),
     ("flux", {}, {"true_cfg_scale": 3.0, "negative_prompt": "a dog"}),
+    ("flux2", {}, {}),
     ("pixart_sigma", {}, {}),
     ("sana", {}, {}),
 ]
@@ -48,6 +49,8 @@ def encoded(kind: str, pipe: Any) -> dict[str, Tensor]:
         if kind == "flux":
             found = pipe.encode_prompt(AWAY, None, **how)
             return {"encoder_hidden_states": found[0], "pooled_projections": found[1]}
+        if kind == "flux2":
+            return {"encoder_hidden_states": pipe.encode_prompt(AWAY, text_encoder_out_layers=(0, 1, 2), **how)[0]}
         more = {"complex_human_instruction": tiny_transformers.tiny_text.INSTRUCTION} if kind == "sana" else {}
         found = pipe.encode_prompt(AWAY, do_classifier_free_guidance=False, clean_caption=False, **how, **more)
         return {"encoder_hidden_states": found[0], "encoder_attention_mask": found[1]}
@@ -56,7 +59,7 @@ def encoded(kind: str, pipe: Any) -> dict[str, Tensor]:
 def by_hand(kind: str, pipe: Any, draw: Any, guided: bool, images: int = 1, turns: int = 1) -> Tensor:
     model = getattr(pipe, "unet", None) or pipe.transformer
     negative = {name: x.repeat_interleave(images, 0) for name, x in encoded(kind, pipe).items()}
-    order = {"sd3": "last", "flux": "first"}.get(kind, "")
+    order = {"sd3": "last", "flux": "first", "flux2": "first"}.get(kind, "")
     rows = images * (2 if guided else 1)
     tokens = negative["encoder_hidden_states"].shape[1]
     with doubled(model, rows, slice(rows - images, rows), tokens, negative, NUMBERS, order, turns):
@@ -82,7 +85,7 @@ def draw(kind: str, pipe: Any, **options: Any) -> Tensor:
 @pytest.mark.parametrize(("kind", "parts", "options"), TRANSFORMERS)
 def test_equals_the_released_scheme_on_a_transformer(kind: str, parts: dict[str, Any], options: dict[str, Any]) -> None:
     pipe = tiny_transformers.pipeline(kind, **parts)
-    guided = kind != "flux" and options.get("guidance_scale", 2.0) > 1
+    guided = not kind.startswith("flux") and options.get("guidance_scale", 2.0) > 1
     images = options.get("num_images_per_prompt", 1)
     turns = 2 if "true_cfg_scale" in options else 1
     expected = by_hand(kind, pipe, lambda: draw(kind, pipe, **options), guided, images, turns)
@@ -108,7 +111,7 @@ def near(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * max(1.0, float(expected.abs().max())))
 
 
-EVERY = pytest.mark.parametrize("kind", ["sd1", "sd3", "flux", full("sdxl"), full("pixart_sigma"), full("sana")])
+EVERY = pytest.mark.parametrize("kind", ["sd1", "sd3", "flux", *map(full, ("flux2", "sdxl", "pixart_sigma", "sana"))])
 
 
 @EVERY
@@ -163,7 +166,7 @@ def test_beside_other_methods(kind: str) -> None:
     assert all(torch.isfinite(found).all() for found in maps.values())
 
 
-@pytest.mark.parametrize("kind", ["sd1", "flux", full("sd3"), full("sdxl"), full("pixart_sigma"), full("sana")])
+@pytest.mark.parametrize("kind", ["sd1", "flux", *map(full, ("sd3", "flux2", "sdxl", "pixart_sigma", "sana"))])
 def test_one_graph(kind: str) -> None:
     """For all steps, those behind the last guided one too."""
     pipe, nag = built(kind), ac.NAG(AWAY, **NUMBERS, steps=1)
