@@ -21,12 +21,14 @@ class Encoded(NamedTuple):
     Attributes:
         contexts: `[n,N,C]`.
         pooled: their pooled embeddings `[n,P]`, or None.
-        mask: which columns are no padding, `[n,N]`, or None where the pipeline has no mask.
+        mask: which columns are no padding, `[n,N]`, or None where layers attend without a mask.
+        more: what else the model makes the layers' context of (HunyuanDiT: T5's context, and masks), by its arguments.
     """
 
     contexts: Tensor
-    pooled: Tensor | None = None
-    mask: Tensor | None = None
+    pooled: Tensor | None
+    mask: Tensor | None
+    more: dict[str, Tensor]
 
 
 Encode: TypeAlias = Callable[[list[str]], Encoded]

@@ -283,13 +283,12 @@ class PipelineCall:
         # Past the listener.
         encode = next((patch.inner for patch in self._patches if patch.name == "encode_prompt"), pipe.encode_prompt)
         result = encode(**given)
-        if not isinstance(result, (tuple, list)):
-            return Encoded(result)
-        contexts, *rest = result
+        contexts, *rest = [result] if isinstance(result, Tensor) else result
+        more = self.engine.family.more(rest, lambda **changed: encode(**given | changed))
         flat = [x for x in rest if isinstance(x, Tensor) and x.ndim == 2 and len(x) == len(contexts)]
         masks = [x for x in flat if x.shape == contexts.shape[:2] and not x.is_floating_point()]
         pooled = [x for x in flat if x.is_floating_point()]
-        return Encoded(contexts, next(iter(pooled), None), next(iter(masks), None))
+        return Encoded(contexts, next(iter(pooled), None), None if more else next(iter(masks), None), more)
 
     def start(self, prompts: Prompts, texts: Tensor, others: list[Tensor], arguments: dict[str, Any]) -> Tensor:
         """Begin the methods' runs; returns the contexts of the prompts as they want them.

@@ -64,9 +64,14 @@ class Evaluation:
         """How many columns of the text joint attention has."""
         return self._family.columns(self.given)
 
-    def context_of(self, text: Tensor) -> Tensor:
-        """Return what the layers are given for a text, `[R,N,C]`: of some models not the text encoder's own."""
-        return self._family.context(self.model, {**self.given, self._family.text: text})
+    def context_of(self, text: Tensor, more: dict[str, Tensor] | None = None) -> Tensor:
+        """Return what the layers are given for a text, `[R,N,C]`: of some models not the text encoder's own.
+
+        Args:
+            text: its context.
+            more: what `Call.encode` gave besides; the model's present arguments by default.
+        """
+        return self._family.context(self.model, {**self.given, **(more or {}), self._family.text: text})
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return what the model is called with."""

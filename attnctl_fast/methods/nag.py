@@ -27,8 +27,8 @@ class NAG(Method):
     """Move the attention to the prompt away from the attention to a negative prompt, by a bounded step, in every layer.
 
     Normalized attention guidance (arXiv 2505.21179). Unlike a pipeline's own negative prompt it needs no guidance, so
-    that it works on models of few steps too; with guidance it acts on the prompt's half. On UNets, PixArt and Sana the
-    layers read the negative prompt as well; in SD 3 and FLUX its text runs through the model beside the prompt's.
+    that it works on models of few steps too; with guidance it acts on the prompt's half. In cross-attention the layers
+    read the negative prompt as well; in SD 3 and FLUX its text runs through the model beside the prompt's.
 
     Args:
         negative_prompt: what the picture is not to be: a text, or a list of one text per prompt.
@@ -79,8 +79,6 @@ class NAG(Method):
 
     def check(self, pipe: Any, layers: list[Layer]) -> None:
         family = family_of(pipe)
-        if family.name == "hunyuan":
-            raise ValueError(f"{type(pipe).__name__} has two texts by two encoders, of which NAG can encode one only")
         if any(layer.text for layer in layers) and not family.beside:
             known = " and ".join(one.model for one in FAMILIES if one.beside)
             raise ValueError(
@@ -105,19 +103,19 @@ class _Guiding(Run):
             )
         found = call.encode(texts)
 
-        def of_samples(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
+        def of_samples(x: Tensor) -> Tensor:
             return x.expand(call.samples, *x.shape[1:]) if len(x) == 1 else x.repeat_interleave(images, 0)
 
-        self._contexts, self._pooled, self._mask = (of_samples(x) for x in found)
+        self._contexts = of_samples(found.contexts)
+        self._pooled = None if found.pooled is None else of_samples(found.pooled)
+        self._mask = None if found.mask is None else of_samples(found.mask)
+        self._more = {name: of_samples(x) for name, x in found.more.items()}
         self._rows: Rows
         self._context: Tensor
         self._bias: Tensor | None = None
         self._alpha: float | Tensor = method.alpha
 
     def encoded(self, embeddings: Tensor) -> Tensor:
-        assert self._contexts is not None
         if self._contexts.shape[2] != embeddings.shape[2]:
             raise ValueError(
                 f"the negative prompt's context has width {self._contexts.shape[2]} but the prompt's "
@@ -138,12 +136,12 @@ class _Guiding(Run):
             # One graph for all steps: those behind the last one have a share of 0.
             wide = torch.promote_types(text.dtype, torch.float32)
             self._alpha = torch.full((), method.alpha if now else 0.0, dtype=wide, device=text.device)
-        assert self._contexts is not None
         negative = rows.of_samples(self._contexts.to(text))
         if self._joint:
             self.beside = SecondText(negative, None if self._pooled is None else rows.of_samples(self._pooled))
             return
-        self._rows, self._context = rows, evaluation.context_of(negative)
+        more = {name: rows.of_samples(x) for name, x in self._more.items()}
+        self._rows, self._context = rows, evaluation.context_of(negative, more)
         if self._mask is not None:
             mask = rows.of_samples(self._mask).to(text.device)
             self._bias = torch.zeros(mask.shape, device=text.device).masked_fill(mask == 0, -torch.inf)

@@ -50,7 +50,7 @@ Found = Sequence[tuple[str, str]]
 # The best on the tuning seeds.
 SEARCHED: Options = {"gamma_attn": 0.003, "gamma_norm": 0.3, "schedule": step(0.2)}
 INPAINTED: Options = {"gamma_attn": 0.025, "gamma_norm": 0.025}
-AVOIDED: Options = {}
+AVOIDED: Options = {"scale": 3.0, "tau": 2.5, "alpha": 1.0}
 RECOLOURED: Options = {"weight": 0.75, "away": 0.65, "start": 0.5, "gamma": 5e-4}
 
 
@@ -200,7 +200,7 @@ TASKS: dict[str, Task] = {
         2,
         only_first,
         avoid_arms,
-        (AVOIDED,),
+        (AVOIDED, {}),
         [
             {},
             *({"scale": s, "tau": t, "alpha": a} for s, t, a in ((5.0, 2.5, 0.5), (5.0, 2.5, 1.0), (11.0, 2.5, 0.5))),

@@ -50,11 +50,11 @@ def doubled(
     lengths: set[int] = set()
     turn = [0]
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **how: Any) -> Tensor:
+    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *more: Any, **how: Any) -> Tensor:
         q, k, v = query, key, value
         with_text = k.shape[2] in lengths if order else k.shape[2] == tokens
         if len(q) != rows + count or not with_text:
-            return real(q, k, v, attn_mask, **how)
+            return real(q, k, v, attn_mask, *more, **how)
         if order:
             image = slice(tokens, None) if order == "first" else slice(0, -tokens)
             q, k, v = (x.clone() for x in (q, k, v))
