@@ -51,6 +51,8 @@ TRANSFORMERS = "attach/test_transformers.py"
 KERNELS = "kernels/test_operations.py"
 RESTORE = "attach/test_restore.py"
 KINDS = "attach/test_kinds.py"
+NAG = "methods/test_nag.py"
+TACA = "methods/test_taca.py"
 GUIDANCE = "attach/test_guidance.py"
 CASES = "attach/test_cases.py"
 WALKS = "attach/test_contexts.py"
@@ -776,6 +778,62 @@ ATTACH = [
     ),
 ]
 METHODS = [
+    Mutant(
+        "nag: unconditional rows are guided too",
+        "attnctl_fast/methods/nag.py",
+        "method, one = self.method, attention.conditional\n",
+        "method, one, rows = self.method, attention, attention.rows.first(len(attention.q))\n",
+        f"{NAG} -k 'on_a_unet and sd1-options0'",
+    ),
+    Mutant(
+        "nag: the negative prompt's padding counts",
+        "attnctl_fast/methods/nag.py",
+        ".masked_fill(mask == 0, -torch.inf)",
+        ".masked_fill(mask == 0, 0.0)",
+        f"{NAG} -k 'on_a_transformer and pixart'",
+    ),
+    Mutant(
+        "nag: what an edit made is lost",
+        "attnctl_fast/methods/nag.py",
+        "if attention.conditional_set:",
+        "if False:",
+        f"{NAG} -k 'beside_other and sd1'",
+    ),
+    Mutant(
+        "beside: the second text is modulated by the prompt's embedding",
+        "attnctl_fast/attach/beside.py",
+        "torch.cat([given[name], second.pooled.to(given[name])])",
+        "torch.cat([given[name], self.rows.take(given[name])])",
+        f"{NAG} -k 'on_a_transformer and sd3'",
+    ),
+    Mutant(
+        "beside: the second text has the prompt's gate in joined blocks",
+        "attnctl_fast/attach/beside.py",
+        "second, module._attnctl_kept = _run(module, second, emb=beside.spread(emb[total:]))",
+        "second, module._attnctl_kept = _run(module, second, emb=emb[:total])",
+        f"{NAG} -k 'on_a_transformer and flux-parts2'",
+    ),
+    Mutant(
+        "beside: the second text sees the first one",
+        "attnctl_fast/attach/intercept.py",
+        "beside.rows.take(whole)[:, :, image]], 2)",
+        "beside.rows.take(whole)], 2)",
+        f"{NAG} -k 'on_a_transformer and sd3'",
+    ),
+    Mutant(
+        "taca: rows of the text are sharpened too",
+        "attnctl_fast/attach/intercept.py",
+        "if attention.untouched and not attention.sharpened:",
+        "key = attention.k\n        if attention.untouched and not attention.sharpened:",
+        f"{TACA} -k 'full_matrices and sd3-9'",
+    ),
+    Mutant(
+        "taca: it never ends",
+        "attnctl_fast/methods/taca.py",
+        "self.active = self.used and (now or evaluation.compiled)",
+        "self.active = self.used",
+        f"{TACA} -k 'full_matrices and flux-1'",
+    ),
     Mutant(
         "AttentionRegulation: strength does not decay",
         "attnctl_fast/methods/attention_regulation.py",

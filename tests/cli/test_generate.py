@@ -136,7 +136,7 @@ def test_generate_writes_its_settings(generate, untrained, tmp_path):
             DenseDiffusion.paper({"red circle": [[1, 0], [1, 0]]}),
         ),
     ],
-    ids=["energy", "paper", "compose", "composable", "excite", "tsam", "syngen", "conform", "dense"],
+    ids=["energy", "paper", "compose", "nag", "composable", "excite", "tsam", "syngen", "conform", "dense"],
 )
 def test_generate_with_every_other_method(generate, untrained, tmp_path, options, method):
     Image.fromarray(np.array([[255, 0], [255, 0]], np.uint8)).save(tmp_path / "mask.png")
