@@ -55,8 +55,13 @@ class Beside:
             second: the text.
 
         Raises:
-            ValueError: it is not as long as the first one.
+            ValueError: it is not as long as the first one, or an IP-Adapter is modulated row by row.
         """
+        if self.stacked and not self.first and "ip_adapter_image_embeds" in (given.get("joint_attention_kwargs") or {}):
+            raise ValueError(
+                "an IP-Adapter of SD 3 takes the time of every row, of which a second text has one of its own; draw "
+                "without the adapter's images, or leave out the method with the second text"
+            )
         context, own = given[text], second.context
         if own.shape[1:] != context.shape[1:]:
             raise ValueError(

@@ -152,7 +152,10 @@ class Engine:
         """Begin a call of which the user tells the prompt, until `PipelineCall.end`; returns the contexts to use."""
         call = PipelineCall(self, pipe, told=True)
         call.guided = others is not None
-        arguments = {"device": texts.device}
+        arguments: dict[str, Any] = {"device": texts.device}
+        if self.family.beside:
+            # Of a second text, which has as many columns as the prompt.
+            arguments["max_sequence_length"] = texts.shape[1] - prompts.segments[-1].start
         return call, call.start(prompts, texts, [] if others is None else [others], arguments)
 
     def _current(self) -> PipelineCall | None:
@@ -276,8 +279,9 @@ class PipelineCall:
             raise ValueError(f"{name} has no encode_prompt, which encodes edit prompts; use methods without them")
         if getattr(pipe, "text_encoder", None) is None and getattr(pipe, "text_encoder_2", None) is None:
             raise ValueError(f"{name} has no text encoder, which edit prompts need; load the pipeline with it")
-        own, *parameters = inspect.signature(type(pipe).encode_prompt).parameters
-        given = {key: None if "prompt" in key else value for key, value in arguments.items() if key != own}
+        own, *parameters = (signature := inspect.signature(type(pipe).encode_prompt).parameters)
+        given: dict[str, Any] = {key: None for key in parameters if signature[key].default is inspect.Parameter.empty}
+        given |= {key: None if "prompt" in key else value for key, value in arguments.items() if key != own}
         changed = {"prompt": texts, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         given.update((key, value) for key, value in changed.items() if key in parameters)
         # Past the listener.

@@ -202,6 +202,24 @@ def test_lora_before_and_after(kind: str) -> None:
         assert torch.equal(draw(kind, after), expected)
 
 
+def test_a_loop_of_the_users_own() -> None:
+    """Which tells the prompt's context alone: the negative prompt gets as many columns."""
+    pipe, nag = built("flux"), ac.NAG(AWAY, **NUMBERS)
+    given: list[dict[str, Any]] = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs), with_kwargs=True)
+    draw("flux", pipe, num_inference_steps=1)
+    hook.remove()
+    found = []
+    hook = pipe.transformer.register_forward_hook(lambda _, args, out: found.append(out[0]))
+    under("flux", pipe, nag, num_inference_steps=1)
+    with ac.control(pipe, nag) as handle, torch.no_grad():
+        told = handle.begin(prompt_embeds=given[0]["encoder_hidden_states"])
+        pipe.transformer(**{**given[0], "encoder_hidden_states": told})
+        handle.end()
+    hook.remove()
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_an_exception_leaves_no_trace() -> None:
     pipe = built("flux")
     plain, before = draw("flux", pipe), set(_attributes(pipe))
@@ -228,6 +246,9 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ac.NAG(**{"negative_prompt": AWAY, **given})
+    images = {"joint_attention_kwargs": {"ip_adapter_image_embeds": torch.zeros(2, 1, 8)}}
+    with pytest.raises(ValueError, match="an IP-Adapter of SD 3 takes the time of every row"):
+        under("sd3", built("sd3"), ac.NAG(AWAY), **images)
     with pytest.raises(ValueError, match="ChromaPipeline has a ChromaTransformer2DModel, .* cannot send a second text"):
         ac.enable(built("chroma"), ac.NAG(AWAY))
 
