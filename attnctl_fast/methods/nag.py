@@ -18,7 +18,6 @@ from ..attach.evaluation import Evaluation
 from ..attach.families import FAMILIES, family_of
 from ..attach.layers import Layer, LayerChoice, check_choice
 from ..attach.protocol import Method, Run
-from ..attach.rows import Rows
 from ..ops.normalized_guidance import check_guidance, guided
 
 
@@ -110,8 +109,7 @@ class _Guiding(Run):
         self._pooled = None if found.pooled is None else of_samples(found.pooled)
         self._mask = None if found.mask is None else of_samples(found.mask)
         self._more = {name: of_samples(x) for name, x in found.more.items()}
-        self._rows: Rows
-        self._context: Tensor
+        self._context: Tensor | None = None
         self._bias: Tensor | None = None
         self._alpha: float | Tensor = method.alpha
 
@@ -129,7 +127,7 @@ class _Guiding(Run):
         now = self.call.step < first
         self.used = first > 0
         self.active = self.used and (now or evaluation.compiled)
-        self.beside = None
+        self.beside = self._context = None
         if not self.active or not rows.conditional:
             return
         if evaluation.compiled:
@@ -141,16 +139,15 @@ class _Guiding(Run):
             self.beside = SecondText(negative, None if self._pooled is None else rows.of_samples(self._pooled))
             return
         more = {name: rows.of_samples(x) for name, x in self._more.items()}
-        self._rows, self._context = rows, evaluation.context_of(negative, more)
+        own = evaluation.context_of(negative, more)
+        # The others read it too, for the model's layers take one length for all rows.
+        self._context = rows.merge(own, own.new_zeros(len(rows.others), *own.shape[1:]))
         if self._mask is not None:
             mask = rows.of_samples(self._mask).to(text.device)
             self._bias = torch.zeros(mask.shape, device=text.device).masked_fill(mask == 0, -torch.inf)
 
     def more_context(self, site: Site, text: Tensor, context: Tensor) -> Tensor | None:
-        if self._joint or not site.chosen:
-            return None
-        rows, own = self._rows, self._context.to(text.dtype)
-        return rows.merge(own, own.new_zeros(len(rows.others), *own.shape[1:]))
+        return self._context if site.chosen else None
 
     def attend(self, site: Site, attention: Attention) -> None:
         rows = attention.rows

@@ -47,13 +47,13 @@ def by_hand(kind: str, pipe: Any, factor: float, steps: int = 9, raised: float =
 
 @pytest.mark.parametrize(("kind", "steps"), [("sd3", 9), ("flux", 1), full("flux", 9), full("sd3", 1), ("auraflow", 9)])
 def test_equals_full_matrices(kind: str, steps: int) -> None:
-    pipe = tiny_transformers.pipeline(kind)
+    pipe = tiny_transformers.pipeline(kind).to(torch.float64)
     plain, before = draw(kind, pipe), snapshot(pipe)
     expected = by_hand(kind, pipe, 1.5, steps)
     found = draw(kind, pipe, ac.TACA(1.5, steps=steps))
     size = float(plain.abs().max())
     assert float((found - plain).abs().max()) > 1e-3 * size
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * size)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * size)
     assert snapshot(pipe) == before and torch.equal(draw(kind, pipe), plain)
     assert torch.equal(draw(kind, pipe, ac.TACA(1.5, steps=0.0)), plain)
 
