@@ -8,6 +8,7 @@ from .composed_attention import composed_attention
 from .context_energy import ContextEnergy, context_energy
 from .context_update import context_update
 from .gaussian_bias import basis_shape, default_sigma, gaussian_bias
+from .grouped_attention import grouped_attention
 from .map_similarity import map_similarity
 from .maps_from_lse import maps_from_lse
 from .merge_targets import merge_targets
@@ -34,6 +35,7 @@ __all__ = [
     "context_update",
     "default_sigma",
     "gaussian_bias",
+    "grouped_attention",
     "map_similarity",
     "maps_from_lse",
     "merge_targets",
