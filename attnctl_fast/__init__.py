@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         GuidanceContext,
         LatentGuidance,
         Method,
+        Regions,
         Run,
         SynGen,
     )
@@ -45,6 +46,7 @@ __all__ = [
     "LatentGuidance",
     "Method",
     "NAG",
+    "Regions",
     "Run",
     "SynGen",
     "TACA",
@@ -72,6 +74,7 @@ _HOME = {
     "LatentGuidance": "methods",
     "Method": "methods",
     "NAG": "methods",
+    "Regions": "methods",
     "Run": "methods",
     "SynGen": "methods",
     "TACA": "methods",
