@@ -132,6 +132,45 @@ def composed_attention(
     return sum(w * (_softmax(_logits(q, k, scale, bias)) @ _wide(v)) for k, v, w, bias in contexts)  # type: ignore[return-value]
 
 
+def guided(positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: float | Tensor, norm: int) -> Tensor:
+    """Return attention moved away from the negative one, its norm over all heads' features bounded (arXiv 2505.21179).
+
+    Where that norm is 0 it is within any bound (MATH.md section 7).
+    """
+    extended = scale * positive - (scale - 1) * negative
+    size, own = (torch.linalg.vector_norm(x, norm, (1, 3), keepdim=True) for x in (extended, positive))
+    within = size <= tau * own
+    bounded = extended * torch.where(within, 1.0, tau * own / torch.where(within, 1.0, size))
+    return alpha * bounded + (1 - alpha) * positive
+
+
+def normalized_guidance(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_negative: Tensor,
+    v_negative: Tensor,
+    scale: float,
+    tau: float,
+    alpha: float | Tensor,
+    norm: int,
+    softmax_scale: float,
+    key_biases: Sequence[Tensor | None],
+    shared: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Return the `guided` attention of two texts; each softmax is also over what gave `shared` and its logsumexp."""
+    found = []
+    for keys, values, bias in ((k, v, key_biases[0]), (k_negative, v_negative, key_biases[1])):
+        logits, values = _logits(q, keys, softmax_scale, bias), _wide(values)
+        if shared is None:
+            found.append(_softmax(logits) @ values)
+            continue
+        weights = _softmax(torch.cat([logits, shared[1].unsqueeze(-1)], -1))
+        found.append(weights[..., :-1] @ values + weights[..., -1:] * _wide(shared[0]))
+    positive, negative = found
+    return guided(positive, negative, scale, tau, alpha, norm)
+
+
 def region_attention(
     q: Tensor,
     k: Tensor,
@@ -159,6 +198,27 @@ def region_attention(
     below = logits - logits.masked_fill(left_out, torch.inf).amin(-1, keepdim=True)
     moved = logits + weight[:, None, :, None] * torch.where(shared, above, -below)
     return _softmax(moved.masked_fill(masked, -torch.inf)) @ _wide(v)
+
+
+def grouped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_groups: Tensor,
+    column_groups: Tensor,
+    allowed: Tensor,
+    scale: float,
+    key_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return attention of every row to the columns of the groups that its own may see (MATH.md section 10).
+
+    With it the logsumexp of each row's logits: -inf, and an output of zeros, where there is no such column.
+    """
+    seen = allowed[row_groups[:, :, None], column_groups[:, None, :]].unsqueeze(1)
+    logits = _logits(q, k, scale, key_bias).masked_fill(~seen, -torch.inf)
+    empty = (logits == -torch.inf).all(-1)
+    lse = torch.where(empty, -torch.inf, torch.where(empty.unsqueeze(-1), 0.0, logits).logsumexp(-1))
+    return _normalise(logits, lse) @ _wide(v), lse
 
 
 def target_logits(q: Tensor, k: Tensor, target_ids: Tensor, scale: float, key_bias: Tensor | None = None) -> Tensor:

@@ -51,7 +51,8 @@ def _composed_attention_fwd_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """out, and the lse of every context, [C,B,H,M]. `strides` are those of batch, head and token of every context's k
-    and then its v; `shares` and `tokens` are their weights and lengths. By value: nothing is copied to the device."""
+    and then its v; `shares` and `tokens` are their weights and lengths. By value: nothing is copied to the device.
+    Without `shares`, out is [C,B,H,M,d], the attention to every context by itself."""
     row = tl.program_id(1)
     b = (row // H).to(tl.int64)
     h = (row % H).to(tl.int64)
@@ -104,12 +105,18 @@ def _composed_attention_fwd_kernel(
         lse = finite_or_zero(maximum) + tl.log(total)
         if key_bias_ptrs is not None:
             total = one_if_zero(total)
-        norm = shares[context] / total
-        out1 += acc1 * norm[:, None]
-        if D2 > 0:
-            out2 += acc2 * norm[:, None]
-        tl.store(lse_ptr + (context * tl.num_programs(1)).to(tl.int64) * M + head + rows, lse, mask=inside)
-    store_pieces(out_ptr + head * D, out1, out2, rows, inside, D, D, D1, D2)
+        own = (context * tl.num_programs(1)).to(tl.int64) * M + head
+        tl.store(lse_ptr + own + rows, lse, mask=inside)
+        if shares is None:
+            norm = 1.0 / total
+            store_pieces(out_ptr + own * D, acc1 * norm[:, None], acc2 * norm[:, None], rows, inside, D, D, D1, D2)
+        else:
+            norm = shares[context] / total
+            out1 += acc1 * norm[:, None]
+            if D2 > 0:
+                out2 += acc2 * norm[:, None]
+    if shares is not None:
+        store_pieces(out_ptr + head * D, out1, out2, rows, inside, D, D, D1, D2)
 
 
 def composed_attention(
@@ -117,15 +124,15 @@ def composed_attention(
     ks: Sequence[Tensor],
     vs: Sequence[Tensor],
     key_biases: Sequence[Tensor],
-    shares: Sequence[float],
+    shares: Sequence[float] | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """out [B,H,M,d] in q's dtype and the lse [C,B,H,M], float32, of C contexts. `key_biases`: [B,N_i] each, float32, or
-    none at all."""
+    """out [B,H,M,d] in q's dtype and the lse [C,B,H,M], float32, of C contexts; without `shares`, out is [C,B,H,M,d],
+    each attention by itself. `key_biases`: [B,N_i] each, float32, or none at all."""
     q = unit_stride(q)
     ks, vs = tuple(map(unit_stride, ks)), tuple(map(unit_stride, vs))
     batch, heads, image_tokens, d = q.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty(q.shape if shares is not None else (len(ks), *q.shape))
     lse = q.new_empty(len(ks), *q.shape[:3], dtype=torch.float32)
     longest = max(k.shape[2] for k in ks)
     use = config("composed_attention_fwd", q.device, d=d, n=longest, m=image_tokens, itemsize=q.element_size())
@@ -139,7 +146,7 @@ def composed_attention(
         ks,
         vs,
         tuple(x.contiguous() for x in key_biases) if key_biases else None,
-        tuple(shares),
+        None if shares is None else tuple(shares),
         out,
         lse,
         tuple(stride for pair in zip(ks, vs, strict=True) for x in pair for stride in x.stride()[:3]),

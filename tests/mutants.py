@@ -41,7 +41,10 @@ class Mutant(NamedTuple):
 
 
 ATTENTION = "ops/test_attention.py"
+REGIONS = "methods/test_regions.py"
+GROUPED = "ops/test_grouped_attention.py"
 CONTEXT = "ops/test_context_update.py"
+GUIDED = "ops/test_normalized_guidance.py"
 REGULATION = "ops/test_regulation.py"
 KEYED = "ops/test_key_bias.py"
 MAPS = "ops/test_maps.py"
@@ -50,6 +53,8 @@ TRANSFORMERS = "attach/test_transformers.py"
 KERNELS = "kernels/test_operations.py"
 RESTORE = "attach/test_restore.py"
 KINDS = "attach/test_kinds.py"
+NAG = "methods/test_nag.py"
+TACA = "methods/test_taca.py"
 GUIDANCE = "attach/test_guidance.py"
 CASES = "attach/test_cases.py"
 WALKS = "attach/test_contexts.py"
@@ -329,6 +334,20 @@ OPS = [
         f"{FROM_LSE} -k 'row_without_columns and eager'",
     ),
     Mutant(
+        "grouped_attention: columns that a row does not see are in its call",
+        "attnctl_fast/ops/grouped_attention.py",
+        "rows, columns = (x.nonzero().squeeze(1) for x in (pattern_of_row == i, pattern[group_of_column]))",
+        "rows, columns = (x.nonzero().squeeze(1) for x in (pattern_of_row == i, patterns.any(0)[group_of_column]))",
+        f"{GROUPED} -k 'gathered or nobody_sees'",
+    ),
+    Mutant(
+        "grouped_attention: parts that see the same columns overwrite each other's gradients",
+        "attnctl_fast/ops/grouped_attention.py",
+        "total[part.samples, :, part.columns] += found",
+        "total[part.samples, :, part.columns] = found",
+        f"{GROUPED} -k every_way",
+    ),
+    Mutant(
         "region_attention: masked columns are extremes",
         "attnctl_fast/ops/region_attention.py",
         "low = logits.masked_fill(left_out, torch.inf).amin(-1, keepdim=True)",
@@ -355,6 +374,20 @@ OPS = [
         "grads[0] = dq if grads[0] is None else grads[0] + dq",
         "grads[0] = dq",
         f"{CONTEXT} -k 'test_composed_attention_gradients'",
+    ),
+    Mutant(
+        "normalized_guidance: the shared columns count for the prompt only",
+        "attnctl_fast/ops/normalized_guidance.py",
+        "attended.append(out if shared is None else _merged(out, lse, shared))",
+        "attended.append(out if shared is None or attended else _merged(out, lse, shared))",
+        f"{GUIDED} -k 'shared and eager'",
+    ),
+    Mutant(
+        "normalized_guidance kernel: the bound is of the guided attention",
+        "kernels/normalized_guidance.py",
+        "tau * tl.sqrt(tl.sum(positive * positive))",
+        "tau * tl.sqrt(tl.sum(guided * guided))",
+        f"{GUIDED} -k 'released and triton or bounded and triton'",
     ),
     Mutant(
         "smooth_maps: the border is repeated and not reflected",
@@ -436,6 +469,20 @@ OPS = [
 ]
 TRITON = [
     Mutant(
+        "grouped_attention: tiles that nothing connects are listed",
+        "kernels/grouped_attention.py",
+        "met = (held & some) != 0",
+        "met = held != 0",
+        f"{GROUPED} -k list_the_tiles",
+    ),
+    Mutant(
+        "grouped_attention: a tile that only some rows see is taken for whole",
+        "kernels/grouped_attention.py",
+        "((held & every) == held)",
+        "((held & some) == held)",
+        f"{GROUPED} -k 'list_the_tiles or (under_a_mask and triton)'",
+    ),
+    Mutant(
         "kernel of attention: targets' logits without scale",
         "kernels/attention.py",
         "special = scale * row_products(",
@@ -492,8 +539,8 @@ TRITON = [
         f"{KERNELS} -k 'test_families and biased_attention and sharp'",
     ),
     Mutant(
-        "kernel of maps_from_lse: weights are rounded to float16 as they are",
-        "kernels/maps_from_lse.py",
+        "add_scaled: weights are rounded to float16 as they are",
+        "kernels/_tiles.py",
         "    if DOT.is_fp16():",
         "    if DOT.is_fp64():",
         f"{FROM_LSE} -k 'below_what_float16_holds and triton'",
@@ -761,6 +808,76 @@ ATTACH = [
     ),
 ]
 METHODS = [
+    Mutant(
+        "nag: unconditional rows are guided too",
+        "attnctl_fast/methods/nag.py",
+        "method, one = self.method, attention.conditional\n",
+        "method, one, rows = self.method, attention, attention.rows.first(len(attention.q))\n",
+        f"{NAG} -k 'on_a_unet and sd1-options0'",
+    ),
+    Mutant(
+        "nag: the negative prompt's padding counts",
+        "attnctl_fast/methods/nag.py",
+        ".masked_fill(mask == 0, -torch.inf)",
+        ".masked_fill(mask == 0, 0.0)",
+        f"{NAG} -k 'on_a_transformer and pixart'",
+    ),
+    Mutant(
+        "nag: what an edit made is lost",
+        "attnctl_fast/methods/nag.py",
+        "if attention.conditional_set:",
+        "if False:",
+        f"{NAG} -k 'beside_other and sd1'",
+    ),
+    Mutant(
+        "beside: the second text is modulated by the prompt's embedding",
+        "attnctl_fast/attach/beside.py",
+        "torch.cat([given[name], second.pooled.to(given[name])])",
+        "torch.cat([given[name], self.rows.take(given[name])])",
+        f"{NAG} -k 'on_a_transformer and sd3'",
+    ),
+    Mutant(
+        "beside: the second text has the prompt's gate in joined blocks",
+        "attnctl_fast/attach/beside.py",
+        "second, module._attnctl_kept = _run(module, second, emb=beside.spread(emb[total:]))",
+        "second, module._attnctl_kept = _run(module, second, emb=emb[:total])",
+        f"{NAG} -k 'on_a_transformer and flux-parts2'",
+    ),
+    Mutant(
+        "beside: the second text sees the first one",
+        "attnctl_fast/attach/intercept.py",
+        "beside.rows.take(whole)[:, :, image]], 2)",
+        "beside.rows.take(whole)], 2)",
+        f"{NAG} -k 'on_a_transformer and sd3'",
+    ),
+    Mutant(
+        "taca: rows of the text are sharpened too",
+        "attnctl_fast/attach/intercept.py",
+        "if attention.untouched and not attention.sharpened:",
+        "key = attention.k\n        if attention.untouched and not attention.sharpened:",
+        f"{TACA} -k 'full_matrices and sd3-9'",
+    ),
+    Mutant(
+        "taca: it never ends",
+        "attnctl_fast/methods/taca.py",
+        "self.active = self.used and (now or evaluation.compiled)",
+        "self.active = self.used",
+        f"{TACA} -k 'full_matrices and flux-1'",
+    ),
+    Mutant(
+        "Regions: the regions' texts see each other",
+        "attnctl_fast/methods/regions.py",
+        "acting = (regions[:, None] & regions) != 0",
+        "acting = ((regions[:, None] & regions) != 0) | (~image & ~image[:, None] & inside & inside[:, None])",
+        f"{REGIONS} -k 'released_scheme and sd3'",
+    ),
+    Mutant(
+        "Regions: image tokens outside of all regions leave the prompt",
+        "attnctl_fast/methods/regions.py",
+        "share[_regions(codes) > 0] = self.method.base",
+        "share[codes > 0] = self.method.base",
+        f"{REGIONS} -k 'released_scheme and flux'",
+    ),
     Mutant(
         "AttentionRegulation: strength does not decay",
         "attnctl_fast/methods/attention_regulation.py",

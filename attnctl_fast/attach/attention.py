@@ -57,7 +57,9 @@ class Attention:
             k and v hold all columns. None where the text is apart.
         sequence: of joint attention whose rows have one mask, the queries of image and text `[R,H,S,d]`, and the first
             of the image's; None elsewhere.
+        beside: of joint attention, keys and values `[R,H,N,d]` of the text that runs beside the prompt's, or None.
         every: attention of that sequence, where somebody has asked for its logsumexp.
+        sharpened: the text's keys are not the model's.
         unchanged: all that was asked for is the logsumexp: `every` is the attention.
         probabilities: of the conditional rows, as in `Edited`.
     """
@@ -76,10 +78,11 @@ class Attention:
         moved: bool = False,
         text: tuple[int, int] | None = None,
         sequence: tuple[Tensor, int] | None = None,
+        beside: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self.module, self.text, self.sequence = module, text, sequence
+        self.module, self.text, self.sequence, self.beside = module, text, sequence, beside
         self.every: Tensor | None = None
-        self.unchanged = False
+        self.unchanged = self.sharpened = False
         self._keys_values = k, v
         if tokens is not None and tokens < k.shape[2]:
             k, v = k[:, :, :tokens], v[:, :, :tokens]
@@ -99,6 +102,25 @@ class Attention:
             return token_ids
         start, tokens = self.text
         return torch.where((token_ids < 0) | (token_ids >= tokens), -1, token_ids + start)
+
+    def parted(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the text's columns of keys or values, and the image's; for joint attention of nothing else."""
+        assert self.text is not None
+        start, tokens = self.text
+        image = x[:, :, :start] if start else x[:, :, tokens:]
+        return x[:, :, start : start + tokens], image
+
+    def sharpen(self, factor: float | Tensor) -> None:
+        """Multiply the logits of the image's rows and the text's columns, those of a text beside it too.
+
+        The other rows of joint attention keep the model's keys.
+        """
+        start, tokens = self.text or (0, self.k.shape[2])
+        before, text, after = self.k.tensor_split((start, start + tokens), 2)
+        self.k = torch.cat([before, factor * text, after], 2)
+        if self.beside is not None:
+            self.beside = factor * self.beside[0], self.beside[1]
+        self.sharpened, self.sequence = True, None
 
     def columns(self, site: Site) -> tuple[Tensor, Tensor]:
         """Return keys and values `[R,H,L,d]` of the contexts that a run added at its site."""

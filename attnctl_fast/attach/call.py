@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -14,7 +14,24 @@ if TYPE_CHECKING:
     from .layers import Layer
     from .prompts import Prompts
 
-Encode: TypeAlias = Callable[[list[str]], tuple[Tensor, Tensor | None]]
+
+class Encoded(NamedTuple):
+    """Other texts, as the pipeline encodes prompts in a call.
+
+    Attributes:
+        contexts: `[n,N,C]`.
+        pooled: their pooled embeddings `[n,P]`, or None.
+        mask: which columns are no padding, `[n,N]`, or None where layers attend without a mask.
+        more: what else the model makes the layers' context of (HunyuanDiT: T5's context, and masks), by its arguments.
+    """
+
+    contexts: Tensor
+    pooled: Tensor | None
+    mask: Tensor | None
+    more: dict[str, Tensor]
+
+
+Encode: TypeAlias = Callable[[list[str]], Encoded]
 
 
 @dataclass
@@ -25,8 +42,7 @@ class Call:
         pipe: the pipeline.
         prompts: the prompts and their tokens.
         images: images per prompt; samples come prompt by prompt.
-        encode: a function from n texts to their contexts `[n,N,C]` and pooled embeddings (or None), as the pipeline
-            encodes prompts in this call.
+        encode: a function from n texts to what the pipeline makes of them in this call, an `Encoded`.
         evaluation: index of the model's evaluation, counted by timesteps.
         step: index of the sampling step that it belongs to.
         repeated: it is the step's second evaluation (Heun).

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call, Site
+from .beside import Beside, running
+from .call import Call, Encoded, Site
 from .evaluation import Evaluation
 from .families import Family, family_of
 from .intercept import Acts, Place, check_processor, installed
@@ -92,6 +93,7 @@ class Engine:
                 for one in within if method.everywhere else names:
                     check_processor(self.layers[one])
             chosen.append((method, names))
+        _check_texts(methods)
         return chosen
 
     def within(self, method: Method) -> dict[str, Layer]:
@@ -151,7 +153,10 @@ class Engine:
         """Begin a call of which the user tells the prompt, until `PipelineCall.end`; returns the contexts to use."""
         call = PipelineCall(self, pipe, told=True)
         call.guided = others is not None
-        arguments = {"device": texts.device}
+        arguments: dict[str, Any] = {"device": texts.device}
+        if self.family.beside:
+            # Of a second text, which has as many columns as the prompt.
+            arguments["max_sequence_length"] = texts.shape[1] - prompts.segments[-1].start
         return call, call.start(prompts, texts, [] if others is None else [others], arguments)
 
     def _current(self) -> PipelineCall | None:
@@ -264,8 +269,8 @@ class PipelineCall:
             self.public.mask = result[0][-self.public.samples :]
         return result
 
-    def _encode(self, arguments: dict[str, Any], texts: list[str]) -> tuple[Tensor, Tensor | None]:
-        """Return contexts `[n,N,C]` of other texts and their pooled embeddings (SDXL), encoded as with `arguments`.
+    def _encode(self, arguments: dict[str, Any], texts: list[str]) -> Encoded:
+        """Encode other texts as with `arguments`.
 
         Raises:
             ValueError: the pipeline cannot encode them.
@@ -275,16 +280,20 @@ class PipelineCall:
             raise ValueError(f"{name} has no encode_prompt, which encodes edit prompts; use methods without them")
         if getattr(pipe, "text_encoder", None) is None and getattr(pipe, "text_encoder_2", None) is None:
             raise ValueError(f"{name} has no text encoder, which edit prompts need; load the pipeline with it")
-        own, *parameters = inspect.signature(type(pipe).encode_prompt).parameters
-        given = {key: None if "prompt" in key else value for key, value in arguments.items() if key != own}
+        own, *parameters = (signature := inspect.signature(type(pipe).encode_prompt).parameters)
+        given: dict[str, Any] = {key: None for key in parameters if signature[key].default is inspect.Parameter.empty}
+        given |= {key: None if "prompt" in key else value for key, value in arguments.items() if key != own}
         changed = {"prompt": texts, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         given.update((key, value) for key, value in changed.items() if key in parameters)
         # Past the listener.
         encode = next((patch.inner for patch in self._patches if patch.name == "encode_prompt"), pipe.encode_prompt)
         result = encode(**given)
-        if not isinstance(result, (tuple, list)):
-            return result, None
-        return result[0], result[2] if len(result) > 2 else None
+        contexts, *rest = [result] if isinstance(result, Tensor) else result
+        more = self.engine.family.more(rest, lambda **changed: encode(**given | changed))
+        flat = [x for x in rest if isinstance(x, Tensor) and x.ndim == 2 and len(x) == len(contexts)]
+        masks = [x for x in flat if x.shape == contexts.shape[:2] and not x.is_floating_point()]
+        pooled = [x for x in flat if x.is_floating_point()]
+        return Encoded(contexts, next(iter(pooled), None), None if more else next(iter(masks), None), more)
 
     def start(self, prompts: Prompts, texts: Tensor, others: list[Tensor], arguments: dict[str, Any]) -> Tensor:
         """Begin the methods' runs; returns the contexts of the prompts as they want them.
@@ -322,6 +331,8 @@ class PipelineCall:
             for method, names in entry.methods
         ]
         last = {type(method): index for index, (_, method, _) in enumerate(methods)}
+        if engine.family.beside:
+            _check_texts([method for index, (_, method, _) in enumerate(methods) if last[type(method)] == index])
         for index, (entry, method, names) in enumerate(methods):
             if method.alone and len(methods) > 1:
                 raise ValueError(
@@ -385,6 +396,7 @@ class PipelineCall:
         engine, call, tap = self.engine, self.public, self._tap
         assert call is not None and tap is not None
         given = evaluation.sample
+        evaluation.compiled = self._compiled()
         if tap.moved is not None and self._replayed is not None and self._replayed[0] is sample:
             # Not stepped since: the pipeline evaluates the model twice on the same latents.
             evaluation.replay(self._replayed[1])
@@ -396,6 +408,7 @@ class PipelineCall:
         if tap.moved is not None and not evaluation.moved and evaluation.sample is not given:
             self._replayed = sample, evaluation.latents
         places = self._acting_places(call, evaluation.rows, evaluation)
+        beside = self._put_beside(places, evaluation)
 
         def evaluate() -> Any:
             if places and torch.is_grad_enabled() and getattr(engine.model, "is_gradient_checkpointing", False):
@@ -406,7 +419,10 @@ class PipelineCall:
             args, kwargs = evaluation.arguments()
             if not places:
                 return model(*args, **kwargs)
-            with installed(places, compiled=self._compiled()):
+            with ExitStack() as stack:
+                stack.enter_context(installed(places, compiled=evaluation.compiled))
+                if beside is not None:
+                    stack.enter_context(running(engine.model, beside))
                 return model(*args, **kwargs)
 
         for _, _, run, _ in self._runs:
@@ -417,6 +433,27 @@ class PipelineCall:
             if defines(run, "after_denoiser"):
                 output = _changed(output, run.after_denoiser)
         return output
+
+    def _put_beside(self, places: list[Place], evaluation: Evaluation) -> Beside | None:
+        """Give the model the text that a run sends through it, and every layer what it needs of it.
+
+        Returns the second text beside the prompts, where there is one.
+        """
+        acting = [run for _, _, run, _ in self._runs if run.active] if evaluation.rows.conditional else []
+        second = next((run.beside for run in acting if run.beside is not None), None)
+        more = next((run.more_text for run in acting if run.more_text is not None), None)
+        beside = longer = None
+        if second is not None or more is not None:
+            family, order = self.engine.family, next(place.layer.text for place in places if place.layer.text)
+            if second is not None:
+                beside = Beside(evaluation.rows, evaluation.columns, order, stacked=family.beside == "rows")
+                evaluation.given = beside.added(evaluation.given, family.text, second)
+            if more is not None:
+                longer = Beside(evaluation.rows, more.shape[1], order, stacked=False)
+                evaluation.given = longer.lengthened(evaluation.given, family.text, more)
+        for place in places:
+            place.beside, place.longer = (beside, longer) if place.layer.text else (None, None)
+        return beside
 
     def _latents(self, given: dict[str, Any]) -> tuple[int, int]:
         """Return (height, width) of the latents; positions are read once for every tensor of them."""
@@ -506,15 +543,17 @@ def _acts(acting: list[tuple[Method, Run, Site]]) -> Acts:
     """Return what acts on a layer."""
     hooks = {
         hook: tuple((run, site) for _, run, site in acting if defines(run, hook))
-        for hook in ("edit", "context", "more_context", "attend")
+        for hook in ("keys", "edit", "context", "more_context", "attend", "sequence")
     }
     return Acts(
+        hooks["keys"],
         # Of several the innermost control's.
         hooks["edit"][-1] if hooks["edit"] else None,
         hooks["context"],
         hooks["more_context"],
         # Whatever their order: what comes of a moved context before what mixes it with others.
         tuple(sorted(hooks["attend"], key=lambda pair: not defines(pair[0], "context"))),
+        hooks["sequence"][-1] if hooks["sequence"] else None,
     )
 
 
@@ -588,6 +627,15 @@ def _prediction(output: Any) -> Tensor:
     """Return what a model predicts, of its output."""
     prediction: Tensor = output[0] if isinstance(output, tuple) else output.sample
     return prediction
+
+
+def _check_texts(methods: list[Method]) -> None:
+    """Raise ValueError where several methods would send a text of their own through a joint model."""
+    names = [type(method).__name__ for method in methods if method.sends_text]
+    if len(names) > 1:
+        raise ValueError(
+            f"{' and '.join(names)} both send a text of their own through the model; use one of them in a call"
+        )
 
 
 def _changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

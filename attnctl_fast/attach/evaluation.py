@@ -25,6 +25,7 @@ class Evaluation:
         rows: which rows are conditional.
         given: the model's arguments by name; changing them changes what it is called with.
         moved: the latents have been moved already, by an evaluation of the same ones before this one.
+        compiled: any part of the model is compiled, and runs one graph at all steps.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Evaluation:
     ) -> None:
         self.call, self.model, self.rows = call, model, rows
         self.given = family.arguments(model, args, kwargs)
-        self.moved = False
+        self.moved = self.compiled = False
         self._family, self._tap = family, tap
         self._args = args
         self._sample = self.sample
@@ -65,9 +66,14 @@ class Evaluation:
         """How many columns of the text joint attention has."""
         return self._family.columns(self.given)
 
-    def context_of(self, text: Tensor) -> Tensor:
-        """Return what the layers are given for a text, `[R,N,C]`: of some models not the text encoder's own."""
-        return self._family.context(self.model, {**self.given, self._family.text: text})
+    def context_of(self, text: Tensor, more: dict[str, Tensor] | None = None) -> Tensor:
+        """Return what the layers are given for a text, `[R,N,C]`: of some models not the text encoder's own.
+
+        Args:
+            text: its context.
+            more: what `Call.encode` gave besides; the model's present arguments by default.
+        """
+        return self._family.context(self.model, {**self.given, **(more or {}), self._family.text: text})
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return what the model is called with."""

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from .tokens import Segment
 def _given_text(model: Any, given: dict[str, Any]) -> Tensor:
     text: Tensor = given["encoder_hidden_states"]
     return text
+
+
+def _nothing_more(results: list[Any], encode: Callable[..., Any]) -> dict[str, Tensor]:
+    return {}
 
 
 def _whole_text(given: dict[str, Any]) -> int:
@@ -35,8 +39,10 @@ class Family:
     the model's arguments. positions: the argument that says where the image's tokens are: the index, row and column of
     each, or how many frames, rows and columns every picture has; "" where the sample is `[R,C,height,width]`. columns:
     how many columns of the text joint attention has, from the model's arguments. fill: of how many tokens the length of
-    a text is a multiple; 0 where it is what the call says. refused: pipelines with such a model whose pictures lie
-    elsewhere, each with why.
+    a text is a multiple; 0 where it is what the call says. beside: how a second text may run through it beside the
+    prompts', as the module of that name has it; "" where none may. more: what else of another text than the prompt the
+    model is given, from what `encode_prompt` returned behind its context and from that function with other arguments.
+    refused: pipelines with such a model whose pictures lie elsewhere, each with why.
     """
 
     name: str
@@ -51,6 +57,8 @@ class Family:
     positions: str = ""
     columns: Callable[[dict[str, Any]], int] = _whole_text
     fill: int = 0
+    beside: Literal["", "rows", "columns"] = ""
+    more: Callable[[list[Any], Callable[..., Any]], dict[str, Tensor]] = _nothing_more
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def model_of(self, pipe: Any) -> Any:
@@ -123,6 +131,15 @@ def _hunyuan_context(model: Any, given: dict[str, Any]) -> Tensor:
     return torch.where(mask.bool()[..., None], text, model.text_embedding_padding)
 
 
+def _hunyuan_more(results: list[Any], encode: Callable[..., Any]) -> dict[str, Tensor]:
+    context, _, mask, _ = encode(text_encoder_index=1, max_sequence_length=256)
+    return {
+        "text_embedding_mask": results[1],
+        "encoder_hidden_states_t5": context,
+        "text_embedding_mask_t5": mask,
+    }
+
+
 def _real_text(given: dict[str, Any]) -> int:
     """Return how many tokens the text has without padding, behind which the image follows at once."""
     lengths = {int(length) for length in given["encoder_attention_mask"].sum(1).tolist()}
@@ -163,9 +180,32 @@ FAMILIES = (
     UNET,
     Family("pixart", "PixArtTransformer2DModel", "transformer", _cross, segments.pixart_segments, _pixart_context),
     Family("sana", "SanaTransformer2DModel", "transformer", _cross, segments.sana_segments, _sana_context),
-    Family("hunyuan", "HunyuanDiT2DModel", "transformer", _cross, segments.hunyuan_segments, _hunyuan_context),
-    Family("sd3", "SD3Transformer2DModel", "transformer", _sd3, segments.sd3_segments),
-    Family("flux", "FluxTransformer2DModel", "transformer", _flux, segments.flux_segments, positions="img_ids"),
+    Family(
+        "hunyuan",
+        "HunyuanDiT2DModel",
+        "transformer",
+        _cross,
+        segments.hunyuan_segments,
+        _hunyuan_context,
+        more=_hunyuan_more,
+    ),
+    Family(
+        "sd3",
+        "SD3Transformer2DModel",
+        "transformer",
+        _sd3,
+        segments.sd3_segments,
+        beside="rows",
+    ),
+    Family(
+        "flux",
+        "FluxTransformer2DModel",
+        "transformer",
+        _flux,
+        segments.flux_segments,
+        positions="img_ids",
+        beside="rows",
+    ),
     Family(
         "chroma",
         "ChromaTransformer2DModel",
@@ -181,6 +221,7 @@ FAMILIES = (
         _flux,
         segments.flux2_segments,
         positions="img_ids",
+        beside="columns",
         refused={"Flux2KleinKVPipeline": "keeps the keys of the pictures to look at, and has them in between"},
     ),
     Family(

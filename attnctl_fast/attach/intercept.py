@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .attention import Attention, key_bias_of
+from .attention import Attention, key_bias_of, plain
+from .beside import Beside
 from .call import Site
 from .layers import Layer
 from .protocol import Edited, Run
@@ -39,30 +40,36 @@ _REMEDY = (
 class Acts(NamedTuple):
     """The runs that act on a layer, each with its site.
 
-    One edits its attention, others move its context, add contexts, or attend after the edit.
+    One edits its attention, others change its keys before, move its context, add contexts, or attend after the edit.
+    One attends in a sequence with more text.
     """
 
+    keys: tuple[tuple[Run, Site], ...] = ()
     edit: tuple[Run, Site] | None = None
     contexts: tuple[tuple[Run, Site], ...] = ()
     more: tuple[tuple[Run, Site], ...] = ()
     attend: tuple[tuple[Run, Site], ...] = ()
+    sequence: tuple[Run, Site] | None = None
 
     @property
     def attends(self) -> bool:
-        return self.edit is not None or bool(self.attend)
+        return self.edit is not None or self.sequence is not None or bool(self.attend or self.keys)
 
 
 class Place:
     """A layer while the model runs: what acts on it, and on which rows.
 
     now: at this evaluation. ever: at any of the call, which is what compiled code runs. tokens: how many the text and
-    the image have, for joint attention.
+    the image have, for joint attention. beside: the second texts that run through the model, where there are any.
+    longer: the text that the sequence has more, likewise.
     """
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
         self.rows: Rows
         self.tokens = 0, 0
+        self.beside: Beside | None = None
+        self.longer: Beside | None = None
         self.now = self.ever = Acts()
         self.compiled = False
         self._inner: Callable[..., Any]
@@ -163,6 +170,10 @@ class Place:
             )
         scaled = query.shape[-1] ** -0.5 if scale is None else scale
         rows = self.rows.first(len(query))
+        if self.layer.text and self.beside is not None:
+            return self._attend_beside(acts, self.beside, query, key, value, scaled)
+        if self.layer.text and self.longer is not None:
+            return self._attend_longer(acts, self.longer, query, key, value, scaled)
         if self.layer.text:
             return self._attend_jointly(acts, rows, query, key, value, attn_mask, scaled)
         columns = key.shape[2]
@@ -176,8 +187,43 @@ class Place:
             return _real(query, key, value, attn_mask=attn_mask, scale=scale)
         return attention.out.to(query.dtype)
 
+    def _attend_beside(
+        self, acts: Acts, beside: Beside, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """Return joint attention of two texts and one image: each text's rows see that text and the image."""
+        (query, side), (key, side_key), (value, side_value) = (beside.parted(x, 2) for x in (query, key, value))
+        seconds = side_key, side_value
+        out = self._attend_jointly(acts, beside.rows, query, key, value, None, scale, seconds)
+        image = slice(self.tokens[0], None) if beside.first else slice(0, self.tokens[1])
+        k, v = (
+            torch.cat([beside.rows.take(second), beside.rows.take(whole)[:, :, image]], 2)
+            for second, whole in ((side_key, key), (side_value, value))
+        )
+        own = plain(beside.rows.take(side), k, v, None, scale)
+        return beside.joined(out, beside.spread(own.to(out.dtype)), 2)
+
+    def _attend_longer(
+        self, acts: Acts, longer: Beside, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """Return joint attention of a sequence with more text, which nobody but the run that gave it sees."""
+        assert acts.sequence is not None
+        rows, (run, site) = longer.rows, acts.sequence
+        q, k, v = (longer.parted(x, 2)[0] for x in (query, key, value))
+        out = self._attend_jointly(acts, rows, q, k, v, None, scale)
+        out = longer.joined(out, out.new_zeros(*out.shape[:2], longer.tokens, out.shape[3]), 2)
+        q, k, v = (rows.take(x) for x in (query, key, value))
+        return rows.merge(run.sequence(site, q, k, v, scale, rows.take(out)), rows.rest(out))
+
     def _attend_jointly(
-        self, acts: Acts, rows: Rows, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+        self,
+        acts: Acts,
+        rows: Rows,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        beside: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Return joint attention whose image rows are what methods make of them; all other rows are the model's own."""
         (text, image), before = self.tokens, self.layer.before
@@ -197,9 +243,10 @@ class Place:
             module=self.layer.module,
             text=(before if start else image, text),
             sequence=(query, start) if mask is None else None,
+            beside=beside,
         )
         _act(acts, attention)
-        if attention.untouched:
+        if attention.untouched and not attention.sharpened:
             return _real(query, key, value, attn_mask=mask, scale=scale)
         every = attention.every
         if every is not None and attention.unchanged:
@@ -225,6 +272,8 @@ class Place:
 
 def _act(acts: Acts, attention: Attention) -> None:
     """Have everything that acts on a layer do so."""
+    for run, site in acts.keys:
+        run.keys(site, attention)
     if acts.edit is not None and attention.rows.conditional:
         run, site = acts.edit
         edited = run.edit(site, attention.conditional)
@@ -298,8 +347,19 @@ def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
         elif kwargs.get("encoder_hidden_states") is not None:
             context, tokens, moved = place.read(acts, kwargs["encoder_hidden_states"])
             kwargs = {**kwargs, "encoder_hidden_states": context}
+    if place.beside is not None and place.beside.stacked and kwargs.get("encoder_hidden_states") is not None:
+        kwargs = {**kwargs, "encoder_hidden_states": place.beside.folded(kwargs["encoder_hidden_states"])}
+        pictures, texts = _attended(module, place, acts, tokens, moved, args, kwargs)
+        return pictures, place.beside.unfolded(texts)
+    return _attended(module, place, acts, tokens, moved, args, kwargs)
+
+
+def _attended(
+    module: Any, place: Place, acts: Acts, tokens: int | None, moved: bool, args: tuple[Any, ...], kwargs: Any
+) -> Any:
     if not acts.attends:
         return place.run(module, args, kwargs)
+    compiling = torch.compiler.is_compiling()
     if compiling or place.compiled:
         mode = _Handing(place, acts, tokens, moved)
         with mode:

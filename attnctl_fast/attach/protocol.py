@@ -9,6 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .attention import Attention
+    from .beside import SecondText
     from .call import Call, Site
     from .evaluation import Evaluation
     from .layers import Layer, LayerChoice
@@ -33,15 +34,21 @@ class Run:
     Every hook is optional: what a subclass does not define is not called. Hooks on attention may be compiled into the
     model's graph: what depends on the step has to lie in tensors.
 
-    Both attributes are read after `before_denoiser`.
+    All attributes are read after `before_denoiser`.
 
     Attributes:
         active: whether the hooks on attention act at this evaluation.
         used: whether they act at any evaluation of the call; a compiled model runs the same graph at all of them.
+        beside: a text that is to run through a joint model beside the prompts'; one run of a call may have one, and
+            acts on every layer (`Method.everywhere`).
+        more_text: contexts `[E,L,C]`, of the conditional rows, that a joint model is to have in the sequence of text
+            and image; only `sequence` knows them, which acts on every layer likewise.
     """
 
     active: bool = True
     used: bool = True
+    beside: SecondText | None = None
+    more_text: Tensor | None = None
 
     def encoded(self, embeddings: Tensor) -> Tensor:
         """Return the prompts' contexts `[samples,N,C]` for the whole call; the given ones are left as they are."""
@@ -72,12 +79,30 @@ class Run:
         """
         return None
 
+    def keys(self, site: Site, attention: Attention) -> None:
+        """Change the keys that the image tokens of all rows attend to, before the edit: `Attention.sharpen`."""
+
     def edit(self, site: Site, attention: Attention) -> Tensor | Edited:
         """Return attention of the conditional rows in place of the model's, `[B,H,M,d]`; one method per layer may."""
         raise NotImplementedError
 
     def attend(self, site: Site, attention: Attention) -> None:
         """Look at the attention of all rows, or change it, after the edit."""
+
+    def sequence(self, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> Tensor:
+        """Return attention of the conditional rows of a joint model, `[E,H,S,d]`, with `more_text` in the sequence.
+
+        That text stands first where the text does, and last where the image is first.
+
+        Args:
+            site: the layer.
+            q: queries `[E,H,S,d]` of the whole sequence.
+            k: keys, likewise.
+            v: values, likewise.
+            scale: factor of the logits.
+            out: what the model and other methods make of the sequence without `more_text`, zeros in its place.
+        """
+        raise NotImplementedError
 
     def after_denoiser(self, output: Tensor) -> Tensor:
         """Return what the model predicts, `[R,C,height,width]`."""
@@ -99,6 +124,7 @@ class Method:
         layers: those that its runs act on, as users name them; None for `default_layers`.
         edits_attention: its runs `edit` attention, which one method per layer may do.
         everywhere: its runs have a site in every layer that it reaches; `Site.chosen` says where the user wants it.
+        sends_text: its runs send a text of their own through a joint model, which one method of a call may.
         single: one of the kind acts in a call: that of the innermost control.
         alone: no other method acts in the call.
     """
@@ -107,6 +133,7 @@ class Method:
 
     edits_attention: ClassVar[bool] = False
     everywhere: ClassVar[bool] = False
+    sends_text: ClassVar[bool] = False
     single: ClassVar[bool] = False
     alone: ClassVar[bool] = False
 

@@ -50,7 +50,9 @@ OPTIONS = {
     "groups": Option(
         "two or more groups of words that belong together, such as red+ball dog", "WORD+WORD", group, "words"
     ),
-    "masks": Option("pictures that are white where a phrase is to be", "PHRASE=FILE", mask, "mapping"),
+    "masks": Option("pictures that are white where a phrase or a prompt is to be", "PHRASE=FILE", mask, "mapping"),
+    "base": Option("share of the attention to the prompt in a region; default: 0.1", "SHARE", share),
+    "background": Option("prompt for what no mask covers; default: the prompt itself", "TEXT"),
     "strength": Option("strength of the edit, 0 for none; default: the method's own", None, strength),
     "scale": Option("length of the latents' step; default: the method's own", None, strength),
     "convention": Option("default: official, the released code", choices=("official", "paper")),
@@ -65,6 +67,11 @@ OPTIONS = {
     "edit": Option("texts to add to the prompt", "TEXT", takes="texts"),
     "negate": Option("texts to take away from the prompt", "TEXT", takes="texts"),
     "edit_weight": Option("weight of every text; default: 1, as the prompt has in composable", "WEIGHT", strength),
+    "avoid": Option("what the picture is not to be; unlike --negative-prompt, without guidance too", "TEXT"),
+    "nag_scale": Option("strength, 1 for none; default: 5", None, strength),
+    "nag_tau": Option("the longest that attention may become, in its own lengths; default: 2.5", "LENGTH", strength),
+    "nag_alpha": Option("share of the guided attention; default: 0.25", "SHARE", share),
+    "factor": Option("of the logits of image and text; default: 1.2", None, strength),
     "edit_start": Option("share of the steps before the edits; default: 0", "SHARE", share),
 }
 
@@ -86,7 +93,7 @@ class Method:
     arguments: Callable[[Given, str], Given] = lambda given, prompt: given
 
 
-def _dense(given: Given, prompt: str) -> Given:
+def _with_masks(given: Given, prompt: str) -> Given:
     import numpy as np
     from PIL import Image
 
@@ -117,6 +124,10 @@ def _composable(given: Given, prompt: str) -> Given:
     return {"prompts": [prompt, *(text for text, _ in texts)], "weights": [1.0, *(sign * weight for _, sign in texts)]}
 
 
+def _nag(given: Given, prompt: str) -> Given:
+    return {"negative_prompt" if name == "avoid" else name.removeprefix("nag_"): x for name, x in given.items()}
+
+
 def _texts(given: Given) -> list[tuple[str, int]]:
     """Return the texts of --edit, each with 1, and of --negate, with -1."""
     return [(text, 1) for text in given.get("edit", [])] + [(text, -1) for text in given.get("negate", [])]
@@ -136,7 +147,10 @@ METHODS = {
     "syngen": Method("SynGen", ("layers", "pairs", "scale"), arguments=_syngen),
     "conform": Method("CONFORM", ("layers", "groups", "scale"), ("groups",)),
     "focus": Method("FOCUS", ("layers", "groups", "strength"), ("groups",)),
-    "dense": Method("DenseDiffusion", ("layers", "masks", "convention"), ("masks",), _dense),
+    "dense": Method("DenseDiffusion", ("layers", "masks", "convention"), ("masks",), _with_masks),
+    "nag": Method("NAG", ("layers", "avoid", "nag_scale", "nag_tau", "nag_alpha"), ("avoid",), _nag),
+    "taca": Method("TACA", ("layers", "factor")),
+    "regions": Method("Regions", ("layers", "masks", "base", "background"), ("masks",), _with_masks),
     "composable": Method("ComposableDiffusion", ("edit", "negate", "edit_weight"), ("edit", "negate"), _composable),
 }
 

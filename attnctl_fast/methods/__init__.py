@@ -11,7 +11,10 @@ from .energy_context import EnergyContext
 from .focus import FOCUS
 from .latent_guidance import LatentGuidance
 from .map_guidance import GuidanceContext
+from .nag import NAG
+from .regions import Regions
 from .syngen import SynGen
+from .taca import TACA
 from .tsam import TSAM
 from .velocity_guidance import VelocityGuidance
 
@@ -29,8 +32,11 @@ __all__ = [
     "GuidanceContext",
     "LatentGuidance",
     "Method",
+    "NAG",
+    "Regions",
     "Run",
     "SynGen",
+    "TACA",
     "TSAM",
     "VelocityGuidance",
 ]

@@ -104,9 +104,9 @@ class _Adding(Run):
     def __init__(self, method: ComposableDiffusion, call: Call) -> None:
         assert method.weights is not None
         self._weights, self.call = method.weights, call
-        context, pooled = call.encode(method.texts(call.prompts.count))
-        self._context = context.repeat_interleave(call.images, 0)
-        self._pooled = None if pooled is None else pooled.repeat_interleave(call.images, 0)
+        found = call.encode(method.texts(call.prompts.count))
+        self._context = found.contexts.repeat_interleave(call.images, 0)
+        self._pooled = None if found.pooled is None else found.pooled.repeat_interleave(call.images, 0)
 
     def before_denoiser(self, evaluation: Evaluation) -> None:
         """Give the model conditional rows for every prompt, after the unconditional ones.

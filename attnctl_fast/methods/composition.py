@@ -166,7 +166,7 @@ class _Composing(Run):
                     f"an edit holds {len(row)} texts, but there are {count} prompts; pass one text for all of them, or "
                     "one per prompt"
                 )
-        encoded, _ = self.call.encode([text for row in texts for text in row])
+        encoded = self.call.encode([text for row in texts for text in row]).contexts
         parts = encoded.split([len(row) for row in texts])
         if any(len(row) > 1 for row in texts):
             return torch.stack([part.expand(count, -1, -1).repeat_interleave(images, 0) for part in parts])

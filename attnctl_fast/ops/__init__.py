@@ -8,9 +8,11 @@ from .composed_attention import composed_attention
 from .context_energy import ContextEnergy, context_energy
 from .context_update import context_update
 from .gaussian_bias import basis_shape, default_sigma, gaussian_bias
+from .grouped_attention import grouped_attention
 from .map_similarity import map_similarity
 from .maps_from_lse import maps_from_lse
 from .merge_targets import merge_targets
+from .normalized_guidance import normalized_guidance
 from .region_attention import region_attention
 from .regulate import Regulation, regulate
 from .regulated_attention import regulated_attention
@@ -33,9 +35,11 @@ __all__ = [
     "context_update",
     "default_sigma",
     "gaussian_bias",
+    "grouped_attention",
     "map_similarity",
     "maps_from_lse",
     "merge_targets",
+    "normalized_guidance",
     "region_attention",
     "regulate",
     "regulated_attention",

@@ -28,18 +28,20 @@ CPU = torch.device("cpu")
 SOME = (
     *("attention", "target_statistics", "merge_targets", "attention_with_context_gradient", "context_update"),
     *("composed_attention", "region_attention", "regulated_attention, gradients", "attention_with_maps, gradients"),
-    *("maps_from_lse", "maps_from_lse, gradients"),
+    *("maps_from_lse", "maps_from_lse, gradients", "normalized_guidance", "normalized_guidance_shared"),
+    *("grouped_attention", "grouped_attention, gradients"),
 )
 MOST = (
     *("regulated_attention", "merge_targets", "attention_with_context_gradient", "context_update"),
     *("attention_with_context_gradient_weighted", "composed_attention", "region_attention", "attention, gradients"),
     *("target_statistics, gradients", "regulated_attention, gradients", "attention_with_all_maps"),
     *("attention_with_maps, gradients", "attention_with_maps, query gradient of the maps"),
-    *("attention_with_maps, query gradient", "maps_from_lse", "maps_from_lse, gradients"),
+    *("attention_with_maps, query gradient", "maps_from_lse", "maps_from_lse, gradients", "normalized_guidance"),
+    *("grouped_attention", "grouped_attention, gradients"),
 )
 KEYED = (
     *("attention", "target_statistics, more", "regulated_attention", "attention_with_context_gradient"),
-    *("attention_with_maps", "biased_attention", "composed_attention", "region_attention"),
+    *("attention_with_maps", "biased_attention", "composed_attention", "region_attention", "normalized_guidance"),
 )
 ALL = (
     *dict.fromkeys((*SOME, *MOST)),
@@ -57,6 +59,7 @@ LONG = (
 JOINED = (
     *("maps_from_lse", "maps_from_lse, gradients", "maps_from_lse, query gradient", "maps_from_lse, keyed"),
     *("maps_from_lse, keyed, gradients", "maps_from_lse_of_heads"),
+    *("grouped_attention", "grouped_attention, gradients", "grouped_attention, keyed, gradients"),
 )
 # Every width, text length and dtype at the grid where the models have it, all forms at one of them, and the widest
 # heads that there may be. Kernels do not depend on batch, heads and, but for the solver, the grid.
@@ -79,6 +82,13 @@ LAYERS: list[tuple[torch.dtype, Layer, Sequence[str]]] = [
     (torch.float32, Layer("", 2, (16, 16), 160), SOME),
     (torch.float16, Layer("", 2, (16, 16), 256), SOME),
     (torch.float32, Layer("", 2, (16, 16), 256), SOME),
+]
+# Of all heads at once, so by their number: SDXL's two, and joint attention's.
+GUIDED = ("normalized_guidance", "normalized_guidance_shared")
+LAYERS += [
+    *((torch.float16, Layer("", heads, (16, 16), 64), GUIDED[:1]) for heads in (10, 20)),
+    *((dtype, Layer("", 24, (16, 16), 128, tokens=400), GUIDED) for dtype in (torch.bfloat16, torch.float32)),
+    (torch.float16, Layer("", 64, (16, 16), 256), GUIDED),
 ]
 OFFICIAL = ("regulate", "regulate_again", "regulation_loss_official, bias gradient")
 PAPER = ("regulate_paper", "regulate_paper_again")

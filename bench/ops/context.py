@@ -16,6 +16,8 @@ from bench.ops.base import Operation, Rival, Timing, plain, products
 from bench.ops.inputs import Case, Tensors, qkv
 
 WEIGHTS = [1.0, 1.3, -0.4]
+# Of a bound that some rows of random inputs reach.
+GUIDANCE: dict[str, Any] = {"scale": 5.0, "tau": 2.5, "alpha": 0.25, "norm": 2}
 
 
 def _with_context_gradient(case: Case, t: Tensors, impl: str) -> Run:
@@ -52,6 +54,18 @@ def _composed(case: Case, t: Tensors, impl: str) -> Run:
     return partial(ops.composed_attention, t["q"], ks, vs, WEIGHTS, **how)
 
 
+def _away(case: Case, t: Tensors) -> tuple[Tensor, Tensor]:
+    """Keys and values of a negative prompt, shorter where a case has more of everything."""
+    k, v = (t[x].roll(1, 2)[:, :, : max(case.n - 4, 1) if case.more else case.n] for x in "kv")
+    return k, v
+
+
+def _guided(case: Case, t: Tensors, impl: str) -> Run:
+    shared = (t["rest_out"], t["rest_lse"]) if "rest_out" in t else None
+    how = {**GUIDANCE, "key_bias": t.get("key_bias"), "shared": shared, "impl": impl}
+    return partial(ops.normalized_guidance, t["q"], t["k"], t["v"], *_away(case, t), **how)
+
+
 def _twice(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
     def pair(name: str) -> Rival:
         return Rival(lambda t: partial(rivals.sdpa_pair, name, *qkv(t)))
@@ -66,6 +80,17 @@ def _each(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
         return Rival(lambda t: partial(rivals.sdpa_each, name, t["q"], *_contexts(case, t), WEIGHTS))
 
     return {f"SDPA {name}, each": each(name) for name in rivals.backends(case.device)}
+
+
+def _apart(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    def each(name: str, compiled: bool = False) -> Rival:
+        run = partial(rivals.sdpa_guided, name, compile if compiled else rivals.uncompiled, GUIDANCE)
+        return Rival(lambda t: partial(run, *qkv(t), *_away(case, t)), compiles=compiled)
+
+    names = rivals.backends(case.device)
+    found = {f"SDPA {name}, each": each(name) for name in names}
+    found |= {f"SDPA {name}, each, compiled": each(name, True) for name in names if name != "math"}
+    return {**found, "plain attention": plain(case)}
 
 
 def _kept(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
@@ -126,5 +151,17 @@ OPERATIONS = {
                 lambda case: products(case, 2 * len(WEIGHTS)), _each, kernels=("composed_attention_fwd",)
             )
         },
+    ),
+    "normalized_guidance": Operation(
+        _guided,
+        (*QKV, "key_bias"),
+        ("out",),
+        QKV,
+        timings={
+            "normalized_guidance": Timing(lambda case: products(case, 4), _apart, kernels=("normalized_guidance_fwd",))
+        },
+    ),
+    "normalized_guidance_shared": Operation(
+        _guided, (*QKV, "rest_out", "rest_lse", "key_bias"), ("out",), (*QKV, "rest_out", "rest_lse")
     ),
 }

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from attnctl_fast import reference
 from attnctl_fast.ops.gaussian_bias import axis_basis, basis_axes
@@ -76,6 +76,23 @@ def sdpa_each(backend: str, q: Tensor, ks: Sequence[Tensor], vs: Sequence[Tensor
     return out
 
 
+def sdpa_guided(
+    backend: str, compile: Compile, guidance: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, *negative: Tensor
+) -> Tensor:
+    """Attention to both texts, and the released code's guidance of the heads' outputs side by side."""
+
+    def guide(positive: Tensor, away: Tensor) -> Tensor:
+        positive, away = (x.transpose(1, 2).flatten(2) for x in (positive, away))
+        extended = positive * guidance["scale"] - away * (guidance["scale"] - 1)
+        sizes = [torch.norm(x, p=guidance["norm"], dim=-1, keepdim=True) for x in (positive, extended)]
+        ratio = sizes[1] / sizes[0]
+        bounded = extended * torch.clamp(ratio, max=guidance["tau"]) / ratio
+        out = bounded * guidance["alpha"] + positive * (1 - guidance["alpha"])
+        return out.unflatten(2, (q.shape[1], -1)).transpose(1, 2)
+
+    return compile(guide)(sdpa(backend, q, k, v), sdpa(backend, q, *negative))
+
+
 def published_region_attention(
     q: Tensor, k: Tensor, v: Tensor, row_regions: Tensor, column_regions: Tensor, weight: Tensor
 ) -> Tensor:
@@ -87,6 +104,23 @@ def published_region_attention(
     logits += shared * share * (high - logits)
     logits -= ~shared * share * (logits - low)
     return logits.softmax(-1) @ v
+
+
+def seen_by_groups(row_groups: Tensor, column_groups: Tensor, allowed: Tensor) -> Tensor:
+    """Which column every row sees: bool [B,M,N]."""
+    return allowed[row_groups[:, :, None], column_groups[:, None, :]]
+
+
+def flex_grouped(compile: Compile, row_groups: Tensor, column_groups: Tensor, allowed: Tensor) -> Callable[..., Tensor]:
+    """FlexAttention between groups, with its block mask made once, as a function of (q, k, v)."""
+
+    def seen(b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
+        return allowed[row_groups[b, m], column_groups[b, n]]
+
+    (batch, rows), columns = row_groups.shape, column_groups.shape[1]
+    mask = create_block_mask(seen, batch, None, rows, columns, device=row_groups.device)
+    attend = compile(flex_attention)
+    return lambda q, k, v: attend(q, k, v, block_mask=mask)
 
 
 class Columns(NamedTuple):

@@ -42,6 +42,7 @@ _MAKE: dict[str, Callable[[Setting], Any]] = {
     "AttentionRegulation": lambda x: ac.AttentionRegulation(list(NOUNS), edit_steps=x.edited),
     "EnergyContext": lambda x: ac.EnergyContext.official(),
     "Composition": lambda x: ac.Composition([ac.Edit(EDIT, 0.5)]),
+    "NAG": lambda x: ac.NAG(EDIT),
     "AttendAndExcite": lambda x: ac.AttendAndExcite(list(NOUNS), thresholds={}, **_guidance(x)),
     "DenseDiffusion": lambda x: ac.DenseDiffusion(_masks(x), edit_steps=x.edited),
     "ComposableDiffusion": lambda x: ac.ComposableDiffusion([PROMPT, *PHRASES], [1.0, 0.5, 0.5]),

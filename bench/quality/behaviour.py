@@ -23,7 +23,7 @@ from PIL import Image
 
 from attnctl_fast.cli.pictures import Panel, Strip, draw_sheet, found_lines
 from attnctl_fast.cli.report import overhead, spread, versions
-from attnctl_fast.methods import Composition, Edit
+from attnctl_fast.methods import NAG, Composition, Edit
 from attnctl_fast.schedules import Schedule, step
 from attnctl_fast.shapes import COLOURS, Scene, load_pipeline, render
 from attnctl_fast.shapes.evaluate import (
@@ -36,6 +36,7 @@ from attnctl_fast.shapes.evaluate import (
     first_object,
     interleaved,
     mcnemar,
+    phrase,
     second_object,
 )
 from bench.harness.checkout import RESULTS, ROOT, append, git_state
@@ -49,6 +50,7 @@ Found = Sequence[tuple[str, str]]
 # The best on the tuning seeds.
 SEARCHED: Options = {"gamma_attn": 0.003, "gamma_norm": 0.3, "schedule": step(0.2)}
 INPAINTED: Options = {"gamma_attn": 0.025, "gamma_norm": 0.025}
+AVOIDED: Options = {"scale": 3.0, "tau": 2.5, "alpha": 1.0}
 RECOLOURED: Options = {"weight": 0.75, "away": 0.65, "start": 0.5, "gamma": 5e-4}
 
 
@@ -99,6 +101,19 @@ def add_arms(pipe: Any, settings: Sequence[Options], steps: int) -> list[Arm]:
 
 def negate_arms(pipe: Any, settings: Sequence[Options], steps: int) -> list[Arm]:
     return [Arm(), *(Arm(second_object(-1, **options)) for options in settings)]
+
+
+def without_guidance(scenes: Sequence[Scene], seeds: Sequence[int]) -> dict[str, Any]:
+    return {"guidance_scale": 1.0}
+
+
+def avoid_arms(pipe: Any, settings: Sequence[Options], steps: int) -> list[Arm]:
+    """The second object's text as what the picture is not to be."""
+
+    def avoiding(options: Options) -> Callable[[Sequence[Scene]], Sequence[NAG]]:
+        return lambda scenes: (NAG([phrase(scene, 1) for scene in scenes], **options),)
+
+    return [Arm(options=without_guidance), *(Arm(avoiding(x), options=without_guidance) for x in settings)]
 
 
 def inpaint_arms(pipe: Any, settings: Sequence[Options], steps: int) -> list[Arm]:
@@ -178,6 +193,19 @@ TASKS: dict[str, Task] = {
         negate_arms,
         (NEGATED,),
         [{"weight": w, "start": s} for w, s in ((0.2, 0.0), (0.3, 0.0), (0.4, 0.0), (0.5, 0.0), (0.4, 0.1))],
+    ),
+    "NAG without guidance, avoid an object": Task(
+        "the first object is there and the second is not",
+        "the same prompt without guidance",
+        2,
+        only_first,
+        avoid_arms,
+        (AVOIDED, {}),
+        [
+            {},
+            *({"scale": s, "tau": t, "alpha": a} for s, t, a in ((5.0, 2.5, 0.5), (5.0, 2.5, 1.0), (11.0, 2.5, 0.5))),
+            *({"scale": s, "tau": t, "alpha": a} for s, t, a in ((3.0, 2.5, 1.0), (2.0, 2.5, 1.0), (11.0, 5.0, 0.5))),
+        ],
     ),
     "edit of a given picture, another colour": Task(
         "the object in its new colour is there, and nothing else",

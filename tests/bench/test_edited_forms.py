@@ -19,7 +19,7 @@ from bench.pictures import architectures, ours, published, stock
 from bench.pictures.sampling import Setting
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = ("AttentionRegulation", "EnergyContext", "Composition", "DenseDiffusion", "ComposableDiffusion")
+METHODS = ("AttentionRegulation", "EnergyContext", "Composition", "DenseDiffusion", "ComposableDiffusion", "NAG")
 FORMS = {"published": published.attention.FORMS, "stock": stock.attention.FORMS}
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -97,6 +97,7 @@ OTHER_OPTIONS: dict[str, Any] = {
     "Composition": lambda x: ac.Composition(
         [ac.Edit("a green triangle", 0.3), ac.Edit("a red square", 0.4, direction=-1)]
     ),
+    "NAG": lambda x: ac.NAG("a red square", scale=8.0, tau=1.1, alpha=0.6),
     "DenseDiffusion": lambda x: ac.DenseDiffusion(
         {"a red circle": box(0, 40), "blue square": box(30, 60)},
         edit_steps=2,

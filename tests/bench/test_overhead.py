@@ -372,6 +372,7 @@ def test_a_picture_has_edited_steps_resting_ones_and_a_call() -> None:
     assert steps == {
         **{"AttentionRegulation": 25, "EnergyContext": 50, "Composition": 50, "AttendAndExcite": 25},
         **{"DenseDiffusion": 15, "ComposableDiffusion": 50, "SynGen": 25, "TSAM": 30, "CONFORM": 30},
+        "NAG": 50,
     }
 
 

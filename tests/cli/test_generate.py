@@ -15,6 +15,7 @@ from attnctl_fast.cli import method_options
 from attnctl_fast.methods import (
     CONFORM,
     FOCUS,
+    NAG,
     TSAM,
     AttendAndExcite,
     AttentionRegulation,
@@ -108,6 +109,10 @@ def test_generate_writes_its_settings(generate, untrained, tmp_path):
             ),
         ),
         (
+            ["--method", "nag", "--avoid", "a star", "--nag-scale", 4, "--nag-tau", 2, "--nag-alpha", 0.5],
+            NAG("a star", scale=4.0, tau=2.0, alpha=0.5),
+        ),
+        (
             ["--method", "composable", "--edit", "a ring", "--negate", "a star", "--edit-weight", 0.5],
             ComposableDiffusion([PROMPT, "a ring", "a star"], [1, 0.5, -0.5]),
         ),
@@ -136,7 +141,7 @@ def test_generate_writes_its_settings(generate, untrained, tmp_path):
             DenseDiffusion.paper({"red circle": [[1, 0], [1, 0]]}),
         ),
     ],
-    ids=["energy", "paper", "compose", "composable", "excite", "tsam", "syngen", "conform", "focus", "dense"],
+    ids=["energy", "paper", "compose", "nag", "composable", "excite", "tsam", "syngen", "conform", "focus", "dense"],
 )
 def test_generate_with_every_other_method(generate, untrained, tmp_path, options, method):
     Image.fromarray(np.array([[255, 0], [255, 0]], np.uint8)).save(tmp_path / "mask.png")
@@ -193,6 +198,8 @@ def test_generate_overwrites_only_when_told(generate, tmp_path, capsys):
         (("--method", "syngen"), [], "--method syngen needs --pairs.*or spaCy"),
         (("--method", "syngen", "--pairs", "red:cat", "--layers", "up_blocks"), [], "pairs holds 'cat'"),
         (("--method", "conform"), [], "--method conform needs --groups"),
+        (("--method", "nag"), [], "--method nag needs --avoid: what the picture is not to be"),
+        (("--method", "taca"), [], "StableDiffusionPipeline has a UNet2DConditionModel, .*TACA is for joint attention"),
         (("--method", "conform", "--groups", "red+circle"), [], "name at least 2"),
         (("--method", "composable"), [], "--method composable needs --edit or --negate"),
         (
@@ -203,6 +210,7 @@ def test_generate_overwrites_only_when_told(generate, tmp_path, capsys):
         (("--method", "energy", "--token-weights", "cat=2"), [], "token_weights holds 'cat'"),
         (("--method", "energy", "--token-weights", "star=2", "star=3"), [], "--token-weights names a word twice"),
         (("--method", "dense"), [], "--method dense needs --masks: "),
+        (("--method", "regions"), [], "--method regions needs --masks: "),
         (("--method", "dense", "--masks", "star=/no/mask.png"), [], "/no/mask.png"),
     ],
 )

@@ -69,7 +69,7 @@ class Away(Method):
 class Going(Run):
     def __init__(self, method: Away, call: Any) -> None:
         self.method, self.call = method, call
-        self.other, _ = call.encode([method.text])
+        self.other = call.encode([method.text]).contexts
 
     def before_denoiser(self, evaluation: Any) -> None:
         # What depends on the step lies in a tensor: one compiled graph serves all of them.

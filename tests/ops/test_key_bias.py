@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from attnctl_fast import ops
+from bench.ops.attention import GROUPS
 from bench.ops.inputs import Case, attention_inputs, fenced, rand, randn
 from bench.ops.registry import ATTENTION
 from tests.support.kernel_cases import check
@@ -38,6 +39,12 @@ def _region(q, k, v, impl, key_bias, columns=slice(None)):
     return ops.region_attention(q, k, v, rows, of_columns[:, columns], rand(2, M), key_bias=key_bias, impl=impl)
 
 
+def _grouped(q, k, v, impl, key_bias, columns=slice(None)):
+    t = Case(M, N, D, batch=2).tensors(GROUPS)
+    of_groups = t["row_groups"], t["column_groups"][:, columns], t["allowed"]
+    return ops.grouped_attention(q, k, v, *of_groups, key_bias=key_bias, return_lse=True, impl=impl)
+
+
 def _statistics(q, k, v, impl, key_bias, ids=IDS, pins=PINS):
     return ops.target_statistics(q, k, v, ids, pinned_ids=pins, with_square=True, key_bias=key_bias, impl=impl)
 
@@ -63,6 +70,14 @@ def _composed(q, k, v, impl, key_bias):
     return ops.composed_attention(q, [k, k[:, :, short].detach()], [v, v[:, :, short].detach()], weights, **given)
 
 
+def _guided(q, k, v, impl, key_bias):
+    negative = k.roll(1, 2).detach(), v.roll(1, 2).detach()
+    how = {"scale": 3.0, "tau": 1.5, "alpha": 0.5, "norm": 2, "key_bias": key_bias, "impl": impl}
+    if key_bias is not None:
+        how["key_bias_negative"] = key_bias.roll(1, -1)
+    return ops.normalized_guidance(q, k, v, *negative, **how)
+
+
 # Functions of q, k, v, impl, key_bias and, for some, of the ids; their results that have a row for each image token.
 FUNCTIONS = {
     "attention": lambda q, k, v, impl, x: ops.attention(q, k, v, key_bias=x, return_lse=True, impl=impl),
@@ -80,7 +95,9 @@ FUNCTIONS = {
     "context": lambda q, k, v, impl, x: ops.attention_with_context_gradient(q, k, v, key_bias=x, impl=impl),
     "energy": lambda q, k, v, impl, x: tuple(ops.context_energy(q, k, key_bias=x, impl=impl)),
     "composed": _composed,
+    "guided": _guided,
     "region": _region,
+    "grouped": _grouped,
 }
 WITH_IDS = ("maps", "statistics", "merged", "biased", "biased, nothing pinned", "regulated")
 
@@ -130,7 +147,7 @@ def test_a_masked_column_is_no_column(name, impl):
     rest = [impl, None]
     if name in WITH_IDS:
         rest += [[[kept.index(i) if i >= 0 else -1 for i in row] for row in rows] for rows in (IDS, PINS)]
-    if name == "region":
+    if name in ("region", "grouped"):
         rest += [kept]
     if name == "composed":
         # The other context keeps all its columns.

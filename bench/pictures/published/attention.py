@@ -16,6 +16,7 @@ from attnctl_fast.attach.layers import Layer
 from bench.pictures import ours
 from bench.pictures.attention_layers import layers_of, replaced
 from bench.pictures.published.energy import composition, energy_context
+from bench.pictures.published.nag import nag
 from bench.pictures.published.regulation import attention_regulation
 from bench.pictures.regions import Regions
 from bench.pictures.sampling import PROMPT, Drawn, Form, Setting, Text, encode, evaluate, nothing, sample
@@ -120,4 +121,5 @@ FORMS: dict[str, Form] = {
     "Composition": composition,
     "DenseDiffusion": dense_diffusion,
     "ComposableDiffusion": composable_diffusion,
+    "NAG": nag,
 }

@@ -20,6 +20,7 @@ from bench.pictures.attention_layers import finished, layers_of, replaced, wide
 from bench.pictures.projections import keys_values, own_keys_values, queries
 from bench.pictures.regions import Regions
 from bench.pictures.sampling import PROMPT, Drawn, Form, Setting, Text, encode, evaluate, nothing, sample
+from bench.pictures.stock.nag import nag
 from bench.pictures.stock.regulation import attention_regulation
 
 
@@ -259,4 +260,5 @@ FORMS: dict[str, Form] = {
     "Composition": composition,
     "DenseDiffusion": dense_diffusion,
     "ComposableDiffusion": composable_diffusion,
+    "NAG": nag,
 }
