@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .methods import (
         CONFORM,
         NAG,
+        PLADIS,
         TACA,
         TSAM,
         AttendAndExcite,
@@ -45,6 +46,7 @@ __all__ = [
     "LatentGuidance",
     "Method",
     "NAG",
+    "PLADIS",
     "Run",
     "SynGen",
     "TACA",
@@ -72,6 +74,7 @@ _HOME = {
     "LatentGuidance": "methods",
     "Method": "methods",
     "NAG": "methods",
+    "PLADIS": "methods",
     "Run": "methods",
     "SynGen": "methods",
     "TACA": "methods",

@@ -10,6 +10,7 @@ from .dense_diffusion import DenseDiffusion
 from .energy_context import EnergyContext
 from .latent_guidance import GuidanceContext, LatentGuidance
 from .nag import NAG
+from .pladis import PLADIS
 from .syngen import SynGen
 from .taca import TACA
 from .tsam import TSAM
@@ -28,6 +29,7 @@ __all__ = [
     "LatentGuidance",
     "Method",
     "NAG",
+    "PLADIS",
     "Run",
     "SynGen",
     "TACA",

@@ -7,6 +7,7 @@ from .biased_attention import biased_attention
 from .composed_attention import composed_attention
 from .context_energy import ContextEnergy, context_energy
 from .context_update import context_update
+from .entmax_attention import entmax_attention
 from .gaussian_bias import basis_shape, default_sigma, gaussian_bias
 from .map_similarity import map_similarity
 from .maps_from_lse import maps_from_lse
@@ -33,6 +34,7 @@ __all__ = [
     "context_energy",
     "context_update",
     "default_sigma",
+    "entmax_attention",
     "gaussian_bias",
     "map_similarity",
     "maps_from_lse",

@@ -29,6 +29,7 @@ SOME = (
     *("attention", "target_statistics", "merge_targets", "attention_with_context_gradient", "context_update"),
     *("composed_attention", "region_attention", "regulated_attention, gradients", "attention_with_maps, gradients"),
     *("maps_from_lse", "maps_from_lse, gradients", "normalized_guidance", "normalized_guidance_shared"),
+    "entmax_attention",
 )
 MOST = (
     *("regulated_attention", "merge_targets", "attention_with_context_gradient", "context_update"),
@@ -36,10 +37,12 @@ MOST = (
     *("target_statistics, gradients", "regulated_attention, gradients", "attention_with_all_maps"),
     *("attention_with_maps, gradients", "attention_with_maps, query gradient of the maps"),
     *("attention_with_maps, query gradient", "maps_from_lse", "maps_from_lse, gradients", "normalized_guidance"),
+    "entmax_attention",
 )
 KEYED = (
     *("attention", "target_statistics, more", "regulated_attention", "attention_with_context_gradient"),
     *("attention_with_maps", "biased_attention", "composed_attention", "region_attention", "normalized_guidance"),
+    "entmax_attention",
 )
 ALL = (
     *dict.fromkeys((*SOME, *MOST)),
@@ -86,6 +89,11 @@ LAYERS += [
     *((torch.float16, Layer("", heads, (16, 16), 64), GUIDED[:1]) for heads in (10, 20)),
     *((dtype, Layer("", 24, (16, 16), 128, tokens=400), GUIDED) for dtype in (torch.bfloat16, torch.float32)),
     (torch.float16, Layer("", 64, (16, 16), 256), GUIDED),
+    # Texts of PixArt, Sana and HunyuanDiT.
+    *(
+        (dtype, Layer("", 2, (16, 16), 72, tokens=300), ("entmax_attention",))
+        for dtype in (torch.float16, torch.float32)
+    ),
 ]
 OFFICIAL = ("regulate", "regulate_again", "regulation_loss_official, bias gradient")
 PAPER = ("regulate_paper", "regulate_paper_again")

@@ -64,6 +64,7 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "ComposableDiffusion": lambda word: ac.ComposableDiffusion(["a red bag", "a black apple"]),
     "NAG": lambda word: ac.NAG("the two dog"),
     "TACA": lambda word: ac.TACA(1.5),
+    "PLADIS": lambda word: ac.PLADIS(),
     "capture": lambda word: None,
 }
 WORDS = {name: name for name in IDS}
