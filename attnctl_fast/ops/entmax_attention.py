@@ -14,7 +14,7 @@ from .._impl import resolve
 from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
 from ._library import differentiated, launcher, once_differentiable, opaque
 
-# Of Newton's method: for up to 512 columns of any spread that was tried, five leave 1e-6, and six a rounding of float32.
+# Of Newton's method: for up to 512 columns, five left 1e-6 and six a rounding of float32 in all that was tried.
 STEPS = 7
 # Logits that are in memory at once: on a CPU what its caches hold.
 LOGITS = {"cpu": 1 << 18}
