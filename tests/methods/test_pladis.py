@@ -84,6 +84,7 @@ def test_beside_other_methods() -> None:
         ac.enable(pipe, ac.PLADIS(), ac.AttentionRegulation(["bag"]))
 
 
+@pytest.mark.full
 def test_one_graph() -> None:
     pipe = built("sd1")
     pladis = ac.PLADIS(steps=1)
