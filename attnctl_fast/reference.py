@@ -171,6 +171,35 @@ def normalized_guidance(
     return guided(positive, negative, scale, tau, alpha, norm)
 
 
+def entmax(logits: Tensor) -> Tensor:
+    """Return the 1.5-entmax over the last dimension, by sorting; zeros for a row whose logits are all -inf.
+
+    Its support are the k largest for the last k at which the threshold, of which the squares above it add up to one,
+    is below all of them (arXiv 1905.05702).
+    """
+    highest = logits.amax(-1, keepdim=True)
+    empty = highest == -torch.inf
+    # What lies 2 below the largest has no part in it.
+    half = ((logits - torch.where(empty, 0.0, highest)) / 2).clamp(min=-2.0)
+    ordered = half.sort(-1, descending=True).values
+    count = torch.arange(1, half.shape[-1] + 1, dtype=half.dtype, device=half.device)
+    mean, square = ordered.cumsum(-1) / count, ordered.square().cumsum(-1) / count
+    spread = (1 - count * (square - mean.square())) / count
+    thresholds = mean - torch.where(spread > 0, spread, 0.0).sqrt()
+    size = (thresholds <= ordered).sum(-1, keepdim=True)
+    above = (half - thresholds.gather(-1, (size - 1).clamp(min=0))).clamp(min=0.0)
+    return torch.where(empty, 0.0, above.square())
+
+
+def entmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, weight: float | Tensor, scale: float, key_bias: Tensor | None = None
+) -> Tensor:
+    """Return attention by softmax, moved towards that by `entmax` and beyond (arXiv 2503.07677)."""
+    logits = _logits(q, k, scale, key_bias)
+    dense, sparse = _softmax(logits), entmax(logits)
+    return (dense + weight * (sparse - dense)) @ _wide(v)
+
+
 def region_attention(
     q: Tensor,
     k: Tensor,

@@ -376,6 +376,20 @@ OPS = [
         f"{CONTEXT} -k 'test_composed_attention_gradients'",
     ),
     Mutant(
+        "entmax_attention: the gradient takes the threshold for a constant",
+        "attnctl_fast/ops/entmax_attention.py",
+        "return (slope * (grad - mean),)",
+        "return (slope * grad,)",
+        "ops/test_entmax_attention.py -k 'gradients and eager'",
+    ),
+    Mutant(
+        "kernel of entmax_attention: Newton's method ends too early",
+        "kernels/entmax_attention.py",
+        "tl.static_range(STEPS)",
+        "tl.static_range(2)",
+        "ops/test_entmax_attention.py -k 'sorted_rows and triton'",
+    ),
+    Mutant(
         "normalized_guidance: the shared columns count for the prompt only",
         "attnctl_fast/ops/normalized_guidance.py",
         "attended.append(out if shared is None else _merged(out, lse, shared))",
@@ -856,6 +870,13 @@ METHODS = [
         "if attention.untouched and not attention.sharpened:",
         "key = attention.k\n        if attention.untouched and not attention.sharpened:",
         f"{TACA} -k 'full_matrices and sd3-9'",
+    ),
+    Mutant(
+        "pladis: the unconditional rows stay dense",
+        "attnctl_fast/methods/pladis.py",
+        "        if rows.others:\n",
+        "        if False:\n",
+        "methods/test_pladis.py -k 'sorted_rows and sd1'",
     ),
     Mutant(
         "taca: it never ends",

@@ -72,6 +72,7 @@ OPTIONS = {
     "nag_tau": Option("the longest that attention may become, in its own lengths; default: 2.5", "LENGTH", strength),
     "nag_alpha": Option("share of the guided attention; default: 0.25", "SHARE", share),
     "factor": Option("of the logits of image and text; default: 1.2", None, strength),
+    "pladis_scale": Option("0 for softmax, 1 for sparse attention; default: 2", None, strength),
     "edit_start": Option("share of the steps before the edits; default: 0", "SHARE", share),
 }
 
@@ -128,6 +129,10 @@ def _nag(given: Given, prompt: str) -> Given:
     return {"negative_prompt" if name == "avoid" else name.removeprefix("nag_"): x for name, x in given.items()}
 
 
+def _pladis(given: Given, prompt: str) -> Given:
+    return {name.removeprefix("pladis_"): value for name, value in given.items()}
+
+
 def _texts(given: Given) -> list[tuple[str, int]]:
     """Return the texts of --edit, each with 1, and of --negate, with -1."""
     return [(text, 1) for text in given.get("edit", [])] + [(text, -1) for text in given.get("negate", [])]
@@ -150,6 +155,7 @@ METHODS = {
     "dense": Method("DenseDiffusion", ("layers", "masks", "convention"), ("masks",), _with_masks),
     "nag": Method("NAG", ("layers", "avoid", "nag_scale", "nag_tau", "nag_alpha"), ("avoid",), _nag),
     "taca": Method("TACA", ("layers", "factor")),
+    "pladis": Method("PLADIS", ("layers", "pladis_scale"), arguments=_pladis),
     "regions": Method("Regions", ("layers", "masks", "base", "background"), ("masks",), _with_masks),
     "composable": Method("ComposableDiffusion", ("edit", "negate", "edit_weight"), ("edit", "negate"), _composable),
 }

@@ -12,6 +12,7 @@ from .focus import FOCUS
 from .latent_guidance import LatentGuidance
 from .map_guidance import GuidanceContext
 from .nag import NAG
+from .pladis import PLADIS
 from .regions import Regions
 from .syngen import SynGen
 from .taca import TACA
@@ -33,6 +34,7 @@ __all__ = [
     "LatentGuidance",
     "Method",
     "NAG",
+    "PLADIS",
     "Regions",
     "Run",
     "SynGen",

@@ -40,7 +40,7 @@ class NAG(Method):
         layers: name prefixes, or `by_downsampling(n)`. None for every layer that attends to the text.
 
     Raises:
-        ValueError: an empty negative prompt or a number out of range; at the pipeline's call, a list of texts whose
+        ValueError: no negative prompt or a number out of range; at the pipeline's call, a list of texts whose
             length is not the number of prompts.
     """
 

@@ -7,6 +7,7 @@ from .biased_attention import biased_attention
 from .composed_attention import composed_attention
 from .context_energy import ContextEnergy, context_energy
 from .context_update import context_update
+from .entmax_attention import entmax_attention
 from .gaussian_bias import basis_shape, default_sigma, gaussian_bias
 from .grouped_attention import grouped_attention
 from .map_similarity import map_similarity
@@ -34,6 +35,7 @@ __all__ = [
     "context_energy",
     "context_update",
     "default_sigma",
+    "entmax_attention",
     "gaussian_bias",
     "grouped_attention",
     "map_similarity",

@@ -30,6 +30,7 @@ SOME = (
     *("composed_attention", "region_attention", "regulated_attention, gradients", "attention_with_maps, gradients"),
     *("maps_from_lse", "maps_from_lse, gradients", "normalized_guidance", "normalized_guidance_shared"),
     *("grouped_attention", "grouped_attention, gradients"),
+    "entmax_attention",
 )
 MOST = (
     *("regulated_attention", "merge_targets", "attention_with_context_gradient", "context_update"),
@@ -38,10 +39,12 @@ MOST = (
     *("attention_with_maps, gradients", "attention_with_maps, query gradient of the maps"),
     *("attention_with_maps, query gradient", "maps_from_lse", "maps_from_lse, gradients", "normalized_guidance"),
     *("grouped_attention", "grouped_attention, gradients"),
+    "entmax_attention",
 )
 KEYED = (
     *("attention", "target_statistics, more", "regulated_attention", "attention_with_context_gradient"),
     *("attention_with_maps", "biased_attention", "composed_attention", "region_attention", "normalized_guidance"),
+    "entmax_attention",
 )
 ALL = (
     *dict.fromkeys((*SOME, *MOST)),
@@ -89,6 +92,11 @@ LAYERS += [
     *((torch.float16, Layer("", heads, (16, 16), 64), GUIDED[:1]) for heads in (10, 20)),
     *((dtype, Layer("", 24, (16, 16), 128, tokens=400), GUIDED) for dtype in (torch.bfloat16, torch.float32)),
     (torch.float16, Layer("", 64, (16, 16), 256), GUIDED),
+    # Texts of PixArt, Sana and HunyuanDiT.
+    *(
+        (dtype, Layer("", 2, (16, 16), 72, tokens=300), ("entmax_attention",))
+        for dtype in (torch.float16, torch.float32)
+    ),
 ]
 OFFICIAL = ("regulate", "regulate_again", "regulation_loss_official, bias gradient")
 PAPER = ("regulate_paper", "regulate_paper_again")

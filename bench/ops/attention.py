@@ -31,11 +31,22 @@ def _grouped_attention(case: Case, t: Tensors, impl: str) -> Run:
     return partial(ops.grouped_attention, *qkv(t), *(t[name] for name in GROUPS), **how)
 
 
+def _entmax_attention(case: Case, t: Tensors, impl: str) -> Run:
+    return partial(ops.entmax_attention, *qkv(t), weight=2.0, key_bias=t.get("key_bias"), impl=impl)
+
+
 def _backends(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
     def sdpa(name: str) -> Rival:
         return Rival(lambda t: partial(rivals.sdpa, name, *qkv(t)))
 
     return {f"SDPA {name}": sdpa(name) for name in rivals.backends(case.device)}
+
+
+def _sorted(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    return {
+        "sorted": Rival(lambda t: partial(rivals.sorted_entmax_attention, *qkv(t), 2.0)),
+        "plain attention": plain(case),
+    }
 
 
 def _in_memory(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
@@ -65,6 +76,15 @@ def _seen(case: Case, count: int) -> int:
 
 
 OPERATIONS = {
+    "entmax_attention": Operation(
+        _entmax_attention,
+        (*QKV, "key_bias"),
+        ("out",),
+        more_leaves=QKV,
+        timings={
+            "entmax_attention": Timing(lambda case: products(case, 2), _sorted, kernels=("entmax_attention_fwd",))
+        },
+    ),
     "attention": Operation(
         _attention,
         (*QKV, "key_bias"),

@@ -16,6 +16,7 @@ from attnctl_fast.methods import (
     CONFORM,
     FOCUS,
     NAG,
+    PLADIS,
     TSAM,
     AttendAndExcite,
     AttentionRegulation,
@@ -112,6 +113,7 @@ def test_generate_writes_its_settings(generate, untrained, tmp_path):
             ["--method", "nag", "--avoid", "a star", "--nag-scale", 4, "--nag-tau", 2, "--nag-alpha", 0.5],
             NAG("a star", scale=4.0, tau=2.0, alpha=0.5),
         ),
+        (["--method", "pladis", "--pladis-scale", 1.5], PLADIS(1.5)),
         (
             ["--method", "composable", "--edit", "a ring", "--negate", "a star", "--edit-weight", 0.5],
             ComposableDiffusion([PROMPT, "a ring", "a star"], [1, 0.5, -0.5]),
@@ -141,7 +143,20 @@ def test_generate_writes_its_settings(generate, untrained, tmp_path):
             DenseDiffusion.paper({"red circle": [[1, 0], [1, 0]]}),
         ),
     ],
-    ids=["energy", "paper", "compose", "nag", "composable", "excite", "tsam", "syngen", "conform", "focus", "dense"],
+    ids=[
+        "energy",
+        "paper",
+        "compose",
+        "nag",
+        "pladis",
+        "composable",
+        "excite",
+        "tsam",
+        "syngen",
+        "conform",
+        "focus",
+        "dense",
+    ],
 )
 def test_generate_with_every_other_method(generate, untrained, tmp_path, options, method):
     Image.fromarray(np.array([[255, 0], [255, 0]], np.uint8)).save(tmp_path / "mask.png")

@@ -68,6 +68,7 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "Regions": lambda word: ac.Regions({f"a {name}": mask for name, mask in word.get("masks", masks()).items()}),
     "NAG": lambda word: ac.NAG("the two dog"),
     "TACA": lambda word: ac.TACA(1.5),
+    "PLADIS": lambda word: ac.PLADIS(),
     "capture": lambda word: None,
 }
 WORDS = {name: name for name in IDS}

@@ -21,7 +21,7 @@ NUMBERS = {"scale": 6.0, "tau": 1.5, "alpha": 0.6, "norm": 2}
 AWAY = "a red ball"
 EXACT = {"rtol": 0, "atol": 1e-9}  # in float64
 # Kinds of pipelines, with the model's cells to a side and where the text stands.
-UNETS = [("sd1", {}), ("sd1", {"guidance_scale": 1.0}), ("sdxl", {}), ("sd2", {"guidance_scale": 1.0})]
+UNETS = [("sd1", {}), full("sdxl", {}), ("sd2", {"guidance_scale": 1.0})]
 TRANSFORMERS = [
     ("sd3", {}, {}),
     ("sd3", {"dual": True}, {"guidance_scale": 1.0}),

@@ -96,6 +96,7 @@ FUNCTIONS = {
     "energy": lambda q, k, v, impl, x: tuple(ops.context_energy(q, k, key_bias=x, impl=impl)),
     "composed": _composed,
     "guided": _guided,
+    "entmax": lambda q, k, v, impl, x: ops.entmax_attention(q, k, v, weight=2.0, key_bias=x, impl=impl),
     "region": _region,
     "grouped": _grouped,
 }
@@ -129,7 +130,7 @@ def close(impl):
 
 
 def differentiable(impl, name):
-    return (impl, name) != ("triton", "region")
+    return impl != "triton" or name not in ("region", "entmax")
 
 
 @pytest.mark.usefixtures("poisoned_memory")
