@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gaussian import bias_tile
-from ._launch import config, dot_dtype, launch, pieces, unit_stride
+from ._launch import ceil_div, config, dot_dtype, launch, pieces, power_of_2, unit_stride
 from ._tiles import (
     add_weighted,
     aligned,
@@ -340,7 +340,7 @@ def _forward(
     d1, d2 = pieces(d)
     on_chip = tokens <= use.pop("ON_CHIP_N") and q.dtype != torch.float32
     n1, n2 = pieces(tokens) if on_chip else (longest, 0)
-    grid = (triton.cdiv(triton.cdiv(image_tokens, use["BLOCK_M"]), tiles), batch * heads)
+    grid = (ceil_div(ceil_div(image_tokens, use["BLOCK_M"]), tiles), batch * heads)
     launch(
         _attention_fwd_kernel,
         grid,
@@ -379,7 +379,7 @@ def _forward(
         D2=d2,
         N1=n1,
         N2=n2,
-        COLUMNS=max(triton.next_power_of_2(targets + pinned), 16) if targets else 0,
+        COLUMNS=max(power_of_2(targets + pinned), 16) if targets else 0,
         PINNED=pinned > 0,
         ON_CHIP=on_chip,
         ALIGN=align_of(q, k, v, out),
