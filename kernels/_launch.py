@@ -17,7 +17,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,12 +119,12 @@ def recording() -> Iterator[list[Launch]]:
 
 
 class _Compiled(NamedTuple):
-    """A compiled kernel on its device, and what it is launched with behind the run-time arguments."""
+    """A compiled kernel on its device: its launcher, and what that takes, `rest` behind the run-time arguments."""
 
     run: Callable[..., None]
     function: Any
     metadata: Any
-    constants: tuple[Any, ...]
+    rest: tuple[Any, ...]
 
 
 # By the kernel's function and by all that Triton would compile another one for, and more: see `_specialised`. A model
@@ -149,33 +149,37 @@ def launch(
     if _record is not None:
         _record.append(Launch(kernel, grid, arguments, constants, config))
         return
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else nullcontext():
-        if INTERPRETED or _AMD or _watched(kernel):
-            _launch_by_triton(kernel, grid, arguments, constants, config)
-            return
-        key, values = _specialised(kernel, device, config, arguments, constants)
-        found = _compiled.get(key)
-        if found is None:
-            compiled = _launch_by_triton(kernel, grid, arguments, constants, config)
-            _keep(key, compiled, kernel, len(arguments), {**constants, **config})
-            return
-        stream = driver.active.get_current_stream(device.index or 0)
-        found.run(
-            *grid,
-            *_ONES[len(grid)],
-            stream,
-            found.function,
-            found.metadata,
-            None,
-            None,
-            None,
-            *values,
-            *found.constants,
-        )
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _launch_here(kernel, grid, device.index, config, arguments, constants)
+    else:
+        _launch_here(kernel, grid, device.index or 0, config, arguments, constants)
 
 
-_ONES = {1: (1, 1), 2: (1,), 3: ()}
+def _launch_here(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: int,
+    config: dict[str, int],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+) -> None:
+    if INTERPRETED or _AMD or _watched(kernel):
+        _launch_by_triton(kernel, grid, arguments, constants, config)
+        return
+    key, values = _specialised(kernel, device, config, arguments, constants)
+    found = _compiled.get(key)
+    if found is None:
+        compiled = _launch_by_triton(kernel, grid, arguments, constants, config)
+        _keep(key, compiled, kernel, len(arguments), {**constants, **config})
+        return
+    run, function, metadata, rest = found
+    stream = driver.active.get_current_stream(device)
+    run(*grid, *_NO_MORE[len(grid)], stream, function, metadata, None, None, None, *values, *rest)
+
+
+# The axes that a grid leaves out.
+_NO_MORE = ((), (1, 1), (1,), ())
 
 
 def _launch_by_triton(
@@ -199,7 +203,7 @@ def _watched(kernel: Any) -> bool:
 
 
 def _specialised(
-    kernel: Any, device: torch.device, config: dict[str, int], arguments: tuple[Any, ...], constants: dict[str, Any]
+    kernel: Any, device: int, config: dict[str, int], arguments: tuple[Any, ...], constants: dict[str, Any]
 ) -> tuple[tuple[Any, ...], list[Any]]:
     """All that the compiled kernel depends on, and the arguments with addresses for tensors.
 
@@ -207,17 +211,17 @@ def _specialised(
     whether they are 1 or a multiple of 16: their values say all of that. Of floats it is nothing.
     """
     values = list(arguments)
-    key = [kernel.fn, device.index, *config.values(), *constants.values(), *arguments]
-    first = len(key) - len(values)
-    for place, x in enumerate(arguments):
+    key = [kernel.fn, device, *config.values(), *constants.values(), *arguments]
+    place = len(key) - len(values)
+    for index, x in enumerate(arguments):
         kind = type(x)
         if kind is int or x is None:
             continue
         if kind is float:
-            key[first + place] = float
+            key[place + index] = float
         elif isinstance(x, Tensor):
-            values[place] = address = x.data_ptr()
-            key[first + place] = x.dtype if address % 16 == 0 else (x.dtype,)
+            values[index] = address = x.data_ptr()
+            key[place + index] = (x.dtype,) if address & 15 else x.dtype
         else:
             raise TypeError(f"{kernel.__name__} was given {x!r}; run-time arguments are tensors, ints, floats and None")
     return tuple(key), values
@@ -228,8 +232,8 @@ def _keep(key: tuple[Any, ...], compiled: Any, kernel: Any, given: int, options:
     if isinstance(compiled, CompiledKernel):
         if len(_compiled) >= _MOST_COMPILED:
             _compiled.clear()
-        constants = tuple(options[name] for name in kernel.arg_names[given:])
-        _compiled[key] = _Compiled(compiled.run, compiled.function, compiled.packed_metadata, constants)
+        rest = tuple(options[name] for name in kernel.arg_names[given:])
+        _compiled[key] = _Compiled(compiled.run, compiled.function, compiled.packed_metadata, rest)
 
 
 def compiled_with(config: dict[str, int], amd: bool) -> dict[str, int]:

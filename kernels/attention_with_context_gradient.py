@@ -27,7 +27,7 @@ from ._tiles import (
     store_piece,
     store_pieces,
 )
-from .attention import align_of, attention
+from .attention import align_of, attention, new_rows
 
 # How many parts are read at a time, where they are merged.
 MERGED = 16
@@ -229,7 +229,7 @@ def attention_with_context_gradient(
     if query_weight is not None:
         query_weight = unit_stride(query_weight)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    lse = new_rows(q)
     update = lse.new_empty(batch, heads, tokens, d)
     column_lse = lse.new_empty(batch, heads, tokens)
     blocks = ceil_div(image_tokens, use["BLOCK_M"])

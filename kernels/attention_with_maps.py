@@ -27,7 +27,7 @@ from ._tiles import (
     store_maps,
     store_piece,
 )
-from .attention import align_of, attention
+from .attention import align_of, attention, new_rows
 from .maps_from_lse import chosen_columns, shared_heads
 
 _STRIDES = [f"stride_{x}{y}" for x, last in (("q", "m"), ("k", "n"), ("v", "n")) for y in "bh" + last]
@@ -156,7 +156,7 @@ def attention_with_maps(
         out, lse = attention(q, k, v, key_bias, scale)
         return out, chosen_columns(q, k, lse, token_ids, key_bias, per_head, scale, most), lse
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    lse = new_rows(q)
     blocks = ceil_div(image_tokens, use["BLOCK_M"])
     groups, each = shared_heads(heads, most, blocks * batch, use.pop("PROGRAMS"))
     padded = token_ids is not None and token_ids.ndim == 2

@@ -8,6 +8,7 @@ its next turn goes through 4 T M + 3 M floats of global memory, which stay in th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -590,6 +591,15 @@ def _select_fwd_kernel(
             tl.store(kept_ptr + at, theta, mask=at < size)
 
 
+@functools.cache
+def _tile_sides(height: int, width: int, ry: int, rx: int) -> dict[str, int]:
+    """The sides of a grid's tile and of theta's; do not change what is returned."""
+    sides = {"HEIGHT": max(power_of_2(height), 16), "WIDTH": max(power_of_2(width), 16)}
+    # Where every thread has sixteen cells, the rows between the eight would spill.
+    rows = 8 if sides["HEIGHT"] * sides["WIDTH"] <= 1024 else 16
+    return {**sides, "RY": max(power_of_2(ry), rows), "RX": max(power_of_2(rx), 16)}
+
+
 def regulate(
     logits: Tensor,
     rest_lse: Tensor,
@@ -615,14 +625,11 @@ def regulate(
     settings = Aim.of(logits.shape[3], *aim)
     batch, heads, targets, tokens = logits.shape
     ry, rx = theta.shape[3:]
-    block = {"HEIGHT": max(power_of_2(grid[0]), 16), "WIDTH": max(power_of_2(grid[1]), 16)}
-    # Where every thread has sixteen cells, the rows between the eight would spill.
-    rows = 8 if block["HEIGHT"] * block["WIDTH"] <= 1024 else 16
-    block |= {"RY": max(power_of_2(ry), rows), "RX": max(power_of_2(rx), 16)}
-    use = dict(config("regulate_fwd", logits.device, cells=block["HEIGHT"] * block["WIDTH"], targets=targets))
+    block = _tile_sides(*grid, ry, rx)
+    cells = block["HEIGHT"] * block["WIDTH"]
+    use = dict(config("regulate_fwd", logits.device, cells=cells, targets=targets))
     group = use["GROUP"] = min(use["GROUP"], power_of_2(targets))
     whole = use["WHOLE"] = bool(use["WHOLE"]) and group >= targets
-    cells = block["HEIGHT"] * block["WIDTH"]
     scratch = 0
     if not whole:
         bases = block["HEIGHT"] * block["RY"] + block["WIDTH"] * block["RX"]

@@ -1,9 +1,9 @@
 """The host's time per call of every operation, which is the whole cost where a kernel takes less.
 
-Triton's own just-in-time launcher runs, with kernels that are compiled for sm_90, on the CPU tensors of a small layer;
-only NVIDIA's driver is a stand-in that launches nothing. So a figure leaves out what the driver takes for a launch, some
-2 to 4 us, PyTorch's allocator for a GPU (a CPU's takes its place), and choosing the device where another one is current.
-It holds what is read and checked of CPU tensors only. Rows of `impl` eager are plain CPU operations on tiny tensors.
+Triton itself runs, with kernels that are compiled for sm_90, on the CPU tensors of a small layer; only NVIDIA's driver
+is a stand-in that launches nothing. So a figure leaves out the driver's own time for a launch and the question which
+device is current, has a CPU's allocator for a GPU's, and holds what is read and checked of CPU tensors alone. The rows
+of eager and of SDPA are of tiny tensors on a CPU, on one thread.
 """
 
 from __future__ import annotations
@@ -33,9 +33,13 @@ CPU = torch.device("cpu")
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--only", default="", metavar="NAME", help="operations whose name contains NAME")
-    made.add_argument("--samples", type=int, default=SAMPLES, metavar="N", help=f"of {CALLS} calls; default: {SAMPLES}")
+    made.add_argument(
+        "--samples", type=int, default=SAMPLES, metavar="N", help=f"of {CALLS} calls, by default {SAMPLES}"
+    )
     made.add_argument("--label", default="", help="a word to tell this run's rows from another's")
-    made.add_argument("--results", type=Path, default=RESULTS / "host.jsonl", metavar="FILE", help="default: %(default)s")
+    made.add_argument(
+        "--results", type=Path, default=RESULTS / "host.jsonl", metavar="FILE", help="default: %(default)s"
+    )
     return made
 
 
