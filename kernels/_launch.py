@@ -205,26 +205,32 @@ def _watched(kernel: Any) -> bool:
 def _specialised(
     kernel: Any, device: int, config: dict[str, int], arguments: tuple[Any, ...], constants: dict[str, Any]
 ) -> tuple[tuple[Any, ...], list[Any]]:
-    """All that the compiled kernel depends on, and the arguments with addresses for tensors.
-
-    Of a tensor that is the dtype and whether its address is a multiple of 16. Of ints it is their width, and of some
-    whether they are 1 or a multiple of 16: their values say all of that. Of floats it is nothing.
-    """
+    """All that the compiled kernel depends on, and the arguments with addresses for tensors."""
     values = list(arguments)
     key = [kernel.fn, device, *config.values(), *constants.values(), *arguments]
     place = len(key) - len(values)
     for index, x in enumerate(arguments):
-        kind = type(x)
-        if kind is int or x is None:
-            continue
-        if kind is float:
-            key[place + index] = float
-        elif isinstance(x, Tensor):
-            values[index] = address = x.data_ptr()
-            key[place + index] = (x.dtype,) if address & 15 else x.dtype
-        else:
-            raise TypeError(f"{kernel.__name__} was given {x!r}; run-time arguments are tensors, ints, floats and None")
+        if type(x) is not int and x is not None:
+            key[place + index], values[index] = _of_argument(x)
     return tuple(key), values
+
+
+def _of_argument(x: Any) -> tuple[Any, Any]:
+    """What the compiled kernel depends on of an argument, and what stands for it.
+
+    Of a tensor that is the dtype and whether its address is a multiple of 16. Of ints it is their width, and of some
+    whether they are 1 or a multiple of 16: their values say all of that. Of floats it is nothing.
+    """
+    if isinstance(x, Tensor):
+        address = x.data_ptr()
+        return (x.dtype, address & 15 == 0), address
+    if type(x) is float:
+        return float, x
+    if type(x) is tuple:
+        parts = [_of_argument(part) for part in x]
+        return tuple(part[0] for part in parts), tuple(part[1] for part in parts)
+    # Ints and None; anything else as Triton takes it, by what it is and which type that has.
+    return (x if type(x) is int or x is None else (type(x), x)), x
 
 
 def _keep(key: tuple[Any, ...], compiled: Any, kernel: Any, given: int, options: dict[str, Any]) -> None:
