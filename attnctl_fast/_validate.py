@@ -47,7 +47,7 @@ def check_scale(scale: float | None, width: int) -> float:
 
 def _check_row(name: str, row: Sequence[int], tokens: int, padded: bool) -> None:
     real = [i for i in row if i != -1] if padded else row
-    if not real or (min(real) >= 0 and max(real) < tokens and len(set(real)) == len(real)):
+    if not real or (min(real) >= 0 and max(real) < tokens and len({*real}) == len(real)):
         return
     for i in real:
         if not 0 <= i < tokens:
@@ -103,7 +103,7 @@ def _check_token_ids(
     if isinstance(ids, Tensor):
         if ids.dtype != torch.int64:
             raise ValueError(f"{name} has dtype {ids.dtype}; it must be torch.int64")
-        readable = ids.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(ids, FakeTensor)
+        readable = ids.is_cpu and not torch.compiler.is_compiling() and not isinstance(ids, FakeTensor)
         tensor, rows = ids, ids.tolist() if readable and ids.ndim in (1, 2) else None
     else:
         rows = _integers(name, ids)
@@ -114,16 +114,17 @@ def _check_token_ids(
             longest = max(len(row) for row in rows)
             rows = [row + [-1] * (longest - len(row)) for row in rows]
         tensor = _on_device(rows, device)
-    if tensor.ndim not in (1, 2) or (tensor.ndim == 2 and tensor.shape[0] != batch):
+    shape = tensor.shape
+    if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != batch):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [T] or [batch, T] with batch {batch}")
-    if tensor.shape[-1] > tokens:
+    if shape[-1] > tokens:
         raise ValueError(f"{name} names {tensor.shape[-1]} tokens, but the context has only {tokens}")
     if rows is not None:
-        padded = tensor.ndim == 2
+        padded = len(shape) == 2
         for row in rows if padded else [rows]:
             _check_row(name, row, tokens, padded)
         rows = rows if padded else [rows] * batch
-    return tensor.to(device), rows
+    return tensor if tensor.device == device else tensor.to(device), rows
 
 
 def check_targets(target_ids: TokenIds, pinned_ids: TokenIds, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,10 +136,10 @@ def check_targets(target_ids: TokenIds, pinned_ids: TokenIds, k: Tensor) -> tupl
         raise ValueError("target_ids is empty; name at least one target token")
     if rows is not None and pinned_rows is not None:
         for row, pins in zip(rows, pinned_rows, strict=True):
-            both = sorted((set(row) & set(pins)) - {-1})
+            both = {*row}.intersection(pins) - {-1}
             if both:
                 raise ValueError(
-                    f"token {both[0]} is both in target_ids and in pinned_ids; leave it out of one of them"
+                    f"token {min(both)} is both in target_ids and in pinned_ids; leave it out of one of them"
                 )
     return targets, pinned
 
@@ -189,6 +190,8 @@ def check_lse(lse: Tensor, q: Tensor) -> Tensor:
 
 def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `x` in `dtype`; raise ValueError where that would lose digits."""
+    if x.dtype == dtype:
+        return x
     if torch.promote_types(x.dtype, dtype) != dtype:
         raise ValueError(f"{name} is {x.dtype} but the computation is {dtype}; cast it, or the inputs to {x.dtype}")
     return x.to(dtype)

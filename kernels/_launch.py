@@ -210,7 +210,11 @@ def _specialised(
     key = [kernel.fn, device, *config.values(), *constants.values(), *arguments]
     place = len(key) - len(values)
     for index, x in enumerate(arguments):
-        if type(x) is not int and x is not None:
+        kind = type(x)
+        if kind is Tensor:  # as in `_of_argument`, without the call
+            values[index] = address = x.data_ptr()
+            key[place + index] = x.dtype, address & 15 == 0
+        elif kind is not int and x is not None:
             key[place + index], values[index] = _of_argument(x)
     return tuple(key), values
 
