@@ -38,16 +38,25 @@ class _Driver(nvidia.CudaDriver):
         return GPUTarget("cuda", 90, 32)
 
 
-@functools.cache
-def _stand_in() -> tempfile.TemporaryDirectory[str]:
-    """Compile the stand-in, and load it where all that asks for libcuda finds it."""
-    folder = tempfile.TemporaryDirectory()
-    library, headers = Path(folder.name, "libcuda.so.1"), Path(nvidia.__file__).parent / "include"
-    compiler = str(sysconfig.get_config_var("CC")).split()[0]
-    options = ["-shared", "-fPIC", "-O2", f"-I{headers}", "-Wl,-soname,libcuda.so.1", "-o", str(library)]
-    subprocess.run([compiler, *options, str(Path(__file__).with_name("libcuda.c"))], check=True)
-    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-    return folder
+class _StandIn:
+    """The stand-in, compiled and loaded where all that asks for libcuda finds it."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self.folder = self._folder.name
+        library, headers = Path(self.folder, "libcuda.so.1"), Path(nvidia.__file__).parent / "include"
+        compiler = str(sysconfig.get_config_var("CC")).split()[0]
+        options = ["-shared", "-fPIC", "-O2", f"-I{headers}", "-Wl,-soname,libcuda.so.1", "-o", str(library)]
+        subprocess.run([compiler, *options, str(Path(__file__).with_name("libcuda.c"))], check=True)
+        self.launches = ctypes.c_int.in_dll(ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL), "launches")
+
+
+_stand_in = functools.cache(_StandIn)
+
+
+def launches() -> int:
+    """How many launches have come to the stand-in."""
+    return _stand_in().launches.value
 
 
 @contextmanager
@@ -65,7 +74,7 @@ def launching_nothing() -> Iterator[None]:
     before, _impl.INTERPRETED = _impl.INTERPRETED, True
     try:
         with knobs.nvidia.scope():
-            knobs.nvidia.libcuda_path = _stand_in().name
+            knobs.nvidia.libcuda_path = _stand_in().folder
             driver.set_active(_Driver())
             yield
     finally:

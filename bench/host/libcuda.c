@@ -1,6 +1,8 @@
-/* A stand-in for NVIDIA's driver: it says yes to all that Triton asks of it, and launches nothing. */
+/* A stand-in for NVIDIA's driver: it says yes to all that Triton asks of it, and counts launches instead of making
+   them. */
 #include "cuda.h"
 
+int launches;
 static char something;
 #define CALL(name, ...) CUresult name(__VA_ARGS__)
 
@@ -36,5 +38,6 @@ CALL(cuPointerGetAttribute, void *found, CUpointer_attribute attribute, CUdevice
   return CUDA_SUCCESS;
 }
 CALL(cuLaunchKernelEx, const CUlaunchConfig *config, CUfunction function, void **arguments, void **extra) {
+  launches++;
   return CUDA_SUCCESS;
 }
