@@ -119,12 +119,13 @@ def _check_token_ids(
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [T] or [batch, T] with batch {batch}")
     if shape[-1] > tokens:
         raise ValueError(f"{name} names {tensor.shape[-1]} tokens, but the context has only {tokens}")
-    if rows is not None:
-        padded = len(shape) == 2
-        for row in rows if padded else [rows]:
-            _check_row(name, row, tokens, padded)
-        rows = rows if padded else [rows] * batch
-    return tensor if tensor.device == device else tensor.to(device), rows
+    moved = tensor.device != device
+    if rows is None:
+        return tensor.to(device) if moved else tensor, None
+    padded = len(shape) == 2
+    for row in rows if padded else [rows]:
+        _check_row(name, row, tokens, padded)
+    return _on_device(rows, device) if moved else tensor, rows if padded else [rows] * batch
 
 
 def check_targets(target_ids: TokenIds, pinned_ids: TokenIds, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ def made(name, impl, case, dtype=torch.float32):
     return function, [t[x].detach().contiguous().requires_grad_() for x in leaves]
 
 
-def test_ids_in_a_list_are_moved_to_their_device_once():
+def test_ids_are_moved_to_their_device_once():
     """But never those of a trace, of fake tensors or of inference mode."""
     k = torch.zeros(1, 1, 9, 8)
     with FakeTensorMode():
@@ -58,6 +58,8 @@ def test_ids_in_a_list_are_moved_to_their_device_once():
     assert type(kept) is torch.Tensor and not kept.is_inference() and kept.tolist() == [3, 5]
     assert check_columns((3, 5), k) is kept
     assert check_columns([[3, 5]], k).tolist() == [[3, 5]]
+    elsewhere, ids = k.to("meta"), torch.tensor([3, 5])
+    assert check_columns(ids, elsewhere) is check_columns([3, 5], elsewhere)
 
 
 def test_an_operation_is_seen_by_all_who_look():

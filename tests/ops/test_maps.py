@@ -241,7 +241,7 @@ def test_the_softmax_is_never_held(impl, ids, monkeypatch):
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
 def test_the_kernels_table_of_ids_follows_them():
     """It is kept for as long as they do not change."""
-    q, k, v = attention_inputs(1, 1, 16, 9, 8, torch.float32)
+    q, k, v = attention_inputs(1, 1, 16, 9, 8, torch.float16)
     ids = torch.tensor([1, 3], device=DEVICE)
     before = ops.attention_with_maps(q, k, v, ids, impl="triton")[1]
     assert torch.equal(before, ops.attention_with_maps(q, k, v, ids, impl="triton")[1])
