@@ -207,7 +207,7 @@ def _specialised(
 ) -> tuple[tuple[Any, ...], list[Any]]:
     """All that the compiled kernel depends on, and the arguments with addresses for tensors."""
     values = list(arguments)
-    key = [kernel.fn, device, *config.values(), *constants.values(), *arguments]
+    key = [kernel.fn, device, tuple(config), *config.values(), tuple(constants), *constants.values(), *arguments]
     place = len(key) - len(values)
     for index, x in enumerate(arguments):
         kind = type(x)

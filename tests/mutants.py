@@ -66,8 +66,8 @@ HOST = [
     Mutant(
         "launch: another configuration takes the same kernel",
         "kernels/_launch.py",
-        "key = [kernel.fn, device, *config.values(), *constants.values(), *arguments]",
-        "key = [kernel.fn, device, *constants.values(), *arguments]",
+        "key = [kernel.fn, device, tuple(config), *config.values(), tuple(constants), *constants.values(), *arguments]",
+        "key = [kernel.fn, device, tuple(constants), *constants.values(), *arguments]",
         LAUNCH,
     ),
     Mutant(
