@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Iterable, Sequence
@@ -11,25 +12,29 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ._observed import observed
+
 TokenIds: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless q is [B,H,M,d], k and v are [B,H,N,d], non-empty, of one float dtype, on one device."""
+    dtype, device = q.dtype, q.device
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be [batch, heads, tokens, head width]")
         if not x.dtype.is_floating_point:
             raise ValueError(f"{name} has dtype {x.dtype}; it must be a floating-point tensor")
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} has dtype {x.dtype} but q has {q.dtype}; cast them to one dtype")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move them to one device")
+        if x.dtype != dtype:
+            raise ValueError(f"{name} has dtype {x.dtype} but q has {dtype}; cast them to one dtype")
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device} but q is on {device}; move them to one device")
         if 0 in x.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: every dimension must be at least 1")
     if k.shape != v.shape:
         raise ValueError(f"k has shape {tuple(k.shape)} but v has {tuple(v.shape)}; they must be the same")
-    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+    (batch, heads, _, width), (batch_k, heads_k, _, width_k) = q.shape, k.shape
+    if batch != batch_k or heads != heads_k or width != width_k:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch, heads and head width")
 
 
@@ -42,7 +47,7 @@ def check_scale(scale: float | None, width: int) -> float:
 
 def _check_row(name: str, row: Sequence[int], tokens: int, padded: bool) -> None:
     real = [i for i in row if i != -1] if padded else row
-    if not real or (min(real) >= 0 and max(real) < tokens and len(set(real)) == len(real)):
+    if not real or (min(real) >= 0 and max(real) < tokens and len({*real}) == len(real)):
         return
     for i in real:
         if not 0 <= i < tokens:
@@ -70,6 +75,19 @@ def _integers(name: str, ids: Any, depth: int = 0) -> list[Any]:
     return out
 
 
+def _on_device(rows: list[Any], device: torch.device) -> Tensor:
+    """Return ids as an int64 tensor on `device`, made once: to move them there waits for all that it has to do."""
+    if observed():
+        return torch.tensor(rows, dtype=torch.int64, device=device)
+    return _kept(tuple(tuple(row) if isinstance(row, list) else row for row in rows), device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept(rows: tuple[Any, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
 def _check_token_ids(
     name: str, ids: TokenIds, batch: int, tokens: int, device: torch.device
 ) -> tuple[Tensor, list[list[int]] | None]:
@@ -85,7 +103,7 @@ def _check_token_ids(
     if isinstance(ids, Tensor):
         if ids.dtype != torch.int64:
             raise ValueError(f"{name} has dtype {ids.dtype}; it must be torch.int64")
-        readable = ids.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(ids, FakeTensor)
+        readable = ids.is_cpu and not torch.compiler.is_compiling() and not isinstance(ids, FakeTensor)
         tensor, rows = ids, ids.tolist() if readable and ids.ndim in (1, 2) else None
     else:
         rows = _integers(name, ids)
@@ -95,17 +113,19 @@ def _check_token_ids(
         if nested and all(nested):
             longest = max(len(row) for row in rows)
             rows = [row + [-1] * (longest - len(row)) for row in rows]
-        tensor = torch.tensor(rows, dtype=torch.int64, device=device)
-    if tensor.ndim not in (1, 2) or (tensor.ndim == 2 and tensor.shape[0] != batch):
+        tensor = _on_device(rows, device)
+    shape = tensor.shape
+    if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != batch):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [T] or [batch, T] with batch {batch}")
-    if tensor.shape[-1] > tokens:
+    if shape[-1] > tokens:
         raise ValueError(f"{name} names {tensor.shape[-1]} tokens, but the context has only {tokens}")
-    if rows is not None:
-        padded = tensor.ndim == 2
-        for row in rows if padded else [rows]:
-            _check_row(name, row, tokens, padded)
-        rows = rows if padded else [rows] * batch
-    return tensor.to(device), rows
+    moved = tensor.device != device
+    if rows is None:
+        return tensor.to(device) if moved else tensor, None
+    padded = len(shape) == 2
+    for row in rows if padded else [rows]:
+        _check_row(name, row, tokens, padded)
+    return _on_device(rows, device) if moved else tensor, rows if padded else [rows] * batch
 
 
 def check_targets(target_ids: TokenIds, pinned_ids: TokenIds, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,10 +137,10 @@ def check_targets(target_ids: TokenIds, pinned_ids: TokenIds, k: Tensor) -> tupl
         raise ValueError("target_ids is empty; name at least one target token")
     if rows is not None and pinned_rows is not None:
         for row, pins in zip(rows, pinned_rows, strict=True):
-            both = sorted((set(row) & set(pins)) - {-1})
+            both = {*row}.intersection(pins) - {-1}
             if both:
                 raise ValueError(
-                    f"token {both[0]} is both in target_ids and in pinned_ids; leave it out of one of them"
+                    f"token {min(both)} is both in target_ids and in pinned_ids; leave it out of one of them"
                 )
     return targets, pinned
 
@@ -171,6 +191,8 @@ def check_lse(lse: Tensor, q: Tensor) -> Tensor:
 
 def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `x` in `dtype`; raise ValueError where that would lose digits."""
+    if x.dtype == dtype:
+        return x
     if torch.promote_types(x.dtype, dtype) != dtype:
         raise ValueError(f"{name} is {x.dtype} but the computation is {dtype}; cast it, or the inputs to {x.dtype}")
     return x.to(dtype)

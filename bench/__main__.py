@@ -14,6 +14,7 @@ COMMANDS = {
     "overhead": ("pictures.overhead", "what every method adds to a picture: as published, in stock PyTorch, and ours"),
     "ops": ("ops.main", "every operation against its rivals"),
     "gpu": ("gpu.main", "everything on a GPU within minutes: correctness, times, tuning"),
+    "host": ("host.main", "the host's time per call of every operation, without a GPU"),
     "compare": ("compare.main", "this tree against another commit; fails on a slowdown"),
     "resources": ("compile.resources", "registers, spills and loops of every kernel, without a GPU"),
     "precompile": ("compile.precompile", "compile for `gpu`, without a GPU, into a folder that can travel to one"),

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gaussian import bias_tile
-from ._launch import config, dot_dtype, launch, pieces, unit_stride
+from ._launch import ceil_div, config, dot_dtype, launch, pieces, power_of_2, unit_stride
 from ._tiles import (
     add_weighted,
     aligned,
@@ -297,9 +297,18 @@ def _attention_fwd_kernel(
         store_pieces(out_ptr, acc1, acc2, rows, inside, stride_om, D, D1, D2)
 
 
+def new_rows(q: Tensor) -> Tensor:
+    """[B,H,M] float32, a number for every row of q [B,H,M,d]."""
+    batch, heads, image_tokens, _ = q.shape  # a slice of a shape takes the host two microseconds
+    return q.new_empty((batch, heads, image_tokens), dtype=torch.float32)
+
+
 def align_of(*tensors: Tensor) -> int:
     """The largest power of two up to 16 that divides the strides of all but the last dimension."""
-    return math.gcd(16, *(stride for x in tensors for stride in x.stride()[:-1]))
+    align = 16
+    for x in tensors:
+        align = math.gcd(align, *x.stride()[:-1])
+    return align
 
 
 # The grid's width, the centres r_y and r_x, and `gaussian_bias.kernel_axes`; and what a kernel without them is given.
@@ -340,7 +349,7 @@ def _forward(
     d1, d2 = pieces(d)
     on_chip = tokens <= use.pop("ON_CHIP_N") and q.dtype != torch.float32
     n1, n2 = pieces(tokens) if on_chip else (longest, 0)
-    grid = (triton.cdiv(triton.cdiv(image_tokens, use["BLOCK_M"]), tiles), batch * heads)
+    grid = (ceil_div(ceil_div(image_tokens, use["BLOCK_M"]), tiles), batch * heads)
     launch(
         _attention_fwd_kernel,
         grid,
@@ -379,7 +388,7 @@ def _forward(
         D2=d2,
         N1=n1,
         N2=n2,
-        COLUMNS=max(triton.next_power_of_2(targets + pinned), 16) if targets else 0,
+        COLUMNS=max(power_of_2(targets + pinned), 16) if targets else 0,
         PINNED=pinned > 0,
         ON_CHIP=on_chip,
         ALIGN=align_of(q, k, v, out),
@@ -392,7 +401,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """out [B,H,M,d] in `dtype`, by default q's, and lse [B,H,M] float32. `key_bias`: [B,N], float32, or None."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format, dtype=dtype)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    lse = new_rows(q)
     _forward(PLAIN, unit_stride(q), unit_stride(k), unit_stride(v), out, lse, key_bias, scale)
     return out, lse
 
@@ -450,7 +459,7 @@ def biased_attention(
     it. `bias` is S [B,H,T,M] or, with the `width` of the grid and its `axes`, theta [B,H,T,r_y,r_x]; float32."""
     basis = basis_of(bias, width, axes)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if with_lse else None
+    lse = new_rows(q) if with_lse else None
     plain_lse = torch.empty_like(lse) if lse is not None and pinned_ids.shape[-1] else None
     _forward(
         BIASED if basis is None else REGULATED,

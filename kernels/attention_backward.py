@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ._attention_gradients import _attention_bwd_columns_kernel, _attention_bwd_rows_kernel
-from ._launch import config, dot_dtype, launch, pieces, unit_stride
+from ._launch import ceil_div, config, dot_dtype, launch, pieces, power_of_2, unit_stride
 from ._short_gradients import _attention_bwd_short_kernel
 from .attention import BIASED, NO_BASIS, PLAIN, REGULATED, STATISTICS, Basis, align_of, basis_of
 
@@ -85,7 +84,7 @@ class _Pass(NamedTuple):
             "D": self.q.shape[3],
             "D1": d1,
             "D2": d2,
-            "COLUMNS": max(triton.next_power_of_2(self.special), 16) if self.special else 0,
+            "COLUMNS": max(power_of_2(self.special), 16) if self.special else 0,
             "PINNED": self.plain_lse is not None and self.grad_square is None,
             "ALIGN": align_of(*read),
             "DOT": dot_dtype(self.q.dtype),
@@ -117,9 +116,9 @@ def _short(
     if with_v and x.grad_out is None:
         return _short(x, use, dq, with_k, False)[0], x.v.new_zeros(x.v.shape)
     batch, heads, image_tokens, _ = x.q.shape
-    blocks = triton.cdiv(image_tokens, use["BLOCK_M"])
-    tiles = triton.cdiv(blocks, min(blocks, triton.cdiv(use.pop("PROGRAMS"), batch * heads)))
-    parts = triton.cdiv(blocks, tiles)
+    blocks = ceil_div(image_tokens, use["BLOCK_M"])
+    tiles = ceil_div(blocks, min(blocks, ceil_div(use.pop("PROGRAMS"), batch * heads)))
+    parts = ceil_div(blocks, tiles)
     # Together, so that one sum over the parts serves both.
     sums = x.lse.new_empty(with_k + with_v, parts, *x.k.shape)
     dk, dv = (sums[0] if with_k else None), (sums[-1] if with_v else None)
@@ -153,7 +152,7 @@ def _short(
         x.scale,
         x.map_weight,
         # At least as many as a group of four warps shares on sm_90 and later.
-        N1=max(triton.next_power_of_2(x.k.shape[2]), 64),
+        N1=max(power_of_2(x.k.shape[2]), 64),
         **{name: constants[name] for name in ("D", "D1", "D2", "ALIGN", "DOT")},
     )
     if not (with_k or with_v):
@@ -169,7 +168,7 @@ def _rows(
     batch, heads, image_tokens, _ = x.q.shape
     # Without dq there is no loop over the columns, which is another choice of blocks.
     use = x.config("attention_bwd_rows", 0 if dq is None else x.k.shape[2])
-    blocks = triton.cdiv(image_tokens, use["BLOCK_M"])
+    blocks = ceil_div(image_tokens, use["BLOCK_M"])
     grad_bias = None
     if with_bias and x.bias is not None:
         shape = x.bias.shape if x.form.value == BIASED.value else (blocks, *x.bias.shape)
@@ -227,10 +226,10 @@ def _columns(
     programs = ordinary.pop("PROGRAMS")
     # Rows are split evenly, into whole blocks of both.
     block = max(ordinary["BLOCK_M"], special["BLOCK_M"]) if x.special else ordinary["BLOCK_M"]
-    blocks = triton.cdiv(x.q.shape[2], block)
-    parts = triton.cdiv(programs, triton.cdiv(tokens, ordinary["BLOCK_N"]) * batch * heads)
-    rows_each = triton.cdiv(blocks, min(blocks, parts)) * block
-    splits = triton.cdiv(x.q.shape[2], rows_each)
+    blocks = ceil_div(x.q.shape[2], block)
+    parts = ceil_div(programs, ceil_div(tokens, ordinary["BLOCK_N"]) * batch * heads)
+    rows_each = ceil_div(blocks, min(blocks, parts)) * block
+    splits = ceil_div(x.q.shape[2], rows_each)
     dtype = x.q.dtype if splits == 1 else torch.float32
     allocate = x.q.new_empty if free else x.q.new_zeros
     dk, dv = (allocate(splits, *x.k.shape, dtype=dtype) if wanted else None for wanted in (with_k, with_v))
@@ -240,7 +239,7 @@ def _columns(
     for is_special, columns, use in tiles:
         launch(
             _attention_bwd_columns_kernel,
-            (triton.cdiv(columns, use["BLOCK_N"]) * splits, batch * heads),
+            (ceil_div(columns, use["BLOCK_N"]) * splits, batch * heads),
             x.q.device,
             use,
             x.grad_out,

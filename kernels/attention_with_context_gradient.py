@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import config, dot_dtype, launch, pieces, unit_stride
+from ._launch import ceil_div, config, dot_dtype, launch, pieces, power_of_2, unit_stride
 from ._tiles import (
     LN_2,
     LOG2_E,
@@ -27,7 +27,7 @@ from ._tiles import (
     store_piece,
     store_pieces,
 )
-from .attention import align_of, attention
+from .attention import align_of, attention, new_rows
 
 # How many parts are read at a time, where they are merged.
 MERGED = 16
@@ -229,12 +229,12 @@ def attention_with_context_gradient(
     if query_weight is not None:
         query_weight = unit_stride(query_weight)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    lse = new_rows(q)
     update = lse.new_empty(batch, heads, tokens, d)
     column_lse = lse.new_empty(batch, heads, tokens)
-    blocks = triton.cdiv(image_tokens, use["BLOCK_M"])
-    tiles = triton.cdiv(blocks, min(blocks, triton.cdiv(programs, batch * heads)))
-    parts = triton.cdiv(blocks, tiles)
+    blocks = ceil_div(image_tokens, use["BLOCK_M"])
+    tiles = ceil_div(blocks, min(blocks, ceil_div(programs, batch * heads)))
+    parts = ceil_div(blocks, tiles)
     sums, tops, totals = update, column_lse, column_lse
     if parts > 1:
         sums, tops = update.new_empty(parts, *update.shape), column_lse.new_empty(parts, *column_lse.shape)
@@ -268,7 +268,7 @@ def attention_with_context_gradient(
         D1=d1,
         D2=d2,
         # At least as many as a group of four warps shares on sm_90 and later.
-        N1=max(triton.next_power_of_2(tokens), 64),
+        N1=max(power_of_2(tokens), 64),
         PARTS=parts > 1,
         ALIGN=align_of(q, k, v),
         DOT=dot_dtype(q.dtype),
@@ -277,7 +277,7 @@ def attention_with_context_gradient(
         use = config("context_gradient_merge", q.device)
         launch(
             _context_gradient_merge_kernel,
-            (triton.cdiv(tokens, use["BLOCK_N"]), batch * heads),
+            (ceil_div(tokens, use["BLOCK_N"]), batch * heads),
             q.device,
             use,
             sums,
@@ -288,7 +288,7 @@ def attention_with_context_gradient(
             tokens,
             parts,
             D=d,
-            D1=max(triton.next_power_of_2(d), 16),
+            D1=max(power_of_2(d), 16),
             MASKED=key_bias is not None,
             BLOCK_PARTS=MERGED,
         )

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import config, dot_dtype, launch, pieces, unit_stride
+from ._launch import ceil_div, config, dot_dtype, launch, pieces, power_of_2, unit_stride
 from ._tiles import (
     LN_2,
     LOG2_E,
@@ -27,7 +27,7 @@ from ._tiles import (
     store_maps,
     store_piece,
 )
-from .attention import align_of, attention
+from .attention import align_of, attention, new_rows
 from .maps_from_lse import chosen_columns, shared_heads
 
 _STRIDES = [f"stride_{x}{y}" for x, last in (("q", "m"), ("k", "n"), ("v", "n")) for y in "bh" + last]
@@ -156,8 +156,8 @@ def attention_with_maps(
         out, lse = attention(q, k, v, key_bias, scale)
         return out, chosen_columns(q, k, lse, token_ids, key_bias, per_head, scale, most), lse
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    blocks = triton.cdiv(image_tokens, use["BLOCK_M"])
+    lse = new_rows(q)
+    blocks = ceil_div(image_tokens, use["BLOCK_M"])
     groups, each = shared_heads(heads, most, blocks * batch, use.pop("PROGRAMS"))
     padded = token_ids is not None and token_ids.ndim == 2
     allocate = lse.new_zeros if padded else lse.new_empty
@@ -192,7 +192,7 @@ def attention_with_maps(
         D1=d1,
         D2=d2,
         # At least as many as a group of four warps shares on sm_90 and later.
-        N1=max(triton.next_power_of_2(tokens), 64),
+        N1=max(power_of_2(tokens), 64),
         ALIGN=align_of(q, k, v),
         DOT=dot_dtype(q.dtype),
     )

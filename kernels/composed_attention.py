@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import config, dot_dtype, launch, pieces, unit_stride
+from ._launch import ceil_div, config, dot_dtype, launch, pieces, unit_stride
 from ._tiles import (
     add_weighted,
     aligned,
@@ -139,7 +139,7 @@ def composed_attention(
     d1, d2 = pieces(d)
     launch(
         _composed_attention_fwd_kernel,
-        (triton.cdiv(image_tokens, use["BLOCK_M"]), batch * heads),
+        (ceil_div(image_tokens, use["BLOCK_M"]), batch * heads),
         q.device,
         use,
         q,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import config, launch, unit_stride
+from ._launch import ceil_div, config, launch, unit_stride
 
 _STRIDES = ["stride_ub", "stride_uh", "stride_un", "stride_kb", "stride_kh", "stride_kn"]
 
@@ -112,7 +112,7 @@ def context_pull(
     use = config("context_pull_fwd", k.device, n=tokens)
     launch(
         _context_pull_fwd_kernel,
-        (triton.cdiv(tokens, use["BLOCK_N"]), batch),
+        (ceil_div(tokens, use["BLOCK_N"]), batch),
         k.device,
         use,
         update,

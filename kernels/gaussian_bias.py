@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gaussian import X_BLOCK, axis_weight
-from ._launch import config, launch
+from ._launch import ceil_div, config, launch
 
 _SIZES = ["height", "width", "ry", "rx"]
 
@@ -88,7 +88,7 @@ def _gaussian_bias_bwd_kernel(
 
 
 def _grid(use: dict[str, int], grid: tuple[int, int], maps: int) -> tuple[int, int]:
-    return triton.cdiv(grid[0], use["BLOCK_Y"]) * triton.cdiv(grid[1], use["BLOCK_X"]), maps
+    return ceil_div(grid[0], use["BLOCK_Y"]) * ceil_div(grid[1], use["BLOCK_X"]), maps
 
 
 def gaussian_bias(theta: Tensor, grid: tuple[int, int], axes: list[float]) -> Tensor:

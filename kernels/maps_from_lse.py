@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention_gradients import _map_gradient
-from ._launch import config, dot_dtype, launch, pieces, unit_stride
+from ._launch import ceil_div, config, dot_dtype, launch, pieces, power_of_2, unit_stride
 from ._tiles import add_scaled, aligned, exp, load_key_bias, load_pieces, row_products, store_maps, store_pieces
 from .attention import align_of
 
@@ -314,8 +314,8 @@ def _maps_from_lse_bwd_merge_kernel(
 
 def shared_heads(heads: int, most: int, tiles: int, programs: int) -> tuple[int, int]:
     """Into how many groups of how many heads, at most `most`, so that there are about `programs` programs."""
-    each = triton.cdiv(heads, min(most, triton.cdiv(programs, tiles)))
-    return triton.cdiv(heads, each), each
+    each = ceil_div(heads, min(most, ceil_div(programs, tiles)))
+    return ceil_div(heads, each), each
 
 
 def _layout(q: Tensor, k: Tensor, lse: Tensor, ids: Tensor | None, count: int) -> list[int]:
@@ -350,7 +350,7 @@ def chosen_columns(
     count = k.shape[2] if token_ids is None else token_ids.shape[-1]
     ids = None if token_ids is None else unit_stride(token_ids)
     use = _config("maps_from_lse_fwd", q, count)
-    blocks, tiles = triton.cdiv(image_tokens, use["BLOCK_M"]), triton.cdiv(count, use["BLOCK_N"])
+    blocks, tiles = ceil_div(image_tokens, use["BLOCK_M"]), ceil_div(count, use["BLOCK_N"])
     groups, each = shared_heads(heads, most, blocks * tiles * batch, use.pop("PROGRAMS"))
     maps = lse.new_empty((batch, heads, count, image_tokens) if per_head else (groups, batch, count, image_tokens))
     launch(
@@ -408,7 +408,7 @@ def maps_from_lse_backward(
     dlse = torch.empty_like(lse, memory_format=torch.contiguous_format) if needed[2] else None
     if needed[0] or needed[2]:
         use = _config("maps_from_lse_bwd_rows", q, count)
-        grid = (triton.cdiv(image_tokens, use["BLOCK_M"]), batch * heads)
+        grid = (ceil_div(image_tokens, use["BLOCK_M"]), batch * heads)
         launch(
             _maps_from_lse_bwd_rows_kernel,
             grid,
@@ -425,9 +425,9 @@ def maps_from_lse_backward(
     if not needed[1]:
         return dq, None, dlse
     use = _config("maps_from_lse_bwd_columns", q, count)
-    blocks, tiles = triton.cdiv(image_tokens, use["BLOCK_M"]), triton.cdiv(count, use["BLOCK_N"])
-    each = triton.cdiv(blocks, min(blocks, triton.cdiv(use.pop("PROGRAMS"), tiles * batch * heads)))
-    splits = triton.cdiv(blocks, each)
+    blocks, tiles = ceil_div(image_tokens, use["BLOCK_M"]), ceil_div(count, use["BLOCK_N"])
+    each = ceil_div(blocks, min(blocks, ceil_div(use.pop("PROGRAMS"), tiles * batch * heads)))
+    splits = ceil_div(blocks, each)
     parts = lse.new_empty(splits, batch, heads, count, d)
     launch(
         _maps_from_lse_bwd_columns_kernel,
@@ -447,7 +447,7 @@ def maps_from_lse_backward(
     use = _config("maps_from_lse_bwd_merge", q, count)
     launch(
         _maps_from_lse_bwd_merge_kernel,
-        (triton.cdiv(count, use["BLOCK_N"]), batch * heads),
+        (ceil_div(count, use["BLOCK_N"]), batch * heads),
         q.device,
         use,
         parts,
@@ -459,6 +459,6 @@ def maps_from_lse_backward(
         count,
         splits,
         D=d,
-        WIDTH=triton.next_power_of_2(d),
+        WIDTH=power_of_2(d),
     )
     return dq, dk, dlse

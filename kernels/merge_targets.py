@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import config, launch, pieces, unit_stride
+from ._launch import ceil_div, config, launch, pieces, power_of_2, unit_stride
 from ._tiles import load_ids, load_pieces, rest_of, store_pieces
 
 _STRIDES = ["vb", "vh", "vn", "gb", "gh", "gm", "target", "pinned"]
@@ -317,7 +317,7 @@ def merge_targets(
     d1, d2 = pieces(d, 8)
     launch(
         _merge_targets_fwd_kernel,
-        (triton.cdiv(image_tokens, use["BLOCK_M"]), batch * heads),
+        (ceil_div(image_tokens, use["BLOCK_M"]), batch * heads),
         v.device,
         use,
         rest_out.contiguous(),
@@ -370,7 +370,7 @@ def merge_targets_backward(
     grad_out, v = unit_stride(grad_out), unit_stride(v)
     (targets, stride_target), (pinned, stride_pinned) = _ids(target_ids), _ids(pinned_ids)
     use = config("merge_targets_bwd", v.device, d=d, m=image_tokens)
-    blocks = triton.cdiv(image_tokens, use["BLOCK_M"])
+    blocks = ceil_div(image_tokens, use["BLOCK_M"])
     columns = logits.shape[2] + pins
     parts = None if of_v is None else v.new_empty(batch * heads, blocks, columns, d, dtype=torch.float32)
     d1, d2 = pieces(d, 8)
@@ -424,8 +424,8 @@ def merge_targets_backward(
             logits.shape[2],
             pins,
             blocks,
-            COLUMNS=triton.next_power_of_2(columns),
+            COLUMNS=power_of_2(columns),
             D=d,
-            BLOCK_D=triton.next_power_of_2(d),
+            BLOCK_D=power_of_2(d),
         )
     return grads

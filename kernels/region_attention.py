@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import config, dot_dtype, launch, pieces, unit_stride
+from ._launch import ceil_div, config, dot_dtype, launch, pieces, unit_stride
 from ._tiles import (
     LOG2_E,
     add_weighted,
@@ -157,7 +157,7 @@ def region_attention(
     d1, d2 = pieces(d)
     launch(
         _region_attention_fwd_kernel,
-        (triton.cdiv(image_tokens, use["BLOCK_M"]), batch * heads),
+        (ceil_div(image_tokens, use["BLOCK_M"]), batch * heads),
         q.device,
         use,
         q,

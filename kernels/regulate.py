@@ -8,6 +8,7 @@ its next turn goes through 4 T M + 3 M floats of global memory, which stay in th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gaussian import axis_weight, bias_tile
-from ._launch import config, launch
+from ._launch import ceil_div, config, launch, power_of_2
 from ._objective import (
     Aim,
     add_columns,
@@ -590,6 +591,15 @@ def _select_fwd_kernel(
             tl.store(kept_ptr + at, theta, mask=at < size)
 
 
+@functools.cache
+def _tile_sides(height: int, width: int, ry: int, rx: int) -> dict[str, int]:
+    """The sides of a grid's tile and of theta's; do not change what is returned."""
+    sides = {"HEIGHT": max(power_of_2(height), 16), "WIDTH": max(power_of_2(width), 16)}
+    # Where every thread has sixteen cells, the rows between the eight would spill.
+    rows = 8 if sides["HEIGHT"] * sides["WIDTH"] <= 1024 else 16
+    return {**sides, "RY": max(power_of_2(ry), rows), "RX": max(power_of_2(rx), 16)}
+
+
 def regulate(
     logits: Tensor,
     rest_lse: Tensor,
@@ -615,18 +625,15 @@ def regulate(
     settings = Aim.of(logits.shape[3], *aim)
     batch, heads, targets, tokens = logits.shape
     ry, rx = theta.shape[3:]
-    block = {"HEIGHT": max(triton.next_power_of_2(grid[0]), 16), "WIDTH": max(triton.next_power_of_2(grid[1]), 16)}
-    # Where every thread has sixteen cells, the rows between the eight would spill.
-    rows = 8 if block["HEIGHT"] * block["WIDTH"] <= 1024 else 16
-    block |= {"RY": max(triton.next_power_of_2(ry), rows), "RX": max(triton.next_power_of_2(rx), 16)}
-    use = dict(config("regulate_fwd", logits.device, cells=block["HEIGHT"] * block["WIDTH"], targets=targets))
-    group = use["GROUP"] = min(use["GROUP"], triton.next_power_of_2(targets))
-    whole = use["WHOLE"] = bool(use["WHOLE"]) and group >= targets
+    block = _tile_sides(*grid, ry, rx)
     cells = block["HEIGHT"] * block["WIDTH"]
+    use = dict(config("regulate_fwd", logits.device, cells=cells, targets=targets))
+    group = use["GROUP"] = min(use["GROUP"], power_of_2(targets))
+    whole = use["WHOLE"] = bool(use["WHOLE"]) and group >= targets
     scratch = 0
     if not whole:
         bases = block["HEIGHT"] * block["RY"] + block["WIDTH"] * block["RX"]
-        scratch = (4 * triton.cdiv(targets, group) * group + 3) * cells + bases
+        scratch = (4 * ceil_div(targets, group) * group + 3) * cells + bases
     losses = logits.new_empty(steps, batch, heads)
     thetas = logits.new_empty(steps if previous is None else steps + 1, *theta.shape)
     launch(
@@ -660,7 +667,7 @@ def regulate(
     use = config("select_fwd", logits.device)
     launch(
         _select_fwd_kernel,
-        (triton.cdiv(tokens, use["BLOCK_M"]), batch * heads),
+        (ceil_div(tokens, use["BLOCK_M"]), batch * heads),
         logits.device,
         use,
         losses,
@@ -680,6 +687,6 @@ def regulate(
         ema,
         BATCH=select == "batch",
         AVERAGED=ema > 0,
-        T_BLOCK=triton.next_power_of_2(targets),
+        T_BLOCK=power_of_2(targets),
     )
     return bias, kept, losses

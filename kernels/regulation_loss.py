@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import config, launch
+from ._launch import config, launch, power_of_2
 from ._objective import (
     Aim,
     add_columns,
@@ -251,10 +251,10 @@ def _run(
     logits, _, _, _, theta = inputs
     assert logits is not None
     batch, heads, targets, tokens = logits.shape
-    cells = max(triton.next_power_of_2(tokens), 16)
+    cells = max(power_of_2(tokens), 16)
     settings = Aim.of(tokens, *aim)
     use = dict(config(operation, logits.device, cells=cells, targets=targets))
-    use["GROUP"] = min(use["GROUP"], triton.next_power_of_2(targets))
+    use["GROUP"] = min(use["GROUP"], power_of_2(targets))
     launch(
         kernel,
         (batch * heads,),

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import config, launch, unit_stride
+from ._launch import ceil_div, config, launch, power_of_2, unit_stride
 from ._smoothing import load_smoothed, padded_taps
 
 VARIANTS = ("similarity", "cosine", "normalised_cosine", "absolute")
@@ -362,11 +362,11 @@ def _forward(
 ) -> None:
     batch, tokens, places = maps.shape
     lengths = None if lengths is None else unit_stride(lengths)
-    tile = max(triton.next_power_of_2(tokens), 16)
+    tile = max(power_of_2(tokens), 16)
     sizes = {"tokens": tile, "m": places}
     shared = {"RADIUS": len(taps) // 2, "N": tile}
     use = dict(config("similarity_products_fwd", maps.device, **sizes))
-    parts = min(use.pop("PROGRAMS"), triton.cdiv(places, use["BLOCK_M"]))
+    parts = min(use.pop("PROGRAMS"), ceil_div(places, use["BLOCK_M"]))
     numbers = (tokens, *grid, parts, *padded_taps(taps))
     partial, smoothed = None, made["smoothed"]
     if parts > 1:
@@ -406,13 +406,13 @@ def _backward(
     dtype: torch.dtype,
 ) -> Tensor:
     batch, tokens, places = maps.shape
-    tile = max(triton.next_power_of_2(tokens), 16)
+    tile = max(power_of_2(tokens), 16)
     use = config("similarity_bwd", maps.device, tokens=tile, m=places)
     out = maps.new_empty(maps.shape, dtype=dtype)
     strides: Any = grad.stride() if inverse is not None else (*grad.stride(), 0, 0)
     launch(
         _similarity_bwd_kernel,
-        (batch, triton.cdiv(places, use["BLOCK_M"])),
+        (batch, ceil_div(places, use["BLOCK_M"])),
         maps.device,
         use,
         grad,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import config, launch
+from ._launch import ceil_div, config, launch
 from ._smoothing import load_smoothed, padded_taps
 
 
@@ -55,7 +55,7 @@ def smooth_maps(
     use = config("smooth_maps_fwd", maps.device, m=places, tokens=tokens)
     launch(
         _smooth_maps_fwd_kernel,
-        (batch * triton.cdiv(tokens, use["BLOCK_N"]), triton.cdiv(places, use["BLOCK_M"])),
+        (batch * ceil_div(tokens, use["BLOCK_N"]), ceil_div(places, use["BLOCK_M"])),
         maps.device,
         use,
         maps,

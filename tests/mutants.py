@@ -58,7 +58,52 @@ TACA = "methods/test_taca.py"
 GUIDANCE = "attach/test_guidance.py"
 CASES = "attach/test_cases.py"
 WALKS = "attach/test_contexts.py"
+LAUNCH = "kernels/test_launch.py -k launched_as_triton_would"
 
+HOST = [
+    Mutant(
+        "launch: a misaligned tensor takes the kernel of an aligned one",
+        "kernels/_launch.py",
+        "key[place + index] = x.dtype, address & 15 == 0",
+        "key[place + index] = x.dtype",
+        LAUNCH,
+    ),
+    Mutant(
+        "launch: another configuration takes the same kernel",
+        "kernels/_launch.py",
+        "key = [kernel.fn, device, tuple(config), *config.values(), tuple(constants), *constants.values(), *arguments]",
+        "key = [kernel.fn, device, tuple(constants), *constants.values(), *arguments]",
+        LAUNCH,
+    ),
+    Mutant(
+        "launch: hooks are passed over",
+        "kernels/_launch.py",
+        "if INTERPRETED or _AMD or _watched(kernel):",
+        "if INTERPRETED or _AMD:",
+        LAUNCH,
+    ),
+    Mutant(
+        "operations: modes do not see them",
+        "attnctl_fast/_observed.py",
+        "    torch._C._len_torch_dispatch_stack,\n",
+        "",
+        "ops/test_library.py -k all_who_look",
+    ),
+    Mutant(
+        "ids: those of inference mode are kept",
+        "attnctl_fast/_validate.py",
+        "with torch.inference_mode(False):",
+        "with torch.inference_mode(torch.is_inference_mode_enabled()):",
+        "ops/test_library.py -k moved_to_their_device",
+    ),
+    Mutant(
+        "maps: the table of ids outlives a change of them",
+        "attnctl_fast/ops/attention_with_maps.py",
+        "state = token_ids._version, tokens, stream",
+        "state = tokens, stream",
+        f"{MAPS} -k table_of_ids",
+    ),
+]
 OPS = [
     Mutant(
         "attention: no gradient through the logsumexp",
@@ -916,8 +961,8 @@ METHODS = [
     Mutant(
         "AttentionRegulation: the same weights at every step",
         "attnctl_fast/methods/attention_regulation.py",
-        'key = f"{seed}/{layer}/{evaluation}"',
-        'key = f"{seed}/{layer}"',
+        "scrambled(keys ^ scrambled(evaluation))",
+        "scrambled(keys)",
         "methods/test_attention_regulation.py -k 'drawn_uniformly'",
     ),
     Mutant(
@@ -1075,7 +1120,7 @@ METHODS = [
         "methods/test_attend_and_excite.py -k 'same_latents'",
     ),
 ]
-MUTANTS = (*OPS, *TRITON, *ATTACH, *METHODS)
+MUTANTS = (*OPS, *TRITON, *HOST, *ATTACH, *METHODS)
 
 
 def misplaced() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -53,8 +54,8 @@ class AttentionRegulation(Method):
             end of the text is unknown, and only the start is put back.
         convention: `"official"` (the released code) or `"paper"`: centres, objective and whether the bias is added
             before or after scaling the logits.
-        seed: of the initial weights, which are drawn afresh, uniform in [0, 1), at every layer and evaluation from a
-            generator of its own: neither the pipeline's generators nor the global one are used.
+        seed: of the initial weights, uniform in [0, 1) and others at every layer and evaluation, but the same on every
+            device: neither the pipeline's generators nor the global one are used.
         sigma: width of the Gaussians in cells, one number or (along y, along x); None for the grid's default.
         quantile: which quantile of each target's map is aimed at.
         level: the aim of that quantile, a share of the attention.
@@ -152,6 +153,9 @@ class _Regulating(Run):
         self._ids = tuple(_id_tensor(rows, call.images) for rows in (positions, pinned))
         self._rows: Rows | None = None
         self._strength: Tensor
+        self._keys: Tensor
+        self._shapes: list[torch.Size]
+        self._sizes: list[int]
 
     def before_denoiser(self, evaluation: Evaluation) -> None:
         method, call, rows = self.method, self.call, evaluation.rows
@@ -165,15 +169,17 @@ class _Regulating(Run):
             self._rows = rows
             of_rows = (ids if ids.ndim == 1 else rows.of_samples(ids) for ids in self._ids)
             self.target_ids, self.pinned_ids = (_moved(ids, sample.device) for ids in of_rows)
+            self._keys = _moved(self._weight_keys(len(rows.conditional)), sample.device)
             for site in self._sites:
                 site.previous = {}
         strength = method.strength * method.decay**call.step if self.active else 0.0
         wide = torch.promote_types(sample.dtype, torch.float32)
         self._strength = torch.full((), strength, dtype=wide, device=sample.device)
         if self.active or not hasattr(self._sites[0], "theta"):
-            for site in self._sites:
-                theta = self._initial_theta(site).to(wide).expand(len(rows.conditional), -1, -1, -1, -1)
-                site.theta = _moved(theta, sample.device)
+            # All layers' at once, since every kernel costs the host some microseconds.
+            weights = uniform(self._keys, call.evaluation).to(wide).split(self._sizes)
+            for site, shape, theta in zip(self._sites, self._shapes, weights, strict=True):
+                site.theta = theta.view(shape)
         for site in self._sites:
             # Views of one picture have averages of their own.
             if call.view not in site.previous:
@@ -229,24 +235,51 @@ class _Regulating(Run):
 
         return Edited(out, probabilities)
 
-    def _initial_theta(self, site: Site) -> Tensor:
-        """Return uniform weights `[H,T,r_y,r_x]`.
+    def _weight_keys(self, samples: int) -> Tensor:
+        """Return the keys of the initial weights of all layers, one layer after the other.
 
         They are the same for every sample, whatever the batch and its longest list of targets.
         """
-        method = self.method
-        centres = ops.basis_shape(site.grid, method.sigma, method.convention)
-        targets = self.target_ids.shape[-1]
-        return initial_theta(method.seed, site.name, self.call.evaluation, site.heads, targets, centres)
+        method, targets = self.method, self.target_ids.shape[-1]
+        keys = []
+        for site in self._sites:
+            centres = ops.basis_shape(site.grid, method.sigma, method.convention)
+            of_one = weight_keys(method.seed, site.name, site.heads, targets, centres)
+            keys.append(of_one.expand(samples, -1, -1, -1, -1))
+        self._shapes, self._sizes = [x.shape for x in keys], [x.numel() for x in keys]
+        return torch.cat([x.flatten() for x in keys])
+
+
+def weight_keys(seed: int, layer: str, heads: int, targets: int, centres: tuple[int, int]) -> Tensor:
+    """Return what tells the initial weights `[H,T,r_y,r_x]` of a layer apart, int64 below 2^32, on the CPU."""
+    digest = hashlib.blake2b(f"{seed}/{layer}".encode(), digest_size=4).digest()
+    shape = (targets, heads, *centres)
+    # Target by target, so that the first targets' weights do not depend on how many there are.
+    count = torch.arange(math.prod(shape)).view(shape).transpose(0, 1)
+    return scrambled((count + int.from_bytes(digest, "little")) & 0xFFFFFFFF)
+
+
+def scrambled(x: Any) -> Any:
+    """Return a permutation of the numbers below 2^32 that leaves no pattern, of ints or an int64 tensor.
+
+    Products stay below 2^59, so that they are the same on every device.
+    """
+    for _ in range(2):
+        x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
+    return (x >> 16) ^ x
+
+
+def uniform(keys: Tensor, evaluation: int) -> Tensor:
+    """Return numbers of [0, 1) in float32, one for every key, for an evaluation of the model: the same on every device.
+
+    Nothing is drawn in turn, so that they are made where they are used.
+    """
+    return (scrambled(keys ^ scrambled(evaluation)) >> 8).float() * 2.0**-24
 
 
 def initial_theta(seed: int, layer: str, evaluation: int, heads: int, targets: int, centres: tuple[int, int]) -> Tensor:
     """Return uniform weights `[H,T,r_y,r_x]` of one layer at one evaluation of the model, on the CPU."""
-    key = f"{seed}/{layer}/{evaluation}"
-    number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")
-    generator = torch.Generator().manual_seed(number)
-    # Target by target, so that the first targets' weights do not depend on how many there are.
-    return torch.stack([torch.rand(heads, *centres, generator=generator) for _ in range(targets)], 1)
+    return uniform(weight_keys(seed, layer, heads, targets, centres), evaluation)
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:

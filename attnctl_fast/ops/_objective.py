@@ -88,6 +88,7 @@ class Objective:
             raise ValueError("objective 'paper' needs stats.rest_square; call target_statistics(..., with_square=True)")
         mass_weight = DEFAULT_MASS_WEIGHT if mass_weight is None else mass_weight
         penalty = DEFAULT_PENALTY[name] if penalty is None else penalty
+        mass = None if mass is None else float(mass)
         return cls(name, float(quantile), float(level), mass, float(mass_weight), float(penalty))
 
     @property

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import reference
 from .._impl import resolve
+from .._observed import observed
 from .._validate import (
     TokenIds,
     check_kernel_limits,
@@ -169,6 +171,27 @@ def slot_table(token_ids: Tensor, tokens: int) -> Tensor:
     return table.scatter_(1, torch.where(ids < 0, tokens, ids), slots)
 
 
+# The table of ids, and for which version of them, how many tokens and which stream it was made.
+_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _slots(token_ids: Tensor, tokens: int) -> Tensor:
+    """Return `slot_table`, made once for the same tensor: it takes five kernels, which may cost what the maps do.
+
+    A CUDA graph makes its own: the ids may change between its replays.
+    """
+    on_gpu = token_ids.is_cuda
+    if observed((token_ids,)) or token_ids.is_inference() or (on_gpu and torch.cuda.is_current_stream_capturing()):
+        return slot_table(token_ids, tokens)
+    stream = torch.cuda.current_stream(token_ids.device) if on_gpu else None
+    state = token_ids._version, tokens, stream
+    kept = _tables.get(token_ids)
+    if kept is None or kept[0] != state:
+        with torch.inference_mode(False):
+            kept = _tables[token_ids] = state, slot_table(token_ids, tokens)
+    return kept[1]
+
+
 # No map depends on v.
 _REACH = ((0, 1), (0, 1), (0,))
 _SCHEMA = (
@@ -264,7 +287,7 @@ def attention_with_maps(
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
     if impl == "triton":
         check_kernel_limits(q)
-        slots = None if ids is None else slot_table(ids, k.shape[2])
+        slots = None if ids is None else _slots(ids, k.shape[2])
         return _triton(q, k, v, ids, slots, key_bias, reduce == "none", scale)
     run = attention_with_maps_reference if impl == "reference" else _eager
     out, maps = run(q, k, v, ids, reduce == "none", scale, key_bias)

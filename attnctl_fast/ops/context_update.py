@@ -182,7 +182,7 @@ def context_update(
     if resolve(impl, k.device) == "triton" and key_bias is None and not differentiated(*tensors):
         check_kernel_limits(k)
         gammas = [x if isinstance(x, Tensor) else torch.full((), x, device=k.device) for x in (gamma_attn, gamma_norm)]
-        pull = _pull_triton(update, k, *gammas, token_weight, alpha, halved)
+        pull = _pull_triton(update, k, *gammas, token_weight, float(alpha), halved)
     else:
         pull = _pull(update, k, gamma_attn, gamma_norm, token_weight, alpha, halved, key_bias)
     return project_back(pull, to_k, k.dtype)

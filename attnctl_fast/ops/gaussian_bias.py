@@ -42,8 +42,13 @@ def _axis_centres(side: int, sigma: float, centres: str) -> list[float]:
 def basis_axes(
     grid: tuple[int, int], sigma: Sigma | None, centres: str
 ) -> tuple[list[float], list[float], float, float]:
-    """Return the checked (centres_y, centres_x, sigma_y, sigma_x)."""
-    height, width = check_grid(grid)
+    """Return the checked (centres_y, centres_x, sigma_y, sigma_x); do not change the lists, which are kept."""
+    axes = _axes if torch.compiler.is_compiling() else _kept_axes
+    return axes(check_grid(grid), tuple(sigma) if isinstance(sigma, list) else sigma, centres)
+
+
+def _axes(grid: tuple[int, int], sigma: Sigma | None, centres: str) -> tuple[list[float], list[float], float, float]:
+    height, width = grid
     if centres not in CENTRES:
         raise ValueError(f"centres is {centres!r}; it must be one of {', '.join(map(repr, CENTRES))}")
     if sigma is None:
@@ -62,6 +67,9 @@ def basis_axes(
                 "apart); pass a smaller sigma or choose a layer with a larger grid"
             )
     return *axes, sigma_y, sigma_x
+
+
+_kept_axes = functools.lru_cache(maxsize=1024)(_axes)
 
 
 def basis_shape(grid: tuple[int, int], sigma: Sigma | None = None, centres: str = "official") -> tuple[int, int]:

@@ -63,7 +63,7 @@ def check_bias(bias: Tensor, shape: tuple[int, ...], device: torch.device, dtype
 
     ValueError unless it is a float tensor of `shape` [B,H,T,M] on `device`, no wider.
     """
-    if not bias.dtype.is_floating_point or tuple(bias.shape) != tuple(shape):
+    if not bias.dtype.is_floating_point or bias.shape != shape:
         raise ValueError(
             f"bias is {bias.dtype} of shape {tuple(bias.shape)}; it must be a float tensor [B,H,T,M] = {list(shape)}"
         )
@@ -103,7 +103,8 @@ def merge_targets(
     Raises:
         ValueError: a bias, ids or values that do not fit the statistics.
     """
-    if v.ndim != 4 or v.shape[:2] != stats.rest_out.shape[:2] or v.shape[3] != stats.rest_out.shape[3]:
+    of_v, of_rest = v.shape, stats.rest_out.shape
+    if len(of_v) != 4 or of_v[0] != of_rest[0] or of_v[1] != of_rest[1] or of_v[3] != of_rest[3]:
         raise ValueError(f"v has shape {tuple(v.shape)}, which does not fit rest_out {tuple(stats.rest_out.shape)}")
     if not v.dtype.is_floating_point or v.device != stats.rest_out.device:
         raise ValueError(f"v is {v.dtype} on {v.device}; it must be a float tensor on {stats.rest_out.device}")

@@ -377,7 +377,8 @@ def regulate(
     square = stats.rest_square if objective == "paper" else None
     tensors = (logits, stats.rest_lse, square, theta, previous, factor)
     detached = [x if x is None else x.detach() for x in tensors]
-    settings = (bias_scale, ema, strength, steps, step_size, select, aim.name, *aim.terms)
+    numbers = (float(bias_scale), float(ema), float(strength), int(steps), float(step_size))
+    settings = (*numbers, select, aim.name, *aim.terms)
     if impl == "triton":
         _check_kernel_limits(logits, grid, shape[3:])
         return Regulation(*_triton_op(*detached, list(grid), kernel_axes(grid, sigma, centres), *settings))

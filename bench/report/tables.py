@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 from bench.harness.checkout import RESULTS, ROOT
 from bench.harness.rows import read
 from bench.pictures.overhead_rows import select_overhead
+from bench.report.host_table import host_table
 from bench.report.overhead_table import overhead_table, speed_table
 
 RESOURCES = ROOT / "bench" / "resources.json"
@@ -338,6 +339,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(operations_table, RESULTS / "ops_cpu.jsonl", name) for name in FAMILIES},
     "joint": lambda: joint_table(RESULTS / "joint_cpu.jsonl"),
     "ops": lambda: operations_table(RESULTS / "ops_cpu.jsonl", None),
+    "host": lambda: host_table(read(RESULTS / "host.jsonl")),
     "resources": lambda: resources_table(RESOURCES),
 }
 

@@ -110,6 +110,24 @@ def test_operations_against_their_rivals(tables, tmp_path):
     assert others[2:4] == ["| `gaussian_bias` | SD 2 B1 H20 | 4 (3 to 5) | 2 (1 to 3) two products | 0.50 |  |  |", ""]
 
 
+def test_the_host_before_and_now():
+    from bench.report.host_table import host_table
+
+    common = {"git": "abc", "device": "a CPU", "versions": {"torch": "2.13.0", "triton": "3.7.1"}}
+
+    def row(run, label, op, impl, median):
+        where = {"run": run, "label": label, "op": op, "impl": impl, "shape": "B1 H2", "dtype": "float16"}
+        return {**common, **where, "median": median, "q1": median - 1, "q3": median + 1, "launches": 1}
+
+    old = [row("1", "before", "attention", *x) for x in (("SDPA", 10.0), ("eager", 50.0), ("triton", 80.0))]
+    new = [row("2", "", "attention", *x) for x in (("SDPA", 10.0), ("eager", 40.0), ("triton", 32.0))]
+    earlier = [row("0", label, "attention", "triton", 1.0) for label in ("before", "")]
+    failed = {name: x for name, x in row("2", "", "regulate", "triton", 1.0).items() if name != "median"}
+    shown = host_table([*earlier, *old, *new, row("2", "", "other", "triton", 2.0), failed]).splitlines()
+    assert shown[2:4] == ["| `attention` | 1 | 80 (79 to 81) | 32 (31 to 33) | 2.5 |", ""]
+    assert "takes 5.0 times before and 4.0 times now what SDPA takes" in shown[4]
+
+
 def test_the_newest_run_of_a_case_is_shown(tables, tmp_path):
     path = tmp_path / "ops.jsonl"
     quick = {"quick": True, "run": "2026-01-05", "git": "new", "dirty": True}

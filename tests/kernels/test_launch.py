@@ -6,8 +6,12 @@ import contextlib
 import importlib
 import itertools
 import json
+import os
 import pkgutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +36,7 @@ pytest.importorskip("triton")
 _launch = importlib.import_module("attnctl_fast.kernels._launch")
 on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = _launch.read_table("default")
 # What each setting may shrink or grow to; a kernel must give the same result at both ends.
 SMALLEST = {"CUTS": 4, "num_warps": 1, "num_stages": 1, "maxnreg": 255}
@@ -203,6 +208,27 @@ def test_recording_runs_nothing():
     assert {launch.kernel.fn.__name__ for launch in record} and all(launch.config for launch in record)
     for launch in record:
         assert not set(launch.constants) & set(launch.config)
+
+
+def test_every_kernel_is_launched_as_triton_would():
+    """In a process of its own, for here kernels are interpreted; nothing is compiled or run."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.support.launched_alike"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = {name.strip("_").removesuffix("_kernel") for name in done.stdout.split()}
+    assert kernels == set(TABLE) - {"attention_bwd_special"}, "all but the form of another"
+
+
+def test_a_device_is_made_current_only_where_another_one_is(monkeypatch):
+    made, launched = [], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: made.append(device) or contextlib.nullcontext())
+    monkeypatch.setattr(_launch, "_launch_here", lambda kernel, grid, device, *rest: launched.append(device))
+    for index in (0, 1):
+        _launch.launch(None, (1,), torch.device("cuda", index), {})
+    assert made == [torch.device("cuda", 0)] and launched == [0, 1]
 
 
 def settings(rule):

@@ -117,17 +117,16 @@ def watching(pipe: Any, monkeypatch: pytest.MonkeyPatch, name: str = LAYER) -> A
         seen.text.append(kwargs["encoder_hidden_states"])
         seen.out.append(output)
 
-    draw = attention_regulation._Regulating._initial_theta
+    prepare = attention_regulation._Regulating.before_denoiser
 
-    def drawn(self: Any, site: Any) -> torch.Tensor:
-        theta = draw(self, site)
-        if site.name == name:
-            seen.theta.append(theta)
-        return theta
+    def prepared(self: Any, evaluation: Any) -> None:
+        prepare(self, evaluation)
+        if self.active:
+            seen.theta += [site.theta[0] for site in self._sites if site.name == name]
 
     handle = pipe.unet.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
     with monkeypatch.context() as patch:
-        patch.setattr(attention_regulation._Regulating, "_initial_theta", drawn)
+        patch.setattr(attention_regulation._Regulating, "before_denoiser", prepared)
         yield seen
     handle.remove()
 

@@ -10,13 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import gradcheck
 from torch.library import opcheck
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnctl_fast import ops
+from attnctl_fast._validate import check_columns
 from bench.ops.base import upstream, wide
 from bench.ops.inputs import Case
 from bench.ops.registry import DECLARED
@@ -45,6 +46,32 @@ def made(name, impl, case, dtype=torch.float32):
         return tuple(operation.run(case, impl, {**t, **dict(zip(leaves, given, strict=True))}).values())
 
     return function, [t[x].detach().contiguous().requires_grad_() for x in leaves]
+
+
+def test_ids_are_moved_to_their_device_once():
+    """But never those of a trace, of fake tensors or of inference mode."""
+    k = torch.zeros(1, 1, 9, 8)
+    with FakeTensorMode():
+        assert type(check_columns([3, 5], torch.zeros(1, 1, 9, 8))) is FakeTensor
+    with torch.inference_mode():
+        kept = check_columns([3, 5], k)
+    assert type(kept) is torch.Tensor and not kept.is_inference() and kept.tolist() == [3, 5]
+    assert check_columns((3, 5), k) is kept
+    assert check_columns([[3, 5]], k).tolist() == [[3, 5]]
+    elsewhere, ids = k.to("meta"), torch.tensor([3, 5])
+    assert check_columns(ids, elsewhere) is check_columns([3, 5], elsewhere)
+
+
+def test_an_operation_is_seen_by_all_who_look():
+    """Elsewhere its function runs without PyTorch's dispatcher."""
+    q = torch.ones(1, 1, 4, 8)
+    with torch.profiler.profile() as profile:
+        ops.attention(q, q, q)
+    assert "attnctl_fast::attention" in {event.name for event in profile.events()}
+    calls = []
+    with Dispatched(calls):
+        ops.attention(q, q, q)
+    assert [name for name, _ in calls] == ["attention"]
 
 
 class Functions(TorchFunctionMode):

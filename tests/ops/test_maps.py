@@ -238,6 +238,18 @@ def test_the_softmax_is_never_held(impl, ids, monkeypatch):
     assert out.nbytes <= largest.size <= batch * heads * m * n * out.itemsize // 4
 
 
+@pytest.mark.skipif(not TRITON, reason="needs Triton")
+def test_the_kernels_table_of_ids_follows_them():
+    """It is kept for as long as they do not change."""
+    q, k, v = attention_inputs(1, 1, 16, 9, 8, torch.float16)
+    ids = torch.tensor([1, 3], device=DEVICE)
+    before = ops.attention_with_maps(q, k, v, ids, impl="triton")[1]
+    assert torch.equal(before, ops.attention_with_maps(q, k, v, ids, impl="triton")[1])
+    ids += 1
+    after = ops.attention_with_maps(q, k, v, ids, impl="triton")[1]
+    assert torch.equal(after, ops.attention_with_maps(q, k, v, [2, 4], impl="triton")[1])
+
+
 def test_errors():
     q, k, v = attention_inputs(2, 2, 16, 9, 8, torch.float32)
     for how, text in (
