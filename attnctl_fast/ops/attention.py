@@ -49,14 +49,15 @@ def _mask(q: Tensor, k: Tensor, ids: Tensor | None, bias: Tensor | None, key_bia
     if ids is None or ids.shape[-1] == 0:
         return None if key_bias is None else _of_every_row(key_bias, q)
     if bias is not None and ids.ndim == 1:
-        mask = q.new_zeros(*q.shape[:3], tokens).index_copy(3, ids, bias.mT)
+        # Fused attention reads aligned rows faster.
+        mask = q.new_zeros(*q.shape[:3], -(-tokens // 8) * 8).index_copy_(3, ids, bias.mT)[..., :tokens]
         return mask if key_bias is None else mask + key_bias[:, None, None, :]
     spill = torch.where(ids < 0, tokens, ids).expand(batch, -1)
     if bias is None:
         mask = q.new_zeros(batch, tokens + 1).scatter_(1, spill, -torch.inf)[:, :tokens]
         return _of_every_row(mask if key_bias is None else mask + key_bias, q)
     mask = q.new_zeros(*q.shape[:3], tokens + 1)
-    mask = mask.scatter(3, spill[:, None, None, :].expand(*q.shape[:3], -1), bias.mT)[..., :tokens]
+    mask = mask.scatter_(3, spill[:, None, None, :].expand(*q.shape[:3], -1), bias.mT)[..., :tokens]
     return mask if key_bias is None else mask + key_bias[:, None, None, :]
 
 
@@ -155,14 +156,6 @@ def _unit_stride(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def _like(x: Tensor, result: Tensor) -> Tensor:
-    """Return `result` in the layout of empty_like(x), which is the one that the fake promises."""
-    if result.stride() == x.stride() and result.shape == x.shape:
-        return result
-    wanted = torch.empty_like(x)
-    return result if result.stride() == wanted.stride() else wanted.copy_(result)
-
-
 def _fake(
     q: Tensor,
     k: Tensor,
@@ -174,8 +167,9 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _ = q.shape
     if q.device.type != "cpu":
-        return torch.empty_like(q), q.new_empty(batch, heads, tokens)
-    return torch.empty_like(q), q.new_empty(batch, tokens, heads).transpose(1, 2)
+        return q.new_empty(q.shape), q.new_empty(batch, heads, tokens)
+    out = q.new_empty(batch, tokens, heads, q.shape[3]).transpose(1, 2)
+    return out, q.new_empty(batch, tokens, heads).transpose(1, 2)
 
 
 def _forward(
@@ -189,8 +183,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     mask = _mask(q, k, ids, bias, key_bias)
     if q.device.type != "cpu":
-        out, lse = _dense_forward(q, k, v, mask, scale)
-        return _like(q, out), lse
+        return _dense_forward(q, k, v, mask, scale)
     out, lse = _cpu_forward(*_unit_stride(q, k, v), attn_mask=mask, scale=scale)
     if mask is not None and (bias is None or key_bias is not None):
         empty = mask[:, :, 0].isneginf().all(-1, keepdim=True)
@@ -200,7 +193,7 @@ def _forward(
         broken = q.isnan().any(-1) | k.isnan().any((-1, -2)).unsqueeze(-1)
         out.masked_fill_(broken.unsqueeze(-1), torch.nan)
         lse.masked_fill_(broken, torch.nan)
-    return _like(q, out), lse
+    return out, lse
 
 
 def _backward(

@@ -93,7 +93,7 @@ def _forward(
     if found is not None:
         return found
     out, update = _two_attentions(q, k, v, query_weight, scale, key_bias)
-    return out, update.contiguous()
+    return torch.empty_like(q).copy_(out), update.contiguous()
 
 
 def _fake(
