@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import config, dot_dtype, launch, unit_stride
+from ._launch import ceil_div, config, dot_dtype, launch, power_of_2, unit_stride
 from ._tiles import aligned, exp, finite_or_zero, load_key_bias, one_if_zero
 from .attention import align_of
 
@@ -121,7 +121,7 @@ def entmax_attention(
     use = config("entmax_attention_fwd", q.device, n=tokens, itemsize=q.element_size())
     launch(
         _entmax_attention_fwd_kernel,
-        (triton.cdiv(image_tokens, use["BLOCK_M"]), batch * heads),
+        (ceil_div(image_tokens, use["BLOCK_M"]), batch * heads),
         q.device,
         use,
         q,
@@ -142,6 +142,6 @@ def entmax_attention(
         ALIGN=align_of(q, k, v),
         DOT=dot_dtype(q.dtype),
         STEPS=steps,
-        BLOCK_ALL=max(16, triton.next_power_of_2(tokens)),
+        BLOCK_ALL=max(16, power_of_2(tokens)),
     )
     return out

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import config, dot_dtype, launch, pieces, unit_stride
+from ._launch import ceil_div, config, dot_dtype, launch, pieces, unit_stride
 from ._tiles import (
     LN_2,
     LOG2_E,
@@ -492,7 +492,7 @@ class _Tiles(NamedTuple):
 def _tiles_of(rows: Tensor, columns: Tensor, allowed: Tensor, block_m: int, block_n: int) -> _Tiles:
     """Of rows [B,M], by groups, the tiles of columns [B,N]; both contiguous. `allowed`: bool [G,G], any strides."""
     (batch, image_tokens), tokens = rows.shape, columns.shape[1]
-    down, along = triton.cdiv(image_tokens, block_m), triton.cdiv(tokens, block_n)
+    down, along = ceil_div(image_tokens, block_m), ceil_div(tokens, block_n)
     found = _Tiles(
         rows.new_empty(rows.shape, dtype=torch.int32),
         rows.new_empty(batch, down, along, dtype=torch.int32),
@@ -546,7 +546,7 @@ def grouped_attention(
     use = _config("grouped_attention_fwd", q, k)
     launch(
         _grouped_attention_fwd_kernel,
-        (triton.cdiv(q.shape[2], use["BLOCK_M"]), q.shape[0] * q.shape[1]),
+        (ceil_div(q.shape[2], use["BLOCK_M"]), q.shape[0] * q.shape[1]),
         q.device,
         use,
         q,
@@ -597,7 +597,7 @@ def grouped_attention_backward(
         use = _config("grouped_attention_bwd_rows", q, k)
         launch(
             _grouped_attention_bwd_rows_kernel,
-            (triton.cdiv(q.shape[2], use["BLOCK_M"]), heads),
+            (ceil_div(q.shape[2], use["BLOCK_M"]), heads),
             q.device,
             use,
             grad_out,
@@ -619,7 +619,7 @@ def grouped_attention_backward(
         use = _config("grouped_attention_bwd_columns", q, k)
         launch(
             _grouped_attention_bwd_columns_kernel,
-            (triton.cdiv(k.shape[2], use["BLOCK_N"]), heads),
+            (ceil_div(k.shape[2], use["BLOCK_N"]), heads),
             q.device,
             use,
             grad_out,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import config, launch, unit_stride
+from ._launch import config, launch, power_of_2, unit_stride
 from ._tiles import exp
 from .composed_attention import composed_attention
 
@@ -100,7 +100,7 @@ def normalized_guidance(
     """out [B,H,M,d] in the dtype of `positive`. `lses` are those of positive and negative, `shared` an attention with
     its own, or both are none; `alpha_now`, a number in memory, stands for `alpha`."""
     batch, heads, rows, d = positive.shape
-    padded = triton.next_power_of_2(heads), triton.next_power_of_2(d)
+    padded = power_of_2(heads), power_of_2(d)
     if padded[0] * padded[1] > MOST_FEATURES:
         raise ValueError(
             f"the Triton kernels hold rows of at most {MOST_FEATURES} features, not {heads} heads of {d}, which take "

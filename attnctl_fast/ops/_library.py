@@ -44,8 +44,9 @@ def composite(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, without_autocast(function), "CompositeImplicitAutograd")
-    return getattr(getattr(torch.ops, NAMESPACE), name)
+    function = without_autocast(function)
+    _library.impl(name, function, "CompositeImplicitAutograd")
+    return _unless_observed(getattr(getattr(torch.ops, NAMESPACE), name), function)
 
 
 def opaque(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,7 +60,11 @@ def opaque(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    operation = getattr(getattr(torch.ops, NAMESPACE), name)
+    return _unless_observed(getattr(getattr(torch.ops, NAMESPACE), name), function)
+
+
+def _unless_observed(operation: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what calls the operation where somebody would see it, and elsewhere the function that it runs."""
 
     def run(*values: Any) -> Any:
         return operation(*values) if observed(values) else function(*values)

@@ -49,14 +49,15 @@ def _mask(q: Tensor, k: Tensor, ids: Tensor | None, bias: Tensor | None, key_bia
     if ids is None or ids.shape[-1] == 0:
         return None if key_bias is None else _of_every_row(key_bias, q)
     if bias is not None and ids.ndim == 1:
-        mask = q.new_zeros(*q.shape[:3], tokens).index_copy(3, ids, bias.mT)
+        # Fused attention reads aligned rows faster.
+        mask = q.new_zeros(*q.shape[:3], -(-tokens // 8) * 8).index_copy_(3, ids, bias.mT)[..., :tokens]
         return mask if key_bias is None else mask + key_bias[:, None, None, :]
     spill = torch.where(ids < 0, tokens, ids).expand(batch, -1)
     if bias is None:
         mask = q.new_zeros(batch, tokens + 1).scatter_(1, spill, -torch.inf)[:, :tokens]
         return _of_every_row(mask if key_bias is None else mask + key_bias, q)
     mask = q.new_zeros(*q.shape[:3], tokens + 1)
-    mask = mask.scatter(3, spill[:, None, None, :].expand(*q.shape[:3], -1), bias.mT)[..., :tokens]
+    mask = mask.scatter_(3, spill[:, None, None, :].expand(*q.shape[:3], -1), bias.mT)[..., :tokens]
     return mask if key_bias is None else mask + key_bias[:, None, None, :]
 
 

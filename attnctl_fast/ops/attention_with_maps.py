@@ -82,8 +82,12 @@ def _forward(
         p = _probabilities(q[b, :, rows], k[b], _of(key_bias, b), scale, kept[b, :, rows] if keep else None)
         torch.bmm(p, v[b], out=out[b, :, rows])
         ids = _rows(token_ids, b)
-        wanted = p if ids is None else p.index_select(-1, ids.clamp(min=0))
-        maps[b, ..., rows] = (wanted if per_head else wanted.mean(0)).mT
+        if per_head or ids is None or _few(ids, k):
+            wanted = p if ids is None else p.index_select(-1, ids.clamp(min=0))
+            maps[b, ..., rows] = (wanted if per_head else wanted.mean(0)).mT
+        else:
+            # Columns are gathered one number at a time: of the mean there are fewer.
+            maps[b, :, rows] = p.mean(0).mT.index_select(0, ids.clamp(min=0))
     if token_ids is not None and token_ids.ndim == 2:
         padded = (token_ids < 0).unsqueeze(-1)
         maps.masked_fill_(padded.unsqueeze(1) if per_head else padded, 0.0)
@@ -96,6 +100,11 @@ def _empty(q: Tensor, k: Tensor, token_ids: Tensor | None, per_head: bool, keep:
     heads = q.shape[1:2] if per_head else ()
     maps = q.new_empty(q.shape[0], *heads, count, q.shape[2])
     return q.new_empty(q.shape), maps, q.new_empty(*q.shape[:3], k.shape[2]) if keep else q.new_empty(0)
+
+
+def _few(ids: Tensor, k: Tensor) -> bool:
+    """Return whether these columns are so few that they are better taken out than all columns gone through."""
+    return 8 * ids.shape[-1] <= k.shape[2]
 
 
 def _all_columns(grad_maps: Tensor, ids: Tensor | None, tokens: int) -> Tensor:
@@ -129,7 +138,7 @@ def _backward(
         queries = q[b, :, rows]
         p = kept[b, :, rows] if kept.numel() else _probabilities(queries, k[b], _of(key_bias, b), scale)
         ids = _rows(token_ids, b)
-        if grad_out is None and grad_maps is not None and ids is not None:
+        if grad_out is None and grad_maps is not None and ids is not None and _few(ids, k):
             # dl = P (g - sum P g) is a multiple of P but for few columns: it need not be made.
             columns = ids.clamp(min=0)
             share = (p.index_select(-1, columns) * grad_maps[b, ..., rows].mT).masked_fill_(ids < 0, 0.0)  # [H,m,n]
@@ -141,20 +150,23 @@ def _backward(
                 dk[b].baddbmm_(p.mT, total * queries, alpha=scale)
                 dk[b].index_add_(1, columns, share.mT @ queries, alpha=scale)
             continue
-        grad = None
-        if grad_maps is not None:
-            grad = _all_columns(grad_maps[b, ..., rows], ids, k.shape[2]).expand_as(p)
-        if grad_out is not None:
-            given = grad_out[b, :, rows]
-            if needed[2]:
-                dv[b].baddbmm_(p.mT, given)
-            if needed[0] or needed[1]:
-                grad = given @ v[b].mT if grad is None else torch.baddbmm(grad, given, v[b].mT)
-        if grad is None or not (needed[0] or needed[1]):
+        if grad_out is not None and needed[2]:
+            dv[b].baddbmm_(p.mT, grad_out[b, :, rows])
+        if not (needed[0] or needed[1]) or (grad_out is None and grad_maps is None):
             continue
+        of_maps = None
+        if grad_maps is not None:
+            of_maps = _all_columns(grad_maps[b, ..., rows], ids, k.shape[2])
+        if grad_out is None:
+            assert of_maps is not None
+            grad = of_maps.expand_as(p)
+        else:
+            grad = torch.bmm(grad_out[b, :, rows], v[b].mT)
+            if of_maps is not None:
+                grad += of_maps
         grad_logits = torch._softmax_backward_data(grad, p, -1, p.dtype)
         if needed[0]:
-            torch.mul(grad_logits @ k[b], scale, out=dq[b, :, rows])
+            torch.baddbmm(q.new_empty(1), grad_logits, k[b], beta=0, alpha=scale, out=dq[b, :, rows])
         if needed[1]:
             dk[b].baddbmm_(grad_logits.mT, queries, alpha=scale)
     return [x if wanted else None for x, wanted in zip((dq, dk, dv), needed, strict=True)]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
+from .._observed import observed
 from .._validate import check_grid, check_kernel_dtype
-from ._library import composite, differentiable, launcher, without_autocast
+from ._library import composite, differentiable, launcher
 
 CENTRES = ("official", "paper")
 Sigma = float | tuple[float, float]
@@ -94,7 +95,7 @@ def kernel_axes(grid: tuple[int, int], sigma: Sigma | None, centres: str) -> lis
     return axes
 
 
-def axis_basis(side: int, centres: list[float], sigma: float, like: Tensor) -> Tensor:
+def axis_basis(side: int, centres: Sequence[float], sigma: float, like: Tensor) -> Tensor:
     """Return G[y, i] = exp(-(y - c_i)^2 / 2 sigma^2): [side, r].
 
     It is zero below 1e-30, since a CPU multiplies subnormal numbers up to ten times more slowly.
@@ -122,51 +123,30 @@ gaussian_bias_reference = composite(
 def kept_axis_basis(
     side: int, centres: tuple[float, ...], sigma: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return `axis_basis`, made once; for use inside of opaque operations, which neither trace nor write to it."""
-    return axis_basis(side, list(centres), sigma, torch.empty(0, dtype=dtype, device=device))
+    """Return `axis_basis`, made once, where nobody traces what is done with it; do not write to it."""
+    with torch.inference_mode(False):
+        return axis_basis(side, centres, sigma, torch.empty(0, dtype=dtype, device=device))
 
 
-def _bases(x: Tensor, grid: Sequence[int], axes: Sequence[Sequence[float]], sigmas: Sequence[float]) -> list[Tensor]:
-    return [
-        kept_axis_basis(side, tuple(axis), sigma, x.dtype, x.device)
-        for side, axis, sigma in zip(grid, axes, sigmas, strict=True)
-    ]
+def _bases(grid: tuple[int, int], sigma: Sigma | None, centres: str, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the basis along y and that along x."""
+    (height, width), (axis_y, axis_x, sigma_y, sigma_x) = grid, basis_axes(grid, sigma, centres)
+    if observed((like,)):
+        return axis_basis(height, axis_y, sigma_y, like), axis_basis(width, axis_x, sigma_x, like)
+    how = like.dtype, like.device
+    return kept_axis_basis(height, tuple(axis_y), sigma_y, *how), kept_axis_basis(width, tuple(axis_x), sigma_x, *how)
 
 
-@without_autocast
-def _forward(
-    theta: Tensor, grid: Sequence[int], axis_y: Sequence[float], axis_x: Sequence[float], sigmas: Sequence[float]
-) -> Tensor:
-    basis_y, basis_x = _bases(theta, grid, (axis_y, axis_x), sigmas)
-    return (basis_y @ (theta @ basis_x.mT)).flatten(-2)
-
-
-@without_autocast
-def _backward(
-    grad: Tensor,
-    theta: Tensor,
-    grid: Sequence[int],
-    axis_y: Sequence[float],
-    axis_x: Sequence[float],
-    sigmas: Sequence[float],
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
-    basis_y, basis_x = _bases(grad, grid, (axis_y, axis_x), sigmas)
-    return [basis_y.mT @ (grad.unflatten(-1, tuple(grid)) @ basis_x)]
+gaussian_bias_op = composite(
+    "gaussian_bias(Tensor theta, Tensor basis_y, Tensor basis_x) -> Tensor",
+    lambda theta, basis_y, basis_x: (basis_y @ (theta @ basis_x.mT)).flatten(-2),
+)
 
 
 def _fake(theta: Tensor, grid: Sequence[int], *_: object) -> Tensor:
     return theta.new_empty(*theta.shape[:3], grid[0] * grid[1])
 
 
-gaussian_bias_op = differentiable(
-    "gaussian_bias(Tensor theta, int[] grid, float[] axis_y, float[] axis_x, float[] sigmas) -> Tensor",
-    _forward,
-    _fake,
-    _backward,
-    leaves=1,
-    linear=True,
-)
 _triton = differentiable(
     "gaussian_bias_triton(Tensor theta, int[] grid, float[] axes) -> Tensor",
     launcher("gaussian_bias", "gaussian_bias"),
@@ -215,8 +195,7 @@ def gaussian_bias(
     Raises:
         ValueError: sigma not positive, a grid that holds no centre, unknown centres, or a theta that does not fit.
     """
-    axis_y, axis_x, sigma_y, sigma_x = basis_axes(grid, sigma, centres)
-    check_theta(theta, (), (len(axis_y), len(axis_x)))
+    check_theta(theta, (), basis_shape(grid, sigma, centres))
     height, width = check_grid(grid)
     impl = resolve(impl, theta.device)
     if impl == "triton":
@@ -226,5 +205,5 @@ def gaussian_bias(
     if impl == "reference":
         span = gaussian_bias_reference(wide, full_basis((height, width), sigma, centres, wide))
     else:
-        span = gaussian_bias_op(wide, [height, width], axis_y, axis_x, [sigma_y, sigma_x])
+        span = gaussian_bias_op(wide, *_bases((height, width), sigma, centres, wide))
     return span.to(theta.dtype)

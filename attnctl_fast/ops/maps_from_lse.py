@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,26 +39,19 @@ class _Columns:
     """The chosen columns: what makes their maps, some rows at a time."""
 
     def __init__(self, q: Tensor, k: Tensor, lse: Tensor, ids: Tensor, key_bias: Tensor | None, scale: float) -> None:
-        self._q, self._lse, self._ids, self._key_bias = q, lse, ids, key_bias
+        self._q, self._count = q, ids.shape[-1]
         self.keys = gather_columns(k, ids).to(lse.dtype) * scale  # [B,H,n,d]
-
-    @cached_property
-    def _less(self) -> Tensor:
-        """What is subtracted from the logits of a row, [B,H,1,M]: inf makes zeros of a row without columns."""
-        lse = self._lse
         if lse.device.type != "cpu" or not lse.amin().item() > -torch.inf:  # nor is NaN
+            # Zeros of a row without columns.
             lse = torch.where(lse.isneginf(), torch.inf, lse)
-        return lse.unsqueeze(2)
-
-    @cached_property
-    def _more(self) -> Tensor | None:
-        """What is added to those of a column, [B,n,1]."""
-        return None if self._key_bias is None else gather_key_bias(self._key_bias, self._ids).unsqueeze(-1)
+        # What is subtracted from the logits of a row [B,H,1,M], and added to those of a column [B,n,1].
+        self._less = lse.unsqueeze(2)
+        self._more = None if key_bias is None else gather_key_bias(key_bias, ids).unsqueeze(-1)
 
     def tiles(self, whole: bool) -> Iterator[tuple[int, slice]]:
         """Yield samples, and blocks of their rows; `whole`: all of them."""
         batch, heads, image_tokens, _ = self._q.shape
-        step = image_tokens if whole else max(LEAST_ROWS, TILE // (heads * self._ids.shape[-1]))
+        step = image_tokens if whole else max(LEAST_ROWS, TILE // (heads * self._count))
         for b in range(batch):
             for start in range(0, image_tokens, step):
                 yield b, slice(start, min(start + step, image_tokens))
