@@ -140,6 +140,7 @@ class _Recording(Run):
             self._token_ids = self._all_ids[evaluation.samples if self._kept else []].to(evaluation.sample.device)
         for site in self._sites:
             site.maps = None
+            site.last = getattr(site, "last", ())
 
     def attend(self, site: Site, attention: Attention) -> None:
         if attention.rows.conditional:
@@ -157,11 +158,12 @@ class _Recording(Run):
             return ops.maps_from_lse(q, k, lse, ids, scale=one.scale, key_bias=bias)
 
     def after_denoiser(self, output: Tensor) -> Tensor:
-        for site in self._sites:
+        for site in self._sites if self._kept else ():
             if site.maps is not None:
-                maps = site.maps.unflatten(2, site.grid).cpu()
                 # Several views of a picture (panorama) one by one.
-                self._maps.setdefault(site.name, []).extend(maps.split(self._samples))
+                site.last = site.maps.unflatten(2, site.grid).cpu().split(self._samples)
+            # Of a layer that a cache of diffusers has left out, its maps are those of the last time.
+            self._maps.setdefault(site.name, []).extend(site.last)
         return output
 
 

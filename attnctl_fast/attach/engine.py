@@ -68,6 +68,11 @@ class Engine:
         """
         chosen: list[tuple[Method, list[str]]] = []
         edited: set[str] = set()
+        if getattr(self.model, "_parallel_config", None) is not None:
+            raise ValueError(
+                f"the {self.family.component} of {type(pipe).__name__} is spread over several processes, each of which "
+                "attends with a part of the sequence; load it without parallel_config and enable_parallelism"
+            )
         for method in methods:
             name = type(method).__name__
             if type(method).start is Method.start:
@@ -519,8 +524,9 @@ class PipelineCall:
         places = list(self._places.values())
         joint = rows.conditional and any(place.layer.text for place in places)
         text = evaluation.columns if joint else evaluation.text.shape[1]
+        skipping = bool(getattr(self.engine.model, "is_cache_enabled", False))
         for place in places:
-            place.rows = rows
+            place.rows, place.skipping = rows, skipping
             height, width = place.layer.grid(call.latents)
             place.tokens = text, height * width
         return places

@@ -403,3 +403,54 @@ def test_words_of_every_encoder(kind: str, name: str) -> None:
     assert snapshot(pipe) == before and torch.equal(call(kind, pipe), plain)
     with ac.control(pipe, ac.AttentionRegulation(["dog"])), pytest.raises(ValueError, match="'dog', which is not in"):
         call(kind, pipe)
+
+
+CACHES: dict[str, dict[str, Any]] = {
+    "FirstBlockCacheConfig": {"threshold": 10.0},
+    "PyramidAttentionBroadcastConfig": {
+        "spatial_attention_block_skip_range": 2,
+        "spatial_attention_timestep_skip_range": (0, 2000),
+        "current_timestep_callback": lambda: 500,
+        "spatial_attention_block_identifiers": ("transformer_blocks",),
+    },
+    "TaylorSeerCacheConfig": {"cache_interval": 2, "disable_cache_before_step": 1},
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_caches_that_leave_out_layers(name: str) -> None:
+    """Maps of a layer that was left out are those of the last time; edits act wherever layers run."""
+    diffusers = pytest.importorskip("diffusers")
+    if not hasattr(diffusers, name):
+        pytest.skip(f"this diffusers has no {name}")
+    pipe, steps = tiny.pipeline("flux"), 4
+    pipe.transformer.enable_cache(getattr(diffusers, name)(**CACHES[name]))
+    ran: dict[str, int] = {}
+    for layer, module in pipe.transformer.named_modules():
+        if layer.endswith(".attn"):
+            module.to_q.register_forward_hook(lambda *_, layer=layer: ran.update({layer: ran.get(layer, 0) + 1}))
+    plain = call("flux", pipe, num_inference_steps=steps)
+    assert min(ran.values()) < steps
+    before = snapshot(pipe)
+    with ac.capture(pipe, tokens=IDS) as maps:
+        assert torch.equal(call("flux", pipe, num_inference_steps=steps), plain)
+    assert {len(maps[layer]) for layer in maps} == {steps}
+    for layer in maps:
+        assert len({one.sum().item() for one in maps[layer]}) <= ran[layer]
+    with ac.control(pipe, METHODS["regulation"]):
+        assert not torch.allclose(call("flux", pipe, num_inference_steps=steps), plain, atol=1e-3)
+    assert snapshot(pipe) == before
+    with pytest.raises(ValueError, match=r"has a cache enabled.*disable_cache"):
+        ac.enable(pipe, METHODS["guidance"])
+    pipe.transformer.disable_cache()
+    with ac.control(pipe, METHODS["guidance"]):
+        pipe.transformer.enable_cache(getattr(diffusers, name)(**CACHES[name]))
+        with pytest.raises(ValueError, match="has a cache enabled"):
+            call("flux", pipe)
+
+
+def test_a_model_over_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.pipeline("flux")
+    monkeypatch.setattr(pipe.transformer, "_parallel_config", object(), raising=False)
+    with pytest.raises(ValueError, match="spread over several processes"):
+        ac.enable(pipe, METHODS["regulation"])
