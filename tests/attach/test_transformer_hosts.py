@@ -405,6 +405,54 @@ def test_words_of_every_encoder(kind: str, name: str) -> None:
         call(kind, pipe)
 
 
+def float8(model: Any) -> None:
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def by_torchao(model: Any) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+
+
+def by_bitsandbytes(model: Any) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and "attn" in name:
+            own = {"bias": module.bias is not None, "compute_dtype": torch.float32, "quant_type": "nf4"}
+            made = bnb.nn.Linear4bit(module.in_features, module.out_features, **own)
+            made.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+            made.bias = module.bias
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, made.to("cpu"))
+
+
+@pytest.mark.parametrize("quantise", [float8, full(by_torchao), full(by_bitsandbytes)])
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_weights_of_few_bits(kind: str, quantise: Any) -> None:
+    """Methods act on what such a model attends with: maps of strength zero are its own, and gradients pass through."""
+    pipe = tiny.pipeline(kind)
+    quantise(pipe.transformer)
+    plain, before = call(kind, pipe), snapshot(pipe)
+    with ac.control(pipe, ac.AttentionRegulation(IDS, strength=0.0, pin_special=False)), ac.capture(pipe) as maps:
+        torch.testing.assert_close(call(kind, pipe), plain, rtol=0, atol=1e-4 * float(plain.abs().max()))
+    assert len(maps) and all(one.isfinite().all() for one in maps.values())
+    for method in ("regulation", "guidance"):
+        assert not torch.allclose(under(kind, pipe, method), plain, atol=1e-3)
+    assert snapshot(pipe) == before and torch.equal(call(kind, pipe), plain)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_group_offloading(kind: str) -> None:
+    pipe, device = tiny.pipeline(kind), torch.device("cpu")
+    expected, plain = under(kind, pipe, "regulation"), call(kind, pipe)
+    options: dict[str, Any] = {"offload_type": "block_level", "num_blocks_per_group": 1}
+    pipe.transformer.enable_group_offload(onload_device=device, offload_device=device, **options)
+    assert torch.equal(under(kind, pipe, "regulation"), expected)
+    assert torch.equal(call(kind, pipe), plain)
+    with pytest.raises(ValueError, match="under group offloading"):
+        ac.enable(pipe, METHODS["guidance"])
+
+
 CACHES: dict[str, dict[str, Any]] = {
     "FirstBlockCacheConfig": {"threshold": 10.0},
     "PyramidAttentionBroadcastConfig": {
