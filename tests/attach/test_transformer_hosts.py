@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 from collections.abc import Iterable
 from typing import Any
@@ -502,3 +503,25 @@ def test_a_model_over_several_processes(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(pipe.transformer, "_parallel_config", object(), raising=False)
     with pytest.raises(ValueError, match="spread over several processes"):
         ac.enable(pipe, METHODS["regulation"])
+
+
+def alive() -> int:
+    """How many tensors there are."""
+    gc.collect()
+    return sum(issubclass(type(one), Tensor) for one in gc.get_objects())
+
+
+@pytest.mark.parametrize(("kind", "turns"), [("sd3", 3), *(full(kind, 25) for kind in tiny.KINDS)])
+def test_a_soak(kind: str, turns: int) -> None:
+    """Four controls in turn, again and again, leave nothing behind: no tensor, hook or attribute."""
+    pipe = tiny.pipeline(kind)
+    controls = [*METHODS, None]
+    counts, plain, before = [], call(kind, pipe), snapshot(pipe)
+    for _ in range(turns):
+        for name in controls:
+            with ac.capture(pipe, tokens=IDS) if name is None else ac.control(pipe, METHODS[name]):
+                call(kind, pipe)
+        counts.append(alive())
+        assert snapshot(pipe) == before
+    assert len(set(counts[1:])) == 1, counts
+    assert torch.equal(call(kind, pipe), plain)
