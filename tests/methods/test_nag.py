@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 NUMBERS = {"scale": 6.0, "tau": 1.5, "alpha": 0.6, "norm": 2}
 AWAY = "a red ball"
 EXACT = {"rtol": 0, "atol": 1e-9}  # in float64
-# Kinds of pipelines, with the model's cells to a side and where the text stands.
+# Kinds of pipelines, and how they are called; of transformers, how they are built before.
 UNETS = [("sd1", {}), full("sdxl", {}), ("sd2", {"guidance_scale": 1.0})]
 TRANSFORMERS = [
     ("sd3", {}, {}),
