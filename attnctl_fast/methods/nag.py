@@ -80,10 +80,10 @@ class NAG(Method):
     def check(self, pipe: Any, layers: list[Layer]) -> None:
         family = family_of(pipe)
         if any(layer.text for layer in layers) and not family.beside:
-            known = " and ".join(one.model for one in FAMILIES if one.beside)
+            known = ", ".join(one.model for one in FAMILIES if one.beside)
             raise ValueError(
-                f"{type(pipe).__name__} has a {family.model}, through which NAG cannot send a second text; of joint "
-                f"models it knows {known}"
+                f"the pipeline has a {family.model}, but NAG cannot send a second text through it; of models with "
+                f"joint attention use one of {known}"
             )
 
     def start(self, call: Call, sites: list[Site]) -> Run:

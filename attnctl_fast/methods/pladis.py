@@ -50,8 +50,8 @@ class PLADIS(Method):
     def check(self, pipe: Any, layers: list[Layer]) -> None:
         if any(layer.text for layer in layers):
             raise ValueError(
-                f"{type(pipe).__name__} has a {family_of(pipe).model}, whose image and text share a softmax; PLADIS is "
-                "for layers that attend to the text by itself (UNets, PixArt, Sana, HunyuanDiT)"
+                f"the pipeline has a {family_of(pipe).model}, but PLADIS is for layers that attend to the text by "
+                "itself (UNets, PixArt, Sana, HunyuanDiT)"
             )
 
     def start(self, call: Call, sites: list[Site]) -> Run:

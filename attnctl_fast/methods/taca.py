@@ -49,8 +49,8 @@ class TACA(Method):
     def check(self, pipe: Any, layers: list[Layer]) -> None:
         if not all(layer.text for layer in layers):
             raise ValueError(
-                f"{type(pipe).__name__} has a {family_of(pipe).model}, whose layers attend to the text by itself; TACA "
-                "is for joint attention, where image and text share a softmax (SD 3, FLUX)"
+                f"the pipeline has a {family_of(pipe).model}, but TACA is for joint attention, where image and text "
+                "share a softmax (SD 3, FLUX)"
             )
 
     def start(self, call: Call, sites: list[Site]) -> Run:

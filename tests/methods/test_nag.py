@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 NUMBERS = {"scale": 6.0, "tau": 1.5, "alpha": 0.6, "norm": 2}
 AWAY = "a red ball"
 EXACT = {"rtol": 0, "atol": 1e-9}  # in float64
-# Kinds of pipelines, with the model's cells to a side and where the text stands.
+# Kinds of pipelines, and how they are called; of transformers, how they are built before.
 UNETS = [("sd1", {}), full("sdxl", {}), ("sd2", {"guidance_scale": 1.0})]
 TRANSFORMERS = [
     ("sd3", {}, {}),
@@ -249,7 +249,7 @@ def test_bad_input() -> None:
     images = {"joint_attention_kwargs": {"ip_adapter_image_embeds": torch.zeros(2, 1, 8)}}
     with pytest.raises(ValueError, match="an IP-Adapter of SD 3 takes the time of every row"):
         under("sd3", built("sd3"), ac.NAG(AWAY), **images)
-    with pytest.raises(ValueError, match="ChromaPipeline has a ChromaTransformer2DModel, .* cannot send a second text"):
+    with pytest.raises(ValueError, match="has a ChromaTransformer2DModel, but NAG cannot send a second text"):
         ac.enable(built("chroma"), ac.NAG(AWAY))
 
 

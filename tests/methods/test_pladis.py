@@ -103,5 +103,5 @@ def test_bad_input() -> None:
         with pytest.raises(ValueError, match=message):
             ac.PLADIS(**given)
     pipe = tiny_transformers.pipeline("flux")
-    with pytest.raises(ValueError, match="FluxTransformer2DModel, whose image and text share a softmax"):
+    with pytest.raises(ValueError, match="has a FluxTransformer2DModel, but PLADIS is for layers"):
         ac.enable(pipe, ac.PLADIS())
