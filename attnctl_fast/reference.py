@@ -229,6 +229,27 @@ def region_attention(
     return _softmax(moved.masked_fill(masked, -torch.inf)) @ _wide(v)
 
 
+def grouped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_groups: Tensor,
+    column_groups: Tensor,
+    allowed: Tensor,
+    scale: float,
+    key_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return attention of every row to the columns of the groups that its own may see (MATH.md section 10).
+
+    With it the logsumexp of each row's logits: -inf, and an output of zeros, where there is no such column.
+    """
+    seen = allowed[row_groups[:, :, None], column_groups[:, None, :]].unsqueeze(1)
+    logits = _logits(q, k, scale, key_bias).masked_fill(~seen, -torch.inf)
+    empty = (logits == -torch.inf).all(-1)
+    lse = torch.where(empty, -torch.inf, torch.where(empty.unsqueeze(-1), 0.0, logits).logsumexp(-1))
+    return _normalise(logits, lse) @ _wide(v), lse
+
+
 def target_logits(q: Tensor, k: Tensor, target_ids: Tensor, scale: float, key_bias: Tensor | None = None) -> Tensor:
     """Return the target columns of the logits, one map per token: [B,H,T,M]; -inf for a padded target."""
     logits = _logits(q, k, scale, key_bias).mT

@@ -119,6 +119,22 @@ def add_weighted(acc1, acc2, weights, x1, x2, D2: tl.constexpr, DOT: tl.constexp
 
 
 @triton.jit
+def add_scaled(acc1, acc2, weights, x1, x2, D2: tl.constexpr, DOT: tl.constexpr):
+    """The same as `add_weighted`, for weights of any size: a probability among thousands, times a gradient, may be less
+    than float16 holds."""
+    if DOT.is_fp16():
+        size = tl.max(tl.abs(weights), 1)
+        size = tl.where(size == 0.0, 1.0, size)[:, None]
+        share = (weights / size).to(DOT)
+        acc1 += size * tl.dot(share, x1)
+        if D2 > 0:
+            acc2 += size * tl.dot(share, x2)
+    else:
+        acc1, acc2 = add_weighted(acc1, acc2, weights, x1, x2, D2, DOT)
+    return acc1, acc2
+
+
+@triton.jit
 def load_ids(target_ptr, pinned_ptr, b, stride_target, stride_pinned, T, P, COLUMNS: tl.constexpr):
     """The ids of the targets (slots 0..T-1) and pinned tokens (T..T+P-1), -1 for padded and unused slots: [COLUMNS]."""
     slots = tl.arange(0, COLUMNS)

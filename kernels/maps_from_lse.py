@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._attention_gradients import _map_gradient
 from ._launch import config, dot_dtype, launch, pieces, unit_stride
-from ._tiles import add_weighted, aligned, exp, load_key_bias, load_pieces, row_products, store_maps, store_pieces
+from ._tiles import add_scaled, aligned, exp, load_key_bias, load_pieces, row_products, store_maps, store_pieces
 from .attention import align_of
 
 
@@ -37,22 +37,6 @@ def _load_lse(lse_ptr, rows, inside):
     """The logsumexp of `rows`, inf where it is of no columns or of no row: what is left of such a row is zeros."""
     lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse)
-
-
-@triton.jit
-def _add_scaled(acc1, acc2, weights, x1, x2, D2: tl.constexpr, DOT: tl.constexpr):
-    """The same as `add_weighted`, for weights of any size: a probability among thousands, times a gradient, may be less
-    than float16 holds."""
-    if DOT.is_fp16():
-        size = tl.max(tl.abs(weights), 1)
-        size = tl.where(size == 0.0, 1.0, size)[:, None]
-        share = (weights / size).to(DOT)
-        acc1 += size * tl.dot(share, x1)
-        if D2 > 0:
-            acc2 += size * tl.dot(share, x2)
-    else:
-        acc1, acc2 = add_weighted(acc1, acc2, weights, x1, x2, D2, DOT)
-    return acc1, acc2
 
 
 _STRIDES = ["stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn", "stride_lb", "stride_lh"]
@@ -205,7 +189,7 @@ def _maps_from_lse_bwd_rows_kernel(
         total += tl.sum(grad, 1)
         if dq_ptr is not None:
             k1, k2 = load_pieces(k_ptr, ids, named, stride_kn, D, D1, D2, DOT)  # [BLOCK_N, D1], [BLOCK_N, D2]
-            acc1, acc2 = _add_scaled(acc1, acc2, grad, k1, k2, D2, DOT)
+            acc1, acc2 = add_scaled(acc1, acc2, grad, k1, k2, D2, DOT)
     if dlse_ptr is not None:
         tl.store(dlse_ptr + head + rows, -total, mask=inside)
     if dq_ptr is not None:
@@ -291,7 +275,7 @@ def _maps_from_lse_bwd_columns_kernel(
         p = tl.where(named[:, None], exp(logits - lse[None, :]), 0.0)  # [BLOCK_N, BLOCK_M]
         grad = weight * p * _map_gradient(grad_ptr, places, rows, inside, M, True)
         q1, q2 = load_pieces(q_ptr, rows, inside, stride_qm, D, D1, D2, DOT)  # [BLOCK_M, D1], [BLOCK_M, D2]
-        acc1, acc2 = _add_scaled(acc1, acc2, grad, q1, q2, D2, DOT)
+        acc1, acc2 = add_scaled(acc1, acc2, grad, q1, q2, D2, DOT)
     acc1 *= scale
     if D2 > 0:
         acc2 *= scale

@@ -41,6 +41,7 @@ class Mutant(NamedTuple):
 
 
 ATTENTION = "ops/test_attention.py"
+GROUPED = "ops/test_grouped_attention.py"
 CONTEXT = "ops/test_context_update.py"
 GUIDED = "ops/test_normalized_guidance.py"
 REGULATION = "ops/test_regulation.py"
@@ -330,6 +331,34 @@ OPS = [
         "lse = torch.where(lse.isneginf(), torch.inf, lse)",
         "lse = torch.where(lse.isneginf(), 0.0, lse)",
         f"{FROM_LSE} -k 'row_without_columns and eager'",
+    ),
+    Mutant(
+        "grouped_attention: columns that a row does not see are in its call",
+        "attnctl_fast/ops/grouped_attention.py",
+        "rows, columns = (x.nonzero().squeeze(1) for x in (pattern_of_row == i, pattern[group_of_column]))",
+        "rows, columns = (x.nonzero().squeeze(1) for x in (pattern_of_row == i, patterns.any(0)[group_of_column]))",
+        f"{GROUPED} -k 'gathered or nobody_sees'",
+    ),
+    Mutant(
+        "grouped_attention: parts that see the same columns overwrite each other's gradients",
+        "attnctl_fast/ops/grouped_attention.py",
+        "total[part.samples, :, part.columns] += found",
+        "total[part.samples, :, part.columns] = found",
+        f"{GROUPED} -k every_way",
+    ),
+    Mutant(
+        "grouped_attention: tiles that nothing connects are listed",
+        "kernels/grouped_attention.py",
+        "met = (held & some) != 0",
+        "met = held != 0",
+        f"{GROUPED} -k list_the_tiles",
+    ),
+    Mutant(
+        "grouped_attention: a tile that only some rows see is taken for whole",
+        "kernels/grouped_attention.py",
+        "((held & every) == held)",
+        "((held & some) == held)",
+        f"{GROUPED} -k 'list_the_tiles or (under_a_mask and triton)'",
     ),
     Mutant(
         "region_attention: masked columns are extremes",

@@ -9,6 +9,7 @@ from .context_energy import ContextEnergy, context_energy
 from .context_update import context_update
 from .entmax_attention import entmax_attention
 from .gaussian_bias import basis_shape, default_sigma, gaussian_bias
+from .grouped_attention import grouped_attention
 from .map_similarity import map_similarity
 from .maps_from_lse import maps_from_lse
 from .merge_targets import merge_targets
@@ -36,6 +37,7 @@ __all__ = [
     "default_sigma",
     "entmax_attention",
     "gaussian_bias",
+    "grouped_attention",
     "map_similarity",
     "maps_from_lse",
     "merge_targets",

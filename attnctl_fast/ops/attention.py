@@ -188,19 +188,48 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     mask = _mask(q, k, ids, bias, key_bias)
-    if q.device.type != "cpu":
-        out, lse = _dense_forward(q, k, v, mask, scale)
-        return _like(q, out), lse
-    out, lse = _cpu_forward(*_unit_stride(q, k, v), attn_mask=mask, scale=scale)
+    empty = None
     if mask is not None and (bias is None or key_bias is not None):
         empty = mask[:, :, 0].isneginf().all(-1, keepdim=True)
+    out, lse = masked_forward(q, k, v, mask, empty, scale)
+    return _like(q, out), lse
+
+
+def masked_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, empty: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) with `mask` added to the logits, [B,H,M,N] or what expands to it.
+
+    `empty`, [B,H,M] or likewise: which rows it leaves no column, None for none.
+    """
+    if q.device.type != "cpu":
+        return _dense_forward(q, k, v, mask, scale)
+    out, lse = _cpu_forward(*_unit_stride(q, k, v), attn_mask=mask, scale=scale)
+    if empty is not None:
         lse.masked_fill_(empty, -torch.inf)
     if not lse.all():
         # Zero is what the kernel says of rows that are all NaN, as if they were masked.
         broken = q.isnan().any(-1) | k.isnan().any((-1, -2)).unsqueeze(-1)
         out.masked_fill_(broken.unsqueeze(-1), torch.nan)
         lse.masked_fill_(broken, torch.nan)
-    return _like(q, out), lse
+    return out, lse
+
+
+def masked_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    needed: Sequence[bool],
+) -> Sequence[Tensor]:
+    """Return dq, dk and dv of `masked_forward`; what is not needed may be empty. `lse` is 0 where it was -inf."""
+    given = (grad_out, grad_lse, q, k, v, out, lse, mask, scale)
+    return _fused_backward(*given) if q.device.type == "cpu" else _dense_backward(*given, needed)
 
 
 def _backward(
@@ -222,8 +251,7 @@ def _backward(
     found: list[Tensor | None] = [None] * 4
     if any(needed[:3]):
         mask = _mask(q, k, ids, bias, key_bias)
-        given = (grad_out, grad_lse, q, k, v, out, lse, mask, scale)
-        gradients = _fused_backward(*given) if q.device.type == "cpu" else _dense_backward(*given, needed)
+        gradients = masked_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale, needed)
         found[:3] = [x.contiguous() if wanted else None for x, wanted in zip(gradients, needed, strict=False)]
     if needed[3]:
         assert ids is not None and bias is not None

@@ -30,6 +30,7 @@ SOME = (
     *("composed_attention", "region_attention", "regulated_attention, gradients", "attention_with_maps, gradients"),
     *("maps_from_lse", "maps_from_lse, gradients", "normalized_guidance", "normalized_guidance_shared"),
     "entmax_attention",
+    *("grouped_attention", "grouped_attention, gradients"),
 )
 MOST = (
     *("regulated_attention", "merge_targets", "attention_with_context_gradient", "context_update"),
@@ -60,6 +61,7 @@ LONG = (
 JOINED = (
     *("maps_from_lse", "maps_from_lse, gradients", "maps_from_lse, query gradient", "maps_from_lse, keyed"),
     *("maps_from_lse, keyed, gradients", "maps_from_lse_of_heads"),
+    *("grouped_attention", "grouped_attention, gradients", "grouped_attention, keyed, gradients"),
 )
 # Every width, text length and dtype at the grid where the models have it, all forms at one of them, and the widest
 # heads that there may be. Kernels do not depend on batch, heads and, but for the solver, the grid.

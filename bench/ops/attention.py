@@ -1,4 +1,4 @@
-"""Attention without control, and attention by regions."""
+"""Attention without control, by regions, and between groups."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from bench.ops.inputs import Case, Tensors, qkv
 
 QKV = ("q", "k", "v")
 REGIONS = ("row_regions", "column_regions", "share")
+GROUPS = ("row_groups", "column_groups", "allowed")
 
 
 def _attention(case: Case, t: Tensors, impl: str) -> Run:
@@ -27,6 +28,11 @@ def _region_attention(case: Case, t: Tensors, impl: str) -> Run:
 
 def _entmax_attention(case: Case, t: Tensors, impl: str) -> Run:
     return partial(ops.entmax_attention, *qkv(t), weight=2.0, key_bias=t.get("key_bias"), impl=impl)
+
+
+def _grouped_attention(case: Case, t: Tensors, impl: str) -> Run:
+    how: dict[str, Any] = {"key_bias": t.get("key_bias"), "return_lse": case.more, "impl": impl}
+    return partial(ops.grouped_attention, *qkv(t), *(t[name] for name in GROUPS), **how)
 
 
 def _backends(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
@@ -48,6 +54,25 @@ def _in_memory(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Riv
         return partial(rivals.published_region_attention, *qkv(t), t["row_regions"], t["column_regions"], t["share"])
 
     return {"published": Rival(published), "plain attention": plain(case)}
+
+
+def _masked(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
+    groups = tuple(t[name] for name in GROUPS)
+    mask = rivals.seen_by_groups(*groups).unsqueeze(1)
+
+    def sdpa(name: str) -> Rival:
+        return Rival(lambda t: partial(rivals.sdpa, name, *qkv(t), mask))
+
+    # Flash attention takes no mask on a GPU.
+    masked = [name for name in rivals.backends(case.device) if not (name == "flash" and case.device.type == "cuda")]
+    flex = Rival(lambda t: partial(rivals.flex_grouped(compile, *groups), *qkv(t)), compiles=True)
+    return {**{f"SDPA {name}, mask": sdpa(name) for name in masked}, "FlexAttention": flex}
+
+
+def _seen(case: Case, count: int) -> int:
+    """FLOPs of `count` products of the pairs that see each other."""
+    seen = rivals.seen_by_groups(*case.tensors(GROUPS).values())
+    return count * 2 * case.heads * case.d * int(seen.sum())
 
 
 OPERATIONS = {
@@ -79,6 +104,21 @@ OPERATIONS = {
         more_leaves=(*QKV, "share"),
         timings={
             "region_attention": Timing(lambda case: products(case, 2), _in_memory, kernels=("region_attention_fwd",))
+        },
+    ),
+    "grouped_attention": Operation(
+        _grouped_attention,
+        (*QKV, *GROUPS, "key_bias"),
+        ("out", "lse"),
+        QKV,
+        timings={
+            "grouped_attention": Timing(lambda case: _seen(case, 2), _masked, kernels=("grouped_attention_fwd",)),
+            "grouped_attention_all": Timing(
+                lambda case: _seen(case, 6),
+                _masked,
+                leaves=QKV,
+                kernels=("grouped_attention_bwd_rows", "grouped_attention_bwd_columns"),
+            ),
         },
     ),
 }

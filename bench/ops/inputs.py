@@ -162,6 +162,7 @@ class Case:
             **dict.fromkeys(STATISTICS, self._statistics),
             **dict.fromkeys(("maps", "text", "lengths"), self._maps),
             **dict.fromkeys(("row_regions", "column_regions", "share"), self._regions),
+            **dict.fromkeys(("row_groups", "column_groups", "allowed"), self._groups),
             "key_bias": self._key_bias,
             "lse": self._lse,
             **dict.fromkeys(("projection", "gammas", "token_weight"), self._update),
@@ -242,6 +243,16 @@ class Case:
             "column_regions": columns,
             "share": rand(self.batch, self.m, seed=10, device=self.device),
         }
+
+    def _groups(self) -> Tensors:
+        """Four groups, each a run of neighbours that begins elsewhere in every sample; the last sees only itself, which
+        is nothing where there are three columns."""
+        samples = torch.arange(self.batch, device=self.device)[:, None]
+        rows, columns = (
+            (samples + torch.arange(side, device=self.device) * 4 // side) % 4 for side in (self.m, self.n)
+        )
+        allowed = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 1], [0, 1, 1, 1], [0, 0, 0, 1]], device=self.device).bool()
+        return {"row_groups": rows, "column_groups": columns, "allowed": allowed}
 
     def _update(self) -> Tensors:
         """Of a context's step, with a projection to as many numbers as all heads have."""

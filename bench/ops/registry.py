@@ -19,7 +19,7 @@ DECLARED: dict[str, Operation] = {
 # Those that the tests' rule for errors judges row by row, forward and backward; the first ones compute attention.
 ATTENTION = (
     *("attention", "target_statistics", "attention_with_maps", "region_attention"),
-    *("biased_attention", "regulated_attention", "maps_from_lse"),
+    *("grouped_attention", "biased_attention", "regulated_attention", "maps_from_lse"),
 )
 LOSSES = ("regulation_loss_official", "regulation_loss_paper")
 MAPS = tuple(name for name, operation in DECLARED.items() if operation.leaves == ("maps",))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from attnctl_fast import reference
 from attnctl_fast.ops.gaussian_bias import axis_basis, basis_axes
@@ -111,6 +111,23 @@ def published_region_attention(
     logits += shared * share * (high - logits)
     logits -= ~shared * share * (logits - low)
     return logits.softmax(-1) @ v
+
+
+def seen_by_groups(row_groups: Tensor, column_groups: Tensor, allowed: Tensor) -> Tensor:
+    """Which column every row sees: bool [B,M,N]."""
+    return allowed[row_groups[:, :, None], column_groups[:, None, :]]
+
+
+def flex_grouped(compile: Compile, row_groups: Tensor, column_groups: Tensor, allowed: Tensor) -> Callable[..., Tensor]:
+    """FlexAttention between groups, with its block mask made once, as a function of (q, k, v)."""
+
+    def seen(b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
+        return allowed[row_groups[b, m], column_groups[b, n]]
+
+    (batch, rows), columns = row_groups.shape, column_groups.shape[1]
+    mask = create_block_mask(seen, batch, None, rows, columns, device=row_groups.device)
+    attend = compile(flex_attention)
+    return lambda q, k, v: attend(q, k, v, block_mask=mask)
 
 
 class Columns(NamedTuple):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from attnctl_fast import ops
+from bench.ops.attention import GROUPS
 from bench.ops.inputs import Case, attention_inputs, fenced, rand, randn
 from bench.ops.registry import ATTENTION
 from tests.support.kernel_cases import check
@@ -36,6 +37,12 @@ GAMMAS = {"gamma_attn": 0.3, "gamma_norm": 0.7}
 def _region(q, k, v, impl, key_bias, columns=slice(None)):
     rows, of_columns, _ = regions(M, N)
     return ops.region_attention(q, k, v, rows, of_columns[:, columns], rand(2, M), key_bias=key_bias, impl=impl)
+
+
+def _grouped(q, k, v, impl, key_bias, columns=slice(None)):
+    t = Case(M, N, D, batch=2).tensors(GROUPS)
+    of_groups = t["row_groups"], t["column_groups"][:, columns], t["allowed"]
+    return ops.grouped_attention(q, k, v, *of_groups, key_bias=key_bias, return_lse=True, impl=impl)
 
 
 def _statistics(q, k, v, impl, key_bias, ids=IDS, pins=PINS):
@@ -91,6 +98,7 @@ FUNCTIONS = {
     "guided": _guided,
     "entmax": lambda q, k, v, impl, x: ops.entmax_attention(q, k, v, weight=2.0, key_bias=x, impl=impl),
     "region": _region,
+    "grouped": _grouped,
 }
 WITH_IDS = ("maps", "statistics", "merged", "biased", "biased, nothing pinned", "regulated")
 
@@ -140,7 +148,7 @@ def test_a_masked_column_is_no_column(name, impl):
     rest = [impl, None]
     if name in WITH_IDS:
         rest += [[[kept.index(i) if i >= 0 else -1 for i in row] for row in rows] for rows in (IDS, PINS)]
-    if name == "region":
+    if name in ("region", "grouped"):
         rest += [kept]
     if name == "composed":
         # The other context keeps all its columns.

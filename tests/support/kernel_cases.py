@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from attnctl_fast import ops
+from bench.ops.attention import GROUPS
 from bench.ops.base import upstream, wide
 from bench.ops.inputs import Case, Tensors, fenced
 from bench.ops.registry import ATTENTION, DECLARED, JUDGED, LOSSES, MAPS
+from bench.ops.rivals import seen_by_groups
 from tests.support.numerics import (
     DEVICE,
     Plain,
@@ -45,6 +47,8 @@ def plain(name: str, case: Case, t: Tensors, parts: int = 1) -> Tensors:
             for i, columns in enumerate(kept)
         ]
         return {**outputs, "rest_out": torch.stack(rest)}
+    if name == "grouped_attention":
+        return {**outputs, "out": _attended(t["q"], t["k"], t["v"], _of_groups(t), parts)}
     if name in ("attention", "attention_with_maps"):
         return {**outputs, "out": _attended(t["q"], t["k"], t["v"], _of_columns(t, None), parts)}
     bias = t["bias"] if name == "biased_attention" else ops.gaussian_bias(t["theta"], **case.basis, impl="reference")
@@ -62,6 +66,12 @@ def _of_columns(t: Tensors, sample: int | None, columns: Sequence[int] | slice =
     if "key_bias" not in t:
         return 0.0
     return t["key_bias"][:, None, None, :] if sample is None else t["key_bias"][sample, columns]
+
+
+def _of_groups(t: Tensors) -> Tensor:
+    """The key_bias and which columns the row's group does not see, as a mask [B,1,M,N]."""
+    seen = seen_by_groups(*(t[x] for x in GROUPS)).unsqueeze(1)
+    return torch.where(seen, _of_columns(t, None), -torch.inf)
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | float, parts: int) -> Tensor:
@@ -162,8 +172,9 @@ def _carried(name: str, case: Case, t: Tensors, grads: Tensors | None) -> Tensor
         return {}
     grad_out = grads.get("out", grads.get("rest_out"))
     inputs = (t["q"], t["k"], t["v"], grad_out, case.scale)
-    if name in ("attention", "target_statistics"):
-        return carried_to_gradients(*inputs, key_bias=t.get("key_bias"))
+    if name in ("attention", "target_statistics", "grouped_attention"):
+        masked = _of_groups(t) if name == "grouped_attention" else t.get("key_bias")
+        return carried_to_gradients(*inputs, key_bias=masked)
     bias = t["bias"] if name == "biased_attention" else ops.gaussian_bias(t["theta"], **case.basis, impl="reference")
     columns = torch.zeros(case.batch, bias.shape[2], case.n, dtype=torch.float64, device=DEVICE)
     for i, row in enumerate(case.rows(case.ids)):

@@ -83,7 +83,8 @@ def carried_to_gradients(
     """The same for the gradients: dv = P^T dO and dl = P (dP - rowsum(P dP)) with every P off by that.
 
     `added` [B,H,M,N]: what an edit adds to the logits; with it come the logits' own errors, and both softmaxes count,
-    that of the edited logits and that of the others, which pinned columns keep. `key_bias` [B,N] is part of both.
+    that of the edited logits and that of the others, which pinned columns keep. `key_bias` [B,N], or a mask [B,1,M,N],
+    is part of both.
     """
     q, k, v, grad_out = (x.detach().double() for x in (q, k, v, grad_out))
     logits = with_key_bias(scale * (q @ k.mT), key_bias)
@@ -100,8 +101,10 @@ def carried_to_gradients(
 
 
 def with_key_bias(logits: Tensor, key_bias: Tensor | None) -> Tensor:
-    """`logits` [B,H,M,N] with `key_bias` [B,N] added, if there is one, in their dtype."""
-    return logits if key_bias is None else logits + key_bias[:, None, None, :].to(logits.dtype)
+    """`logits` [B,H,M,N] with `key_bias` [B,N], or a mask [B,1,M,N], added, if there is one, in their dtype."""
+    if key_bias is None:
+        return logits
+    return logits + (key_bias if key_bias.ndim == 4 else key_bias[:, None, None, :]).to(logits.dtype)
 
 
 def _off_by_lse(logits: Tensor) -> Tensor:

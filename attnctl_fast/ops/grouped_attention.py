@@ -1,0 +1,250 @@
+"""Attention between groups of tokens that may see each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .. import reference
+from .._impl import resolve
+from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
+from ._library import composite, differentiable, launcher, without_autocast
+from .attention import masked_backward, masked_forward
+
+# Logits up to which a CPU takes a mask and one call, and those of the blocks of rows elsewhere.
+SMALL = 1 << 17
+LOGITS_ELSEWHERE = 1 << 25
+KERNEL_GROUPS = 32
+
+_ARGUMENTS = "(Tensor q, Tensor k, Tensor v, Tensor row_groups, Tensor column_groups, Tensor allowed, "
+grouped_attention_reference = composite(
+    f"grouped_attention_reference{_ARGUMENTS}float scale, Tensor? key_bias) -> (Tensor, Tensor)",
+    reference.grouped_attention,
+)
+
+
+class _Part(NamedTuple):
+    """Rows that are computed by one call: of some samples, over some columns; `mask` is added to the logits."""
+
+    samples: slice
+    rows: slice | Tensor
+    columns: slice | Tensor
+    mask: Tensor | None
+    empty: Tensor | None
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        return x[self.samples, :, self.rows]
+
+    def of_columns(self, x: Tensor) -> Tensor:
+        return x[self.samples, :, self.columns]
+
+
+def _parts(
+    q: Tensor, k: Tensor, row_groups: Tensor, column_groups: Tensor, allowed: Tensor, key_bias: Tensor | None
+) -> Iterator[_Part]:
+    """Yield what is computed one after another; rows that see nothing are in no part, or `empty` in one."""
+    batch, heads, image_tokens, _ = q.shape
+    logits = batch * heads * image_tokens * k.shape[2]
+    if q.device.type == "cpu" and logits > SMALL:
+        for b in range(batch):
+            yield from _gathered(b, q, row_groups[b], column_groups[b], allowed, key_bias)
+        return
+    step = image_tokens if logits <= LOGITS_ELSEWHERE else max(1, LOGITS_ELSEWHERE * image_tokens // logits)
+    for first in range(0, image_tokens, step):
+        rows = slice(first, first + step)
+        seen = allowed[row_groups[:, rows, None], column_groups[:, None, :]].unsqueeze(1)
+        mask = torch.where(seen, 0.0 if key_bias is None else key_bias[:, None, None, :], -torch.inf).to(q.dtype)
+        yield _Part(slice(None), rows, slice(None), mask, mask.isneginf().all(-1))
+
+
+def _gathered(
+    b: int, q: Tensor, row_groups: Tensor, column_groups: Tensor, allowed: Tensor, key_bias: Tensor | None
+) -> Iterator[_Part]:
+    """Yield the rows of a sample that see the same columns, with no column that they do not see."""
+    present, group_of_row = row_groups.unique(return_inverse=True)
+    held, group_of_column = column_groups.unique(return_inverse=True)
+    patterns, pattern_of_group = allowed[present][:, held].unique(dim=0, return_inverse=True)
+    pattern_of_row = pattern_of_group[group_of_row]
+    for i, pattern in enumerate(patterns):
+        rows, columns = (x.nonzero().squeeze(1) for x in (pattern_of_row == i, pattern[group_of_column]))
+        if not columns.numel():
+            continue
+        mask = empty = None
+        if key_bias is not None:
+            mask = key_bias[b, columns].expand(1, 1, rows.numel(), -1)
+            empty = mask[:, :, 0].isneginf().all(-1, keepdim=True)
+        yield _Part(slice(b, b + 1), rows, columns, mask, empty)
+
+
+@without_autocast
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_groups: Tensor,
+    column_groups: Tensor,
+    allowed: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    out, lse = q.new_zeros(q.shape), q.new_full(q.shape[:3], -torch.inf)
+    for part in _parts(q, k, row_groups, column_groups, allowed, key_bias):
+        made = masked_forward(part.of_rows(q), part.of_columns(k), part.of_columns(v), *part[3:], scale)
+        out[part.samples, :, part.rows], lse[part.samples, :, part.rows] = made
+    return out, lse
+
+
+@without_autocast
+def _backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_groups: Tensor,
+    column_groups: Tensor,
+    allowed: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    lse = lse.masked_fill(lse.isneginf(), 0.0)
+    dq, dk, dv = (x.new_zeros(x.shape) if wanted else None for x, wanted in zip((q, k, v), needed, strict=True))
+    for part in _parts(q, k, row_groups, column_groups, allowed, key_bias):
+        of_q, of_k, of_v = masked_backward(
+            part.of_rows(grad_out),
+            None if grad_lse is None else part.of_rows(grad_lse),
+            part.of_rows(q),
+            part.of_columns(k),
+            part.of_columns(v),
+            part.of_rows(out),
+            part.of_rows(lse),
+            part.mask,
+            scale,
+            needed,
+        )
+        if dq is not None:
+            dq[part.samples, :, part.rows] = of_q
+        for total, found in ((dk, of_k), (dv, of_v)):
+            if total is not None:
+                total[part.samples, :, part.columns] += found
+    return [dq, dk, dv]
+
+
+def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
+
+
+_eager = differentiable(
+    f"grouped_attention{_ARGUMENTS}Tensor? key_bias, float scale) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+    _backward,
+    leaves=3,
+    results=2,
+    saves=(0, 1),
+)
+_triton = differentiable(
+    f"grouped_attention_triton{_ARGUMENTS}Tensor? key_bias, float scale) -> (Tensor, Tensor)",
+    launcher("grouped_attention", "grouped_attention"),
+    _fake,
+    launcher("grouped_attention", "grouped_attention_backward"),
+    leaves=3,
+    results=2,
+    saves=(1,),
+)
+
+
+def _check_groups(name: str, groups: Tensor, q: Tensor, tokens: int, count: int) -> None:
+    if groups.shape != (q.shape[0], tokens):
+        raise ValueError(f"{name} has shape {tuple(groups.shape)}; it must be [batch, tokens] {(q.shape[0], tokens)}")
+    if groups.dtype != torch.int64:
+        raise ValueError(f"{name} has dtype {groups.dtype}; it must be torch.int64, one group for every token")
+    if groups.device != q.device:
+        raise ValueError(f"{name} is on {groups.device} but q is on {q.device}; move them to one device")
+    if groups.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(groups, FakeTensor):
+        return
+    lowest, highest = (int(x) for x in groups.aminmax())
+    if lowest < 0 or highest >= count:
+        off = lowest if lowest < 0 else highest
+        raise ValueError(f"{name} holds {off}, but allowed is of the groups 0..{count - 1}")
+
+
+def grouped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_groups: Tensor,
+    column_groups: Tensor,
+    allowed: Tensor,
+    *,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute attention in which a row sees the columns of those groups only that its own group may see.
+
+    That is softmax(scale q k^T + key_bias) v over these columns (MATH.md section 10). A token has one group; where
+    regions overlap, each set of regions is a group of its own, and what is outside of all regions is one as well.
+
+    No mask [M,N] is ever in memory but for small maps on a CPU. The kernels skip the blocks that nothing connects, and
+    a CPU computes no logit that nobody sees. Differentiable in q, k and v, through the output and through the
+    logsumexp. Where a row sees no column, the output and all gradients are 0 and the logsumexp is -inf.
+
+    Args:
+        q: queries `[B,H,M,d]`, float16, bfloat16, float32 or float64, any strides.
+        k: keys `[B,H,N,d]`, of the dtype and device of q.
+        v: values `[B,H,N,d]`, likewise.
+        row_groups: the group of every row, `[B,M]`, int64 in 0..G-1.
+        column_groups: the group of every column, `[B,N]`, likewise.
+        allowed: which groups (first dimension) see which (second), `[G,G]`, bool.
+        scale: factor of the logits, 1/sqrt(d) by default.
+        key_bias: added to the scaled logits, `[B,N]`, -inf for a masked column: as for `attention`.
+        return_lse: also return the logsumexp of each row's scaled logits.
+        impl: `"triton"`, `"eager"` or `"reference"`; None for the default (see `attnctl_fast.use`).
+
+    Returns:
+        out `[B,H,M,d]` in q's dtype, or `(out, lse)` with lse `[B,H,M]` in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; an empty dimension; a group that allowed does not know;
+            or (Triton) float64, a head width outside 8..256 or more than 32 groups. Groups on an accelerator are
+            trusted, for reading them would synchronise.
+    """
+    check_qkv(q, k, v)
+    key_bias = check_key_bias(key_bias, k)
+    if allowed.dtype != torch.bool or allowed.ndim != 2 or allowed.shape[0] != allowed.shape[1] or not allowed.numel():
+        raise ValueError(
+            f"allowed is {allowed.dtype} of shape {tuple(allowed.shape)}; it must be torch.bool [groups, groups]: "
+            "which group (first dimension) sees which"
+        )
+    if allowed.device != q.device:
+        raise ValueError(f"allowed is on {allowed.device} but q is on {q.device}; move them to one device")
+    _check_groups("row_groups", row_groups, q, q.shape[2], allowed.shape[0])
+    _check_groups("column_groups", column_groups, q, k.shape[2], allowed.shape[0])
+    scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
+    if impl == "triton":
+        check_kernel_limits(q)
+        if allowed.shape[0] > KERNEL_GROUPS:
+            raise ValueError(
+                f"the Triton kernels take at most {KERNEL_GROUPS} groups, not {allowed.shape[0]}; give tokens that see "
+                "and are seen alike one group, or use impl='eager'"
+            )
+        out, lse = _triton(q, k, v, row_groups, column_groups, allowed, key_bias, scale)
+        return (out, lse) if return_lse else out
+    wide = torch.promote_types(q.dtype, torch.float32)
+    given = (*(x.to(wide) for x in (q, k, v)), row_groups, column_groups, allowed)
+    if impl == "eager":
+        out, lse = _eager(*given, key_bias, scale)
+    else:
+        out, lse = grouped_attention_reference(*given, scale, key_bias)
+    return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
