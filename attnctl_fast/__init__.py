@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         GuidanceContext,
         LatentGuidance,
         Method,
+        Regions,
         Run,
         SynGen,
     )
@@ -47,6 +48,7 @@ __all__ = [
     "Method",
     "NAG",
     "PLADIS",
+    "Regions",
     "Run",
     "SynGen",
     "TACA",
@@ -75,6 +77,7 @@ _HOME = {
     "Method": "methods",
     "NAG": "methods",
     "PLADIS": "methods",
+    "Regions": "methods",
     "Run": "methods",
     "SynGen": "methods",
     "TACA": "methods",

@@ -37,7 +37,7 @@ class SecondText:
 
 
 class Beside:
-    """The second texts of one evaluation.
+    """The texts of one evaluation that stand in the sequence outside of the prompts'.
 
     rows: which rows are conditional. tokens: how many columns each text has. order: where it stands in the sequence.
     stacked: it is a row of its own.
@@ -79,6 +79,21 @@ class Beside:
                 changed[name] = torch.cat([given[name], second.pooled.to(given[name])])
             elif isinstance(one, Tensor) and one.ndim and len(one) == self.rows.total:
                 changed[name] = torch.cat([one, self.rows.take(one)])
+        return changed
+
+    def lengthened(self, given: dict[str, Any], text: str, more: Tensor) -> dict[str, Any]:
+        """Return a model's arguments with more text `[E,L,C]` in the conditional rows, zeros in the others.
+
+        Args:
+            given: the arguments by name.
+            text: the name of the contexts.
+            more: the text, one or several as long as the prompt, each with the prompt's positions.
+        """
+        context = given[text]
+        changed = {**given, text: self.joined(context, self.spread(more.to(context)), 1)}
+        if isinstance(ids := given.get("txt_ids"), Tensor):
+            again = torch.arange(self.tokens, device=ids.device) % ids.shape[-2]
+            changed["txt_ids"] = self.joined(ids, ids.index_select(-2, again), -2)
         return changed
 
     def parted(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,7 @@ class Engine:
                 for one in within if method.everywhere else names:
                     check_processor(self.layers[one])
             chosen.append((method, names))
+        _check_texts(methods)
         return chosen
 
     def within(self, method: Method) -> dict[str, Layer]:
@@ -330,6 +331,8 @@ class PipelineCall:
             for method, names in entry.methods
         ]
         last = {type(method): index for index, (_, method, _) in enumerate(methods)}
+        if engine.family.beside:
+            _check_texts([method for index, (_, method, _) in enumerate(methods) if last[type(method)] == index])
         for index, (entry, method, names) in enumerate(methods):
             if method.alone and len(methods) > 1:
                 raise ValueError(
@@ -416,15 +419,24 @@ class PipelineCall:
         return output
 
     def _put_beside(self, places: list[Place], evaluation: Evaluation) -> Beside | None:
-        """Give the model the second text that a run wants beside the prompts, and every layer what it needs of it."""
-        wanted = next((run.beside for _, _, run, _ in self._runs if run.active and run.beside is not None), None)
-        beside = None
-        if wanted is not None and evaluation.rows.conditional:
+        """Give the model the text that a run sends through it, and every layer what it needs of it.
+
+        Returns the second text beside the prompts, where there is one.
+        """
+        acting = [run for _, _, run, _ in self._runs if run.active] if evaluation.rows.conditional else []
+        second = next((run.beside for run in acting if run.beside is not None), None)
+        more = next((run.more_text for run in acting if run.more_text is not None), None)
+        beside = longer = None
+        if second is not None or more is not None:
             family, order = self.engine.family, next(place.layer.text for place in places if place.layer.text)
-            beside = Beside(evaluation.rows, evaluation.columns, order, stacked=family.beside == "rows")
-            evaluation.given = beside.added(evaluation.given, family.text, wanted)
+            if second is not None:
+                beside = Beside(evaluation.rows, evaluation.columns, order, stacked=family.beside == "rows")
+                evaluation.given = beside.added(evaluation.given, family.text, second)
+            if more is not None:
+                longer = Beside(evaluation.rows, more.shape[1], order, stacked=False)
+                evaluation.given = longer.lengthened(evaluation.given, family.text, more)
         for place in places:
-            place.beside = beside if place.layer.text else None
+            place.beside, place.longer = (beside, longer) if place.layer.text else (None, None)
         return beside
 
     def _latents(self, given: dict[str, Any]) -> tuple[int, int]:
@@ -515,7 +527,7 @@ def _acts(acting: list[tuple[Method, Run, Site]]) -> Acts:
     """Return what acts on a layer."""
     hooks = {
         hook: tuple((run, site) for _, run, site in acting if defines(run, hook))
-        for hook in ("keys", "edit", "context", "more_context", "attend")
+        for hook in ("keys", "edit", "context", "more_context", "attend", "sequence")
     }
     return Acts(
         hooks["keys"],
@@ -525,6 +537,7 @@ def _acts(acting: list[tuple[Method, Run, Site]]) -> Acts:
         hooks["more_context"],
         # Whatever their order: what comes of a moved context before what mixes it with others.
         tuple(sorted(hooks["attend"], key=lambda pair: not defines(pair[0], "context"))),
+        hooks["sequence"][-1] if hooks["sequence"] else None,
     )
 
 
@@ -592,6 +605,15 @@ def _calling_pipeline(pipe: Any) -> Any:
             return owner
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _check_texts(methods: list[Method]) -> None:
+    """Raise ValueError where several methods would send a text of their own through a joint model."""
+    names = [type(method).__name__ for method in methods if method.sends_text]
+    if len(names) > 1:
+        raise ValueError(
+            f"{' and '.join(names)} both send a text of their own through the model; use one of them in a call"
+        )
 
 
 def _changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

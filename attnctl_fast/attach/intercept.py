@@ -41,6 +41,7 @@ class Acts(NamedTuple):
     """The runs that act on a layer, each with its site.
 
     One edits its attention, others change its keys before, move its context, add contexts, or attend after the edit.
+    One attends in a sequence with more text.
     """
 
     keys: tuple[tuple[Run, Site], ...] = ()
@@ -48,10 +49,11 @@ class Acts(NamedTuple):
     contexts: tuple[tuple[Run, Site], ...] = ()
     more: tuple[tuple[Run, Site], ...] = ()
     attend: tuple[tuple[Run, Site], ...] = ()
+    sequence: tuple[Run, Site] | None = None
 
     @property
     def attends(self) -> bool:
-        return self.edit is not None or bool(self.attend or self.keys)
+        return self.edit is not None or self.sequence is not None or bool(self.attend or self.keys)
 
 
 class Place:
@@ -59,6 +61,7 @@ class Place:
 
     now: at this evaluation. ever: at any of the call, which is what compiled code runs. tokens: how many the text and
     the image have, for joint attention. beside: the second texts that run through the model, where there are any.
+    longer: the text that the sequence has more, likewise.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -66,6 +69,7 @@ class Place:
         self.rows: Rows
         self.tokens = 0, 0
         self.beside: Beside | None = None
+        self.longer: Beside | None = None
         self.now = self.ever = Acts()
         self.compiled = False
         self._inner: Callable[..., Any]
@@ -168,6 +172,8 @@ class Place:
         rows = self.rows.first(len(query))
         if self.layer.text and self.beside is not None:
             return self._attend_beside(acts, self.beside, query, key, value, scaled)
+        if self.layer.text and self.longer is not None:
+            return self._attend_longer(acts, self.longer, query, key, value, scaled)
         if self.layer.text:
             return self._attend_jointly(acts, rows, query, key, value, attn_mask, scaled)
         columns = key.shape[2]
@@ -195,6 +201,20 @@ class Place:
         )
         own = plain(beside.rows.take(side), k, v, None, scale)
         return beside.joined(out, beside.spread(own.to(out.dtype)), 2)
+
+    def _attend_longer(
+        self, acts: Acts, longer: Beside, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """Return joint attention of a sequence with more text, which nobody but the run that gave it sees."""
+        rows, (run, site) = longer.rows, acts.sequence or (None, None)
+        query_, key_, value_ = (longer.parted(x, 2)[0] for x in (query, key, value))
+        out = self._attend_jointly(acts, rows, query_, key_, value_, None, scale)
+        batch, heads, _, width = out.shape
+        out = longer.joined(out, out.new_zeros(batch, heads, longer.tokens, width), 2)
+        if run is None:
+            return out
+        own = run.sequence(site, *(rows.take(x) for x in (query, key, value)), scale, rows.take(out))
+        return rows.merge(own, rows.rest(out))
 
     def _attend_jointly(
         self,

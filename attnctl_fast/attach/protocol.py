@@ -41,11 +41,14 @@ class Run:
         used: whether they act at any evaluation of the call; a compiled model runs the same graph at all of them.
         beside: a text that is to run through a joint model beside the prompts'; one run of a call may have one, and
             acts on every layer (`Method.everywhere`).
+        more_text: contexts `[E,L,C]`, of the conditional rows, that a joint model is to have in the sequence of text
+            and image; only `sequence` knows them, which acts on every layer likewise.
     """
 
     active: bool = True
     used: bool = True
     beside: SecondText | None = None
+    more_text: Tensor | None = None
 
     def encoded(self, embeddings: Tensor) -> Tensor:
         """Return the prompts' contexts `[samples,N,C]` for the whole call; the given ones are left as they are."""
@@ -78,6 +81,21 @@ class Run:
     def attend(self, site: Site, attention: Attention) -> None:
         """Look at the attention of all rows, or change it, after the edit."""
 
+    def sequence(self, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> Tensor:
+        """Return attention of the conditional rows of a joint model, `[E,H,S,d]`, with `more_text` in the sequence.
+
+        That text stands first where the text does, and last where the image is first.
+
+        Args:
+            site: the layer.
+            q: queries `[E,H,S,d]` of the whole sequence.
+            k: keys, likewise.
+            v: values, likewise.
+            scale: factor of the logits.
+            out: what the model and other methods make of the sequence without `more_text`, zeros in its place.
+        """
+        raise NotImplementedError
+
     def after_denoiser(self, output: Tensor) -> Tensor:
         """Return what the model predicts, `[R,C,height,width]`."""
         return output
@@ -98,6 +116,7 @@ class Method:
         layers: those that its runs act on, as users name them; None for `default_layers`.
         edits_attention: its runs `edit` attention, which one method per layer may do.
         everywhere: its runs have a site in every layer that it reaches; `Site.chosen` says where the user wants it.
+        sends_text: its runs send a text of their own through a joint model, which one method of a call may.
         single: one of the kind acts in a call: that of the innermost control.
         alone: no other method acts in the call.
     """
@@ -106,6 +125,7 @@ class Method:
 
     edits_attention: ClassVar[bool] = False
     everywhere: ClassVar[bool] = False
+    sends_text: ClassVar[bool] = False
     single: ClassVar[bool] = False
     alone: ClassVar[bool] = False
 

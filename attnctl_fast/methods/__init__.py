@@ -11,6 +11,7 @@ from .energy_context import EnergyContext
 from .latent_guidance import GuidanceContext, LatentGuidance
 from .nag import NAG
 from .pladis import PLADIS
+from .regions import Regions
 from .syngen import SynGen
 from .taca import TACA
 from .tsam import TSAM
@@ -30,6 +31,7 @@ __all__ = [
     "Method",
     "NAG",
     "PLADIS",
+    "Regions",
     "Run",
     "SynGen",
     "TACA",

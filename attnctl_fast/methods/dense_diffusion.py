@@ -17,7 +17,7 @@ from ..attach.evaluation import Evaluation
 from ..attach.layers import Layer, LayerChoice, check_choice
 from ..attach.protocol import Edited, Method, Run
 from ..attach.rows import Rows
-from ._masks import Masks, Row, check_masks
+from ._masks import Masks, Row, check_masks, on_grid
 
 CONVENTIONS = ("official", "paper")
 
@@ -233,16 +233,9 @@ class _Modulating(Run):
 
     def _row_regions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return the regions of every image token and 1 - area * S, `[samples,M]`."""
-        latents, regions, sizes = self.call.latents, [], []
-        height, width = self._rows[0][0][1].height, self._rows[0][0][1].width
-        if height * latents[1] != width * latents[0]:
-            raise ValueError(
-                f"masks are {height}x{width}, which has not the proportions of the picture (latents "
-                f"{latents[0]}x{latents[1]}); draw them at the picture's size"
-            )
+        regions, sizes = [], []
         for row in self._rows:
-            masks = torch.stack([mask.tensor() for _, mask in row]).unsqueeze(1)
-            masks = F.interpolate(F.interpolate(masks, size=latents), size=grid).flatten(1)  # [regions, M]
+            masks = on_grid(row, self.call.latents, grid)
             bits = (masks.int() << torch.arange(len(row), dtype=torch.int32)[:, None]).sum(0, dtype=torch.int32)
             regions.append(bits)
             sizes.append(1 - self.method.area * self._shares(masks.double(), bits))

@@ -54,6 +54,7 @@ class NAG(Method):
     layers: LayerChoice = None
 
     single = True
+    sends_text = True
     # The negative text has to pass through those layers of a joint model too in which it guides nothing.
     everywhere = True
 
