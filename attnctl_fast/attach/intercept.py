@@ -206,15 +206,13 @@ class Place:
         self, acts: Acts, longer: Beside, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
         """Return joint attention of a sequence with more text, which nobody but the run that gave it sees."""
-        rows, (run, site) = longer.rows, acts.sequence or (None, None)
-        query_, key_, value_ = (longer.parted(x, 2)[0] for x in (query, key, value))
-        out = self._attend_jointly(acts, rows, query_, key_, value_, None, scale)
-        batch, heads, _, width = out.shape
-        out = longer.joined(out, out.new_zeros(batch, heads, longer.tokens, width), 2)
-        if run is None:
-            return out
-        own = run.sequence(site, *(rows.take(x) for x in (query, key, value)), scale, rows.take(out))
-        return rows.merge(own, rows.rest(out))
+        assert acts.sequence is not None
+        rows, (run, site) = longer.rows, acts.sequence
+        q, k, v = (longer.parted(x, 2)[0] for x in (query, key, value))
+        out = self._attend_jointly(acts, rows, q, k, v, None, scale)
+        out = longer.joined(out, out.new_zeros(*out.shape[:2], longer.tokens, out.shape[3]), 2)
+        q, k, v = (rows.take(x) for x in (query, key, value))
+        return rows.merge(run.sequence(site, q, k, v, scale, rows.take(out)), rows.rest(out))
 
     def _attend_jointly(
         self,

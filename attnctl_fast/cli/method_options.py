@@ -50,7 +50,9 @@ OPTIONS = {
     "groups": Option(
         "two or more groups of words that belong together, such as red+ball dog", "WORD+WORD", group, "words"
     ),
-    "masks": Option("pictures that are white where a phrase is to be", "PHRASE=FILE", mask, "mapping"),
+    "masks": Option("pictures that are white where a phrase or a prompt is to be", "PHRASE=FILE", mask, "mapping"),
+    "base": Option("share of the attention to the prompt in a region; default: 0.1", "SHARE", share),
+    "background": Option("prompt for what no mask covers; default: the prompt itself", "TEXT"),
     "strength": Option("strength of the edit, 0 for none; default: the method's own", None, strength),
     "scale": Option("length of the latents' step; default: the method's own", None, strength),
     "convention": Option("default: official, the released code", choices=("official", "paper")),
@@ -92,7 +94,7 @@ class Method:
     arguments: Callable[[Given, str], Given] = lambda given, prompt: given
 
 
-def _dense(given: Given, prompt: str) -> Given:
+def _with_masks(given: Given, prompt: str) -> Given:
     import numpy as np
     from PIL import Image
 
@@ -149,10 +151,11 @@ METHODS = {
     "tsam": Method("TSAM", ("layers", "scale", "convention")),
     "syngen": Method("SynGen", ("layers", "pairs", "scale"), arguments=_syngen),
     "conform": Method("CONFORM", ("layers", "groups", "scale"), ("groups",)),
-    "dense": Method("DenseDiffusion", ("layers", "masks", "convention"), ("masks",), _dense),
+    "dense": Method("DenseDiffusion", ("layers", "masks", "convention"), ("masks",), _with_masks),
     "nag": Method("NAG", ("layers", "avoid", "nag_scale", "nag_tau", "nag_alpha"), ("avoid",), _nag),
     "taca": Method("TACA", ("layers", "factor")),
     "pladis": Method("PLADIS", ("layers", "pladis_scale"), arguments=_pladis),
+    "regions": Method("Regions", ("layers", "masks", "base", "background"), ("masks",), _with_masks),
     "composable": Method("ComposableDiffusion", ("edit", "negate", "edit_weight"), ("edit", "negate"), _composable),
 }
 

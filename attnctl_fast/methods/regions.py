@@ -113,7 +113,7 @@ class _Drawing(Run):
     def _prompts(self, row: Row) -> list[str]:
         """Return the prompts of a sample's regions, that of the background last."""
         background = self.method.background
-        return [text for texts, _ in row for text in texts] + ([] if background is None else [background])  # type: ignore[misc]
+        return [str(text) for (text,), _ in row] + ([] if background is None else [background])
 
     def _encoded(self) -> Tensor:
         """Return the texts of every sample one after the other, `[samples,L,C]`, zeros where it has fewer regions."""
@@ -159,7 +159,10 @@ class _Drawing(Run):
         site = self._sites[0]
         count = self._contexts.shape[1] // self._length
         codes = torch.stack(
-            [_codes(self._regions_of(row, site.grid), len(self._prompts(row)), count, self._length) for row in self._rows]
+            [
+                _codes(self._regions_of(row, site.grid), len(self._prompts(row)), count, self._length)
+                for row in self._rows
+            ]
         )
         texts, image = codes.split([count * self._length, site.grid[0] * site.grid[1]], 1)
         prompt = codes.new_zeros(len(codes), evaluation.columns)
@@ -189,7 +192,7 @@ class _Drawing(Run):
         # Another picture to look at stands behind the image, and has no region.
         beyond = q.shape[2] - site.groups.shape[1]
         groups, share = F.pad(site.groups, (0, beyond)), F.pad(site.share, (0, 0, 0, beyond), value=1.0)
-        regional = ops.grouped_attention(q, k, v, groups, groups, site.allowed, scale=scale)
+        regional, _ = ops.grouped_attention(q, k, v, groups, groups, site.allowed, scale=scale, return_lse=True)
         return regional.to(share.dtype).lerp(out.to(share.dtype), share).to(out.dtype)
 
 

@@ -39,6 +39,7 @@ def tasks(dry: bool = False) -> tuple[list[Task], list[Task]]:
     rest = [task(name, layer) for layer in others for name in OPERATIONS]
     batched = [task(name, layer, 4) for layer in (SMALL, LARGE) for name in BATCHED]
     joint = [task(name, layer) for layer in JOINT for name in ("maps_from_lse", "maps_from_lse_all")]
+    joint += [task("grouped_attention", layer) for layer in JOINT if layer.targets <= 8]
     return first, [x for x in dict.fromkeys(joint + batched + rest) if x not in first]
 
 

@@ -64,6 +64,7 @@ def default() -> Iterator[Case]:
     # A prompt's words, and an edit of a few, where stock attention takes a tenth of a second.
     yield Case("joint_maps", JOINT[1])
     yield Case("joint_edit", JOINT[0])
+    yield Case("grouped_attention", JOINT[0])
 
 
 def joint() -> Iterator[Case]:
@@ -71,9 +72,10 @@ def joint() -> Iterator[Case]:
     for layer in JOINT:
         for name in ("maps_from_lse", "maps_from_lse_all", "joint_maps"):
             yield Case(name, layer)
-        # An edit is one of a few words.
+        # An edit is one of a few words, and groups know none.
         if layer.targets <= 8:
             yield Case("joint_edit", layer)
+            yield Case("grouped_attention", layer)
 
 
 def every() -> Iterator[Case]:

@@ -109,6 +109,19 @@ def test_generate_moves_the_latents(command, tmp_path, kind, method, options):
     assert not np.array_equal(plain, guided)
 
 
+def test_generate_draws_regions(command, models, tmp_path):
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:, :16] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    options = ["--masks", f"a red ball={tmp_path / 'mask.png'}", "--base", 0.3, "--background", "two dog"]
+    assert command("generate", "flux", "--method", "regions", *options) == 0
+    pipe = loaded(models("flux"))
+    with ac.control(pipe, ac.Regions({"a red ball": mask > 0}, base=0.3, background="two dog")):
+        expected = drawn("flux", pipe)
+    assert np.array_equal(Image.open(tmp_path / "out" / "0-regions.png"), expected)
+    assert not np.array_equal(expected, drawn("flux", pipe))
+
+
 def test_true_guidance_goes_away_from_an_empty_prompt(command, models, tmp_path):
     assert command("generate", "flux", "--targets", "bag", "--strength", 0, "--true-cfg-scale", 4) == 0
     pipe = loaded(models("flux"))

@@ -62,6 +62,7 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         {word[name]: mask for name, mask in word.get("masks", masks()).items()}
     ),
     "ComposableDiffusion": lambda word: ac.ComposableDiffusion(["a red bag", "a black apple"]),
+    "Regions": lambda word: ac.Regions({f"a {name}": mask for name, mask in word.get("masks", masks()).items()}),
     "NAG": lambda word: ac.NAG("the two dog"),
     "TACA": lambda word: ac.TACA(1.5),
     "PLADIS": lambda word: ac.PLADIS(),

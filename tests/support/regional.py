@@ -48,8 +48,8 @@ def regional(
     """Have the first `steps` evaluations of so many rows drawn with regions.
 
     contexts: of every conditional row the regions' texts [regions,N,C]. masks: of every conditional row bool
-    [regions,M]. numbers: `base`, `isolated`, `every`, and `doubles`, the number of blocks with two streams. order: where
-    the text stands.
+    [regions,M]. numbers: `base`, `isolated`, `every`, and `doubles`, the number of blocks with two streams. order:
+    where the text stands.
     """
     real, forward = F.scaled_dot_product_attention, model.forward
     count, length = contexts.shape[1:3]
