@@ -41,6 +41,7 @@ class Mutant(NamedTuple):
 
 
 ATTENTION = "ops/test_attention.py"
+REGIONS = "methods/test_regions.py"
 GROUPED = "ops/test_grouped_attention.py"
 CONTEXT = "ops/test_context_update.py"
 GUIDED = "ops/test_normalized_guidance.py"
@@ -347,20 +348,6 @@ OPS = [
         f"{GROUPED} -k every_way",
     ),
     Mutant(
-        "grouped_attention: tiles that nothing connects are listed",
-        "kernels/grouped_attention.py",
-        "met = (held & some) != 0",
-        "met = held != 0",
-        f"{GROUPED} -k list_the_tiles",
-    ),
-    Mutant(
-        "grouped_attention: a tile that only some rows see is taken for whole",
-        "kernels/grouped_attention.py",
-        "((held & every) == held)",
-        "((held & some) == held)",
-        f"{GROUPED} -k 'list_the_tiles or (under_a_mask and triton)'",
-    ),
-    Mutant(
         "region_attention: masked columns are extremes",
         "attnctl_fast/ops/region_attention.py",
         "low = logits.masked_fill(left_out, torch.inf).amin(-1, keepdim=True)",
@@ -496,6 +483,20 @@ OPS = [
 ]
 TRITON = [
     Mutant(
+        "grouped_attention: tiles that nothing connects are listed",
+        "kernels/grouped_attention.py",
+        "met = (held & some) != 0",
+        "met = held != 0",
+        f"{GROUPED} -k list_the_tiles",
+    ),
+    Mutant(
+        "grouped_attention: a tile that only some rows see is taken for whole",
+        "kernels/grouped_attention.py",
+        "((held & every) == held)",
+        "((held & some) == held)",
+        f"{GROUPED} -k 'list_the_tiles or (under_a_mask and triton)'",
+    ),
+    Mutant(
         "kernel of attention: targets' logits without scale",
         "kernels/attention.py",
         "special = scale * row_products(",
@@ -552,8 +553,8 @@ TRITON = [
         f"{KERNELS} -k 'test_families and biased_attention and sharp'",
     ),
     Mutant(
-        "kernel of maps_from_lse: weights are rounded to float16 as they are",
-        "kernels/maps_from_lse.py",
+        "add_scaled: weights are rounded to float16 as they are",
+        "kernels/_tiles.py",
         "    if DOT.is_fp16():",
         "    if DOT.is_fp64():",
         f"{FROM_LSE} -k 'below_what_float16_holds and triton'",
@@ -883,6 +884,20 @@ METHODS = [
         "self.active = self.used and (now or evaluation.compiled)",
         "self.active = self.used",
         f"{TACA} -k 'full_matrices and flux-1'",
+    ),
+    Mutant(
+        "Regions: the regions' texts see each other",
+        "attnctl_fast/methods/regions.py",
+        "acting = (regions[:, None] & regions) != 0",
+        "acting = ((regions[:, None] & regions) != 0) | (~image & ~image[:, None] & inside & inside[:, None])",
+        f"{REGIONS} -k 'released_scheme and sd3'",
+    ),
+    Mutant(
+        "Regions: image tokens outside of all regions leave the prompt",
+        "attnctl_fast/methods/regions.py",
+        "share[_regions(codes) > 0] = self.method.base",
+        "share[codes > 0] = self.method.base",
+        f"{REGIONS} -k 'released_scheme and flux'",
     ),
     Mutant(
         "AttentionRegulation: strength does not decay",
