@@ -277,7 +277,7 @@ def test_models_that_it_does_not_know() -> None:
         (tiny_transformers.pipeline("pixart_sigma"), "PixArtTransformer2DModel"),
         (tiny_transformers.pipeline("chroma"), "ChromaTransformer2DModel"),
     ):
-        with pytest.raises(ValueError, match=f"has a {model}, through which Regions cannot .*: use DenseDiffusion"):
+        with pytest.raises(ValueError, match=f"has a {model}, but Regions sends .* only; use DenseDiffusion"):
             ac.enable(pipe, ac.Regions(MASKS))
 
 
