@@ -24,7 +24,7 @@ from ._masks import Masks, Row, check_masks, on_grid, prompt_of
 class Regions(Method):
     """Draw a prompt of its own in every region of the picture.
 
-    Regional prompting (arXiv 2411.02395), for joint attention: SD 3 and FLUX.1. The regions' prompts, encoded as the
+    Regional prompting (arXiv 2411.02395), for joint attention: SD 3, FLUX.1 and FLUX.2. The regions' prompts, encoded as the
     pipeline encodes prompts, run through the model beside the prompt's text. Each sees itself and the image tokens in
     its mask; these see it and image tokens that share a mask with them (`ops.grouped_attention`). In the conditional
     rows, an image token's attention is `base` times that to the prompt and all of the image, plus `1 - base` times that

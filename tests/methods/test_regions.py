@@ -46,6 +46,8 @@ def encoded(kind: str, pipe: Any, texts: list[str]) -> Tensor:
     with torch.no_grad():
         if kind == "sd3":
             return pipe.encode_prompt(texts, None, None, do_classifier_free_guidance=False, **how)[0]
+        if kind == "flux2":
+            return pipe.encode_prompt(texts, text_encoder_out_layers=(0, 1, 2), **how)[0]
         return pipe.encode_prompt(texts, None, **how)[0]
 
 
@@ -64,6 +66,7 @@ CASES = [
     ("sd3", {"dual": True}, {"guidance_scale": 1.0}, {"isolated": False, "base": 0.3}, {"steps": 1.0}),
     ("sd3", {}, {"num_images_per_prompt": 2}, {"every": 2, "base": 0.1}, {"steps": 2}),
     ("flux", {}, {}, {"base": 0.2}, {"steps": 2}),
+    ("flux2", {}, {}, {"base": 0.2}, {"steps": 1}),
     (
         "flux",
         {"schnell": True},

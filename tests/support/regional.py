@@ -94,7 +94,7 @@ def regional(
             behind[conditional] = contexts.flatten(1, 2).to(text)
             given["encoder_hidden_states"] = torch.cat([text, behind], 1)
             if "txt_ids" in given:
-                given["txt_ids"] = torch.cat([given["txt_ids"]] * (1 + count))
+                given["txt_ids"] = torch.cat([given["txt_ids"]] * (1 + count), -2)
         return forward(**given)
 
     with pytest.MonkeyPatch.context() as patch:
