@@ -24,11 +24,11 @@ from ._masks import Masks, Row, check_masks, on_grid, prompt_of
 class Regions(Method):
     """Draw a prompt of its own in every region of the picture.
 
-    Regional prompting (arXiv 2411.02395), for joint attention: SD 3, FLUX.1 and FLUX.2. The regions' prompts, encoded as the
-    pipeline encodes prompts, run through the model beside the prompt's text. Each sees itself and the image tokens in
-    its mask; these see it and image tokens that share a mask with them (`ops.grouped_attention`). In the conditional
-    rows, an image token's attention is `base` times that to the prompt and all of the image, plus `1 - base` times that
-    within its regions. The pooled embedding, which modulates all blocks, stays the prompt's.
+    Regional prompting (arXiv 2411.02395), for joint attention: SD 3, FLUX.1 and FLUX.2. The regions' prompts, encoded
+    as the pipeline encodes prompts, run through the model beside the prompt's text. Each sees itself and the image
+    tokens in its mask; these see it and image tokens that share a mask with them (`ops.grouped_attention`). In the
+    conditional rows, an image token's attention is `base` times that to the prompt and all of the image, plus
+    `1 - base` times that within its regions. What the pooled embedding modulates, it modulates by the prompt's.
 
     Args:
         masks: a mapping from the regions' prompts to masks `[height, width]` of zeros and ones, as tensors, arrays or
