@@ -39,6 +39,7 @@ MOST = (
     *("attention_with_maps, gradients", "attention_with_maps, query gradient of the maps"),
     *("attention_with_maps, query gradient", "maps_from_lse", "maps_from_lse, gradients", "normalized_guidance"),
     "entmax_attention",
+    *("grouped_attention", "grouped_attention, gradients"),
 )
 KEYED = (
     *("attention", "target_statistics, more", "regulated_attention", "attention_with_context_gradient"),

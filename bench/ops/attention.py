@@ -112,7 +112,9 @@ OPERATIONS = {
         ("out", "lse"),
         QKV,
         timings={
-            "grouped_attention": Timing(lambda case: _seen(case, 2), _masked, kernels=("grouped_attention_fwd",)),
+            "grouped_attention": Timing(
+                lambda case: _seen(case, 2), _masked, kernels=("grouped_attention_fwd", "group_tiles_fwd")
+            ),
             "grouped_attention_all": Timing(
                 lambda case: _seen(case, 6),
                 _masked,
