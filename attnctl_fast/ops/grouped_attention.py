@@ -232,9 +232,9 @@ def grouped_attention(
     That is softmax(scale q k^T + key_bias) v over these columns (MATH.md section 10). A token has one group; where
     regions overlap, each set of regions is a group of its own, and what is outside of all regions is one as well.
 
-    No mask [M,N] is in memory as a whole, but for small maps on a CPU. The kernels skip the blocks that nothing connects, and
-    a CPU computes no logit that nobody sees. Differentiable in q, k and v, through the output and through the
-    logsumexp. Where a row sees no column, the output and all gradients are 0 and the logsumexp is -inf.
+    No mask [M,N] is in memory as a whole, but for small maps on a CPU. The kernels skip the blocks that nothing
+    connects, and a CPU computes no logit that nobody sees. Differentiable in q, k and v, through the output and through
+    the logsumexp. Where a row sees no column, the output and all gradients are 0 and the logsumexp is -inf.
 
     Args:
         q: queries `[B,H,M,d]`, float16, bfloat16, float32 or float64, any strides.
