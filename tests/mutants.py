@@ -381,15 +381,15 @@ OPS = [
     Mutant(
         "grouped_attention: columns that a row does not see are in its call",
         "attnctl_fast/ops/grouped_attention.py",
-        "rows, columns = (x.nonzero().squeeze(1) for x in (pattern_of_row == i, pattern[group_of_column]))",
-        "rows, columns = (x.nonzero().squeeze(1) for x in (pattern_of_row == i, patterns.any(0)[group_of_column]))",
+        "own, seen = pattern_of_row == i, pattern[group_of_column]",
+        "own, seen = pattern_of_row == i, patterns.any(0)[group_of_column]",
         f"{GROUPED} -k 'gathered or nobody_sees'",
     ),
     Mutant(
         "grouped_attention: parts that see the same columns overwrite each other's gradients",
         "attnctl_fast/ops/grouped_attention.py",
-        "total[part.samples, :, part.columns] += found",
-        "total[part.samples, :, part.columns] = found",
+        "            x[self.samples, :, self.columns] += made",
+        "            x[self.samples, :, self.columns] = made",
         f"{GROUPED} -k every_way",
     ),
     Mutant(

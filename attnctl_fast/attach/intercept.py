@@ -41,7 +41,7 @@ class Acts(NamedTuple):
     """The runs that act on a layer, each with its site.
 
     One edits its attention, others change its keys before, move its context, add contexts, or attend after the edit.
-    One attends in a sequence with more text.
+    One attends in a sequence with a text of its own.
     """
 
     keys: tuple[tuple[Run, Site], ...] = ()
@@ -61,7 +61,8 @@ class Place:
 
     now: at this evaluation. ever: at any of the call, which is what compiled code runs. tokens: how many the text and
     the image have, for joint attention. beside: the second texts that run through the model, where there are any.
-    longer: the text that the sequence has more, likewise. skipping: a cache of diffusers may leave its attention out.
+    longer: the text that a run has put into the sequence, likewise. skipping: a cache of diffusers
+    may leave its attention out.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -205,7 +206,7 @@ class Place:
     def _attend_longer(
         self, acts: Acts, longer: Beside, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
-        """Return joint attention of a sequence with more text, which nobody but the run that gave it sees."""
+        """Return joint attention of a sequence with a text that only the run sees which put it there."""
         assert acts.sequence is not None
         rows, (run, site) = longer.rows, acts.sequence
         q, k, v = (longer.parted(x, 2)[0] for x in (query, key, value))

@@ -41,8 +41,8 @@ class Run:
         used: whether they act at any evaluation of the call; a compiled model runs the same graph at all of them.
         beside: a text that is to run through a joint model beside the prompts'; one run of a call may have one, and
             acts on every layer (`Method.everywhere`).
-        more_text: contexts `[E,L,C]`, of the conditional rows, that a joint model is to have in the sequence of text
-            and image; only `sequence` knows them, which acts on every layer likewise.
+        more_text: contexts `[E,L,C]`, of the conditional rows, that a joint model is to have in its sequence of text
+            and image; only the run's own `sequence` sees them, which acts on every layer likewise.
     """
 
     active: bool = True

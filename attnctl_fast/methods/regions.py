@@ -81,7 +81,7 @@ class Regions(Method):
     def check(self, pipe: Any, layers: list[Layer]) -> None:
         family = family_of(pipe)
         if not family.beside:
-            known = " and ".join(one.model for one in FAMILIES if one.beside)
+            known = ", ".join(one.model for one in FAMILIES if one.beside)
             raise ValueError(
                 f"{type(pipe).__name__} has a {family.model}, but Regions sends the regions' prompts through {known} "
                 "only; use DenseDiffusion, which draws phrases of the prompt where their masks are"

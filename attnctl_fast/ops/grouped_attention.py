@@ -15,9 +15,10 @@ from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_sc
 from ._library import composite, differentiable, launcher, without_autocast
 from .attention import masked_backward, masked_forward
 
-# Logits up to which a CPU takes a mask and one call, and those of the blocks of rows elsewhere.
-SMALL = 1 << 17
+# Logits, and columns, up to which a CPU takes a mask and one call, and the logits of the blocks of rows elsewhere.
+SMALL, FEW = 1 << 19, 128
 LOGITS_ELSEWHERE = 1 << 25
+ALL = slice(None)
 KERNEL_GROUPS = 32
 
 _ARGUMENTS = "(Tensor q, Tensor k, Tensor v, Tensor row_groups, Tensor column_groups, Tensor allowed, "
@@ -36,11 +37,40 @@ class _Part(NamedTuple):
     mask: Tensor | None
     empty: Tensor | None
 
+    @property
+    def whole(self) -> bool:
+        return self.rows is ALL
+
     def of_rows(self, x: Tensor) -> Tensor:
-        return x[self.samples, :, self.rows]
+        return _taken(x[self.samples], self.rows)
 
     def of_columns(self, x: Tensor) -> Tensor:
-        return x[self.samples, :, self.columns]
+        return _taken(x[self.samples], self.columns)
+
+    def put(self, x: Tensor, made: Tensor) -> None:
+        """Write the rows of `x`."""
+        if isinstance(self.rows, slice):
+            x[self.samples, :, self.rows] = made
+        else:
+            x[self.samples].index_copy_(2, self.rows, made)
+
+    def add(self, x: Tensor, made: Tensor) -> None:
+        """Add to the columns of `x`."""
+        if isinstance(self.columns, slice):
+            x[self.samples, :, self.columns] += made
+        else:
+            x[self.samples].index_add_(2, self.columns, made)
+
+
+def _taken(x: Tensor, where: slice | Tensor) -> Tensor:
+    return x[:, :, where] if isinstance(where, slice) else x.index_select(2, where)
+
+
+def _where(named: Tensor) -> slice | Tensor:
+    """Return the places of what is true in `named` [N], as a slice where they are neighbours."""
+    places = named.nonzero().squeeze(1)
+    first, last = (int(places[0]), int(places[-1])) if len(places) else (0, -1)
+    return slice(first, last + 1) if last + 1 - first == len(places) else places
 
 
 def _parts(
@@ -49,16 +79,16 @@ def _parts(
     """Yield what is computed one after another; rows that see nothing are in no part, or `empty` in one."""
     batch, heads, image_tokens, _ = q.shape
     logits = batch * heads * image_tokens * k.shape[2]
-    if q.device.type == "cpu" and logits > SMALL:
+    if q.device.type == "cpu" and logits > SMALL and k.shape[2] > FEW:
         for b in range(batch):
             yield from _gathered(b, q, row_groups[b], column_groups[b], allowed, key_bias)
         return
     step = image_tokens if logits <= LOGITS_ELSEWHERE else max(1, LOGITS_ELSEWHERE * image_tokens // logits)
     for first in range(0, image_tokens, step):
-        rows = slice(first, first + step)
+        rows = ALL if step == image_tokens else slice(first, first + step)
         seen = allowed[row_groups[:, rows, None], column_groups[:, None, :]].unsqueeze(1)
         mask = torch.where(seen, 0.0 if key_bias is None else key_bias[:, None, None, :], -torch.inf).to(q.dtype)
-        yield _Part(slice(None), rows, slice(None), mask, mask.isneginf().all(-1))
+        yield _Part(ALL, rows, ALL, mask, mask.isneginf().all(-1))
 
 
 def _gathered(
@@ -70,14 +100,14 @@ def _gathered(
     patterns, pattern_of_group = allowed[present][:, held].unique(dim=0, return_inverse=True)
     pattern_of_row = pattern_of_group[group_of_row]
     for i, pattern in enumerate(patterns):
-        rows, columns = (x.nonzero().squeeze(1) for x in (pattern_of_row == i, pattern[group_of_column]))
-        if not columns.numel():
+        if not pattern.any():
             continue
+        own, seen = pattern_of_row == i, pattern[group_of_column]
         mask = empty = None
         if key_bias is not None:
-            mask = key_bias[b, columns].expand(1, 1, rows.numel(), -1)
+            mask = key_bias[b, seen].expand(1, 1, int(own.sum()), -1)
             empty = mask[:, :, 0].isneginf().all(-1, keepdim=True)
-        yield _Part(slice(b, b + 1), rows, columns, mask, empty)
+        yield _Part(slice(b, b + 1), _where(own), _where(seen), mask, empty)
 
 
 @without_autocast
@@ -94,7 +124,10 @@ def _forward(
     out, lse = q.new_zeros(q.shape), q.new_full(q.shape[:3], -torch.inf)
     for part in _parts(q, k, row_groups, column_groups, allowed, key_bias):
         made = masked_forward(part.of_rows(q), part.of_columns(k), part.of_columns(v), *part[3:], scale)
-        out[part.samples, :, part.rows], lse[part.samples, :, part.rows] = made
+        if part.whole:
+            return made[0].contiguous(), made[1].contiguous()
+        part.put(out, made[0])
+        part.put(lse, made[1])
     return out, lse
 
 
@@ -130,11 +163,14 @@ def _backward(
             scale,
             needed,
         )
+        if part.whole:
+            found = zip((of_q, of_k, of_v), needed, strict=True)
+            return [x.contiguous() if wanted else None for x, wanted in found]
         if dq is not None:
-            dq[part.samples, :, part.rows] = of_q
-        for total, found in ((dk, of_k), (dv, of_v)):
+            part.put(dq, of_q)
+        for total, more in ((dk, of_k), (dv, of_v)):
             if total is not None:
-                total[part.samples, :, part.columns] += found
+                part.add(total, more)
     return [dq, dk, dv]
 
 
@@ -196,9 +232,9 @@ def grouped_attention(
     That is softmax(scale q k^T + key_bias) v over these columns (MATH.md section 10). A token has one group; where
     regions overlap, each set of regions is a group of its own, and what is outside of all regions is one as well.
 
-    No mask [M,N] is ever in memory but for small maps on a CPU. The kernels skip the blocks that nothing connects, and
-    a CPU computes no logit that nobody sees. Differentiable in q, k and v, through the output and through the
-    logsumexp. Where a row sees no column, the output and all gradients are 0 and the logsumexp is -inf.
+    No mask [M,N] is in memory as a whole, but for small maps on a CPU. The kernels skip the blocks that nothing
+    connects, and a CPU computes no logit that nobody sees. Differentiable in q, k and v, through the output and through
+    the logsumexp. Where a row sees no column, the output and all gradients are 0 and the logsumexp is -inf.
 
     Args:
         q: queries `[B,H,M,d]`, float16, bfloat16, float32 or float64, any strides.

@@ -31,6 +31,7 @@ SOME = (
     *("maps_from_lse", "maps_from_lse, gradients", "normalized_guidance", "normalized_guidance_shared"),
     *("grouped_attention", "grouped_attention, gradients"),
     "entmax_attention",
+    *("grouped_attention", "grouped_attention, gradients"),
 )
 MOST = (
     *("regulated_attention", "merge_targets", "attention_with_context_gradient", "context_update"),
@@ -40,6 +41,7 @@ MOST = (
     *("attention_with_maps, query gradient", "maps_from_lse", "maps_from_lse, gradients", "normalized_guidance"),
     *("grouped_attention", "grouped_attention, gradients"),
     "entmax_attention",
+    *("grouped_attention", "grouped_attention, gradients"),
 )
 KEYED = (
     *("attention", "target_statistics, more", "regulated_attention", "attention_with_context_gradient"),

@@ -208,6 +208,23 @@ def test_lora_before_and_after(kind: str) -> None:
         assert torch.equal(draw(kind, after), expected)
 
 
+def test_a_loop_of_the_users_own(pipes: dict[str, Any]) -> None:
+    pipe, regions = pipes["flux"], ac.Regions(MASKS)
+    given: list[dict[str, Any]] = []
+    found: list[Tensor] = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs), with_kwargs=True)
+    draw("flux", pipe, num_inference_steps=1)
+    hook.remove()
+    hook = pipe.transformer.register_forward_hook(lambda _, args, out: found.append(out[0]))
+    under("flux", pipe, regions, num_inference_steps=1)
+    with ac.control(pipe, regions) as handle, torch.no_grad():
+        told = handle.begin(prompt_embeds=given[0]["encoder_hidden_states"])
+        pipe.transformer(**{**given[0], "encoder_hidden_states": told})
+        handle.end()
+    hook.remove()
+    torch.testing.assert_close(found[1], found[0])
+
+
 def attributes(pipe: Any) -> set[tuple[str, str]]:
     return {(name, key) for name, module in pipe.transformer.named_modules() for key in vars(module)}
 

@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (M, N, d): one tile and several, one piece of the head and two.
 SHAPES = [(1, 1, 8), (63, 77, 40), (150, 200, 16), (64, 154, 80), (48, 20, 160)]
 # Ways of the eager form: by a mask, by blocks of rows, by gathering.
-WAYS = {"mask": (1 << 40, 1 << 40), "blocks": (1 << 40, 2000), "gathered": (0, 1 << 40)}
+WAYS = {"mask": (1 << 40, 0, 1 << 40), "blocks": (1 << 40, 0, 2000), "gathered": (0, 0, 1 << 40)}
 
 
 def plain(q, k, v, seen):
@@ -30,9 +30,11 @@ def plain(q, k, v, seen):
 
 
 def groups(m, n, count=6, batch=2):
-    """Groups in runs, others in every sample, one of which sees nothing."""
+    """Groups in runs, in the last sample mixed, one of which sees nothing."""
     generator = torch.Generator().manual_seed(3)
-    rows, columns = (torch.randint(count, (batch, side), generator=generator).sort(1)[0] for side in (m, n))
+    rows, columns = (torch.randint(count, (batch, side), generator=generator) for side in (m, n))
+    for x in (rows, columns):
+        x[:-1] = x[:-1].sort(1)[0]
     allowed = torch.rand(count, count, generator=generator) < 0.5
     allowed[1:2] = False
     return [fenced(x.to(DEVICE)) for x in (rows, columns, allowed)]
@@ -40,7 +42,7 @@ def groups(m, n, count=6, batch=2):
 
 def eager(monkeypatch, way):
     module = importlib.import_module("attnctl_fast.ops.grouped_attention")
-    for name, value in zip(("SMALL", "LOGITS_ELSEWHERE"), WAYS[way], strict=True):
+    for name, value in zip(("SMALL", "FEW", "LOGITS_ELSEWHERE"), WAYS[way], strict=True):
         monkeypatch.setattr(module, name, value)
     return module
 
@@ -68,7 +70,7 @@ def found(impl, given, of_groups, **how):
 def test_every_way_of_the_eager_form(monkeypatch, way, keyed):
     eager(monkeypatch, way)
     given, of_groups = attention_inputs(2, 2, 37, 41, 16, torch.float64), groups(37, 41)
-    how = {"key_bias": groups(1, 41)[1].double().masked_fill(groups(1, 41)[1] == 2, -torch.inf)} if keyed else {}
+    how = {"key_bias": groups(37, 41)[1].double().masked_fill(groups(37, 41)[1] == 2, -torch.inf)} if keyed else {}
     ours, expected = (found(impl, given, of_groups, **how) for impl in ("eager", "reference"))
     torch.testing.assert_close(ours, expected)
 
