@@ -231,6 +231,8 @@ def _of_argument(x: Any) -> tuple[Any, Any]:
     if type(x) is float:
         return float, x
     if type(x) is tuple:
+        if {*map(type, x)} == {int}:
+            return x, x
         parts = [_of_argument(part) for part in x]
         return tuple(part[0] for part in parts), tuple(part[1] for part in parts)
     # Ints and None; anything else as Triton takes it, by what it is and which type that has.

@@ -133,7 +133,7 @@ def composed_attention(
     ks, vs = tuple(map(unit_stride, ks)), tuple(map(unit_stride, vs))
     batch, heads, image_tokens, d = q.shape
     out = q.new_empty(q.shape if shares is not None else (len(ks), *q.shape))
-    lse = q.new_empty(len(ks), *q.shape[:3], dtype=torch.float32)
+    lse = q.new_empty((len(ks), batch, heads, image_tokens), dtype=torch.float32)
     longest = max(k.shape[2] for k in ks)
     use = config("composed_attention_fwd", q.device, d=d, n=longest, m=image_tokens, itemsize=q.element_size())
     d1, d2 = pieces(d)

@@ -35,11 +35,6 @@ def _entmax_attention(case: Case, t: Tensors, impl: str) -> Run:
     return partial(ops.entmax_attention, *qkv(t), weight=2.0, key_bias=t.get("key_bias"), impl=impl)
 
 
-def _grouped_attention(case: Case, t: Tensors, impl: str) -> Run:
-    how: dict[str, Any] = {"key_bias": t.get("key_bias"), "return_lse": case.more, "impl": impl}
-    return partial(ops.grouped_attention, *qkv(t), *(t[name] for name in GROUPS), **how)
-
-
 def _backends(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
     def sdpa(name: str) -> Rival:
         return Rival(lambda t: partial(rivals.sdpa, name, *qkv(t)))
