@@ -36,6 +36,7 @@ from attnctl_fast.shapes.evaluate import (
     second_object,
 )
 from bench.harness.checkout import ROOT
+from bench.harness.rows import Row
 from bench.quality import pairs
 from bench.quality.pairs import Options
 from bench.report.tables import behaviour_table
@@ -203,7 +204,7 @@ TASKS: dict[str, Task] = {
 
 def run_task(
     pipe: Any, task: Task, arguments: argparse.Namespace, progress: bool = True
-) -> tuple[pairs.Row, list[Evaluation]]:
+) -> tuple[Row, list[Evaluation]]:
     """What a line of results holds of a task, and the pictures of all arms."""
     if task.inpainting:
         from diffusers import StableDiffusionInpaintPipeline
@@ -259,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, keep and draw."""
     pipe = load_pipeline(device=arguments.device)
-    tasks: dict[str, pairs.Row] = {}
+    tasks: dict[str, Row] = {}
     strips: list[Strip] = []
     for name in arguments.tasks:
         tasks[name], results = run_task(pipe, TASKS[name], arguments)

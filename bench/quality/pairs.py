@@ -4,18 +4,17 @@ results for every run, and the seeds that settings are chosen on."""
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from attnctl_fast.cli.report import overhead, spread, versions
+from attnctl_fast.cli.report import overhead, spread
 from attnctl_fast.shapes.evaluate import Arm, Evaluation, compare, interleaved
-from bench.harness.checkout import RESULTS, append, git_state
+from bench.harness.checkout import RESULTS
+from bench.harness.rows import Log, Row, stamp
 
 Options = Mapping[str, Any]
-Row = dict[str, Any]
 PLAIN, TUNING_SEED = "plain", 100_000
 CRITERIA = ("strict", "exact", "colours")
 
@@ -82,15 +81,9 @@ def line(arguments: argparse.Namespace, found: Row, **settings: Any) -> Row:
     """A line of results: when, of which commit, with which settings, and what was found."""
     names = ("count", "steps", "guidance_scale", "batch_size")
     asked = {name: getattr(arguments, name) for name in names} | {"seed_start": seeds(arguments).start}
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "git": git_state(),
-        "versions": versions(),
-        "settings": asked | settings,
-        **found,
-    }
+    return stamp(arguments.device) | {"settings": asked | settings, **found}
 
 
 def keep(arguments: argparse.Namespace, name: str, row: Row) -> None:
     """Append a line to the command's file."""
-    append(arguments.results or RESULTS / f"shapes_{name}{'_tuning' if arguments.tune else ''}.jsonl", row)
+    Log(arguments.results or RESULTS / f"shapes_{name}{'_tuning' if arguments.tune else ''}.jsonl", {}).write(row)

@@ -98,7 +98,7 @@ def test_every_run_is_appended(bench, untrained, tmp_path, capsys):
     assert {entry["options"]["edit_steps"] for entry in second["rows"]} == {0.5, 1.0}
     assert all(entry["options"]["layers"] == ["down_blocks.0"] for entry in second["rows"])
     assert [entry["options"]["strength"] for entry in third["rows"]] == [rates.TUNED["strength"], 1.0]
-    assert {"date", "git", "versions", "plain"} <= first.keys()
+    assert {"run", "git", "versions", "plain"} <= first.keys()
     assert first["rows"][0]["count"] == 2
     assert tables.rates_table(first) in capsys.readouterr().out
 
