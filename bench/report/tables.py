@@ -11,10 +11,10 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from bench.harness.checkout import RESULTS, ROOT
 from bench.harness.rows import read
@@ -128,17 +128,10 @@ def operations_table(path: Path, family: str | None) -> str:
     header = ["", "shape", "eager, ms", "stock PyTorch's best, ms", "ratio", "as published, ms", "ratio"]
     rows = []
     for (op, model, shape, dtype), forms in cases.items():
-        ours, published = forms["eager"]["median"], forms.get("published")
-        stock = {name: row for name, row in _stock(forms).items() if name != "eager"}
+        times = {name: Times(row["median"], row["q1"], row["q3"]) for name, row in forms.items()}
         where = f"{model} {shape}" + (f" {dtype}" if dtype != "float32" else "")
-        cells = [f"`{op}`", where, _milliseconds(forms["eager"])]
-        if stock:
-            name = min(stock, key=lambda x: stock[x]["median"])
-            cells += [f"{_milliseconds(stock[name])} {name}", f"{stock[name]['median'] / ours:.2f}"]
-        else:
-            cells += ["", ""]
-        cells += [_milliseconds(published), f"{published['median'] / ours:.2f}"] if published else ["", ""]
-        rows.append(cells)
+        cells = [f"`{op}`", where, str(times["eager"]), *_best(_stock(times), times["eager"])]
+        rows.append(cells + _best({"": times["published"]} if "published" in times else {}, times["eager"]))
     return markdown(header, rows, _how_measured(cases))
 
 
@@ -148,21 +141,16 @@ def joint_table(path: Path) -> str:
     header = ["", "shape", "eager, ms", "attention alone, ms", "added", "stock PyTorch's best, ms", "ratio"]
     rows = []
     for (op, model, shape, _), forms in cases.items():
-        ours = forms["eager"]["median"]
-        alone = min((row for name, row in forms.items() if name.startswith("plain")), key=lambda row: row["median"])
-        stock = {name: row for name, row in _stock(forms).items() if name != "eager"}
-        best = min(stock, key=lambda name: stock[name]["median"])
-        rows.append(
-            [
-                f"`{op}`",
-                f"{model} {shape}",
-                _milliseconds(forms["eager"]),
-                _milliseconds(alone),
-                f"{100 * (ours / alone['median'] - 1):+.1f} %",
-                f"{_milliseconds(stock[best])} {best}",
-                f"{stock[best]['median'] / ours:.2f}",
-            ]
-        )
+        times = {name: Times(row["median"], row["q1"], row["q3"]) for name, row in forms.items()}
+        ours, alone = times["eager"], min(times[name] for name in times if name.startswith("plain"))
+        cells = [
+            f"`{op}`",
+            f"{model} {shape}",
+            str(ours),
+            str(alone),
+            f"{100 * (ours.middle / alone.middle - 1):+.1f} %",
+        ]
+        rows.append(cells + _best(_stock(times), ours))
     return markdown(header, rows, _how_measured(cases))
 
 
@@ -199,9 +187,29 @@ def _cases(path: Path) -> Cases:
     return found
 
 
-def _stock(forms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Those of a GPU's or a CPU's forms that an expert may write in PyTorch."""
-    return {name: row for name, row in forms.items() if not name.startswith(("published", "plain", "reference"))}
+class Times(NamedTuple):
+    """A median and what it lies between."""
+
+    middle: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.middle:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+def _stock(forms: Mapping[str, Times]) -> dict[str, Times]:
+    """Those of a GPU's or a CPU's forms that an expert may write in PyTorch, on a CPU beside ours."""
+    others = ("published", "plain", "reference", "eager" if "triton" not in forms else "triton")
+    return {name: times for name, times in forms.items() if not name.startswith(others)}
+
+
+def _best(rivals: Mapping[str, Times], ours: Times, digits: int = 2) -> list[str]:
+    """The fastest rival and the ratio of its time to ours; empty where there is none."""
+    if not rivals:
+        return ["", ""]
+    name = min(rivals, key=lambda name: rivals[name].middle)
+    return [f"{rivals[name]} {name}".rstrip(), f"{rivals[name].middle / ours.middle:.{digits}f}"]
 
 
 def gpu_table(folder: Path) -> str:
@@ -232,18 +240,11 @@ def _gpu_run(run: list[dict[str, Any]]) -> str:
     for (op, model, shape), impls in groups.items():
         if "triton" not in impls:
             continue
-        ours = impls.pop("triton")
-        loop = impls.get("published")
-        stock = _stock(impls)
-        cells = [f"`{op}`", f"{model} {shape}", _microseconds(_fastest(ours)), _microseconds(ours)]
-        if stock:
-            name = min(stock, key=lambda x: _fastest(stock[x])["p50"])
-            best = _fastest(stock[name])
-            cells += [f"{_microseconds(best)} {name}", f"{best['p50'] / _fastest(ours)['p50']:.1f}"]
-        else:
-            cells += ["", ""]
-        cells += [_microseconds(loop), f"{loop['p50'] / ours['p50']:.0f}"] if loop else ["", ""]
-        rows.append(cells)
+        fastest = {name: min(_microseconds(x) for x in (row, row.get("graph")) if x) for name, row in impls.items()}
+        ours, loop = _microseconds(impls["triton"]), impls.get("published")
+        cells = [f"`{op}`", f"{model} {shape}", str(fastest["triton"]), str(ours)]
+        cells += _best(_stock(fastest), fastest["triton"], 1)
+        rows.append(cells + _best({"": _microseconds(loop)} if loop else {}, ours, 0))
     last = run[-1]
     checks = [row for row in run if row["kind"] == "check"]
     right = f"{sum('failed' not in row for row in checks)} of {len(checks)} checks right; " if checks else ""
@@ -256,16 +257,8 @@ def _gpu_run(run: list[dict[str, Any]]) -> str:
     return markdown(header, rows, below)
 
 
-def _fastest(line: dict[str, Any]) -> dict[str, float]:
-    return min((x for x in (line, line.get("graph")) if x), key=lambda x: x["p50"])
-
-
-def _milliseconds(times: dict[str, float]) -> str:
-    return f"{times['median']:.3g} ({times['q1']:.3g} to {times['q3']:.3g})"
-
-
-def _microseconds(times: dict[str, float]) -> str:
-    return f"{times['p50']:.3g} ({times['p20']:.3g} to {times['p80']:.3g})"
+def _microseconds(times: Mapping[str, Any]) -> Times:
+    return Times(times["p50"], times["p20"], times["p80"])
 
 
 def resources_table(path: Path) -> str:
