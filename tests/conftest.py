@@ -21,19 +21,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
-    from triton.language import core
-    from triton.runtime.interpreter import InterpretedFunction
+    from tests.support.interpreter import hasten
 
-    _call = InterpretedFunction.__call__
-
-    def _call_patched(self, *arguments, **keywords):
-        """The interpreter patches triton.language anew for every function that a kernel calls, although its last patch
-        still holds. Without that, interpreted kernels take half the time."""
-        if self.fn.__module__.startswith("triton.") and core.is_builtin(core.arange):
-            return _call(self, *arguments, **keywords)
-        return self.rewrite()(*arguments, **keywords)
-
-    InterpretedFunction.__call__ = _call_patched
+    hasten()
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
-# Chosen on the held-apart seeds from 100000 on (bench/results/shapes_tuning.jsonl, shapes_behaviour_tuning.jsonl). The
-# official mass asks every target for a fifth of the picture, which fits what Stable Diffusion draws; an object of this
-# model covers about a tenth.
+# Chosen on the held-apart seeds from 100000 on (bench/results/shapes_rates_tuning.jsonl,
+# shapes_behaviour_tuning.jsonl). The official mass asks every target for a fifth of the picture, which fits what Stable
+# Diffusion draws; an object of this model covers about a tenth.
 TUNED: Mapping[str, Any] = {"layers": LAYERS, "strength": 1.0, "mass": 0.08, "level": 0.6, "quantile": 0.95}
 MOVED: Mapping[str, Any] = {"gamma_attn": 0.01, "gamma_norm": 0.02}  # the released code's; none found is better
 ADDED: Mapping[str, Any] = {"weight": 6.0}

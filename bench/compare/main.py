@@ -14,8 +14,8 @@ longer on the wall. Waiting for a core that others have does not count.
 
 On a CPU a change also has to show in the instructions, where the machine counts them: equal counts (within 0.2 %) are
 the same work, and a rise over the threshold is a slowdown unless the clock shows a speedup. "slower, same instructions"
-is the same work with all intervals beyond twice the threshold, as page faults and misses of the caches cause it. The
-processor's counter counts every case. Valgrind takes minutes, so it counts only those whose time changed
+is the same work with all intervals beyond twice the threshold, as page faults and misses of the caches cause it.
+Valgrind counts them by `torch.utils.benchmark.Timer`, which takes minutes a case, so only where the time changed
 (--instructions: all).
 
 The exit status is 1 for a slowdown and for a case that only BASE can run, 2 where no case could be compared.
@@ -26,6 +26,7 @@ The inputs, and what is timed, come from this tree's registry; the checkout is l
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -35,9 +36,8 @@ from typing import Any
 
 import torch
 
-from bench.compare.instructions import has_counter, has_valgrind
 from bench.compare.intervals import agreed, interval, verdict
-from bench.compare.pair import Case, Counts, Failure, Pair
+from bench.compare.pair import Case, Failure, Pair
 from bench.compare.suites import refusal
 from bench.compare.worktree import resolve, termination_raised, worktree
 from bench.harness.checkout import ROOT
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"--rounds is {arguments.rounds}; intervals for {len(cases)} cases need {fewest_rounds(error)} or more"
         )
     commit = resolve(ROOT, arguments.base)
-    how, said = counting(arguments.instructions, cases[0].device)
+    count, said = counting(arguments.instructions, cases[0].device)
     log = Log(arguments.results, {**stamp(cases[0].device), "threads": 1, "base": commit})
     tests = cache(partial(refusal, ROOT))
     print(f"this tree against {arguments.base} ({commit[:12]}); {said}")
@@ -107,8 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     with (
         termination_raised(),
         worktree(ROOT, commit) as tree,
-        Counts(tree, ROOT) as valgrind,
-        Comparison(tree, arguments, error, how, valgrind) as comparison,
+        Comparison(tree, arguments, error, count) as comparison,
         tqdm(total=len(cases) * arguments.rounds, unit="round", disable=None, leave=False) as bar,
     ):
         for index, case in enumerate(cases):
@@ -159,32 +158,28 @@ def chosen(arguments: argparse.Namespace) -> list[Case]:
     ]
 
 
-def counting(wanted: bool | None, device: str) -> tuple[str | None, str]:
-    """What counts instructions, "counter" or "valgrind", None for nothing; and that in words.
+def counting(wanted: bool | None, device: str) -> tuple[bool, str]:
+    """Whether instructions are counted, and of which cases, in words.
 
     Raises:
         ValueError: they are wanted, but nothing here counts them.
     """
     if wanted is False or device != "cpu":
-        return None, "instructions are not counted"
-    if has_counter():
-        return "counter", "instructions by the processor's counter"
-    if has_valgrind():
-        return "valgrind", f"instructions by valgrind, {'of all cases' if wanted else 'where the time changed'}"
-    missing = "the processor's counter cannot be read here and valgrind is not installed"
+        return False, "instructions are not counted"
+    needed = ("valgrind", "callgrind_control", "callgrind_annotate")
+    if torch._C._valgrind_supported_platform() and all(map(shutil.which, needed)):
+        return True, f"instructions by valgrind, {'of all cases' if wanted else 'where the time changed'}"
     if wanted:
-        raise ValueError(f"--instructions: {missing}; install valgrind")
-    return None, f"instructions are not counted: {missing}"
+        raise ValueError("--instructions: valgrind is not installed; install it")
+    return False, "instructions are not counted: valgrind is not installed"
 
 
 class Comparison:
     """Compares cases in a pair of processes that it starts anew where a change has to be confirmed."""
 
-    def __init__(
-        self, base: Path, arguments: argparse.Namespace, error: float, how: str | None, valgrind: Counts
-    ) -> None:
-        """`error`: that one case's interval misses the truth; `how`: as `counting` says."""
-        self.base, self.arguments, self.error, self.how, self.valgrind = base, arguments, error, how, valgrind
+    def __init__(self, base: Path, arguments: argparse.Namespace, error: float, count: bool) -> None:
+        """`error`: that one case's interval misses the truth; `count`: as `counting` says."""
+        self.base, self.arguments, self.error, self.count = base, arguments, error, count
         self.pair = Pair(base, ROOT)
 
     def __enter__(self) -> Comparison:
@@ -213,7 +208,6 @@ class Comparison:
     def _measured(self, case: Case, tick: Callable[[], Any]) -> Row:
         calls, threshold = self.pair.calls(), self.arguments.threshold
         sets = [self.pair.times(calls, self.arguments.rounds, tick)]
-        counts = self.pair.counts(calls) if self.how == "counter" else None
         found, waits = ([self._interval(x)] for x in (sets[0].ratios, sets[0].waits))
         while len(sets) <= CONFIRMATIONS and (agreed(found, threshold) or agreed(waits, threshold) == 1):
             self.pair.__exit__()
@@ -224,12 +218,12 @@ class Comparison:
             sets.append(self.pair.times(calls, self.arguments.rounds))
             found.append(self._interval(sets[-1].ratios))
             waits.append(self._interval(sets[-1].waits))
-        uncounted = None
-        if self.how == "valgrind" and (self.arguments.instructions or agreed(found, threshold)):
+        counts = uncounted = None
+        if self.count and (self.arguments.instructions or agreed(found, threshold)):
             try:
-                counts = self.valgrind.count(case, calls)
+                counts = self.pair.counts(case, calls)
             except Failure as failure:
-                uncounted = str(failure)
+                uncounted = f"under valgrind: {failure}"
         ratio = counts["current"] / counts["base"] if counts else None
         return {
             "calls": calls,

@@ -14,12 +14,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.compare.instructions import counted, instrument, valgrind
 from bench.compare.intervals import turns, waiting
 from bench.ops.layers import Layer
 
@@ -53,19 +53,20 @@ class Failure(Exception):
 class Process:
     """`bench/compare/worker.py` with the package of `tree`."""
 
-    def __init__(self, tree: Path, under: Sequence[str] = ()) -> None:
-        """`under`: the command in front of it."""
-        self.tree, self.under = tree, under
+    def __init__(self, tree: Path) -> None:
+        self.tree = tree
         self._start()
 
     def _start(self) -> None:
         paths = [str(self.tree), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-        env |= {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}
+        # PyTorch counts instructions with the `python` that it finds.
+        found = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+        env |= {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths), "PATH": found}
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         # In a session of its own a Ctrl-C does not reach it; it ends with its standard input.
         self.process = subprocess.Popen(
-            [*self.under, sys.executable, "-m", "bench.compare.worker", str(self.tree)],
+            [sys.executable, "-m", "bench.compare.worker", str(self.tree)],
             cwd=self.tree,
             env=env,
             stdin=subprocess.PIPE,
@@ -153,8 +154,8 @@ class Times(NamedTuple):
 class Pair:
     """Both trees' processes."""
 
-    def __init__(self, base: Path, current: Path, under: Callable[[str], Sequence[str]] = lambda side: ()) -> None:
-        self.sides = {"base": Process(base, under("base")), "current": Process(current, under("current"))}
+    def __init__(self, base: Path, current: Path) -> None:
+        self.sides = {"base": Process(base), "current": Process(current)}
 
     def __enter__(self) -> Pair:
         return self
@@ -208,62 +209,13 @@ class Pair:
             tick()
         return found
 
-    def counts(self, calls: int) -> dict[str, int] | None:
-        """The instructions of a call of what was built by the processor's counter, None where it has none. `calls`: how
-        many fill a sample of time."""
-        calls = min(calls, COUNTED_CALLS)
-        found = {side: self._ask(side, "count", calls=calls) for side in self.sides}
-        if any(answer["instructions"] is None for answer in found.values()):
-            return None
-        return {side: answer["instructions"] // calls for side, answer in found.items()}
-
-
-class Counts:
-    """Both trees under valgrind, started when the first case is to be counted."""
-
-    def __init__(self, base: Path, current: Path) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="attnctl-callgrind-")
-        self._trees = base, current
-        self._pair: Pair | None = None
-        self._dumps = 0
-
-    def __enter__(self) -> Counts:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop()
-        self._folder.cleanup()
-
-    def _stop(self) -> None:
-        if self._pair is not None:
-            self._pair.__exit__()
-        self._pair, self._dumps = None, 0
-
-    def count(self, case: Case, calls: int) -> dict[str, int]:
-        """The instructions of a call in either tree. `calls`: how many fill a sample of time.
+    def counts(self, case: Case, calls: int) -> dict[str, int]:
+        """The instructions of a call in either tree, counted by both at once. `calls`: how many fill a sample of time.
 
         Raises:
             Failure: one of them cannot run it under valgrind.
         """
-        try:
-            return self._count(case, min(calls, COUNTED_CALLS))
-        except (Failure, ValueError, OSError, subprocess.TimeoutExpired) as error:
-            # The numbers of the files that come next are those of a fresh pair.
-            self._stop()
-            raise Failure(f"under valgrind: {error}") from error
-
-    def _count(self, case: Case, calls: int) -> dict[str, int]:
-        folder = Path(self._folder.name)
-        if self._pair is None:
-            self._pair = Pair(*self._trees, lambda side: valgrind(folder / side))
-        failed = self._pair.build(case)
-        if failed:
-            raise Failure("; ".join(failed.values()))
-        self._dumps += 1
-        found = {}
-        for side, process in self._pair.sides.items():
-            instrument(process.process.pid, True)
-            process.ask("collect", calls=calls)
-            instrument(process.process.pid, False)
-            found[side] = counted(folder / f"{side}.{self._dumps}") // calls
-        return found
+        how = {"calls": min(calls, COUNTED_CALLS), **case._asdict()}
+        with ThreadPoolExecutor() as pool:
+            answers = pool.map(lambda side: self._ask(side, "count", **how), self.sides)
+            return {side: answer["instructions"] for side, answer in zip(self.sides, answers, strict=True)}

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
-from bench.compare.instructions import Counter, has_counter
 from bench.harness.timing import Clock, Run, first_line
 
 Answer = dict[str, Any]
@@ -30,7 +30,6 @@ class Worker:
         self.tree = tree
         self.run: Run | None = None
         self.clock: Clock | None = None
-        self.counter = Counter() if has_counter() else None
 
     def build(self, operation: str, layer: list[Any], dtype: str, device: str, impl: str) -> Answer:
         """Make a case, check its result against the truth, and warm up."""
@@ -84,27 +83,21 @@ class Worker:
         used, wall, queued = time.process_time() - used, time.perf_counter() - wall, queueing() - queued
         return {"seconds": used, "wall": wall, "waited": max(wall - used - queued, 0.0)}
 
-    def count(self, calls: int) -> Answer:
-        """Instructions of so many calls, None where the processor does not count them."""
-        if self.counter is None:
-            return {"instructions": None}
-        run = self._built()
-        self.counter.start()
-        for _ in range(calls):
-            run()
-        return {"instructions": self.counter.stop()}
+    def count(self, calls: int, **case: Any) -> Answer:
+        """Instructions of a call of a case, by valgrind, in a process of PyTorch's that builds it anew."""
+        setup = f"import bench.compare.worker as worker; run = worker.built({str(self.tree)!r}, {case!r})"
+        found = Timer("run()", setup).collect_callgrind(
+            calls, repeats=None, collect_baseline=False, retain_out_file=False
+        )
+        return {"instructions": found.counts() // calls}
 
-    def collect(self, calls: int) -> Answer:
-        """The same for valgrind, which this process then runs under and which writes them to its next file."""
-        run = self._built()
-        for _ in range(calls):
-            run()
-        gc.collect()
-        torch._C._valgrind_toggle()
-        for _ in range(calls):
-            run()
-        torch._C._valgrind_toggle_and_dump_stats()
-        return {}
+
+def built(tree: str, case: dict[str, Any]) -> Run:
+    """What runs a case of `tree`, which is where the package is to come from."""
+    torch.set_grad_enabled(False)
+    worker = Worker(Path(tree))
+    worker.build(**case)
+    return worker._built()
 
 
 def queueing() -> float:
@@ -127,7 +120,7 @@ def main() -> None:
 
     tree = Path(sys.argv[1]).resolve()
     worker = Worker(tree)
-    answers.write(json.dumps({"package": attnctl_fast.__file__, "counts": worker.counter is not None}) + "\n")
+    answers.write(json.dumps({"package": attnctl_fast.__file__}) + "\n")
     for line in sys.stdin:
         order = json.loads(line)
         try:

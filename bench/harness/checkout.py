@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -19,10 +17,3 @@ def git_state(root: Path = ROOT) -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None
-
-
-def append(path: Path, run: dict[str, Any]) -> None:
-    """Add a line to a file of results."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(run) + "\n")

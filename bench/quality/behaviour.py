@@ -11,10 +11,8 @@ as a table. Each task draws the same seeds without and with a method and asks on
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ import torch
 from PIL import Image
 
 from attnctl_fast.cli.pictures import Panel, Strip, draw_sheet, found_lines
-from attnctl_fast.cli.report import overhead, spread, versions
+from attnctl_fast.cli.report import spread
 from attnctl_fast.methods import NAG, Composition, Edit
 from attnctl_fast.schedules import Schedule, step
 from attnctl_fast.shapes import COLOURS, Scene, load_pipeline, render
@@ -34,18 +32,17 @@ from attnctl_fast.shapes.evaluate import (
     Evaluation,
     energy,
     first_object,
-    interleaved,
     mcnemar,
     phrase,
     second_object,
 )
-from bench.harness.checkout import RESULTS, ROOT, append, git_state
-from bench.quality.rates import TUNING_SEED
+from bench.harness.checkout import ROOT
+from bench.harness.rows import Row
+from bench.quality import pairs
+from bench.quality.pairs import Options
 from bench.report.tables import behaviour_table
 from examples.edit_image import invert
 
-PLAIN, STEPS = "plain", 25
-Options = Mapping[str, Any]
 Found = Sequence[tuple[str, str]]
 # The best on the tuning seeds.
 SEARCHED: Options = {"gamma_attn": 0.003, "gamma_norm": 0.3, "schedule": step(0.2)}
@@ -234,44 +231,26 @@ TASKS: dict[str, Task] = {
 
 
 def run_task(
-    pipe: Any,
-    task: Task,
-    settings: Sequence[Options],
-    seeds: Sequence[int],
-    batch_size: int,
-    *,
-    steps: int = STEPS,
-    progress: bool = True,
-) -> tuple[dict[str, Any], list[Evaluation]]:
+    pipe: Any, task: Task, arguments: argparse.Namespace, progress: bool = True
+) -> tuple[Row, list[Evaluation]]:
     """What a line of results holds of a task, and the pictures of all arms."""
     if task.inpainting:
         from diffusers import StableDiffusionInpaintPipeline
 
         pipe = StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
-    arms = {str(index): arm for index, arm in enumerate(task.arms(pipe, settings, steps))}
-    results = list(
-        interleaved(
-            pipe,
-            seeds,
-            arms,
-            objects=task.objects,
-            num_inference_steps=steps,
-            batch_size=batch_size,
-            progress=progress,
-            warm_up=True,
-        ).values()
-    )
-    answers = [
+    settings = task.tried if arguments.tune else task.settings
+    arms = task.arms(pipe, settings, arguments.steps)
+    results = pairs.drawn(pipe, arguments, arms, task.objects, progress)
+    plain, *answers = (
         [
             task.counts(scene, [(seen.colour, seen.shape) for seen in found])
             for scene, found in zip(result.scenes, result.detections, strict=True)
         ]
         for result in results
-    ]
+    )
     rows = []
-    for options, result, after in zip(settings, results[1:], answers[1:], strict=True):
-        pairs = list(zip(answers[0], after, strict=True))
-        gained, lost = pairs.count((False, True)), pairs.count((True, False))
+    for options, result, after in zip(settings, results[1:], answers, strict=True):
+        gained, lost = (list(zip(plain, after, strict=True)).count(pair) for pair in ((False, True), (True, False)))
         rows.append(
             {
                 "options": {name: asdict(x) if isinstance(x, Schedule) else x for name, x in options.items()},
@@ -279,11 +258,11 @@ def run_task(
                 "gained": gained,
                 "lost": lost,
                 "p_value": mcnemar(gained, lost),
-                "overhead_percent": overhead(results[0].seconds_per_image, result.seconds_per_image),
+                **pairs.cost(results[0], result),
             }
         )
-    plain = {"rate": sum(answers[0]) / len(seeds), "seconds_per_image": spread(results[0].seconds_per_image)}
-    return {"question": task.question, "base": task.base, "plain": plain, "rows": rows}, results
+    before = {"rate": sum(plain) / len(plain), "seconds_per_image": spread(results[0].seconds_per_image)}
+    return {"question": task.question, "base": task.base, pairs.PLAIN: before, "rows": rows}, results
 
 
 def strips_of(name: str, task: Task, results: Sequence[Evaluation], count: int) -> list[Strip]:
@@ -291,7 +270,7 @@ def strips_of(name: str, task: Task, results: Sequence[Evaluation], count: int) 
     plain, method = results[:2]
     for index in range(count):
         scene, panels = plain.scenes[index], []
-        for title, result in ((PLAIN, plain), ("with the method", method)):
+        for title, result in ((pairs.PLAIN, plain), ("with the method", method)):
             found = [(seen.colour, seen.shape) for seen in result.detections[index]]
             wanted = recoloured(scene) if task.counts is only_recoloured else scene
             lines = found_lines(wanted.objects, found)
@@ -301,38 +280,22 @@ def strips_of(name: str, task: Task, results: Sequence[Evaluation], count: int) 
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--tune", action="store_true", help=f"other settings, on seeds from {TUNING_SEED} on")
-    made.add_argument("--count", type=int, default=128, help="pictures per arm")
-    made.add_argument("--batch-size", type=int, default=16)
+    made = pairs.parser(__doc__)
     made.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--results", type=Path, metavar="FILE", help="file to append to")
     return made
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, keep and draw."""
     pipe = load_pipeline(device=arguments.device)
-    start = TUNING_SEED if arguments.tune else 0
-    seeds = range(start, start + arguments.count)
-    row: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "git": git_state(),
-        "versions": versions(),
-        "settings": {"count": len(seeds), "seed_start": start, "steps": STEPS, "guidance_scale": 5.0},
-        "tasks": {},
-    }
+    tasks: dict[str, Row] = {}
     strips: list[Strip] = []
     for name in arguments.tasks:
-        task = TASKS[name]
-        row["tasks"][name], results = run_task(
-            pipe, task, task.tried if arguments.tune else task.settings, seeds, arguments.batch_size
-        )
-        strips += strips_of(name, task, results, min(2, len(seeds)))
+        tasks[name], results = run_task(pipe, TASKS[name], arguments)
+        strips += strips_of(name, TASKS[name], results, min(2, arguments.count))
+        row = pairs.line(arguments, {"tasks": tasks})
         print(behaviour_table(row), flush=True)
-    path = RESULTS / ("shapes_behaviour_tuning.jsonl" if arguments.tune else "shapes_behaviour.jsonl")
-    append(arguments.results or path, row)
+    pairs.keep(arguments, "behaviour", row)
     if not (arguments.tune or arguments.results) and len(arguments.tasks) == len(TASKS):
         notes = [
             "Below each picture: what a detector found of the prompt's objects. Green frame: as asked for (see the "

@@ -11,26 +11,21 @@ a table. All methods draw the same two-object prompts from the same seeds, batch
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 import attnctl_fast as ac
 from attnctl_fast.cli.pictures import Panel, Strip, draw_sheet, found_lines
-from attnctl_fast.cli.report import overhead, spread, versions
 from attnctl_fast.shapes import Scene, load_pipeline, render
-from attnctl_fast.shapes.evaluate import Arm, Evaluation, compare, energy, interleaved, phrase, regulation
+from attnctl_fast.shapes.evaluate import Arm, Evaluation, energy, phrase, regulation
 from attnctl_fast.shapes.model import LAYERS
-from bench.harness.checkout import RESULTS, ROOT, append, git_state
-from bench.quality.rates import TUNING_SEED
-from bench.report.tables import methods_table
+from bench.harness.checkout import ROOT
+from bench.quality import pairs
+from bench.quality.pairs import Options
+from bench.report.tables import rates_table
 
-STEPS, GUIDANCE = 25, 5.0
-Options = Mapping[str, Any]
 Make = Callable[[Options], Arm]
 
 
@@ -101,46 +96,16 @@ TRIED: dict[str, list[Options]] = {
 }
 
 
-def measure(
-    pipe: Any,
-    choices: Mapping[str, tuple[Make, list[Options]]],
-    seeds: Sequence[int],
-    batch_size: int,
-    steps: int,
-) -> tuple[dict[str, Any], dict[str, Evaluation]]:
-    """What a line of results holds of the methods, and the pictures of every arm."""
-    settings = [(name, make, options) for name, (make, tried) in choices.items() for options in tried]
-    arms = {"plain": Arm()} | {f"{name} {i}": make(options) for i, (name, make, options) in enumerate(settings)}
-    results = interleaved(pipe, seeds, arms, num_inference_steps=steps, guidance_scale=GUIDANCE, batch_size=batch_size)
-    plain = results["plain"]
-    rows = []
-    for i, (name, _, options) in enumerate(settings):
-        result = results[f"{name} {i}"]
-        rows.append(
-            {
-                "method": name,
-                "options": dict(options),
-                **asdict(compare(plain, result)),
-                "overhead_percent": overhead(plain.seconds_per_image, result.seconds_per_image),
-            }
-        )
-    rates = {name: plain.hits(name) / len(seeds) for name in ("strict", "exact", "colours")}
-    return {"plain": rates | {"seconds_per_image": spread(plain.seconds_per_image)}, "rows": rows}, results
-
-
-def picture(results: Mapping[str, Evaluation], count: int) -> Any:
+def picture(titles: Sequence[str], results: Sequence[Evaluation], count: int) -> Any:
     """The first seeds, without and with each method."""
     strips = []
-    plain = results["plain"]
     for index in range(count):
-        scene, panels = plain.scenes[index], []
-        for name, result in results.items():
+        scene, panels = results[0].scenes[index], []
+        for title, result in zip(titles, results, strict=True):
             found = [(seen.colour, seen.shape) for seen in result.detections[index]]
             lines = found_lines(scene.objects, found)
-            panels.append(
-                Panel(result.images[index], name.rpartition(" ")[0] or name, lines, result.scores[index].strict)
-            )
-        strips.append(Strip(f"seed {plain.seeds[index]}: {scene.prompt}", panels))
+            panels.append(Panel(result.images[index], title, lines, result.scores[index].strict))
+        strips.append(Strip(f"seed {results[0].seeds[index]}: {scene.prompt}", panels))
     notes = ["Below each picture: what a detector found of the prompt's objects. Green frame: all of them."]
     return draw_sheet(
         strips, title="Every method on the shapes model, the same seeds", notes=notes, columns=1, side=230
@@ -148,47 +113,22 @@ def picture(results: Mapping[str, Evaluation], count: int) -> Any:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--tune", action="store_true", help=f"other settings, on seeds from {TUNING_SEED} on")
+    made = pairs.parser(__doc__)
     made.add_argument("--methods", nargs="+", choices=SHOWN, help="default: all")
-    made.add_argument("--count", type=int, default=128, help="pictures per arm")
-    made.add_argument("--batch-size", type=int, default=16)
-    made.add_argument("--steps", type=int, default=STEPS)
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--results", type=Path, metavar="FILE", help="file to append to")
     return made
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, keep and draw."""
-    names = [name for name in SHOWN if (arguments.methods is None or name in arguments.methods)]
+    names = [name for name in SHOWN if arguments.methods is None or name in arguments.methods]
     tried = {name: TRIED.get(name, []) if arguments.tune else [SHOWN[name][1]] for name in names}
-    choices = {name: (SHOWN[name][0], options) for name, options in tried.items()}
-    start = TUNING_SEED if arguments.tune else 0
-    seeds = range(start, start + arguments.count)
-    found, results = measure(
-        load_pipeline(device=arguments.device),
-        choices,
-        seeds,
-        arguments.batch_size,
-        arguments.steps,
-    )
-    row = {
-        "date": time.strftime("%Y-%m-%d"),
-        "git": git_state(),
-        "versions": versions(),
-        "settings": {
-            "count": len(seeds),
-            "seed_start": start,
-            "steps": arguments.steps,
-            "guidance_scale": GUIDANCE,
-            "batch_size": arguments.batch_size,
-        },
-        **found,
-    }
-    path = RESULTS / ("shapes_methods_tuning.jsonl" if arguments.tune else "shapes_methods.jsonl")
-    append(arguments.results or path, row)
-    print(methods_table(row))
+    chosen = [(name, options) for name in names for options in tried[name]]
+    pipe = load_pipeline(device=arguments.device)
+    results = pairs.drawn(pipe, arguments, [Arm(), *(SHOWN[name][0](options) for name, options in chosen)])
+    row = pairs.line(arguments, pairs.rates(chosen, results), objects=2, scheduler=type(pipe.scheduler).__name__)
+    pairs.keep(arguments, "methods", row)
+    print(rates_table(row))
     if not (arguments.tune or arguments.methods or arguments.results):
-        picture(results, 4).save(ROOT / "docs" / "methods.png", optimize=True)
+        titles = [pairs.PLAIN, *(name for name, _ in chosen)]
+        picture(titles, results, 4).save(ROOT / "docs" / "methods.png", optimize=True)
     return 0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from bench.harness.rows import Row
 from bench.pictures.overhead_rows import KIND, told_apart
+from bench.report.markdown import table
 
 
 def overhead_table(rows: Sequence[Row]) -> str:
@@ -14,9 +15,7 @@ def overhead_table(rows: Sequence[Row]) -> str:
     memory = any(row.get("extra_mb") is not None for row in rows)
     header = ["method", "form", "s added to a step", "s to 50 steps", "share of plain sampling"]
     header += [*(["extra memory"] if memory else []), "in the paper", "off ours"]
-    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
-    lines += [_cells(row, memory) for row in rows if row["form"] != "plain"]
-    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", _settings(rows)])
+    return table(header, (_cells(row, memory) for row in rows if row["form"] != "plain"), _settings(rows))
 
 
 def _cells(row: Row, memory: bool) -> list[str]:
@@ -82,22 +81,18 @@ def speed_table(rows: Sequence[Row]) -> str:
     """The same for the README: the share of plain sampling that each form of a method adds to 50 steps."""
     rows = [row for row in rows if row["kind"] == KIND]
     header = ["method", "published", "stock PyTorch", "ours", "in the paper"]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines = []
     for method in dict.fromkeys(row["method"] for row in rows if row["form"] != "plain"):
         forms = {row["form"]: row for row in rows if row["method"] == method}
         cells = [_share(forms[form]) if form in forms else "" for form in ("published", "stock", "ours")]
         paper = next(iter(forms.values()))["published_percent"]
         lines.append([f"`{method}`", *cells, f"+{paper:g} %" if paper is not None else ""])
     first, sources = rows[0], dict.fromkeys(row["source"] for row in rows if row.get("source"))
-    return "\n".join(
-        [
-            *("| " + " | ".join(line) + " |" for line in lines),
-            "",
-            f"Added to 50 steps of plain sampling: {_place(first)}, {first['dtype']}, {first['device']}, "
-            f"{first['threads']} threads; from a to b: not distinguishable from zero. "
-            f"In the paper: {'; '.join(sources)}.",
-        ]
+    below = (
+        f"Added to 50 steps of plain sampling: {_place(first)}, {first['dtype']}, {first['device']}, "
+        f"{first['threads']} threads; from a to b: not distinguishable from zero. In the paper: {'; '.join(sources)}."
     )
+    return table(header, lines, below, left=1)
 
 
 def _share(row: Row) -> str:

@@ -11,15 +11,16 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from bench.harness.checkout import RESULTS, ROOT
 from bench.harness.rows import read
 from bench.pictures.overhead_rows import select_overhead
 from bench.report.host_table import host_table
+from bench.report.markdown import table as markdown
 from bench.report.overhead_table import overhead_table, speed_table
 
 RESOURCES = ROOT / "bench" / "resources.json"
@@ -45,60 +46,61 @@ def last_line(path: Path) -> dict[str, Any]:
 
 
 def rates_table(run: dict[str, Any]) -> str:
-    """A run of `rates.measure` as a Markdown table with its settings below."""
-    settings, versions = run["settings"], run["versions"]
-    header = ["", "strict", "exact", "all colours", "s per image", "overhead"]
-    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
-    plain = run["plain"]
-    rows.append(["plain", *(_percent(plain[name]) for name in CRITERIA), _seconds(plain), ""])
-    for entry in run["regulations"]:
-        cells = [
-            f"{_percent(entry[name]['controlled'])} (+{entry[name]['gained']} -{entry[name]['lost']}, "
-            f"p = {_p_value(entry[name]['p_value'])})"
-            for name in CRITERIA
-        ]
-        cost = entry["overhead_percent"]
-        rows.append([_label(entry["options"]), *cells, _seconds(entry), f"{cost['median']:+.0f} %"])
-    lines = _lines(rows)
-    last = settings["seed_start"] + settings["count"] - 1
-    lines += [
-        "",
-        f"{settings['count']} prompts of {settings['objects']} objects, seeds {settings['seed_start']} to {last}, "
+    """A line of `bench rates` or `bench methods`."""
+    settings, versions, plain = run["settings"], run["versions"], run["plain"]
+    timed = all("seconds_per_image" in row for row in run["rows"])
+
+    def cells(title: str, row: dict[str, Any], rates: Sequence[str], cost: str) -> list[str]:
+        return [title, *rates, *([f"{row['seconds_per_image']['median']:.3f}"] if timed else []), cost]
+
+    rows = [cells("plain", plain, [_percent(plain[name]) for name in CRITERIA], "")]
+    for row in run["rows"]:
+        title = f"`{row['method']}`" + (f": {_options(row['options'])}" if row["options"] else "")
+        rates = [f"{_percent(row[name]['controlled'])} ({_pairs(row[name])})" for name in CRITERIA]
+        rows.append(cells(title, row, rates, f"{row['overhead_percent']['median']:+.0f} %"))
+    header = ["method", "strict", "exact", "all colours", *(["s per image"] if timed else []), "overhead"]
+    below = (
+        f"{settings['count']} prompts of {settings['objects']} objects, {_seeds(settings)}, "
         f"{settings['scheduler'].removesuffix('Scheduler')} {settings['steps']} steps, guidance "
-        f"{settings['guidance_scale']:g}, batches of {settings['batch_size']}; torch {versions['torch']}, "
+        f"{settings['guidance_scale']:g}, batches of {settings['batch_size']} in turn; torch {versions['torch']}, "
         f"{versions['gpus'] if versions['gpus'] != 'none' else versions['processor']}, {versions['threads']} threads. "
-        "Times are medians over batches, overhead the median over batches measured in turn. Strict: every prompted "
-        "object is there; exact: and no other; all colours: each colour, on whichever shape; in brackets the pairs "
-        "gained and lost and McNemar's exact p.",
-    ]
-    return "\n".join(lines)
+        "Times are medians over batches. Strict: every prompted object is there; exact: and no other; all colours: "
+        f"each colour, on whichever shape. {PAIRS}"
+    )
+    return markdown(header, rows, below, left=1)
 
 
 def behaviour_table(run: dict[str, Any]) -> str:
-    """A run of `behaviour.py` as a Markdown table with its settings below."""
+    """A line of `bench behaviour`."""
     settings, versions = run["settings"], run["versions"]
-    rows = [["", "question", "without", "with", "overhead"], ["---", "---", "---:", "---:", "---:"]]
-    for name, task in run["tasks"].items():
-        for row in task["rows"]:
-            changed = f"+{row['gained']} -{row['lost']}, p = {_p_value(row['p_value'])}"
-            rows.append(
-                [
-                    f"{name}: {_options(row['options'])}",
-                    f"{task['question']} (without: {task['base']})",
-                    _percent(task["plain"]["rate"]),
-                    f"{_percent(row['rate'])} ({changed})",
-                    f"{row['overhead_percent']['median']:+.0f} %",
-                ]
-            )
-    lines = _lines(rows)
-    last = settings["seed_start"] + settings["count"] - 1
-    lines += [
-        "",
-        f"{settings['count']} pairs each, seeds {settings['seed_start']} to {last}, DDIM {settings['steps']} steps, "
-        f"guidance {settings['guidance_scale']:g}; torch {versions['torch']}, {versions['processor']}. In brackets the "
-        "pairs gained and lost and McNemar's exact p.",
+    rows = [
+        [
+            f"{name}: {_options(row['options'])}",
+            f"{task['question']} (without: {task['base']})",
+            _percent(task["plain"]["rate"]),
+            f"{_percent(row['rate'])} ({_pairs(row)})",
+            f"{row['overhead_percent']['median']:+.0f} %",
+        ]
+        for name, task in run["tasks"].items()
+        for row in task["rows"]
     ]
-    return "\n".join(lines)
+    below = (
+        f"{settings['count']} pairs each, {_seeds(settings)}, DDIM {settings['steps']} steps, guidance "
+        f"{settings['guidance_scale']:g}; torch {versions['torch']}, {versions['processor']}. {PAIRS}"
+    )
+    return markdown(["", "question", "without", "with", "overhead"], rows, below)
+
+
+PAIRS = "In brackets the pairs gained and lost and McNemar's exact p."
+
+
+def _pairs(row: dict[str, Any]) -> str:
+    value = row["p_value"]
+    return f"+{row['gained']} -{row['lost']}, p = {value:{'.2g' if value >= 1e-4 else '.0e'}}"
+
+
+def _seeds(settings: dict[str, Any]) -> str:
+    return f"seeds {settings['seed_start']} to {settings['seed_start'] + settings['count'] - 1}"
 
 
 def _options(options: dict[str, Any]) -> str:
@@ -110,34 +112,9 @@ def _shown(value: Any) -> str:
         return f"{value['name']} {value['value']:g}"
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_shown(one)}" for key, one in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return " and ".join(f"`{one}`" for one in value)
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
-
-
-def methods_table(run: dict[str, Any]) -> str:
-    """A run of `methods.py` as a Markdown table with its settings below."""
-    settings, versions = run["settings"], run["versions"]
-    criteria = ("strict", "exact", "colours")
-    rows = [["method", "strict", "exact", "all colours", "overhead"], ["---", *["---:"] * 4]]
-    rows.append(["plain", *(_percent(run["plain"][name]) for name in criteria), ""])
-    for row in run["rows"]:
-        changes = [row[name] for name in criteria]
-        cells = [
-            f"{_percent(one['controlled'])} (+{one['gained']} -{one['lost']}, p = {one['p_value']:.1g})"
-            for one in changes
-        ]
-        title = f"`{row['method']}`" + (f": {_options(row['options'])}" if row["options"] else "")
-        rows.append([title, *cells, f"{row['overhead_percent']['median']:+.0f} %"])
-    last = settings["seed_start"] + settings["count"] - 1
-    lines = _lines(rows)
-    lines += [
-        "",
-        f"{settings['count']} prompts of two objects, seeds {settings['seed_start']} to {last}, DDIM "
-        f"{settings['steps']} steps, guidance {settings['guidance_scale']:g}, batches of {settings['batch_size']} in "
-        f"turn; torch {versions['torch']}, {versions['processor']}. Strict: every prompted object is there; exact: and "
-        "no other; all colours: each colour, on whichever shape; in brackets the pairs gained and lost and McNemar's "
-        "exact p.",
-    ]
-    return "\n".join(lines)
 
 
 def operations_table(path: Path, family: str | None) -> str:
@@ -150,44 +127,32 @@ def operations_table(path: Path, family: str | None) -> str:
         if "eager" in forms and (case[0] in FAMILIES[family] if family else case[0] not in named)
     }
     header = ["", "shape", "eager, ms", "stock PyTorch's best, ms", "ratio", "as published, ms", "ratio"]
-    rows = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
+    rows = []
     for (op, model, shape, dtype), forms in cases.items():
-        ours, published = forms["eager"]["median"], forms.get("published")
-        stock = {name: row for name, row in _stock(forms).items() if name != "eager"}
+        times = {name: Times(row["median"], row["q1"], row["q3"]) for name, row in forms.items()}
         where = f"{model} {shape}" + (f" {dtype}" if dtype != "float32" else "")
-        cells = [f"`{op}`", where, _milliseconds(forms["eager"])]
-        if stock:
-            name = min(stock, key=lambda x: stock[x]["median"])
-            cells += [f"{_milliseconds(stock[name])} {name}", f"{stock[name]['median'] / ours:.2f}"]
-        else:
-            cells += ["", ""]
-        cells += [_milliseconds(published), f"{published['median'] / ours:.2f}"] if published else ["", ""]
-        rows.append(cells)
-    return "\n".join([*_lines(rows), "", _how_measured(cases)])
+        cells = [f"`{op}`", where, str(times["eager"]), *_best(_stock(times), times["eager"])]
+        rows.append(cells + _best({"": times["published"]} if "published" in times else {}, times["eager"]))
+    return markdown(header, rows, _how_measured(cases))
 
 
 def joint_table(path: Path) -> str:
     """Of a file of `bench ops`, layers of joint attention as a Markdown table, beside stock attention alone."""
     cases = {case: forms for case, forms in _cases(path).items() if case[0] in JOINT and "eager" in forms}
     header = ["", "shape", "eager, ms", "attention alone, ms", "added", "stock PyTorch's best, ms", "ratio"]
-    rows = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
+    rows = []
     for (op, model, shape, _), forms in cases.items():
-        ours = forms["eager"]["median"]
-        alone = min((row for name, row in forms.items() if name.startswith("plain")), key=lambda row: row["median"])
-        stock = {name: row for name, row in _stock(forms).items() if name != "eager"}
-        best = min(stock, key=lambda name: stock[name]["median"])
-        rows.append(
-            [
-                f"`{op}`",
-                f"{model} {shape}",
-                _milliseconds(forms["eager"]),
-                _milliseconds(alone),
-                f"{100 * (ours / alone['median'] - 1):+.1f} %",
-                f"{_milliseconds(stock[best])} {best}",
-                f"{stock[best]['median'] / ours:.2f}",
-            ]
-        )
-    return "\n".join([*_lines(rows), "", _how_measured(cases)])
+        times = {name: Times(row["median"], row["q1"], row["q3"]) for name, row in forms.items()}
+        ours, alone = times["eager"], min(times[name] for name in times if name.startswith("plain"))
+        cells = [
+            f"`{op}`",
+            f"{model} {shape}",
+            str(ours),
+            str(alone),
+            f"{100 * (ours.middle / alone.middle - 1):+.1f} %",
+        ]
+        rows.append(cells + _best(_stock(times), ours))
+    return markdown(header, rows, _how_measured(cases))
 
 
 def _how_measured(cases: Cases) -> str:
@@ -223,9 +188,29 @@ def _cases(path: Path) -> Cases:
     return found
 
 
-def _stock(forms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Those of a GPU's or a CPU's forms that an expert may write in PyTorch."""
-    return {name: row for name, row in forms.items() if not name.startswith(("published", "plain", "reference"))}
+class Times(NamedTuple):
+    """A median and what it lies between."""
+
+    middle: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.middle:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+def _stock(forms: Mapping[str, Times]) -> dict[str, Times]:
+    """Those of a GPU's or a CPU's forms that an expert may write in PyTorch, on a CPU beside ours."""
+    others = ("published", "plain", "reference", "eager" if "triton" not in forms else "triton")
+    return {name: times for name, times in forms.items() if not name.startswith(others)}
+
+
+def _best(rivals: Mapping[str, Times], ours: Times, digits: int = 2) -> list[str]:
+    """The fastest rival and the ratio of its time to ours; empty where there is none."""
+    if not rivals:
+        return ["", ""]
+    name = min(rivals, key=lambda name: rivals[name].middle)
+    return [f"{rivals[name]} {name}".rstrip(), f"{rivals[name].middle / ours.middle:.{digits}f}"]
 
 
 def gpu_table(folder: Path) -> str:
@@ -250,61 +235,31 @@ def _gpu_run(run: list[dict[str, Any]]) -> str:
         # What was timed again with the tuned configurations comes later.
         if line["kind"] == "time" and line.get("dtype") == "float16" and "p50" in line:
             groups.setdefault((line["op"], line["model"], line["shape"]), {})[line["impl"]] = line
-    header = [
-        "",
-        "shape",
-        "kernels, us",
-        "launched, us",
-        "stock PyTorch's best, us",
-        "ratio",
-        "as published, us",
-        "ratio",
-    ]
-    rows = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
+    header = ["", "shape", "kernels, us", "launched, us", "stock PyTorch's best, us", "ratio"]
+    header += ["as published, us", "ratio"]
+    rows = []
     for (op, model, shape), impls in groups.items():
         if "triton" not in impls:
             continue
-        ours = impls.pop("triton")
-        loop = impls.get("published")
-        stock = _stock(impls)
-        cells = [f"`{op}`", f"{model} {shape}", _microseconds(_fastest(ours)), _microseconds(ours)]
-        if stock:
-            name = min(stock, key=lambda x: _fastest(stock[x])["p50"])
-            best = _fastest(stock[name])
-            cells += [f"{_microseconds(best)} {name}", f"{best['p50'] / _fastest(ours)['p50']:.1f}"]
-        else:
-            cells += ["", ""]
-        cells += [_microseconds(loop), f"{loop['p50'] / ours['p50']:.0f}"] if loop else ["", ""]
-        rows.append(cells)
+        fastest = {name: min(_microseconds(x) for x in (row, row.get("graph")) if x) for name, row in impls.items()}
+        ours, loop = _microseconds(impls["triton"]), impls.get("published")
+        cells = [f"`{op}`", f"{model} {shape}", str(fastest["triton"]), str(ours)]
+        cells += _best(_stock(fastest), fastest["triton"], 1)
+        rows.append(cells + _best({"": _microseconds(loop)} if loop else {}, ours, 0))
     last = run[-1]
     checks = [row for row in run if row["kind"] == "check"]
     right = f"{sum('failed' not in row for row in checks)} of {len(checks)} checks right; " if checks else ""
-    lines = _lines(rows)
-    lines += [
-        "",
+    below = (
         f"{last['gpu']}, float16: medians with 20th and 80th percentile, in a CUDA graph where that is faster; launched"
         f" one by one, with the host's time, in the fourth column and as published. {right}copy "
         f"{last['copy_gb_per_s']:.0f} GB/s; torch {last['versions']['torch']}, triton {last['versions']['triton']}, "
-        f"commit {last['git']}.",
-    ]
-    return "\n".join(lines)
+        f"commit {last['git']}."
+    )
+    return markdown(header, rows, below)
 
 
-def _fastest(line: dict[str, Any]) -> dict[str, float]:
-    return min((x for x in (line, line.get("graph")) if x), key=lambda x: x["p50"])
-
-
-def _lines(rows: list[list[str]]) -> list[str]:
-    """A Markdown table's lines."""
-    return ["| " + " | ".join(row) + " |" for row in rows]
-
-
-def _milliseconds(times: dict[str, float]) -> str:
-    return f"{times['median']:.3g} ({times['q1']:.3g} to {times['q3']:.3g})"
-
-
-def _microseconds(times: dict[str, float]) -> str:
-    return f"{times['p50']:.3g} ({times['p20']:.3g} to {times['p80']:.3g})"
+def _microseconds(times: Mapping[str, Any]) -> Times:
+    return Times(times["p50"], times["p20"], times["p80"])
 
 
 def resources_table(path: Path) -> str:
@@ -316,16 +271,15 @@ def resources_table(path: Path) -> str:
         for name, values in entries.items():
             found = dict(zip(content["fields"], values, strict=True))
             kernels.setdefault(name.partition(":")[0], {}).setdefault(target, []).append(found)
-    rows = [["kernel", "variants", *targets], ["---", "---:", *["---:"] * len(targets)]]
+    rows = []
     for kernel, by_target in sorted(kernels.items()):
         cells = []
         for target in targets:
             most = {field: max(x[field] for x in by_target[target]) for field in content["fields"] if field != "key"}
             cells.append(f"{most['registers']}, {most['shared'] / 1024:.0f}, {most['spilled']}")
         rows.append([f"`{kernel}`", str(max(map(len, by_target.values()))), *cells])
-    lines = _lines(rows)
-    lines += ["", f"Registers per thread, KiB of shared memory, bytes spilled; Triton {content['triton']}."]
-    return "\n".join(lines)
+    below = f"Registers per thread, KiB of shared memory, bytes spilled; Triton {content['triton']}."
+    return markdown(["kernel", "variants", *targets], rows, below, left=1)
 
 
 # The table NAME of a page, from its result file; a table whose file is missing is an error.
@@ -334,7 +288,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "behaviour": lambda: behaviour_table(last_line(RESULTS / "shapes_behaviour.jsonl")),
     "overhead": lambda: overhead_table(select_overhead(read(RESULTS / "overhead.jsonl"))),
     "speed": lambda: speed_table(select_overhead(read(RESULTS / "overhead.jsonl"))),
-    "methods": lambda: methods_table(last_line(RESULTS / "shapes_methods.jsonl")),
+    "methods": lambda: rates_table(last_line(RESULTS / "shapes_methods.jsonl")),
     "gpu": lambda: gpu_table(RESULTS),
     **{name: partial(operations_table, RESULTS / "ops_cpu.jsonl", name) for name in FAMILIES},
     "joint": lambda: joint_table(RESULTS / "joint_cpu.jsonl"),
@@ -386,16 +340,3 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _percent(rate: float) -> str:
     return f"{100 * rate:.1f} %"
-
-
-def _seconds(entry: dict[str, Any]) -> str:
-    return f"{entry['seconds_per_image']['median']:.3f}"
-
-
-def _p_value(value: float) -> str:
-    return f"{value:.2g}" if value >= 1e-4 else f"{value:.0e}"
-
-
-def _label(options: dict[str, Any]) -> str:
-    extras = [f"{name.replace('_', ' ')} {value:g}" for name, value in options.items() if name != "layers"]
-    return f"regulation, {', '.join(extras)}, {' and '.join(f'`{layer}`' for layer in options['layers'])}"

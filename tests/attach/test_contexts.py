@@ -257,10 +257,9 @@ COMPILED: dict[str, tuple[Any, ...]] = {
     ("kind", "case", "place"),
     [
         ("sd1", "energy", "in place"),
-        ("sd1", "composition", "wrapped"),
         ("sd1", "everything", "wrapped"),
         full("sdxl", "everything", "wrapped"),
-        *(full("sd1", case, "wrapped") for case in ("energy", "both", "regulation")),
+        *(full("sd1", case, "wrapped") for case in ("energy", "composition", "both", "regulation")),
     ],
 )
 def test_one_graph_serves_all_steps_and_calls(kind: str, case: str, place: str) -> None:

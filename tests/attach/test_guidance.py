@@ -234,7 +234,7 @@ def test_inference_mode_and_caller_gradients() -> None:
         assert torch.equal(guided(pipe, Peaks()), expected)
 
 
-@pytest.mark.parametrize("place", ["wrapped", "in place", "blocks"])
+@pytest.mark.parametrize("place", ["wrapped", full("in place"), "blocks"])
 def test_a_compiled_unet(place: str) -> None:
     """The guidance pass runs outside the graph, which stays one."""
     from torch._dynamo.testing import CompileCounterWithBackend

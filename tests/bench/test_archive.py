@@ -1,15 +1,13 @@
 """Compiled kernels in a folder: packed by one process, found by Triton's own lookup in another, which has no GPU."""
 
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.support import compiled
+
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parents[2]
 # Two kernels instead of all.
 FEW = """
 import json, sys, torch
@@ -51,12 +49,9 @@ print(json.dumps([before, installed, hits(), missing]))
 
 
 def run(tmp_path, name, script):
-    # A cache and a home of its own, so that Triton knows nothing from before, and real kernels.
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path / name)}
-    env |= dict.fromkeys(("TRITON_LIBCUDA_PATH", "LD_LIBRARY_PATH"), str(tmp_path))
-    command = [sys.executable, "-c", FEW + script, tmp_path / "kernels"]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True)
+    # A cache and a home of its own, so that Triton knows nothing from before.
+    elsewhere = dict.fromkeys(("TRITON_LIBCUDA_PATH", "LD_LIBRARY_PATH"), str(tmp_path))
+    done = compiled.run(FEW + script, tmp_path / "kernels", TRITON_CACHE_DIR=str(tmp_path / name), **elsewhere)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -16,17 +16,12 @@ def test_behaviour_is_measured_in_pairs() -> None:
     from bench.quality import behaviour
     from bench.report import tables
 
-    run: dict[str, Any] = {
-        "versions": {"torch": "2", "processor": "a CPU"},
-        "settings": {"count": 2, "seed_start": 0, "steps": 2, "guidance_scale": 5.0},
-        "tasks": {},
-    }
+    arguments = behaviour.parser().parse_args(["--count", "2", "--steps", "2", "--batch-size", "2"])
+    run: dict[str, Any] = behaviour.pairs.line(arguments, {"tasks": {}})
     pipe, rows = load_pipeline(), []
     for name, task in behaviour.TASKS.items():
         quick = replace(task, settings=task.settings[:1])
-        run["tasks"][name], results = behaviour.run_task(
-            pipe, quick, quick.settings, range(2), 2, steps=2, progress=False
-        )
+        run["tasks"][name], results = behaviour.run_task(pipe, quick, arguments, progress=False)
         for arm, rate in ((results[0], "plain"), (results[1], "rows")):
             answers = [
                 task.counts(scene, [(seen.colour, seen.shape) for seen in found])

@@ -127,7 +127,9 @@ def simulated_pair(
         def calls(self) -> int:
             return 1
 
-        def counts(self, calls: int) -> dict[str, int] | None:
+        def counts(self, case: pair.Case, calls: int) -> dict[str, int]:
+            if counts is None:
+                raise pair.Failure("no valgrind")
             return counts
 
         def times(self, calls: int, rounds: int, tick: Callable[[], Any] = lambda: None) -> pair.Times:
@@ -385,7 +387,7 @@ def test_a_process_without_its_package_or_that_dies(
         assert process.greeting()["package"] == str(checkout / "attnctl_fast" / "__init__.py")
         process.process.kill()
         process.process.wait()
-        for order in ("time", "count", "collect"):
+        for order in ("time", "count"):
             with pytest.raises(pair.Failure, match="it ended with status -9"):
                 process.ask(order, calls=1)
         with pytest.raises(pair.Failure, match="has no form 'fused'"):
@@ -431,57 +433,33 @@ def test_a_change_is_confirmed_in_fresh_processes(
     verdict: str,
 ) -> None:
     from bench.compare import main as regressions
-    from bench.compare import pair
 
     left = list(ratios)
     monkeypatch.setattr(regressions, "Pair", simulated_pair(left, counts, waits))
-    arguments = regressions.parser().parse_args(["HEAD", "--device", "cpu", "--rounds", "12"])
+    arguments = regressions.parser().parse_args(["HEAD", "--device", "cpu", "--rounds", "12", "--instructions"])
     case = regressions.chosen(arguments)[0]
-    with (
-        pair.Counts(tmp_path, tmp_path) as valgrind,
-        regressions.Comparison(tmp_path, arguments, 0.01, "counter", valgrind) as comparison,
-    ):
-        assert comparison.row(case)["verdict"] == verdict
+    with regressions.Comparison(tmp_path, arguments, 0.01, True) as comparison:
+        row = comparison.row(case)
+    assert row["verdict"] == verdict
+    assert row["uncounted"] == (None if counts else "under valgrind: no valgrind")
     assert not left
 
 
-def test_counts_by_valgrind(compare: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each side's dumps are numbered from 1, and from 1 again after a process that failed."""
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("callgrind_annotate") is None, reason="needs valgrind, and minutes")
+def test_counts_by_valgrind(compare: Callable[..., int], checkout: Path) -> None:
     from bench.compare import main as regressions
     from bench.compare import pair
 
-    asked: list[tuple[str, str]] = []
-
-    class Simulated:
-        def __init__(self, tree: Path, under: list[str]) -> None:
-            self.out, self.dumps, self.process = Path(under[-1].partition("=")[2]), 0, self
-            self.pid = self.out.name
-            assert under[:3] == ["valgrind", "--quiet", "--tool=callgrind"]
-
-        def ask(self, do: str, **how: Any) -> dict[str, Any]:
-            asked.append((self.out.name, do))
-            if how.get("operation") == "smooth_maps" and self.out.name == "current":
-                raise pair.Failure("broken")
-            if do == "collect":
-                self.dumps += 1
-                total = how["calls"] * (100 if self.out.name == "base" else 110)
-                Path(f"{self.out}.{self.dumps}").write_text(f"totals: {total * self.dumps}\n")
-            return {}
-
-        def close(self) -> None:
-            asked.append((self.out.name, "close"))
-
-    monkeypatch.setattr(pair, "Process", Simulated)
-    monkeypatch.setattr(pair, "instrument", lambda process, on: asked.append((process, "on" if on else "off")))
     case = pair.Case("gaussian_bias", regressions.SHAPES["tiny"], "float32", "cpu", "eager")
-    with pair.Counts(tmp_path, tmp_path) as counts:
-        assert counts.count(case, 4) == {"base": 100, "current": 110}
-        assert [do for side, do in asked if side == "base"] == ["build", "on", "collect", "off"]
-        assert counts.count(case, 4) == {"base": 200, "current": 220}
-        with pytest.raises(pair.Failure, match="under valgrind: broken"):
-            counts.count(case._replace(operation="smooth_maps"), 4)
-        assert counts.count(case, 4) == {"base": 100, "current": 110}
-    assert asked.count(("base", "close")) == asked.count(("current", "close")) == 2
+    base = checkout / "out" / "base"
+    shutil.copytree(checkout / "attnctl_fast", base / "attnctl_fast")
+    for name in ("bench", "kernels"):
+        (base / name).symlink_to(checkout / name)
+    append(checkout, "gaussian_bias", SLOWED)
+    with pair.Pair(base, checkout) as both:
+        counts = both.counts(case, 4)
+    assert 2 < counts["current"] / counts["base"] < 4.1
 
 
 def simulated(noise: random.Random, slowdown: float, spread: float, rounds: int = 24) -> list[float]:
@@ -551,28 +529,3 @@ def test_intervals(compare: Callable[..., int]) -> None:
     assert waiting(base, {"seconds": 2.0, "waited": 0.25}) == 1
     assert waiting(base, {"seconds": 1.0, "waited": 1.5}) == 2
     assert waiting(base, {"seconds": 0.5, "waited": 0.75}) == 1
-
-
-def test_instructions(compare: Callable[..., int], tmp_path: Path) -> None:
-    from bench.compare.instructions import Counter, counted
-
-    # The layout of callgrind's files: valgrind's manual, "Callgrind Format Specification".
-    file = tmp_path / "out.1"
-    file.write_text(
-        "# callgrind format\nversion: 1\nevents: Ir\nsummary: 41506940\n\nfn=(1) f\n0 7\n\ntotals: 41506940\n"
-    )
-    assert counted(file) == 41506940
-    file.write_text("version: 1\n")
-    with pytest.raises(OSError, match="no total"):
-        counted(file)
-    try:
-        # The clock of the task, in nanoseconds: kernels have it where processors offer no counter of instructions.
-        counter = Counter(kind=1, event=1)
-    except OSError as error:
-        pytest.skip(f"no performance events here: {error}")
-    counts = []
-    for size in (10_000, 1_000_000):
-        counter.start()
-        sum(range(size))
-        counts.append(counter.stop())
-    assert 0 < counts[0] < counts[1]

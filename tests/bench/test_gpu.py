@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.__main__ import main
 from bench.ops.registry import ATTENTION, JUDGED
 from tests.support import kernel_cases
 
@@ -39,6 +40,8 @@ for name in ("is_available", "device_count", "init", "_lazy_init", "get_device_n
         assert os.getpid() != parent, name
         return real(*args, **options)
     setattr(torch.cuda, name, asked)
+from tests.support.interpreter import hasten
+hasten()
 from bench.__main__ import main
 sys.exit(main(['gpu', *sys.argv[1:]]))
 """
@@ -46,11 +49,6 @@ sys.exit(main(['gpu', *sys.argv[1:]]))
 
 def interpreted():
     return {**os.environ, "TRITON_INTERPRET": "1"}
-
-
-def dry_run(name, *options):
-    command = [sys.executable, "-m", "bench", name, "--dry-run", *map(str, options)]
-    return subprocess.run(command, cwd=ROOT, env=interpreted(), capture_output=True, text=True)
 
 
 def read(path):
@@ -119,13 +117,13 @@ def test_what_the_time_does_not_reach_is_named(bench, monkeypatch, tmp_path, cap
     }
 
 
-def test_without_a_gpu_the_exit_status_says_so():
+def test_without_a_gpu_the_exit_status_says_so(tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    command = [sys.executable, "-m", "bench", "gpu", "--one-shot"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "no GPU that PyTorch sees" in done.stdout
-    assert "is in the name of no operation" in dry_run("gpu", "--only", "regullate").stderr
+    assert main(["gpu", "--one-shot", "--results", str(tmp_path / "results.jsonl")]) == 2
+    assert "no GPU that PyTorch sees" in capsys.readouterr().out
+    assert main(["gpu", "--dry-run", "--only", "regullate"]) == 2
+    assert "is in the name of no operation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
@@ -314,14 +312,14 @@ def test_aims_are_judged(bench):
     assert list(contest.aims([])) == []
 
 
-def test_tuner_dry_run_writes_a_table(tmp_path):
+def test_tuner_dry_run_writes_a_table(tmp_path, capsys):
     path = tmp_path / "gpu.json"
-    done = dry_run("tune", "--only", "gaussian_bias", "--output", path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert main(["tune", "--dry-run", "--only", "gaussian_bias", "--output", str(path)]) == 0
     table = json.loads(path.read_text())
     assert table["margin"] == 0.05 and set(table["rules"]) <= {"gaussian_bias_fwd", "gaussian_bias_bwd"}
-    assert done.stdout.count("gaussian_bias_fwd tiny") == done.stdout.count("gaussian_bias_bwd tiny") == 1, done.stdout
-    assert "failed" not in done.stdout
+    said = capsys.readouterr().out
+    assert said.count("gaussian_bias_fwd tiny") == said.count("gaussian_bias_bwd tiny") == 1, said
+    assert "failed" not in said
 
 
 def test_tuner_knows_every_kernel_and_setting(bench):

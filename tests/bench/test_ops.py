@@ -44,7 +44,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def competing(bench: Any, monkeypatch: pytest.MonkeyPatch, operation: str, **others: Any) -> None:
-    """Puts other forms, by name what builds them, among those of an operation."""
+    """Puts other forms, by name what builds them, among those of an operation that need no compiler."""
     registered = bench.comparison
 
     def comparison(name: str, *rest: Any) -> Any:
@@ -53,7 +53,8 @@ def competing(bench: Any, monkeypatch: pytest.MonkeyPatch, operation: str, **oth
             return made
         from bench.ops.base import Contender
 
-        return replace(made, contenders=made.contenders | {k: Contender(v) for k, v in others.items()})
+        kept = {k: contender for k, contender in made.contenders.items() if not contender.compiles}
+        return replace(made, contenders=kept | {k: Contender(v) for k, v in others.items()})
 
     monkeypatch.setattr(bench, "comparison", comparison)
 

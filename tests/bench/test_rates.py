@@ -34,8 +34,9 @@ RUN = {
     },
     "versions": {"torch": "2.13.0", "gpus": "none", "processor": "A Processor", "threads": 2},
     "plain": {"strict": 0.5, "exact": 0.25, "colours": 0.75, "seconds_per_image": {"median": 0.25}},
-    "regulations": [
+    "rows": [
         {
+            "method": "AttentionRegulation",
             "options": {"strength": 0.5, "layers": ["down_blocks.0", "up_blocks.2"]},
             "strict": change(0.5, 0.625, 50, 13, 3.1e-6),
             "exact": change(0.25, 0.3, 20, 5, 0.00408),
@@ -53,10 +54,12 @@ def test_table_shows_rates_and_settings(bench):
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == lines[3].count("|") == 7
     assert lines[2] == "| plain | 50.0 % | 25.0 % | 75.0 % | 0.250 |  |"
     assert lines[3] == (
-        "| regulation, strength 0.5, `down_blocks.0` and `up_blocks.2` | 62.5 % (+50 -13, p = 3e-06) "
+        "| `AttentionRegulation`: strength 0.5, layers `down_blocks.0` and `up_blocks.2` | 62.5 % (+50 -13, p = 3e-06) "
         "| 30.0 % (+20 -5, p = 0.0041) | 75.0 % (+3 -3, p = 1) | 0.275 | +10 % |"
     )
-    assert lines[5].startswith("300 prompts of 2 objects, seeds 0 to 299, DDIM 25 steps, guidance 5, batches of 8; ")
+    assert lines[5].startswith(
+        "300 prompts of 2 objects, seeds 0 to 299, DDIM 25 steps, guidance 5, batches of 8 in turn; "
+    )
     assert "A Processor, 2 threads" in lines[5]
 
 
@@ -88,15 +91,15 @@ def test_every_run_is_appended(bench, untrained, tmp_path, capsys):
     )
     rates.run(rates.parser().parse_args([*options, "--count", "1"]))
     first, second, third = map(json.loads, path.read_text().splitlines())
-    assert (first["settings"]["seed_start"], second["settings"]["seed_start"]) == (0, rates.TUNING_SEED)
-    assert [entry["options"]["strength"] for entry in first["regulations"]] == [0.25, 1.0]
-    assert {tuple(entry["options"]["layers"]) for entry in first["regulations"]} == {rates.LAYERS}
-    assert len(second["regulations"]) == 8
-    assert {entry["options"]["edit_steps"] for entry in second["regulations"]} == {0.5, 1.0}
-    assert all(entry["options"]["layers"] == ["down_blocks.0"] for entry in second["regulations"])
-    assert [entry["options"]["strength"] for entry in third["regulations"]] == [rates.TUNED["strength"], 1.0]
-    assert {"date", "git", "versions", "plain"} <= first.keys()
-    assert first["regulations"][0]["count"] == 2
+    assert (first["settings"]["seed_start"], second["settings"]["seed_start"]) == (0, rates.pairs.TUNING_SEED)
+    assert [entry["options"]["strength"] for entry in first["rows"]] == [0.25, 1.0]
+    assert {tuple(entry["options"]["layers"]) for entry in first["rows"]} == {rates.LAYERS}
+    assert len(second["rows"]) == 8
+    assert {entry["options"]["edit_steps"] for entry in second["rows"]} == {0.5, 1.0}
+    assert all(entry["options"]["layers"] == ["down_blocks.0"] for entry in second["rows"])
+    assert [entry["options"]["strength"] for entry in third["rows"]] == [rates.TUNED["strength"], 1.0]
+    assert {"run", "git", "versions", "plain"} <= first.keys()
+    assert first["rows"][0]["count"] == 2
     assert tables.rates_table(first) in capsys.readouterr().out
 
 
@@ -108,8 +111,11 @@ def test_measure_counts_pairs(bench, untrained, monkeypatch):
     found = [[], hit]
     monkeypatch.setattr(evaluate, "detect", lambda image: found.pop(0))
     pipe = load_pipeline(weights=untrained)
-    run = rates.measure(pipe, count=1, seed_start=4, regulations=[{"strength": 1.0}], steps=1)
-    assert run["plain"]["strict"] == 0
-    (entry,) = run["regulations"]
+    monkeypatch.setattr(rates.pairs, "seeds", lambda arguments: range(4, 5))
+    arguments = rates.parser().parse_args(["--count", "1", "--steps", "1"])
+    options = {"strength": 1.0}
+    results = rates.pairs.drawn(pipe, arguments, [rates.Arm(), rates.Arm(rates.regulation(**options))])
+    found = rates.pairs.rates([("AttentionRegulation", options)], results)
+    assert found["plain"]["strict"] == 0
+    (entry,) = found["rows"]
     assert (entry["strict"]["gained"], entry["strict"]["lost"], entry["strict"]["controlled"]) == (1, 0, 1.0)
-    assert run["settings"]["scheduler"] == "DDIMScheduler"

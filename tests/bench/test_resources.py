@@ -1,14 +1,12 @@
 """The compiled kernels against their limits and the committed figures, and what notices that they changed."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.support import compiled
+
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -19,10 +17,10 @@ def resources(monkeypatch):
 
 
 def run(*options, **environment):
-    """bench/resources.py in a process whose kernels are compiled, not interpreted."""
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench", "resources", *map(str, options)]
-    return subprocess.run(command, cwd=ROOT, env={**kept, **environment}, capture_output=True, text=True)
+    """`bench resources` where kernels are compiled."""
+    return compiled.run(
+        "import sys; from bench.__main__ import main; sys.exit(main())", "resources", *options, **environment
+    )
 
 
 def test_shipped_kernels_stay_within_the_committed_figures():
@@ -50,7 +48,7 @@ launch(_sum_fwd_kernel, (1,), x.device, {"num_warps": WARPS}, x, x, BLOCK=SIZE)
 """
 
 
-def compiled(folder, text, **sizes):
+def shown(folder, text, **sizes):
     for name, value in sizes.items():
         text = text.replace(name, str(value))
     folder.mkdir(exist_ok=True)
@@ -60,18 +58,18 @@ def compiled(folder, text, **sizes):
 
 
 def test_only_what_changed_is_compiled(tmp_path):
-    first = compiled(tmp_path, SCRIPT, SIZE=64, WARPS=1)
+    first = shown(tmp_path, SCRIPT, SIZE=64, WARPS=1)
     assert first.returncode == 0 and "1 kernels, 1 compiled" in first.stderr, first.stderr
     assert "sum_fwd: kernel" in first.stdout and "sm_90" in first.stdout
-    moved = compiled(tmp_path, "# a comment\n" + SCRIPT, SIZE=64, WARPS=1)
+    moved = shown(tmp_path, "# a comment\n" + SCRIPT, SIZE=64, WARPS=1)
     assert "1 kernels, 0 compiled" in moved.stderr and moved.stdout == first.stdout
     called = SCRIPT.replace("x + 1.0", "x + 2.0")
-    assert "1 kernels, 1 compiled" in compiled(tmp_path, called, SIZE=64, WARPS=1).stderr
-    assert "1 kernels, 1 compiled" in compiled(tmp_path, SCRIPT, SIZE=64, WARPS=2).stderr
+    assert "1 kernels, 1 compiled" in shown(tmp_path, called, SIZE=64, WARPS=1).stderr
+    assert "1 kernels, 1 compiled" in shown(tmp_path, SCRIPT, SIZE=64, WARPS=2).stderr
 
 
 def test_a_spill_fails(tmp_path):
-    done = compiled(tmp_path, SCRIPT, SIZE=16384, WARPS=1)
+    done = shown(tmp_path, SCRIPT, SIZE=16384, WARPS=1)
     assert done.returncode == 1 and "bytes per thread" in done.stderr, done.stderr
 
 
@@ -118,7 +116,7 @@ def test_the_largest_loop_holds_those_in_it_and_no_path_of_parted_threads(resour
 
 def test_a_loop_is_counted(tmp_path):
     def loop(text):
-        done = compiled(tmp_path, text, SIZE=64, WARPS=1)
+        done = shown(tmp_path, text, SIZE=64, WARPS=1)
         assert done.returncode == 0, done.stderr
         header, row = done.stdout.splitlines()
         return int(row.split()[-header.split()[::-1].index("loop") - 1])
@@ -130,9 +128,9 @@ def test_a_loop_is_counted(tmp_path):
 
 
 def test_what_cannot_be_launched_or_compiled_is_named(tmp_path):
-    done = compiled(tmp_path, SCRIPT.replace("3.0 * tile", "tl.dot(tile, tile)"), SIZE=64, WARPS=1)
+    done = shown(tmp_path, SCRIPT.replace("3.0 * tile", "tl.dot(tile, tile)"), SIZE=64, WARPS=1)
     assert done.returncode == 1 and "sm_90 sum_fwd: kernel" in done.stderr
-    done = compiled(tmp_path, "raise ValueError('broken')")
+    done = shown(tmp_path, "raise ValueError('broken')")
     assert done.returncode == 1 and "ValueError: broken" in done.stderr
 
 

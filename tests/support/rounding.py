@@ -138,17 +138,24 @@ class Shared:
         return result
 
 
-def floor(compute: Callable[[], Tensor], truth: Tensor) -> Tensor:
+def floor(
+    compute: Callable[[], Tensor], truth: Tensor, enough: Callable[[Tensor], bool] = lambda found: False
+) -> Tensor:
     """Return the error [..] that the roundings to nearest of `compute` [.., d] may add up to in a row by chance.
+
+    Every draw adds to it. Where it is asked only whether it is `enough`, the draws end as soon as it is.
 
     By at most one row in a million (`REFUSED`) it is exceeded: a sum of independent errors passes x times its standard
     deviation with a probability below 2 exp(-x^2 / 2) (Higham and Mary, SIAM J. Sci. Comput. 41, 2019). Rounding to
     nearest has half the variance of the stochastic rounding that is drawn here.
     """
     square = torch.zeros_like(truth, dtype=torch.float64)
+    times = math.sqrt(2 * math.log(2 * truth.shape[-1] / REFUSED))
     for seed in range(DRAWS):
         with RandomRounding(seed), sdpa_kernel(SDPBackend.MATH):
             drawn = compute()
         square += (drawn.double() - truth).square()
-    times = math.sqrt(2 * math.log(2 * truth.shape[-1] / REFUSED))
-    return times * (square / (2 * DRAWS)).sqrt().amax(-1)
+        found = times * (square / (2 * DRAWS)).sqrt().amax(-1)
+        if enough(found):
+            break
+    return found
