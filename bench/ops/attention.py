@@ -76,15 +76,6 @@ def _seen(case: Case, count: int) -> int:
 
 
 OPERATIONS = {
-    "entmax_attention": Operation(
-        _entmax_attention,
-        (*QKV, "key_bias"),
-        ("out",),
-        more_leaves=QKV,
-        timings={
-            "entmax_attention": Timing(lambda case: products(case, 2), _sorted, kernels=("entmax_attention_fwd",))
-        },
-    ),
     "attention": Operation(
         _attention,
         (*QKV, "key_bias"),
@@ -121,6 +112,15 @@ OPERATIONS = {
                 leaves=QKV,
                 kernels=("grouped_attention_bwd_rows", "grouped_attention_bwd_columns"),
             ),
+        },
+    ),
+    "entmax_attention": Operation(
+        _entmax_attention,
+        (*QKV, "key_bias"),
+        ("out",),
+        more_leaves=QKV,
+        timings={
+            "entmax_attention": Timing(lambda case: products(case, 2), _sorted, kernels=("entmax_attention_fwd",))
         },
     ),
 }

@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ from bench.ops.base import ours
 from bench.ops.layers import JOINT, LARGE, LAYERS, REGULATED, SMALL, Layer
 from bench.ops.registry import OPERATIONS, comparison
 
+# What a call of an operation may cost beyond a product written down: checks of its arguments, in milliseconds.
+CALL = 0.02
 DTYPES = ("float32", "bfloat16", "float16")
 FULL, QUICK = Effort(3, 0.3), Effort(1, 0.1)
 
@@ -100,12 +103,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--results", type=Path, metavar="FILE", help="default: in bench/results, ops_cpu.jsonl or <gpu>.jsonl"
     )
+    made.add_argument("--check", action="store_true", help="on a CPU: fail where the best rival is faster than ours")
     made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where PyTorch sees a GPU")
     return made
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """1 if one of our own forms is wrong or fails, else 0.
+    """1 if one of our own forms is wrong or fails, or with `--check` is slower than its best rival, else 0.
 
     Raises:
         ValueError: nothing to measure, or not on that device.
@@ -132,7 +136,10 @@ def run(arguments: argparse.Namespace) -> int:
                 tqdm.write(line(row))
     failed = [row for row in log.rows if "failed" in row]
     print(f"{len(log.rows) - len(failed)} measured, {len(failed)} failed; results: {log.path}")
-    return int(any(row["impl"] in (None, ours(torch.device("cpu"))) for row in failed))
+    slower = behind(log.rows) if arguments.check else []
+    for text in slower:
+        print(text)
+    return int(bool(slower) or any(row["impl"] in (None, ours(torch.device("cpu"))) for row in failed))
 
 
 def cases(only: str, shapes: str) -> list[Case]:
@@ -156,7 +163,7 @@ def cases(only: str, shapes: str) -> list[Case]:
 
 def _on_gpu(arguments: argparse.Namespace) -> int:
     """In a process of its own: `bench gpu` must be the first to touch the GPU."""
-    for name in ("dtype", "shapes", "quick", "compile"):
+    for name in ("dtype", "shapes", "quick", "compile", "check"):
         if getattr(arguments, name):
             raise ValueError(f"--{name}: a GPU has a plan of its own; leave it out, or choose by --only")
     given = ["--only", arguments.only]
@@ -198,6 +205,27 @@ def measure(case: Case, dtype: torch.dtype, effort: Effort, compiled: bool = Fal
     for name, times in compare(runs, effort).items():
         found[name] |= {"failed": first_line(times)} if isinstance(times, Exception) else times._asdict()
     return list(found.values())
+
+
+def behind(rows: Iterable[Row]) -> list[str]:
+    """A line for every case whose best rival is faster than ours, outside both spreads and by more than `CALL`.
+
+    Rivals are those whose results were checked, of the same run.
+    """
+    cases: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in rows:
+        if "median" in row and "relative_error" in row:
+            cases.setdefault((row["op"], row["model"], row["shape"]), {})[row["impl"]] = row
+    found = []
+    for (operation, _, shape), forms in cases.items():
+        own = forms.pop(ours(torch.device("cpu")), None)
+        best = min((row for name, row in forms.items() if name != "reference"), key=itemgetter("median"), default=None)
+        if own is None or best is None:
+            continue
+        if own["q1"] > best["q3"] and own["median"] - best["median"] > CALL:
+            share = best["median"] / own["median"]
+            found.append(f"behind: {operation} at {shape}: {best['impl']} takes {share:.2f} of our time")
+    return found
 
 
 def line(row: Row) -> str:

@@ -49,6 +49,10 @@ def conform(options: Options) -> Arm:
     return Arm(lambda scenes: [ac.CONFORM([groups(scene) for scene in scenes], layers=LAYERS, **options)])
 
 
+def focus(options: Options) -> Arm:
+    return Arm(lambda scenes: [ac.FOCUS([groups(scene) for scene in scenes], layers=LAYERS, **options)])
+
+
 def composable(options: Options) -> Arm:
     def methods(scenes: Sequence[Scene]) -> Sequence[Any]:
         weight = options["weight"]
@@ -81,6 +85,7 @@ SHOWN: dict[str, tuple[Make, Options]] = {
     "TSAM": (tsam, {"scale": 5.0, **OFTEN}),
     "SynGen": (syngen, {"scale": 1.0, **HALF}),
     "CONFORM": (conform, {"scale": 2.0, **ONCE}),
+    "FOCUS": (focus, {"strength": 20.0, **HALF}),
     "ComposableDiffusion": (composable, {"weight": 1.0}),
     "DenseDiffusion": (dense, {}),
 }
@@ -92,6 +97,7 @@ TRIED: dict[str, list[Options]] = {
     "TSAM": [{"scale": 2.0, **ONCE}, {"scale": 5.0, **ONCE}, {"scale": 5.0, **OFTEN}],
     "SynGen": [{"scale": 1.0, **HALF}, {"scale": 4.0, **HALF}],
     "CONFORM": [{"scale": 2.0, **ONCE}, {"scale": 5.0, **ONCE}, {"scale": 2.0, **OFTEN}],
+    "FOCUS": [{"strength": 5.0}, {"strength": 20.0}, {"strength": 20.0, **HALF}, {"strength": 60.0, **HALF}],
     "ComposableDiffusion": [{"weight": 0.5}, {"weight": 0.7}],
 }
 

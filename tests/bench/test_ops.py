@@ -322,3 +322,21 @@ def test_the_default_has_the_layers_of_the_tables(bench: Any) -> None:
     assert {(4096, 40, 2), (4096, 40, 75), (256, 160, 75)} <= set(maps)
     sdxl = bench.cases("composed", "sdxl")
     assert {(case.operation, case.layer.model) for case in sdxl} == {("composed_attention", "SDXL")}
+
+
+def test_check_names_what_is_behind(bench: Any) -> None:
+    """Outside both spreads, by more than a call's checks, and of rivals whose results are right."""
+
+    def rows(**times: tuple[float, float, float]) -> list[dict[str, Any]]:
+        same = {"op": "attention", "model": "SD 2", "shape": "M256", "relative_error": 1e-7}
+        return [{**same, "impl": name, "q1": q1, "median": m, "q3": q3} for name, (q1, m, q3) in times.items()]
+
+    ours = {"eager": (1.9, 2.0, 2.1)}
+    assert bench.behind(rows(**ours, stock=(2.0, 2.1, 2.2))) == []
+    assert bench.behind(rows(**ours, stock=(1.8, 1.85, 1.92))) == []
+    (text,) = bench.behind(rows(**ours, stock=(0.9, 1.0, 1.1), other=(1.2, 1.3, 1.4)))
+    assert text == "behind: attention at M256: stock takes 0.50 of our time"
+    assert bench.behind(rows(eager=(0.03, 0.031, 0.032), stock=(0.015, 0.016, 0.017))) == []
+    scale = rows(**ours) + [{**row, "relative_error": None} for row in rows(plain=(0.9, 1.0, 1.1))]
+    del scale[1]["relative_error"]
+    assert bench.behind(scale) == []
