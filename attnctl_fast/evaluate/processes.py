@@ -70,6 +70,10 @@ class Processes:
         return answer[0]  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Take leave of the others."""
+        """Take leave of the others.
+
+        Without it a thread of gloo's may still hold the last message when Python ends, which aborts the process:
+        "terminate called without an active exception". While they wait for each other it would wait, too.
+        """
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

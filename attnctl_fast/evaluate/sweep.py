@@ -34,11 +34,17 @@ def sweep(arguments: argparse.Namespace) -> int:
         ValueError, OSError, ImportError: a mistake of the user, in this process or in another one.
     """
     with closing(Store(arguments.out)) as store:
-        return _sweep_into(store, arguments)
+        processes = Processes(cpu=arguments.device == "cpu")
+        try:
+            failed = _sweep_into(store, processes, arguments)
+        except (ValueError, OSError, ImportError):
+            processes.close()
+            raise
+        processes.close()
+        return failed
 
 
-def _sweep_into(store: Store, arguments: argparse.Namespace) -> int:
-    processes = Processes(cpu=arguments.device == "cpu")
+def _sweep_into(store: Store, processes: Processes, arguments: argparse.Namespace) -> int:
     methods = arguments.method
     base, options = processes.together(lambda: _shared(arguments, processes))
     device = processes.together(lambda: device_named(base.device))
@@ -85,9 +91,7 @@ def _sweep_into(store: Store, arguments: argparse.Namespace) -> int:
         bar = _bar(mine, scorer.name, processes)
         processes.together(partial(score_pictures, scorer, bar, store, log))
     names = [scorer.name for scorer in scorers]
-    failed = processes.by_first(lambda: _finish(store, pictures, record, methods, names))
-    processes.close()
-    return failed
+    return processes.by_first(lambda: _finish(store, pictures, record, methods, names))
 
 
 def _bar(pictures: list[Picture], name: str, processes: Processes) -> Iterable[Picture]:
