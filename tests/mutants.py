@@ -1066,8 +1066,8 @@ METHODS = [
     Mutant(
         "rows that were evaluated apart change places",
         "attnctl_fast/attach/evaluation.py",
-        "order = [*chosen, *rest]",
-        "order = [*rest, *chosen]",
+        "return self.rows.parts[0].merge(first, second)",
+        "return self.rows.parts[0].merge(second, first)",
         "methods/test_velocity_guidance.py -k 'by_hand'",
     ),
     Mutant(

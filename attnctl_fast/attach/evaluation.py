@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -158,21 +158,20 @@ class Evaluation:
         rows = self.rows
         if rows.parts is None:
             chosen, _ = self._layout()
-            rest = [row for row in range(rows.total) if row not in chosen]
-            rows.parts = (chosen, rows.of(chosen)), (rest, rows.of(rest))
-        return [self._part(*part) for part in rows.parts]
+            parts = Rows(rows.total, chosen, range(len(chosen)))
+            rows.parts = parts, rows.of(parts.conditional), rows.of(parts.others)
+        parts, first, second = rows.parts
+        return [self._part(parts.take, first), self._part(parts.rest, second)]
 
-    def _part(self, chosen: list[int], rows: Rows) -> Evaluation:
-        given = {name: with_rows(x, self.rows.total, partial(taken, rows=chosen)) for name, x in self.given.items()}
+    def _part(self, take: Callable[[Tensor], Tensor], rows: Rows) -> Evaluation:
+        given = {name: with_rows(x, self.rows.total, take) for name, x in self.given.items()}
         args, kwargs = self._family.replaced(self.model, self._args, given)
         return Evaluation(self.call, self._family, self.model, rows, self._tap, args, kwargs)
 
     def joined(self, first: Tensor, second: Tensor) -> Tensor:
         """Return the batch made of what the two `parts` have."""
         assert self.rows.parts is not None
-        (chosen, _), (rest, _) = self.rows.parts
-        order = [*chosen, *rest]
-        return torch.cat([first, second])[[order.index(row) for row in range(len(order))]]
+        return self.rows.parts[0].merge(first, second)
 
     def track(self) -> Tensor:
         """Return `latents` as a leaf of the graph that the model's evaluation will make."""

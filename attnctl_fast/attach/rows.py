@@ -18,11 +18,12 @@ class Rows:
 
     total: rows in the batch. conditional: the indices of those, rising. samples: which sample of the call each of them
     is. others: the indices of all other rows. alone: the conditional rows as a batch of their own. layout: what
-    `Evaluation` has found out about the latents that they carry. parts: two batches that it takes this one apart into.
+    `Evaluation` has found out about the latents that they carry. parts: how it takes this
+    batch apart, in which those of the latents are "conditional", and the rows of both parts.
     """
 
     layout: tuple[list[int], list[int]] | None = None
-    parts: tuple[tuple[list[int], Rows], tuple[list[int], Rows]] | None = None
+    parts: tuple[Rows, Rows, Rows] | None = None
 
     def __init__(self, total: int, conditional: Sequence[int], samples: Sequence[int]) -> None:
         self.total, self.conditional, self.samples = total, tuple(conditional), tuple(samples)

@@ -35,6 +35,9 @@ METHODS: dict[str, Callable[[], Any]] = {
     "TSAM": lambda: ac.TSAM(refinement={}, **GUIDED),
     "SynGen": lambda: ac.SynGen([("red", "bag"), ("black", "apple")], **GUIDED),
     "CONFORM": lambda: ac.CONFORM([("red", "bag"), ("black", "apple")], refinement={}, **GUIDED),
+    "FOCUS": lambda: ac.FOCUS([("red", "bag"), ("black", "apple")], **GUIDED),
+    "NAG": lambda: ac.NAG("a dog"),
+    "PLADIS": lambda: ac.PLADIS(),
 }
 # Operations for which the host waits for a GPU: it reads a number, or must know how many there are.
 WAITING = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "lift_fresh")
