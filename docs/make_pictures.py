@@ -48,6 +48,7 @@ METHODS: dict[str, Callable[[Scene, int], Any]] = {
         layers=LAYERS, scale=5.0, steps=0.5, refinement={0: None, 5: None}, max_refinements=5
     ),
     "syngen": lambda scene, seed: ac.SynGen(pairs(scene), layers=LAYERS, scale=1.0, steps=0.5),
+    "focus": lambda scene, seed: ac.FOCUS(pairs(scene), layers=LAYERS, strength=20.0, steps=0.5),
     "conform": lambda scene, seed: ac.CONFORM(pairs(scene), layers=LAYERS, scale=2.0, steps=0.5, refinement={}),
     "dense-diffusion": lambda scene, seed: ac.DenseDiffusion(masks(scene, seed)),
     "composable-diffusion": lambda scene, seed: ac.ComposableDiffusion([phrase(scene, 0), phrase(scene, 1)]),
