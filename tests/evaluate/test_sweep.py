@@ -1,10 +1,12 @@
 """Sweeps: the same pictures from any number of processes, nothing lost to a kill, and what they say of mistakes."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -70,34 +72,69 @@ def pictures(folder):
     return {path.name: path for path in (folder / "pictures").glob("*.png")}
 
 
-def started(out, *options, launcher=()):
-    """A sweep on this machine's CPU as a process of its own."""
-    command = [sys.executable, "-m", *launcher, "attnctl_fast.evaluate", *SHAPES, "--out", out, *options]
+def forked(out, *options, **environment):
+    """A sweep in a fork of this process, which spares the imports; it prints into files beside `out`."""
+
+    def run():
+        os.environ |= environment
+        said = out.with_name(f"{out.name}-{os.environ.get('RANK', '')}")
+        sys.stdout, sys.stderr = said.with_suffix(".out").open("w"), said.with_suffix(".err").open("w")
+        PartialState._reset_state()
+        status = evaluate.main([str(word) for word in (*SHAPES, "--out", out, *options)])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+def shared(out, *options):
+    """By two processes, as a launcher starts them; what the first prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [forked(out, *options, RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
+    # One that fails would leave the other waiting.
+    while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
+        time.sleep(0.02)
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    errors = [path.read_text() for path in sorted(out.parent.glob("two-?.err"))]
+    assert [rank.exitcode for rank in ranks] == [0, 0], errors
+    return out.with_name("two-0.out").read_text()
+
+
+def launched(out, *options):
+    """By Accelerate's own launcher."""
+    command = [sys.executable, "-m", *LAUNCHER, "attnctl_fast.evaluate", *SHAPES, "--out", out, *options]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([str(word) for word in command], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run([str(word) for word in command], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_two_processes_go_on_after_a_killed_one_and_draw_what_one_draws(sweep, tmp_path, capsys):
+@pytest.mark.parametrize("both", [shared, full(launched)])
+def test_two_processes_go_on_after_a_killed_one_and_draw_what_one_draws(sweep, tmp_path, capsys, both):
     options = ["--steps", 2, "--seeds", 4, "--method", "plain", "regulation"]
     out = tmp_path / "two"
-    first = started(out, *options)
+    first = forked(out, *options)
     while not pictures(out):
-        assert first.poll() is None, first.communicate()[1].decode()
+        assert first.is_alive(), (tmp_path / "two-.err").read_text()
         time.sleep(0.02)
-    first.send_signal(signal.SIGSTOP)
+    os.kill(first.pid, signal.SIGSTOP)
     stopped = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert sweep(*options, out="two") == 2
     assert capsys.readouterr().err.startswith(f"attnctl_fast.evaluate: another sweep is at work in {out}; ")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == stopped
     first.kill()
-    first.communicate()
+    first.join()
     before = {name: path.stat().st_mtime_ns for name, path in pictures(out).items()}
     assert 0 < len(before) < 8 and not (out / "results.jsonl").exists()
 
-    again = started(out, *options, launcher=LAUNCHER)
-    output, errors = again.communicate()
-    assert again.returncode == 0, errors.decode()
-    assert output.decode().count("s per picture") == 1
+    assert both(out, *options).count("s per picture") == 1
     after = pictures(out)
     assert {name: after[name].stat().st_mtime_ns for name in before} == before
     assert {row["rank"] for row in rows(out)} == {0, 1}
