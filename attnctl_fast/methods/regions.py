@@ -83,8 +83,8 @@ class Regions(Method):
         if not family.beside:
             known = ", ".join(one.model for one in FAMILIES if one.beside)
             raise ValueError(
-                f"{type(pipe).__name__} has a {family.model}, but Regions sends the regions' prompts through {known} "
-                "only; use DenseDiffusion, which draws phrases of the prompt where their masks are"
+                f"the pipeline has a {family.model}, but Regions sends the regions' prompts through {known} only; use "
+                "DenseDiffusion, which draws phrases of the prompt where their masks are"
             )
 
     def start(self, call: Call, sites: list[Site]) -> Run:
