@@ -51,15 +51,6 @@ def _in_memory(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Riv
 
 
 OPERATIONS = {
-    "entmax_attention": Operation(
-        _entmax_attention,
-        (*QKV, "key_bias"),
-        ("out",),
-        more_leaves=QKV,
-        timings={
-            "entmax_attention": Timing(lambda case: products(case, 2), _sorted, kernels=("entmax_attention_fwd",))
-        },
-    ),
     "attention": Operation(
         _attention,
         (*QKV, "key_bias"),
@@ -79,6 +70,15 @@ OPERATIONS = {
         more_leaves=(*QKV, "share"),
         timings={
             "region_attention": Timing(lambda case: products(case, 2), _in_memory, kernels=("region_attention_fwd",))
+        },
+    ),
+    "entmax_attention": Operation(
+        _entmax_attention,
+        (*QKV, "key_bias"),
+        ("out",),
+        more_leaves=QKV,
+        timings={
+            "entmax_attention": Timing(lambda case: products(case, 2), _sorted, kernels=("entmax_attention_fwd",))
         },
     ),
 }
