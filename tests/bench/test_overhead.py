@@ -229,7 +229,7 @@ def test_every_form_draws_the_same_picture(pipes: Callable[[str], Any], arch: st
             race.check(group, task)
     every = [arm for group in forms for arm in group]
     assert not [(arm.method, arm.form, arm.failed) for arm in every if arm.failed is not None]
-    assert len(every) == 27 + (arch == "sd2") and all(arm.difference for arm in every if arm.form != "ours")
+    assert len(every) == 30 + (arch == "sd2") and all(arm.difference for arm in every if arm.form != "ours")
 
 
 def bench_run(*arguments: Any) -> int:
