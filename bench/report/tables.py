@@ -286,6 +286,7 @@ def resources_table(path: Path) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "rates": lambda: rates_table(last_line(RESULTS / "shapes_rates.jsonl")),
     "behaviour": lambda: behaviour_table(last_line(RESULTS / "shapes_behaviour.jsonl")),
+    "avoided": lambda: behaviour_table(last_line(RESULTS / "shapes_avoided.jsonl")),
     "overhead": lambda: overhead_table(select_overhead(read(RESULTS / "overhead.jsonl"))),
     "speed": lambda: speed_table(select_overhead(read(RESULTS / "overhead.jsonl"))),
     "methods": lambda: rates_table(last_line(RESULTS / "shapes_methods.jsonl")),
