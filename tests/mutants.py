@@ -204,11 +204,11 @@ OPS = [
         f"{ATTENTION} -k gaussian_bias_equals",
     ),
     Mutant(
-        "gaussian_bias: half the gradient",
+        "gaussian_bias: one axis's basis for both",
         "attnctl_fast/ops/gaussian_bias.py",
-        "return [basis_y.mT @ (grad",
-        "return [basis_y.mT @ (0.5 * grad",
-        "ops/test_library.py -k 'test_gradcheck and gaussian_bias and eager'",
+        "(basis_y @ (theta @ basis_x.mT))",
+        "(basis_x @ (theta @ basis_y.mT))",
+        f"{ATTENTION} -k gaussian_bias_equals",
     ),
     Mutant(
         "context_update: token weights forgotten",

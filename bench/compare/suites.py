@@ -18,7 +18,7 @@ PARTS = {
 
 def functions(operation: str) -> tuple[str, ...]:
     """The functions of `attnctl_fast.ops` that an entry of the registry runs."""
-    return PARTS.get(operation, (re.sub("_(all|edit|guidance)$", "", operation),))
+    return PARTS.get(operation, (re.sub("_(all|edit)$|(?<=_maps)_guidance$", "", operation),))
 
 
 def suites(root: Path, operation: str) -> list[Path]:

@@ -229,7 +229,7 @@ def test_every_form_draws_the_same_picture(pipes: Callable[[str], Any], arch: st
             race.check(group, task)
     every = [arm for group in forms for arm in group]
     assert not [(arm.method, arm.form, arm.failed) for arm in every if arm.failed is not None]
-    assert len(every) == 30 + (arch == "sd2") and all(arm.difference for arm in every if arm.form != "ours")
+    assert len(every) == 33 + (arch == "sd2") and all(arm.difference for arm in every if arm.form != "ours")
 
 
 def bench_run(*arguments: Any) -> int:
@@ -372,7 +372,7 @@ def test_a_picture_has_edited_steps_resting_ones_and_a_call() -> None:
     assert steps == {
         **{"AttentionRegulation": 25, "EnergyContext": 50, "Composition": 50, "AttendAndExcite": 25},
         **{"DenseDiffusion": 15, "ComposableDiffusion": 50, "SynGen": 25, "TSAM": 30, "CONFORM": 30},
-        "NAG": 50,
+        **{"FOCUS": 50, "NAG": 50},
     }
 
 
