@@ -191,8 +191,8 @@ def interleaved(
 ) -> dict[str, Evaluation]:
     """Run `evaluate` for several arms, batch by batch in turn, so that their times are measured side by side.
 
-    The order of the arms is reversed at every other batch. With `warm_up`, every arm first draws a batch in two steps
-    that is not counted.
+    The order of the arms is reversed at every other batch. With `warm_up`, every arm first draws a picture that is not
+    counted.
     """
     seeds = list(seeds)
     if not seeds or len(set(seeds)) != len(seeds):
@@ -204,7 +204,7 @@ def interleaved(
     with _quiet(pipe), _bar(sum(len(batch) * _takes(arms, i) for i, batch in enumerate(batches)), progress) as bar:
         if warm_up:
             for arm in arms.values():
-                _draw(pipe, batches[0], _scenes(batches[0], objects), arm, 2, guidance_scale)
+                _draw(pipe, seeds[:1], _scenes(seeds[:1], objects), arm, num_inference_steps, guidance_scale)
         for index, batch in enumerate(batches):
             scenes = _scenes(batch, objects)
             for name, arm in list(arms.items())[:: 1 if index % 2 == 0 else -1]:

@@ -128,7 +128,9 @@ def test_arms_take_turns(pipe):
 
 def test_warm_up_is_not_counted(pipe):
     results = interleaved(pipe, range(4), {"a": Arm(), "b": Arm(["b"])}, batch_size=2, warm_up=True, progress=False)
-    assert [call.steps for call in pipe.calls] == [2, 2, 25, 25, 25, 25]
+    # Of all steps, for a method may act in a late one only.
+    assert {call.steps for call in pipe.calls} == {25}
+    assert [len(call.prompts) for call in pipe.calls] == [1, 1, 2, 2, 2, 2]
     assert [len(result.images) for result in results.values()] == [4, 4]
 
 
