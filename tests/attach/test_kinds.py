@@ -310,11 +310,18 @@ def test_texts_changed_beyond_recognition_go_by_their_order() -> None:
 
 
 def test_a_negative_prompt_that_is_the_prompt() -> None:
-    """Their text does not tell the rows apart, so their order does: the unconditional ones come first."""
+    """Their text does not tell the rows apart, so their order does: the unconditional ones come first.
+
+    So what the edit changes grows with the scale itself, and not with the scale less one.
+    """
     pipe = tiny.pipeline().to(torch.float64)
-    options = {"negative_prompt": PROMPT, "guidance_scale": 2.0, "num_inference_steps": 1}
-    plain = call(pipe, **options)
-    assert (controlled(pipe, **options) - plain).abs().max() > 0.02
+    options = {"negative_prompt": PROMPT, "num_inference_steps": 1}
+    twice, thrice = (
+        controlled(pipe, guidance_scale=scale, **options) - call(pipe, guidance_scale=scale, **options)
+        for scale in (2.0, 3.0)
+    )
+    assert twice.abs().max() > 0.01
+    torch.testing.assert_close(thrice, 1.5 * twice, **EXACT)
 
 
 def test_rows_that_nothing_tells_apart_are_refused() -> None:

@@ -118,6 +118,13 @@ def test_gradients(impl, dtype, used, reduce):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("impl", "used", "reduce"), pairs(FAST, ["maps", "both"], REDUCTIONS))
+def test_gradients_of_few_among_many(impl, used, reduce):
+    """Of columns that the eager form takes out one by one."""
+    check_gradients(impl, torch.float32, (40, 24, 40, 2), [[3, -1, 6], [-1, 2, 0]], reduce, USED[used])
+
+
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
 @pytest.mark.parametrize(("d", "programs", "needed"), pairs([40, 64], [1, 12], ["q", "qkv"]))
 def test_a_backward_program_goes_over_several_tiles(d, programs, needed):
