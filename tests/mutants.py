@@ -1064,6 +1064,20 @@ METHODS = [
         "attach/test_transformers.py -k 'corrected_velocities'",
     ),
     Mutant(
+        "a text beside the prompt's goes through a cache",
+        "attnctl_fast/attach/engine.py",
+        "                check_uncached(self.model, name)\n",
+        "                pass\n",
+        "attach/test_transformer_hosts.py -k caches",
+    ),
+    Mutant(
+        "maps of a layer that a cache left out are left out",
+        "attnctl_fast/attach/capture.py",
+        "            if site.last:",
+        "            if site.maps is not None:",
+        "attach/test_transformer_hosts.py -k caches",
+    ),
+    Mutant(
         "rows that were evaluated apart change places",
         "attnctl_fast/attach/evaluation.py",
         "return self.rows.parts[0].merge(first, second)",

@@ -129,6 +129,8 @@ class _Recording(Run):
         maps.tokens = prompts.strings(ids)
         maps.words = prompts.words(tokens, "tokens")
         self._maps, self._sites, self._samples = maps._maps, sites, call.samples
+        for site in sites:
+            site.last = ()
         self._rows: Rows | None = None
         self._all_ids = padded(ids).repeat_interleave(call.images, 0)
 
@@ -140,7 +142,6 @@ class _Recording(Run):
             self._token_ids = self._all_ids[evaluation.samples if self._kept else []].to(evaluation.sample.device)
         for site in self._sites:
             site.maps = None
-            site.last = getattr(site, "last", ())
 
     def attend(self, site: Site, attention: Attention) -> None:
         if attention.rows.conditional:
@@ -163,7 +164,8 @@ class _Recording(Run):
                 # Several views of a picture (panorama) one by one.
                 site.last = site.maps.unflatten(2, site.grid).cpu().split(self._samples)
             # Of a layer that a cache of diffusers has left out, its maps are those of the last time.
-            self._maps.setdefault(site.name, []).extend(site.last)
+            if site.last:
+                self._maps.setdefault(site.name, []).extend(site.last)
         return output
 
 

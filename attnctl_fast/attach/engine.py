@@ -20,7 +20,7 @@ from .beside import Beside, running
 from .call import Call, Encoded, Site
 from .evaluation import Evaluation
 from .families import Family, family_of
-from .intercept import Acts, Place, check_processor, installed
+from .intercept import Acts, Place, check_processor, check_uncached, installed
 from .layers import Layer, choose
 from .patching import Patch
 from .prompts import Prompts
@@ -94,6 +94,8 @@ class Engine:
                     "perturbed attention guidance"
                 )
             method.check(pipe, [self.layers[one] for one in names])
+            if method.sends_text and any(self.layers[one].text for one in names):
+                check_uncached(self.model, name)
             if not method.alone:
                 for one in within if method.everywhere else names:
                     check_processor(self.layers[one])
@@ -449,6 +451,7 @@ class PipelineCall:
         more = next((run.more_text for run in acting if run.more_text is not None), None)
         beside = longer = None
         if second is not None or more is not None:
+            check_uncached(self.engine.model, "a text beside the prompt's")
             family, order = self.engine.family, next(place.layer.text for place in places if place.layer.text)
             if second is not None:
                 beside = Beside(evaluation.rows, evaluation.columns, order, stacked=family.beside == "rows")

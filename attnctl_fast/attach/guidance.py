@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .attention import Attention
 from .call import Site
 from .evaluation import Evaluation
-from .intercept import Acts, Place, installed
+from .intercept import Acts, Place, check_uncached, installed
 from .protocol import Run
 from .rows import Rows
 
@@ -122,18 +122,9 @@ def _has_hook(model: nn.Module, name: str) -> bool:
     return any(name in registry.hooks for registry in registries if registry is not None)
 
 
-def check_uncached(model: nn.Module) -> None:
-    """Raise ValueError where a cache of diffusers keeps layers from being run, whose maps a loss reads."""
-    if getattr(model, "is_cache_enabled", False):
-        raise ValueError(
-            f"{type(model).__name__} has a cache enabled, which leaves out layers whose maps the guidance needs; call "
-            "disable_cache() on it"
-        )
-
-
 def check_guidable(model: nn.Module) -> None:
     """Raise ValueError where weights are gone, or unknown to autograd, when a backward pass needs them."""
-    check_uncached(model)
+    check_uncached(model, "guidance")
     if _has_hook(model, "group_offloading"):
         raise ValueError(
             "the model is under group offloading, which takes its weights away before the latents' gradient needs "

@@ -313,6 +313,15 @@ def check_processor(layer: Layer) -> None:
         raise ValueError(f"{layer.name} uses {processor.__name__}, whose attention this library cannot edit; {_REMEDY}")
 
 
+def check_uncached(model: Any, name: str) -> None:
+    """Raise ValueError where a cache of diffusers leaves out layers of the model, all of which `name` needs."""
+    if getattr(model, "is_cache_enabled", False):
+        raise ValueError(
+            f"{type(model).__name__} has a cache enabled, which leaves out layers that {name} needs; call "
+            "disable_cache() on it"
+        )
+
+
 @contextmanager
 def installed(places: Iterable[Place], *, compiled: bool = False) -> Iterator[None]:
     """Have these layers' attention calls handed to what acts on them, within the block.

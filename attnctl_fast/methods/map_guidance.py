@@ -16,7 +16,8 @@ from .._numbers import check_steps
 from ..attach.call import Call, Site
 from ..attach.evaluation import Evaluation
 from ..attach.families import family_of
-from ..attach.guidance import check_guidable, check_uncached
+from ..attach.guidance import check_guidable
+from ..attach.intercept import check_uncached
 from ..attach.layers import (
     Layer,
     LayerChoice,
@@ -161,7 +162,7 @@ class MapRun(Run):
 
     def begin(self, evaluation: Evaluation) -> Tensor | None:
         """Return the tokens whose maps an evaluation is to give, `[B,n]`, or None for every token."""
-        check_uncached(evaluation.model)
+        check_uncached(evaluation.model, type(self.method).__name__)
         context, device = self._context, evaluation.latents.device
         context.grid = self.sites[0].grid
         with torch.inference_mode(False):

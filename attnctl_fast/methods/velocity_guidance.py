@@ -31,9 +31,9 @@ class VelocityGuidance(MapGuidance):
     picture, becomes `v + strength * sigma * s * df/dx`, where `sigma = 2 (s + 0.001) / (1 - s + 0.001)`. Models that
     predict something else than a velocity (Stable Diffusion) are corrected by what that means for their prediction.
     The maps are those of the denoising step itself, whose conditional rows are evaluated by themselves: guidance costs
-    a backward pass, and no evaluation of the model. Other methods act in it too, and the maps are of the model's own
-    attention beside theirs.
-    A sample whose loss or gradient is not finite is not corrected, and a RuntimeWarning says so after the call.
+    a backward pass, and no evaluation of the model. Other methods act in it too; the maps are those before their edits.
+    A sample whose loss or gradient is not finite is not corrected, and a RuntimeWarning says so after the call. Guided
+    steps are not compiled.
 
     Args:
         layers: name prefixes, or `by_downsampling(n)`: layers with text, of one grid, whose maps are averaged.

@@ -142,7 +142,8 @@ def normalized_guidance(
 
     With the attentions Z+ and Z-: G = scale Z+ - (scale - 1) Z-, shortened where its norm is more than tau times that
     of Z+, and out = alpha G + (1 - alpha) Z+. The norms are of an image token's features, of all heads together.
-    Differentiable in q, in both texts' keys and values, and in `shared`.
+    Differentiable in q, in both texts' keys and values, and in `shared`; where a gradient is recorded, the kernels
+    attend, and PyTorch's own operations blend.
 
     Args:
         q: queries `[B,H,M,d]`, any strides.
