@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from .denoiser import Denoiser, denoiser_named
-from .detection import Score
-from .evaluate import evaluate
+from .detection import FAILURES, Score, failures
+from .evaluate import Evaluation, evaluate
 from .localisation import localisation_table
 
 _README = """\
@@ -45,6 +45,8 @@ prompt was found; exact: and no other object; colours: every colour of the promp
 |---|---|---|---|
 {rates}
 
+How pictures of two-object prompts fail, in percent of all (more than one may be true of a picture): {failures}.
+
 Area under the ROC curve of a word's head-averaged attention map on drawings of two objects, half noised: the word's
 own object against the other object, and against all cells that its own object does not touch.
 
@@ -71,24 +73,28 @@ def export_pipeline(folder: Path, pipe: Any) -> Any:
     return half
 
 
-def detection_rates(pipe: Any, seeds: Sequence[int], objects: int, *, batch_size: int = 32) -> dict[str, float]:
-    """Return the shares of `strict`, `exact` and `colours` among pictures of the plain pipeline.
+def detection_rates(drawn: Evaluation) -> dict[str, float]:
+    """Return the shares of pictures that are `strict`, `exact` and `colours`."""
+    return {name: drawn.hits(name) / len(drawn.scores) for name in Score._fields}
 
-    They are drawn in 25 steps at guidance 5.
-    """
-    drawn = evaluate(pipe, seeds, objects=objects, batch_size=batch_size)
-    return {name: drawn.hits(name) / len(seeds) for name in Score._fields}
+
+def failure_rates(drawn: Evaluation) -> dict[str, float]:
+    """Return the shares of pictures that fail in each of the ways of `FAILURES`."""
+    kinds = [failures(*pair) for pair in zip(drawn.scenes, drawn.detections, strict=True)]
+    return {name: sum(name in found for found in kinds) / len(kinds) for name in FAILURES}
 
 
 def measure(denoiser: Denoiser, pipe: Any, seeds: Sequence[int]) -> dict[str, Any]:
     """Measure the figures of the model card.
 
-    Detection rates at one, two and three objects, and localisation per layer.
+    Detection rates at one, two and three objects, how two-object prompts fail, and localisation per layer.
     """
+    drawn = {str(objects): evaluate(pipe, seeds, objects=objects, batch_size=32) for objects in (1, 2, 3)}
     return {
         "seeds": [min(seeds), max(seeds)],
         "sampler": f"{type(pipe.scheduler).__name__}, 25 steps, guidance 5",
-        "detection": {str(objects): detection_rates(pipe, seeds, objects) for objects in (1, 2, 3)},
+        "detection": {objects: detection_rates(pictures) for objects, pictures in drawn.items()},
+        "failures": failure_rates(drawn["2"]),
         "localisation_auc": localisation_table(denoiser, pipe, seeds),
     }
 
@@ -112,6 +118,7 @@ def _in_words(card: dict[str, Any]) -> str:
             last=last,
             sampler=measured["sampler"],
             rates=_table(measured["detection"], ("strict", "exact", "colours"), 100, "{:.1f}"),
+            failures=", ".join(f"{name} {100 * share:.1f}" for name, share in measured["failures"].items()),
             areas=_table(measured["localisation_auc"], ("noun", "noun_rest", "colour", "colour_rest"), 1, "{:.3f}"),
         )
     return text

@@ -1,8 +1,8 @@
 """Train a shapes model: `python -m attnctl_fast.shapes.train unet --out DIR`.
 
 Two stages: the autoencoder on drawn images (or another model's is taken), then the denoiser on their latents with the
-frozen text encoders of `text.py`. Every step draws its random numbers from a generator seeded by the step, so a run that
-was stopped and continued with `--resume` does exactly what an uninterrupted one does.
+frozen text encoders of `text.py`. Every step draws its random numbers from a generator seeded by the step, so a run
+that was stopped and continued with `--resume` does exactly what an uninterrupted one does.
 """
 
 from __future__ import annotations
