@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
 import threading
 import warnings
@@ -290,7 +291,8 @@ class PipelineCall:
         own, *parameters = (signature := inspect.signature(type(pipe).encode_prompt).parameters)
         given: dict[str, Any] = {key: None for key in parameters if signature[key].default is inspect.Parameter.empty}
         given |= {key: None if "prompt" in key else value for key, value in arguments.items() if key != own}
-        changed = {"prompt": texts, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        changed = {"prompt": texts, "do_classifier_free_guidance": False}
+        changed |= {"num_images_per_prompt": 1, "num_videos_per_prompt": 1}
         given.update((key, value) for key, value in changed.items() if key in parameters)
         # Past the listener.
         encode = next((patch.inner for patch in self._patches if patch.name == "encode_prompt"), pipe.encode_prompt)
@@ -382,7 +384,7 @@ class PipelineCall:
         family = engine.family
         given = family.arguments(engine.model, args, kwargs)
         sample = given[family.sample]
-        call.latents = self._latents(given)
+        call.latents, call.frames = self._latents(given), family.frames(given)
         rows = self._rows(given[family.text])
         timestep = given[family.timestep]
         stepped, self._stepped = tap.steps != self._stepped, tap.steps
@@ -410,7 +412,7 @@ class PipelineCall:
             evaluation.moved = True
         for _, _, run, sites in self._runs:
             for site in sites:
-                site.grid = site.layer.grid(call.latents)
+                site.grid, site.frames = site.layer.grid(call.latents), call.frames
             run.before_denoiser(evaluation)
         if tap.moved is not None and not evaluation.moved and evaluation.sample is not given:
             self._replayed = sample, evaluation.latents
@@ -530,8 +532,7 @@ class PipelineCall:
         skipping = bool(getattr(self.engine.model, "is_cache_enabled", False))
         for place in places:
             place.rows, place.skipping = rows, skipping
-            height, width = place.layer.grid(call.latents)
-            place.tokens = text, height * width
+            place.tokens = text, math.prod((*call.frames, *place.layer.grid(call.latents)))
         return places
 
     def _arrange(self) -> None:

@@ -37,7 +37,8 @@ class Family:
     model. layers: its attention layers by name, in order of execution. segments: the parts of its text, as in the
     module of that name. context: what layers are given as the text, from the model's arguments. sample, timestep, text:
     the model's arguments. positions: the argument that says where the image's tokens are: the index, row and column of
-    each, or how many frames, rows and columns every picture has; "" where the sample is `[R,C,height,width]`. columns:
+    each, or how many frames, rows and columns every picture has; "" where the sample is `[R,C,height,width]`, or of
+    videos `[R,C,frames,height,width]`. columns:
     how many columns of the text joint attention has, from the model's arguments. fill: of how many tokens the length of
     a text is a multiple; 0 where it is what the call says. beside: how a second text may run through it beside the
     prompts', as the module of that name has it; "" where none may. more: what else of another text than the prompt the
@@ -96,6 +97,10 @@ class Family:
         height, width = ((ids[ids[:, 0] == ids[0, 0]].amax(0)[1:3] + 1) * 2).int().tolist()
         return height, width
 
+    def frames(self, given: dict[str, Any]) -> tuple[int, ...]:
+        """Return (how many,) frames the latents have, from the model's arguments; () of pictures."""
+        return () if self.positions else tuple(given[self.sample].shape[2:-2])
+
     def channels(self, model: Any) -> int:
         """Return how many channels of the model's input are the latents; others are a mask and pictures behind them."""
         into = int(model.config.in_channels)
@@ -123,6 +128,11 @@ def _pixart_context(model: Any, given: dict[str, Any]) -> Tensor:
 
 def _sana_context(model: Any, given: dict[str, Any]) -> Tensor:
     return model.caption_norm(model.caption_projection(given["encoder_hidden_states"]))
+
+
+def _wan_context(model: Any, given: dict[str, Any]) -> Tensor:
+    text: Tensor = model.condition_embedder.text_embedder(given["encoder_hidden_states"])
+    return text
 
 
 def _hunyuan_context(model: Any, given: dict[str, Any]) -> Tensor:
@@ -156,6 +166,12 @@ def _patched(model: Any, **options: Any) -> dict[str, Layer]:
 
 
 _cross = partial(_patched, cross=("attn2",))
+
+
+def _wan(model: Any) -> dict[str, Layer]:
+    return transformer_layers(model, model.config.patch_size[1], cross=("attn2",))
+
+
 _flux = partial(transformer_layers, factor=2, cross=("attn",), text="first")
 _masked_flux = partial(_flux, outer_mask=True)
 
@@ -188,6 +204,15 @@ FAMILIES = (
         segments.hunyuan_segments,
         _hunyuan_context,
         more=_hunyuan_more,
+    ),
+    Family(
+        "wan",
+        "WanTransformer3DModel",
+        "transformer",
+        _wan,
+        segments.wan_segments,
+        _wan_context,
+        refused={"WanImageToVideoPipeline": "goes on from a picture, which stands in the latents that methods move"},
     ),
     Family(
         "sd3",
@@ -266,6 +291,11 @@ def family_of(pipe: Any) -> Family:
             for refused, why in family.refused.items():
                 if isinstance(pipe, getattr(diffusers, refused, ())):
                     raise ValueError(f"{name} {why}; use another pipeline of {family.model}")
+            if getattr(pipe, f"{family.component}_2", None) is not None:
+                raise ValueError(
+                    f"{name} draws its later steps with a model of their own, {family.component}_2, on which methods "
+                    "would not act; use a pipeline without one (Wan 2.1, Wan 2.2 with 5B parameters)"
+                )
             if not any(layer.cross for layer in family.layers(model).values()):
                 raise ValueError(
                     f"the {family.component} of {name} has no cross-attention layer; use a text-to-image pipeline"

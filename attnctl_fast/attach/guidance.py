@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -63,7 +64,7 @@ def reading(
     for place, site in zip(places, sites, strict=True):
         place.rows = Rows(len(samples), range(len(samples)), samples)
         place.now = Acts(attend=((reader, site),))
-        place.tokens = columns, site.grid[0] * site.grid[1]
+        place.tokens = columns, math.prod((*site.frames, *site.grid))
 
     def read(latents: Tensor) -> Tensor:
         args, kwargs = evaluation.conditional_arguments(latents)

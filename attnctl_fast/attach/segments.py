@@ -92,7 +92,18 @@ def _only_t5(pipe: Any, arguments: dict[str, Any], length: int, converted: Calla
 
 def auraflow_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
     """Return T5's part, by the tokenizer of its own that Pile-T5 has."""
-    (segment,) = _only_t5(pipe, arguments, length, str)
+    return _own_t5(pipe, arguments, length, str)
+
+
+def wan_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    """Return T5's part, by UMT5's tokenizer."""
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    return _own_t5(pipe, arguments, length, prompt_clean)
+
+
+def _own_t5(pipe: Any, arguments: dict[str, Any], length: int, converted: Callable[[str], str]) -> list[Segment]:
+    (segment,) = _only_t5(pipe, arguments, length, converted)
     opening, closing = _ends(pipe.tokenizer)
     return [replace(segment, opening=opening, closing=closing, padding=_side(pipe.tokenizer))]
 

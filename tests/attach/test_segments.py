@@ -40,6 +40,7 @@ class Output(tuple):
 
     hidden_states: list[torch.Tensor]
     pooler_output: torch.Tensor
+    last_hidden_state: torch.Tensor
 
 
 class Echo(torch.nn.Module):
@@ -51,11 +52,11 @@ class Echo(torch.nn.Module):
         self.projects = hasattr(encoder, "text_projection")
         self.dtype, self.device = torch.float32, torch.device("cpu")
 
-    def forward(self, input_ids: torch.Tensor, **options: Any) -> Output:
+    def forward(self, input_ids: torch.Tensor, *_: Any, **options: Any) -> Output:
         features = input_ids[..., None].float().expand(-1, -1, self.width)
         pooled = features[:, 0]
         output = Output((pooled if self.projects else features,))
-        output.hidden_states, output.pooler_output = [features] * 3, pooled
+        output.hidden_states, output.pooler_output, output.last_hidden_state = [features] * 3, pooled, features
         return output
 
 
@@ -113,6 +114,7 @@ PLACES["cogview4"] = {word: [place + 8 for place in places] for word, places in 
 # Behind the chat's beginning, and before its end: 8 and 1 tokens behind padding to 32 columns; 3 tokens.
 PLACES["flux2"] = {word: [place + 15 for place in places] for word, places in PLACES["pixart"].items()}
 # A start, and 18 tokens of the system's message.
+PLACES["wan"] = PLACES["pixart"]
 PLACES["lumina2"] = {word: [place + 19 for place in places] for word, places in PLACES["pixart"].items()}
 PLACES["flux2_klein"] = {word: [place + 3 for place in places] for word, places in PLACES["pixart"].items()}
 
@@ -243,6 +245,7 @@ SPECIAL = {
     "flux2": [],
     "flux2_klein": [],
     "lumina2": [0],
+    "wan": [2],
 }
 OWN = {
     "sana": [[1, 2]],

@@ -37,7 +37,7 @@ METHODS: dict[str, Any] = {
     "regions": ac.DenseDiffusion({1: [[1, 0]] * 2, 3: [[0, 1]] * 2}, edit_steps=1.0),
 }
 # What is tried of these by default is in `mostly`.
-LATER = ("qwen", "auraflow", "cogview4", "flux2", "flux2_klein", "lumina2")
+LATER = ("qwen", "auraflow", "cogview4", "flux2", "flux2_klein", "lumina2", "wan")
 DECODERS = ("sana", "qwen", "cogview4", "flux2", "flux2_klein", "lumina2")
 kinds = pytest.mark.parametrize("kind", [full(kind) if kind in LATER else kind for kind in tiny.KINDS])
 methods = pytest.mark.parametrize("method", METHODS)
@@ -138,7 +138,7 @@ def add_lora(pipe: Any) -> None:
         pipe.transformer.add_adapter(config)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "sana"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "sana", full("wan")])
 @methods
 def test_lora_before_and_after(kind: str, method: str) -> None:
     before, after = tiny.pipeline(kind), tiny.pipeline(kind)
@@ -152,7 +152,7 @@ def test_lora_before_and_after(kind: str, method: str) -> None:
         assert torch.equal(call(kind, after), expected)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "pixart_sigma"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "pixart_sigma", full("wan")])
 @methods
 def test_offloading(kind: str, method: str) -> None:
     accelerate = pytest.importorskip("accelerate")
@@ -195,7 +195,7 @@ def test_another_attention_backend(kind: str, method: str, monkeypatch: pytest.M
 GRAPHS = [
     # Lumina 2 makes lists of lengths, which is no graph.
     *itertools.product([kind for kind in tiny.KINDS if kind != "lumina2"], ["regulation", "regions"], ["wrapped"]),
-    *itertools.product(["flux", "chroma", "qwen", "flux2"], ["regulation", "regions"], ["blocks"]),
+    *itertools.product(["flux", "chroma", "qwen", "flux2", "wan"], ["regulation", "regions"], ["blocks"]),
 ]
 BY_DEFAULT = [
     ("sd3", "regulation", "wrapped"),
@@ -217,7 +217,8 @@ def test_one_graph(kind: str, method: str, place: str) -> None:
         torch.testing.assert_close(under(kind, pipe, method), first, rtol=0, atol=0)
     assert count == len(graphs)
     # Evaluations with and without the prompt, and blocks with and without an edit, are different code.
-    assert count <= (2 * plain if kind in ("chroma", "cogview4", "flux2_klein") or place == "blocks" else plain)
+    apart = kind in ("chroma", "cogview4", "flux2_klein", "wan")
+    assert count <= plain * (1 + apart + (place == "blocks"))
     torch.testing.assert_close(first, expected, rtol=0, atol=1e-4 * max(1.0, float(expected.abs().max())))
 
 
@@ -260,8 +261,11 @@ def embeddings(kind: str, pipe: Any) -> dict[str, Any]:
     if kind == "qwen":
         embeds, _ = pipe.encode_prompt(tiny.PROMPT)
         return {"prompt_embeds": embeds}
-    if kind == "cogview4":
-        return dict(zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt(tiny.PROMPT), strict=True))
+    if kind in ("cogview4", "wan"):
+        options = length if kind == "wan" else {}
+        return dict(
+            zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt(tiny.PROMPT, **options), strict=True)
+        )
     if kind == "hunyuan":
         found: dict[str, Any] = {}
         for index, end in ((0, ""), (1, "_2")):
@@ -314,7 +318,12 @@ def test_what_an_architecture_rules_out(kind: str, cls: str, model: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("cls", "kind"), [("QwenImageLayeredPipeline", "qwen"), ("Flux2KleinKVPipeline", "flux2_klein")]
+    ("cls", "kind"),
+    [
+        ("QwenImageLayeredPipeline", "qwen"),
+        ("Flux2KleinKVPipeline", "flux2_klein"),
+        ("WanImageToVideoPipeline", "wan"),
+    ],
 )
 def test_pipelines_whose_pictures_lie_elsewhere(cls: str, kind: str) -> None:
     import diffusers
@@ -322,6 +331,13 @@ def test_pipelines_whose_pictures_lie_elsewhere(cls: str, kind: str) -> None:
     pipe = object.__new__(getattr(diffusers, cls))
     vars(pipe)["transformer"] = tiny.pipeline(kind).transformer
     with pytest.raises(ValueError, match=rf"{cls} .*; use another pipeline of "):
+        ac.enable(pipe, METHODS["regulation"])
+
+
+def test_a_model_of_the_later_steps() -> None:
+    parts = tiny.pipeline("wan").components
+    pipe = tiny.pipeline("wan", parts={"transformer_2": parts["transformer"]})
+    with pytest.raises(ValueError, match=r"WanPipeline draws its later steps with .* transformer_2, .*use a pipeline"):
         ac.enable(pipe, METHODS["regulation"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,7 @@ TEXT = {
     # Without padding: 8 tokens, and 5 of the template behind them.
     "qwen": 8 + 5,
     "qwen, two prompts": 5 + 5,
+    "wan": 24,
 }
 # (name, kind, class, options of the pipeline, options of its call)
 VARIANTS: list[tuple[str, str, str | None, dict[str, Any], dict[str, Any]]] = [
@@ -78,6 +80,7 @@ VARIANTS: list[tuple[str, str, str | None, dict[str, Any], dict[str, Any]]] = [
     ("sd3, not square", "sd3", None, {}, {"size": (16, 24)}),
     ("flux, not square", "flux", None, {}, {"size": (24, 16)}),
     ("pixart, not square", "pixart_sigma", None, {}, {"size": (16, 24)}),
+    ("wan, not square", "wan", None, {}, {"size": (16, 24), "num_videos_per_prompt": 2}),
 ]
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=[row[0] for row in VARIANTS])
 
@@ -86,7 +89,7 @@ variants = pytest.mark.parametrize("variant", VARIANTS, ids=[row[0] for row in V
 CORRECTED = [
     row
     for row in VARIANTS
-    if row[0] in ("pixart_alpha", "sana", "hunyuan", "two prompts", "flux true guidance", "lumina2")
+    if row[0] in ("pixart_alpha", "sana", "hunyuan", "two prompts", "flux true guidance", "lumina2", "wan")
 ]
 
 
@@ -99,17 +102,17 @@ class Case:
         height, width = self.options.get("size", (tiny.SIDE, tiny.SIDE))
         patch = 1 if self.kind == "sana" else 2
         self.grid = height // patch, width // patch
+        self.frames = (tiny.FRAMES,) if self.kind == "wan" else ()
         prompts = self.options.get("prompt", "one")
-        images = self.options.get("num_images_per_prompt", 1)
+        images = self.options.get("num_images_per_prompt", 1) * self.options.get("num_videos_per_prompt", 1)
         self.samples = (1 if isinstance(prompts, str) else len(prompts)) * images
         self.guided = self.kind in STACKED and self.options.get("guidance_scale", 2.0) > 1
-        self.layout = layout_of(
-            self.kind, self.samples, TEXT.get(name, TEXT[self.kind]), self.grid[0] * self.grid[1], self.guided
-        )
+        self.tokens = math.prod((*self.frames, *self.grid))
+        self.layout = layout_of(self.kind, self.samples, TEXT.get(name, TEXT[self.kind]), self.tokens, self.guided)
         # Of two evaluations a step the first is the prompt's.
         self.turns = (
             2
-            if self.kind in ("chroma", "cogview4", "flux2_klein", "lumina2") or "true_cfg_scale" in self.options
+            if self.kind in ("chroma", "cogview4", "flux2_klein", "lumina2", "wan") or "true_cfg_scale" in self.options
             else 1
         )
 
@@ -151,7 +154,8 @@ def test_maps_are_the_models_own_attention(variant: Any) -> None:
     expected: dict[str, list[Tensor]] = {}
 
     def look(name: str, logits: Tensor, layout: Layout) -> None:
-        expected.setdefault(name, []).append(layout.maps(logits.double().softmax(-1)).unflatten(2, case.grid))
+        found = layout.maps(logits.double().softmax(-1)).unflatten(2, (*case.frames, *case.grid))
+        expected.setdefault(name, []).append(found)
 
     plain = case.draw_by_hand(look)
     with ac.capture(case.pipe) as maps:
@@ -216,7 +220,7 @@ def test_an_edit_reaches_the_images_rows_and_the_prompts_columns(variant: Any) -
         rows = torch.arange(logits.shape[2])[layout.image]
         for row in range(layout.rows.start, layout.rows.stop):
             logits[row, :, rows[:, None], columns] += 2.0
-        shown.append(layout.maps(logits.softmax(-1)).unflatten(2, case.grid))
+        shown.append(layout.maps(logits.softmax(-1)).unflatten(2, (*case.frames, *case.grid)))
         return logits.softmax(-1)
 
     expected, plain = case.draw_by_hand(raised), case.draw()
@@ -281,7 +285,7 @@ def guided_by_hand(case: Case, size: float, velocity: bool = False) -> Tensor:
         if turn == 0:
             channels = 64 if packed else tiny.latent_channels(case.kind)
             own = sample[layout.rows].narrow(2 if packed else 1, 0, channels)
-            own = own[:, : case.grid[0] * case.grid[1]] if packed else own
+            own = own[:, : case.tokens] if packed else own
             own, seen = own.detach().clone().requires_grad_(), []
 
             def look(name: str, logits: Tensor) -> Tensor | None:
@@ -292,7 +296,9 @@ def guided_by_hand(case: Case, size: float, velocity: bool = False) -> Tensor:
 
             with torch.enable_grad(), attending_by_hand(model, look):
                 forward(**given | {"hidden_states": with_latents(own, sample)})
-                (gradient,) = torch.autograd.grad(peaks(torch.stack(seen).mean(0)).sum(), own)
+                # The loss is of every frame of a video.
+                losses = [peaks(maps) for maps in torch.stack(seen).mean(0).chunk(math.prod(case.frames), 2)]
+                (gradient,) = torch.autograd.grad(torch.cat(losses).sum(), own)
             latents["moved"] = latents["now"] = own.detach() if velocity else (own - size * gradient).detach()
             latents["added"] = size * gradient
         return forward(**given | {"hidden_states": with_latents(latents["now"], sample)})
@@ -362,9 +368,10 @@ def conditional(layout: Layout, change: Callable[[Tensor], Tensor]) -> Callable[
     return edit
 
 
-@pytest.mark.parametrize("kind", JOINT)
+@pytest.mark.parametrize("kind", [*JOINT, "wan"])
 def test_regulation_of_joint_attention(kind: str) -> None:
-    """The inner loop on statistics taken from the whole matrix of logits; start and end of text put back."""
+    """The inner loop on statistics taken from the whole matrix of logits; start and end of text put back. Of a video
+    every frame has a loop of its own."""
     case = Case((kind, kind, None, {}, {"num_inference_steps": 1}))
     method = ac.AttentionRegulation(["bag", "apple"], steps=2, edit_steps=1.0)
     words = {
@@ -387,6 +394,9 @@ def test_regulation_of_joint_attention(kind: str) -> None:
             return logits.softmax(-1)
 
         def change(own: Tensor) -> Tensor:
+            return torch.cat([of_frame(one) for one in own.chunk(math.prod(case.frames), 2)], 2)
+
+        def of_frame(own: Tensor) -> Tensor:
             others = own.index_fill(3, targets, -torch.inf)
             at_targets, at_pinned = (own.index_select(3, ids).mT for ids in (targets, pinned))
             nothing = torch.empty(*own.shape[:3], 0)
@@ -407,19 +417,23 @@ def test_regulation_of_joint_attention(kind: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * size)
 
 
-@pytest.mark.parametrize("kind", JOINT)
+@pytest.mark.parametrize("kind", [*JOINT, "wan"])
 def test_regions_of_joint_attention(kind: str) -> None:
-    """Image rows are pulled towards what shares a mask with them, text and image alike, and away from all else."""
+    """Image rows are pulled towards what shares a mask with them, text and image alike, and away from all else. Of
+    cross-attention it is the text alone; a mask holds in every frame of a video."""
     case = Case((kind, kind, None, {}, {}))
     height, width = case.grid
     left = torch.zeros(height, width)
     left[:, : width // 2] = 1
-    method = ac.DenseDiffusion({1: left, 3: 1 - left}, edit_steps=1.0, decay=0.0, area=0.0)
+    strengths = {} if kind in JOINT else {"cross_strength": 0.3, "self_strength": 0.0}
+    method = ac.DenseDiffusion({1: left, 3: 1 - left}, edit_steps=1.0, decay=0.0, area=0.0, **strengths)
 
     def pulled(own: Tensor) -> Tensor:
-        image = torch.stack([left.flatten(), 1 - left.flatten()], 1).bool()
+        image = torch.stack([left.flatten(), 1 - left.flatten()], 1).bool().repeat(math.prod(case.frames), 1)
         columns = torch.zeros(own.shape[3], 2, dtype=torch.bool)
-        columns[case.layout.image], columns[case.layout.text.start + torch.tensor([1, 3])] = image, torch.eye(2).bool()
+        columns[case.layout.text.start + torch.tensor([1, 3])] = torch.eye(2).bool()
+        if kind in JOINT:
+            columns[case.layout.image] = image
         shared = (image[:, None] & columns[None]).any(-1)
         pull = torch.where(shared, own.amax(-1, keepdim=True), own.amin(-1, keepdim=True))
         return own.lerp(pull, 0.3).softmax(-1)
