@@ -58,7 +58,7 @@ def reading(
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     model, samples = evaluation.model, evaluation.samples
-    reader = _Reader(token_ids, evaluation.text.shape[1], sites[-1] if truncate else None)
+    reader = _Reader(token_ids, evaluation.call.prompts.length, sites[-1] if truncate else None)
     places = [Place(site.layer) for site in sites]
     columns = evaluation.columns if sites[-1].layer.text else 0
     for place, site in zip(places, sites, strict=True):

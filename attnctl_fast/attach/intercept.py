@@ -227,8 +227,12 @@ class Place:
         beside: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Return joint attention whose image rows are what methods make of them; all other rows are the model's own."""
-        (text, image), before = self.tokens, self.layer.before
-        start = before + text if self.layer.text == "first" else 0
+        text, image = self.tokens
+        at = self.layer.text_start(image)
+        if self.layer.text == "last":
+            # All that there is behind the image: rows may have texts of different lengths.
+            text = key.shape[2] - at
+        start = at + text if self.layer.text == "first" else 0
         stop, of_image = start + image, mask
         if mask is not None and self.layer.outer_mask:
             # Image tokens are never masked, so the mask of each of their rows is that of the keys.
@@ -242,7 +246,7 @@ class Place:
             scale,
             rows,
             module=self.layer.module,
-            text=(before if start else image, text),
+            text=(at, text),
             sequence=(query, start) if mask is None else None,
             beside=beside,
         )

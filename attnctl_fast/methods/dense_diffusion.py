@@ -210,7 +210,8 @@ class _Modulating(Run):
             return text
         text = text[:, : self._text]
         if layer.text == "last":
-            return torch.cat([regions, text], 1)
+            image = regions.shape[1]
+            return torch.cat([F.pad(regions, (0, layer.text_start(image) - image)), text], 1)
         # The model's own tokens belong to no region.
         return torch.cat([F.pad(text, (layer.before, 0)), regions], 1)
 

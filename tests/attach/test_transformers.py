@@ -23,11 +23,11 @@ from attnctl_fast.methods.attention_regulation import initial_theta
 from tests.support import tiny_transformers as tiny
 from tests.support.recomputed import Layout, attending_by_hand, layout_of
 
-JOINT = ("sd3", *tiny.PACKED, "auraflow", "cogview4", "lumina2")
+JOINT = ("sd3", *tiny.PACKED, "auraflow", "cogview4", "lumina2", "zimage")
 # Kinds whose calls have unconditional and conditional rows in one batch; the others evaluate them one after the other.
 STACKED = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3", "auraflow")
 # Texts without a start or an end of their own.
-CHATS = ("qwen", "flux2", "flux2_klein")
+CHATS = ("qwen", "flux2", "flux2_klein", "zimage")
 TEXT = {
     "pixart_alpha": 24,
     "pixart_sigma": 24,
@@ -46,6 +46,9 @@ TEXT = {
     "qwen": 8 + 5,
     "qwen, two prompts": 5 + 5,
     "wan": 24,
+    # A chat of 13 tokens, and the prompt.
+    "zimage": 13 + 8,
+    "zimage, two prompts": 13 + 40,
 }
 # (name, kind, class, options of the pipeline, options of its call)
 VARIANTS: list[tuple[str, str, str | None, dict[str, Any], dict[str, Any]]] = [
@@ -80,6 +83,16 @@ VARIANTS: list[tuple[str, str, str | None, dict[str, Any], dict[str, Any]]] = [
     ("sd3, not square", "sd3", None, {}, {"size": (16, 24)}),
     ("flux, not square", "flux", None, {}, {"size": (24, 16)}),
     ("pixart, not square", "pixart_sigma", None, {}, {"size": (16, 24)}),
+    (
+        "zimage, two prompts",
+        "zimage",
+        None,
+        {},
+        {"prompt": ["a dog", "a bag" + " a bag" * 19], "num_images_per_prompt": 2},
+    ),
+    ("zimage, not square", "zimage", None, {}, {"size": (16, 20), "negative_prompt": "a dog " * 20}),
+    ("zimage without guidance", "zimage", None, {}, {"guidance_scale": 0.0}),
+    ("zimage image to image", "zimage", "ZImageImg2ImgPipeline", {}, {}),
     ("wan, not square", "wan", None, {}, {"size": (16, 24), "num_videos_per_prompt": 2}),
 ]
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=[row[0] for row in VARIANTS])
@@ -89,7 +102,8 @@ variants = pytest.mark.parametrize("variant", VARIANTS, ids=[row[0] for row in V
 CORRECTED = [
     row
     for row in VARIANTS
-    if row[0] in ("pixart_alpha", "sana", "hunyuan", "two prompts", "flux true guidance", "lumina2", "wan")
+    if row[0]
+    in ("pixart_alpha", "sana", "hunyuan", "two prompts", "flux true guidance", "lumina2", "wan", "zimage, not square")
 ]
 
 
@@ -123,7 +137,7 @@ class Case:
     @property
     def layers(self) -> list[str]:
         """The names of the layers with text, by their modules' names alone."""
-        own = {"cogview4": "attn1"}.get(self.kind, "attn") if self.kind in JOINT else "attn2"
+        own = {"cogview4": "attn1", "zimage": "attention"}.get(self.kind, "attn") if self.kind in JOINT else "attn2"
         return [
             name
             for name, _ in self.model.named_modules()
@@ -264,7 +278,8 @@ def guided_by_hand(case: Case, size: float, velocity: bool = False) -> Tensor:
     """
     model, layout, latents = case.model, case.layout, {}
     names = [name for name in case.layers if not name.startswith("single")]
-    packed = case.kind in tiny.PACKED
+    packed, listed = case.kind in tiny.PACKED, case.kind == "zimage"
+    name_of_sample = "x" if listed else "hidden_states"
     forward, step = model.forward, case.pipe.scheduler.step
     parameters = list(inspect.signature(forward).parameters)
     count = 0
@@ -278,10 +293,15 @@ def guided_by_hand(case: Case, size: float, velocity: bool = False) -> Tensor:
             whole[:, : own.shape[1]] = stacked
         return whole
 
+    def run(given: dict[str, Any], own: Tensor, sample: Tensor) -> Any:
+        whole = with_latents(own, sample)
+        return forward(**given | {name_of_sample: list(whole.unsqueeze(2)) if listed else whole})
+
     def evaluate(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         given = dict(zip(parameters, args, strict=False)) | kwargs
-        sample, turn, count = given["hidden_states"], count % case.turns, count + 1
+        sample, turn, count = given[name_of_sample], count % case.turns, count + 1
+        sample = torch.stack(sample).squeeze(2) if listed else sample
         if turn == 0:
             channels = 64 if packed else tiny.latent_channels(case.kind)
             own = sample[layout.rows].narrow(2 if packed else 1, 0, channels)
@@ -295,13 +315,13 @@ def guided_by_hand(case: Case, size: float, velocity: bool = False) -> Tensor:
                 return probabilities
 
             with torch.enable_grad(), attending_by_hand(model, look):
-                forward(**given | {"hidden_states": with_latents(own, sample)})
+                run(given, own, sample)
                 # The loss is of every frame of a video.
                 losses = [peaks(maps) for maps in torch.stack(seen).mean(0).chunk(math.prod(case.frames), 2)]
                 (gradient,) = torch.autograd.grad(torch.cat(losses).sum(), own)
             latents["moved"] = latents["now"] = own.detach() if velocity else (own - size * gradient).detach()
             latents["added"] = size * gradient
-        return forward(**given | {"hidden_states": with_latents(latents["now"], sample)})
+        return run(given, latents["now"], sample)
 
     @functools.wraps(step)
     def from_there(output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
@@ -375,6 +395,7 @@ def test_regulation_of_joint_attention(kind: str) -> None:
     case = Case((kind, kind, None, {}, {"num_inference_steps": 1}))
     method = ac.AttentionRegulation(["bag", "apple"], steps=2, edit_steps=1.0)
     words = {
+        "zimage": [7, 10],
         "sd3": [5, 16 + 4, 8, 16 + 7],
         "cogview4": [12, 15],
         "flux2": [19, 22],
@@ -645,6 +666,29 @@ def test_images_that_stand_behind_prompts_of_different_lengths() -> None:
     # Negative prompts may have any.
     with ac.control(pipe, Raised([20])):
         tiny.call("lumina2", pipe, prompt=["a cat", "a dog"], negative_prompt=["a", "a photo of"])
+
+
+def test_prompts_in_lists() -> None:
+    """Z-Image writes its chats into the list that it was given, and stacks the prompts' rows first."""
+    pipe, seen = tiny.pipeline("zimage"), []
+
+    class Watched(Nothing):
+        def start(self, call: Call, sites: list[Site]) -> Run:
+            return Watching()
+
+    class Watching(Run):
+        def before_denoiser(self, evaluation: Any) -> None:
+            seen.append((evaluation.rows.conditional, evaluation.rows.samples, evaluation.sample.shape))
+
+        def after_denoiser(self, output: Tensor) -> Tensor:
+            assert output.shape == (4, 16, 16, 16)
+            return output
+
+    prompts = ["a photo of a dog", "two dog"]
+    with ac.control(pipe, Watched()), ac.capture(pipe, tokens=["dog"]) as maps:
+        tiny.call("zimage", pipe, prompt=prompts, negative_prompt=prompts)
+    assert maps.token_ids == [[7], [4]]
+    assert seen == [((0, 1), (0, 1), (4, 16, 16, 16))] * 2
 
 
 def test_a_negative_prompt_that_is_the_prompt() -> None:
