@@ -525,6 +525,13 @@ OPS = [
         "gradient -= 0.0 * probabilities",
         f"{REGULATION} -k 'eager_equals_the_textbook'",
     ),
+    Mutant(
+        "heads: keys that several share have the gradient's pull of one",
+        "attnctl_fast/ops/_heads.py",
+        "return x.sum(1).unflatten",
+        "return x[:, 0].unflatten",
+        "ops/test_heads.py -k 'context and eager'",
+    ),
 ]
 TRITON = [
     Mutant(

@@ -192,13 +192,14 @@ def mean_maps(attention: Attention, token_ids: Tensor, kept: list[int]) -> Tenso
     """
     q, k, edited = attention.q, attention.k, attention.probabilities
     batch, heads, image, tokens = *q.shape[:3], k.shape[2]
+    shared = heads // k.shape[1]
     total = torch.zeros(len(kept), token_ids.shape[1], image, device=q.device)
     chosen = one_hot(token_ids, len(kept), tokens, total)
     step = max(1, TILE // (batch * tokens))
     for head in range(heads):
         for start in range(0, image, step):
             rows = slice(start, min(start + step, image))
-            logits = attention.scale * (q[:, head, rows].float() @ k[:, head].float().mT)
+            logits = attention.scale * (q[:, head, rows].float() @ k[:, head // shared].float().mT)
             if attention.key_bias is not None:
                 logits = logits + attention.key_bias[:, None]
             found = logits.softmax(-1) if edited is None else edited(logits, head, rows)

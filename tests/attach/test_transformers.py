@@ -17,6 +17,7 @@ from attnctl_fast import ops
 from attnctl_fast.attach.attention import Attention
 from attnctl_fast.attach.call import Call, Site
 from attnctl_fast.attach.families import family_of
+from attnctl_fast.attach.intercept import Place
 from attnctl_fast.attach.layers import middle_third
 from attnctl_fast.attach.protocol import Edited, Method, Run
 from attnctl_fast.methods.attention_regulation import initial_theta
@@ -666,6 +667,42 @@ def test_images_that_stand_behind_prompts_of_different_lengths() -> None:
     # Negative prompts may have any.
     with ac.control(pipe, Raised([20])):
         tiny.call("lumina2", pipe, prompt=["a cat", "a dog"], negative_prompt=["a", "a photo of"])
+
+
+FEW: dict[str, Method] = {
+    "regulation": ac.AttentionRegulation(["bag"], steps=2, edit_steps=1.0, pin_special=False),
+    "guidance": Peaks(steps=1.0, scale=5.0),
+    "velocity": Corrected(strength=0.05),
+    "regions": ac.DenseDiffusion({"bag": [[1, 0]] * 2}, edit_steps=1.0),
+    "sharper": ac.TACA(1.5),
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_layers_that_attend_with_fewer_heads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers repeats Lumina 2's keys and values for every head; a layer that does not is the same."""
+    case = Case(("lumina2", "lumina2", None, {}, {}))
+
+    def draw() -> tuple[Tensor, Tensor]:
+        with ac.control(case.pipe, FEW[name]), ac.capture(case.pipe) as maps:
+            return case.draw(), maps.mean()
+
+    expected, attend = draw(), Place.attend
+    seen = []
+
+    def with_fewer(place: Place, acts: Any, tokens: Any, moved: bool, *args: Any, **kwargs: Any) -> Tensor:
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        seen.append(given["key"].shape[1])
+        few = {x: given[x][:, ::2] for x in ("key", "value")}
+        return attend(place, acts, tokens, moved, **given | few | {"enable_gqa": True})
+
+    monkeypatch.setattr(Place, "attend", with_fewer)
+    found, plain = draw(), case.draw()
+    assert set(seen) == {2}
+    scale = float(plain.abs().max())
+    assert not torch.allclose(found[0], plain, atol=1e-3)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-4 * scale)
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5)
 
 
 def test_prompts_in_lists() -> None:
