@@ -89,6 +89,9 @@ def families():
         # These know no ids, so no padded targets.
         if name == "gaussian_bias" and min(map(min, case.rows(case.ids))) < 0:
             continue
+        # And these no keys.
+        if case.keys is not None and name not in (*ATTENTION, "merge_targets"):
+            continue
         key = (name, *(getattr(case, field) for field in READ.get(name, READ["maps"] if name in MAPS else EVERYTHING)))
         if key not in seen:
             seen.add(key)
