@@ -17,8 +17,13 @@ from ._observed import observed
 TokenIds: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless q is [B,H,M,d], k and v are [B,H,N,d], non-empty, of one float dtype, on one device."""
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return whether k and v have fewer heads than q.
+
+    Raises:
+        ValueError: q is not [B,H,M,d], k and v are not [B,H,N,d] or [B,K,N,d] with a K that divides H, any is empty, or
+            they are not of one float dtype and on one device.
+    """
     dtype, device = q.dtype, q.device
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
@@ -34,8 +39,12 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if k.shape != v.shape:
         raise ValueError(f"k has shape {tuple(k.shape)} but v has {tuple(v.shape)}; they must be the same")
     (batch, heads, _, width), (batch_k, heads_k, _, width_k) = q.shape, k.shape
-    if batch != batch_k or heads != heads_k or width != width_k:
-        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch, heads and head width")
+    if batch != batch_k or heads % heads_k or width != width_k:
+        raise ValueError(
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch, heads and head width, or k have so many "
+            "heads that each is that of as many of q's"
+        )
+    return bool(heads != heads_k)
 
 
 def check_scale(scale: float | None, width: int) -> float:

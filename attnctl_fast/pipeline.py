@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .attach.capture import AttentionMaps, Capture
 from .attach.engine import Engine, Entry, PipelineCall, engine_of
+from .attach.families import padded_texts
 from .attach.layers import LayerChoice, by_downsampling, check_choice
 from .attach.prompts import Prompts, check_targets
 from .attach.protocol import Method
@@ -35,17 +36,18 @@ class Handle:
     def begin(
         self,
         *,
-        prompt_embeds: Tensor,
+        prompt_embeds: Tensor | list[Tensor],
         prompt: str | list[str] | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-    ) -> Tensor:
+        negative_prompt_embeds: Tensor | list[Tensor] | None = None,
+    ) -> Tensor | list[Tensor]:
         """Begin a call of the user's own making, a loop over the pipeline's scheduler and model, until `end`.
 
         The model's evaluations in this thread are controlled from here on as those of a call of the pipeline would be;
         which of their rows are the prompt's is told by their contexts. An earlier call that was begun ends.
 
         Args:
-            prompt_embeds: the prompts' contexts as the model will be given them, `[prompts * images, N, C]`.
+            prompt_embeds: the prompts' contexts as the model will be given them, `[prompts * images, N, C]`, or where
+                it takes lists (Z-Image) `[N, C]` for every picture.
             prompt: their text; without it, targets have to be token ids.
             negative_prompt_embeds: the contexts that guidance goes away from, of the same shape; None without guidance.
 
@@ -62,28 +64,32 @@ class Handle:
         self.end()
         engine, _, pipe = self._on
         texts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompt_embeds, Tensor):
+        family = engine.family
+        own: Any = prompt_embeds
+        others: Any = negative_prompt_embeds
+        if not isinstance(own, list if family.lists else Tensor):
             raise ValueError(f"prompt_embeds is {prompt_embeds!r}; pass the contexts that the model will be given")
-        if prompt_embeds.ndim != 3 or (texts is not None and (not texts or len(prompt_embeds) % len(texts))):
+        if family.lists:
+            own, others = padded_texts(own), None if others is None else padded_texts(others)
+        if own.ndim != 3 or (texts is not None and (not texts or len(own) % len(texts))):
             count = "unknown" if texts is None else len(texts)
             raise ValueError(
-                f"prompt_embeds has shape {tuple(prompt_embeds.shape)} for {count} prompts; it must be "
+                f"prompt_embeds has shape {tuple(own.shape)} for {count} prompts; it must be "
                 "[prompts * images, tokens, channels]"
             )
         # Where texts are not padded to one length, the negative one may have another.
-        compared = slice(None, None, 2 if engine.family.fill else 1)
-        if (
-            negative_prompt_embeds is not None
-            and negative_prompt_embeds.shape[compared] != prompt_embeds.shape[compared]
-        ):
+        compared = slice(None, None, 2 if family.fill else 1)
+        if others is not None and others.shape[compared] != own.shape[compared]:
             raise ValueError(
-                f"negative_prompt_embeds has shape {tuple(negative_prompt_embeds.shape)}; it must be that of "
-                f"prompt_embeds, {tuple(prompt_embeds.shape)}"
+                f"negative_prompt_embeds has shape {tuple(others.shape)}; it must be that of "
+                f"prompt_embeds, {tuple(own.shape)}"
             )
-        length = prompt_embeds.shape[1]
-        segments = engine.family.segments(pipe, {"prompt": texts}, length)
-        prompts = Prompts(segments, len(prompt_embeds if texts is None else texts), length)
-        self._call, contexts = engine.begin(pipe, prompts, prompt_embeds, negative_prompt_embeds)
+        length = own.shape[1]
+        segments = family.segments(pipe, {"prompt": texts}, length)
+        prompts = Prompts(segments, len(own if texts is None else texts), length)
+        self._call, contexts = engine.begin(pipe, prompts, own, others)
+        if family.lists:
+            return [text[: len(one)] for text, one in zip(contexts, prompt_embeds, strict=True)]
         return contexts
 
     def end(self) -> None:
@@ -104,12 +110,12 @@ def enable(pipe: Any, *methods: Method) -> Handle:
 
     Args:
         pipe: a text-to-image, image-to-image, inpainting or ControlNet pipeline of a UNet (SD 1.x, SD 2.x, SDXL) or a
-            transformer (PixArt, Sana, HunyuanDiT, SD 3, SD 3.5, FLUX.1, FLUX.2, Chroma, Qwen-Image, Lumina 2,
-            AuraFlow, CogView 4).
+            transformer (PixArt, Sana, HunyuanDiT, SD 3, SD 3.5, FLUX.1, FLUX.2, Chroma, Qwen-Image, Z-Image,
+            Lumina 2, AuraFlow, CogView 4), or a text-to-video pipeline of Wan.
         methods: such as `AttentionRegulation(["bag", "apple"])`. Those that edit attention on layers of their own; any
             number of LatentGuidance; one EnergyContext and one Composition, on any layers. A ComposableDiffusion stands
             alone. Composition and ComposableDiffusion are for UNets, EnergyContext for models with cross-attention
-            (PixArt, Sana and HunyuanDiT of the transformers).
+            (PixArt, Sana, HunyuanDiT and Wan of the transformers).
 
     Returns:
         The handle.

@@ -276,15 +276,15 @@ OPS = [
     Mutant(
         "joint attention: text columns of another place",
         "attnctl_fast/attach/intercept.py",
-        "text=(before if start else image, text),",
-        "text=(before, text),",
+        "text=(at, text),",
+        "text=(0, text),",
         f"{TRANSFORMERS} -k 'models_own and sd3.5'",
     ),
     Mutant(
         "joint attention: the model's own tokens are taken for text",
-        "attnctl_fast/attach/intercept.py",
-        "text=(before if start else image, text),",
-        "text=(0 if start else image, text),",
+        "attnctl_fast/attach/layers.py",
+        'return self.before if self.text == "first"',
+        'return 0 if self.text == "first"',
         f"{TRANSFORMERS} -k 'models_own and auraflow'",
     ),
     Mutant(
@@ -304,7 +304,7 @@ OPS = [
     Mutant(
         "joint attention: the text's rows are edited too",
         "attnctl_fast/attach/intercept.py",
-        'start = before + text if self.layer.text == "first" else 0',
+        'start = at + text if self.layer.text == "first" else 0',
         "start = 0",
         f"{TRANSFORMERS} -k 'an_edit and schnell'",
     ),
@@ -525,6 +525,13 @@ OPS = [
         "gradient -= 0.0 * probabilities",
         f"{REGULATION} -k 'eager_equals_the_textbook'",
     ),
+    Mutant(
+        "heads: keys that several share have the gradient's pull of one",
+        "attnctl_fast/ops/_heads.py",
+        "return x.sum(1).unflatten",
+        "return x[:, 0].unflatten",
+        "ops/test_heads.py -k 'context and eager'",
+    ),
 ]
 TRITON = [
     Mutant(
@@ -714,14 +721,14 @@ ATTACH = [
     Mutant(
         "rows: a negative prompt that is the prompt is edited",
         "attnctl_fast/attach/rows.py",
-        "            whole = whole[1:]",
-        "            whole = whole[:1]",
+        "whole = whole[:-1] if first else whole[1:]",
+        "whole = whole[:-1] if first else whole[:1]",
         f"{KINDS} -k 'negative_prompt_that_is_the_prompt'",
     ),
     Mutant(
         "rows: the unconditional half where order decides",
         "attnctl_fast/attach/rows.py",
-        "return Rows(rows, range(samples, rows), range(samples))",
+        "return Rows(rows, range(samples) if first else range(samples, rows), range(samples))",
         "return Rows(rows, range(samples), range(samples))",
         f"{KINDS} -k 'beyond_recognition'",
     ),
@@ -864,6 +871,41 @@ ATTACH = [
         "self._whole = self.rows.merge(conditional, rest)",
         "self._whole = self.rows.merge(rest, conditional)",
         "methods/test_attention_regulation.py -k 'only_conditional_rows'",
+    ),
+    Mutant(
+        "layers: the text begins where the image ends, which is filled up",
+        "attnctl_fast/attach/layers.py",
+        "-(-image // self.fill) * self.fill",
+        "image",
+        f"{TRANSFORMERS} -k 'zimage and square'",
+    ),
+    Mutant(
+        "rows: the negative prompt that is the prompt stands first, whatever the pipeline stacks",
+        "attnctl_fast/attach/rows.py",
+        "whole = whole[:-1] if first else whole[1:]",
+        "whole = whole[1:]",
+        f"{TRANSFORMERS} -k 'prompts_in_lists'",
+    ),
+    Mutant(
+        "engine: a list of prompts is read after the pipeline has written into it",
+        "attnctl_fast/attach/engine.py",
+        "arguments = {name: list(x) if isinstance(x, list) else x for name, x in arguments.items()}",
+        "arguments = dict(arguments)",
+        f"{TRANSFORMERS} -k 'prompts_in_lists'",
+    ),
+    Mutant(
+        "guidance: the frames of a video are one map",
+        "attnctl_fast/methods/map_guidance.py",
+        "if not (frames := self.sites[0].frames):",
+        "if (frames := self.sites[0].frames) or True:",
+        f"{TRANSFORMERS} -k 'guided and wan'",
+    ),
+    Mutant(
+        "regulation: the bias of a video's frames in another order",
+        "attnctl_fast/methods/attention_regulation.py",
+        "return bias.unflatten(0, (samples, -1)).movedim(1, -2).flatten(-2)",
+        "return bias.unflatten(0, (samples, -1)).flip(1).movedim(1, -2).flatten(-2)",
+        f"{TRANSFORMERS} -k 'regulation and wan'",
     ),
 ]
 METHODS = [

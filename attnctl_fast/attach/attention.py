@@ -22,7 +22,8 @@ _HALF = (torch.float16, torch.bfloat16)
 def plain(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:
     """Return softmax(scale q k^T + key_bias) v, `[B,H,M,d]`; key_bias `[B,N]`."""
     mask = None if key_bias is None else key_bias[:, None, None].to(q.dtype)
-    return _scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    grouped = q.shape[1] != k.shape[1]
+    return _scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 @torch.compiler.assume_constant_result
@@ -34,6 +35,7 @@ def with_logsumexp(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, sca
     """Return `plain` and the logsumexp of the logits, `[B,H,M]`, by the fastest attention that gives both."""
     # The derivative of flash attention knows none by the logsumexp.
     plain_half = key_bias is None and q.dtype in _HALF and not (torch.is_grad_enabled() and q.requires_grad)
+    plain_half = plain_half and q.shape[1] == k.shape[1]
     if q.is_cuda and plain_half and q.shape[3] % 8 == 0 and _has_flash(q.device.index or 0):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, scale=scale)
         return out, lse
@@ -46,7 +48,7 @@ class Attention:
 
     Attributes:
         q: queries `[R,H,M,d]` that the model attends with.
-        k: keys `[R,H,N,d]`, without the columns that methods have added.
+        k: keys `[R,H,N,d]`, without the columns that methods have added; with fewer heads where the model attends so.
         v: values `[R,H,N,d]`, likewise.
         key_bias: `[R,N]`, added to the scaled logits, or None.
         scale: factor of the logits.

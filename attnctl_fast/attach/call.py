@@ -49,6 +49,7 @@ class Call:
         view: how many evaluations of the prompt came before it at the same timestep (panorama).
         steps: how many sampling steps the call runs.
         latents: (height, width) of the latents.
+        frames: (how many,) frames a video's latents have; () of pictures.
         mask: of an inpainting call, `[samples, 1, height, width]` at the latents' size, 1 where the picture is new;
             None elsewhere.
     """
@@ -63,6 +64,7 @@ class Call:
     view: int = 0
     steps: int = 0
     latents: tuple[int, int] = (0, 0)
+    frames: tuple[int, ...] = ()
     mask: Tensor | None = None
     _times: list[float] | None = None
     _shares: list[float] | None = None
@@ -96,7 +98,8 @@ class Site:
         layer: the layer.
         name: its name, as in `named_modules()`.
         chosen: the method was asked to act there.
-        grid: (height, width) of its image tokens, known from the first evaluation on.
+        grid: (height, width) of its image tokens, of a video's in each frame; known from the first evaluation on.
+        frames: (how many,) frames they have, one after the other; () of pictures.
         heads: how many heads it has.
         columns: where in k and v the tokens lie that `more_context` added.
     """
@@ -106,6 +109,7 @@ class Site:
         self.name = layer.name
         self.heads: int = layer.module.heads
         self.grid: tuple[int, int] = (0, 0)
+        self.frames: tuple[int, ...] = ()
         self.columns: tuple[int, int] = (0, 0)
 
     if TYPE_CHECKING:

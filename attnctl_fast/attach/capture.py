@@ -27,7 +27,8 @@ class AttentionMaps(Mapping[str, Tensor]):
 
     `maps["down_blocks.2.attentions.0.transformer_blocks.0.attn2"]` is a float32 CPU tensor
     `[evaluations, B, n, height, width]`: one entry per evaluation of the model (and view, of a panorama), B images
-    (prompt by prompt), n tokens. Where a method edits the layer, its edited maps are shown.
+    (prompt by prompt), n tokens. Of a video it is `[evaluations, B, n, frames, height, width]`, with the frames of the
+    latents. Where a method edits the layer, its edited maps are shown.
 
     Attributes:
         token_ids: the positions captured, one list per prompt.
@@ -53,6 +54,8 @@ class AttentionMaps(Mapping[str, Tensor]):
     def mean(self, layers: Sequence[str] | None = None, *, steps: slice | None = None) -> Tensor:
         """Return the mean over layers and steps, `[B, n, height, width]`, on the largest of their grids (bilinear).
 
+        Of a video it is `[B, n, frames, height, width]`.
+
         Args:
             layers: names of captured layers; None for all.
             steps: which evaluations, such as `slice(0, 10)`; None for all.
@@ -67,11 +70,13 @@ class AttentionMaps(Mapping[str, Tensor]):
                 f"no maps of {names} at {steps or 'any step'}; captured are {list(self) or 'none: call the pipeline'}"
             )
         size = max((maps.shape[-2:] for maps in chosen), key=lambda grid: grid[0] * grid[1])
-        resized = [F.interpolate(maps.mean(0), size=tuple(size), mode="bilinear", antialias=False) for maps in chosen]
-        return torch.stack(resized).mean(0)
+        # Of a video the frames lie among the tokens meanwhile.
+        means = [maps.mean(0).flatten(1, -3) for maps in chosen]
+        resized = [F.interpolate(maps, size=tuple(size), mode="bilinear", antialias=False) for maps in means]
+        return torch.stack(resized).mean(0).unflatten(1, chosen[0].shape[2:-2])
 
     def per_word(self, layers: Sequence[str] | None = None, *, steps: slice | None = None) -> list[dict[str, Tensor]]:
-        """Return every word's map `[height, width]`, one dict per image (prompt by prompt).
+        """Return every word's map `[height, width]`, one dict per image or video (prompt by prompt).
 
         It is the mean over layers and evaluations, as in `mean`, and over the word's tokens.
 
@@ -162,7 +167,7 @@ class _Recording(Run):
         for site in self._sites if self._kept else ():
             if site.maps is not None:
                 # Several views of a picture (panorama) one by one.
-                site.last = site.maps.unflatten(2, site.grid).cpu().split(self._samples)
+                site.last = site.maps.unflatten(2, (*site.frames, *site.grid)).cpu().split(self._samples)
             # Of a layer that a cache of diffusers has left out, its maps are those of the last time.
             if site.last:
                 self._maps.setdefault(site.name, []).extend(site.last)
@@ -187,13 +192,14 @@ def mean_maps(attention: Attention, token_ids: Tensor, kept: list[int]) -> Tenso
     """
     q, k, edited = attention.q, attention.k, attention.probabilities
     batch, heads, image, tokens = *q.shape[:3], k.shape[2]
+    shared = heads // k.shape[1]
     total = torch.zeros(len(kept), token_ids.shape[1], image, device=q.device)
     chosen = one_hot(token_ids, len(kept), tokens, total)
     step = max(1, TILE // (batch * tokens))
     for head in range(heads):
         for start in range(0, image, step):
             rows = slice(start, min(start + step, image))
-            logits = attention.scale * (q[:, head, rows].float() @ k[:, head].float().mT)
+            logits = attention.scale * (q[:, head, rows].float() @ k[:, head // shared].float().mT)
             if attention.key_bias is not None:
                 logits = logits + attention.key_bias[:, None]
             found = logits.softmax(-1) if edited is None else edited(logits, head, rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,8 +57,12 @@ def moving_mask(call: Call) -> Tensor | None:
 
 
 def at_site(mask: Tensor | None, site: Site, like: Tensor) -> Tensor | None:
-    """Return the mask at a layer's grid, `[samples,M]`, at least float32, or None for the whole image."""
+    """Return the mask at a layer's grid, `[samples,M]`, at least float32, or None for the whole image.
+
+    It is the same in every frame of a video.
+    """
     if mask is None:
         return None
     wide = torch.promote_types(like.dtype, torch.float32)
-    return F.interpolate(mask.float(), size=site.grid).flatten(1).to(like.device, wide)
+    own = F.interpolate(mask.float(), size=site.grid).flatten(1).to(like.device, wide)
+    return own.repeat(1, math.prod(site.frames))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
 import threading
 import warnings
@@ -19,7 +20,7 @@ from torch import Tensor
 from .beside import Beside, running
 from .call import Call, Encoded, Site
 from .evaluation import Evaluation
-from .families import Family, family_of
+from .families import Family, family_of, listed_pictures, padded_texts, stacked_pictures
 from .intercept import Acts, Place, check_processor, check_uncached, installed
 from .layers import Layer, choose
 from .patching import Patch
@@ -137,8 +138,8 @@ class Engine:
     # Calls
 
     @contextmanager
-    def calling(self, pipe: Any) -> Iterator[None]:
-        """Run one call of the pipeline under control, whatever ends it."""
+    def calling(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Run one call of the pipeline, with these arguments, under control, whatever ends it."""
         if self.family.model_of(pipe) is not self.model:
             raise RuntimeError(
                 f"pipe.{self.family.component} was replaced while control was on; leave control, then enter it again"
@@ -150,6 +151,9 @@ class Engine:
             yield
             return
         call = PipelineCall(self, pipe)
+        if self.family.lists:
+            given = inspect.signature(type(pipe).__call__).bind(pipe, *args, **kwargs).arguments
+            call.images = int(given.get(self.family.lists) or 1)
         try:
             call.listen()
             yield
@@ -218,14 +222,14 @@ class PipelineCall:
     """One call of a pipeline, from its prompts to its end.
 
     told: it is the user's own loop. public: what methods see of it; None while the prompt is unknown. guided: whether
-    the prompt is combined with a negative one.
+    the prompt is combined with a negative one. images: how many pictures of a prompt follow each of its contexts.
     """
 
     def __init__(self, engine: Engine, pipe: Any, *, told: bool = False) -> None:
         self.engine, self.pipe, self.told = engine, pipe, told
         self.thread = threading.get_ident()
         self.public: Call | None = None
-        self.guided = True
+        self.guided, self.images = True, 1
         self._runs: list[tuple[Entry, Method, Run, list[Site]]] = []
         self._texts: list[Tensor] = []
         self._others: list[Tensor] = []
@@ -235,6 +239,7 @@ class PipelineCall:
         self._stepped, self._own_times = 0, False
         self._size: tuple[Any, tuple[int, int]] | None = None
         self._known: list[tuple[Tensor, int, Rows]] = []
+        self._listed: list[tuple[list[Tensor], list[int], Tensor]] = []
         self._replayed: tuple[Tensor, Tensor] | None = None
         self._places: dict[str, Place] = {}
         self._acting: Any = None
@@ -248,8 +253,13 @@ class PipelineCall:
                 self._patches.append(Patch(self.pipe, name, listener))
 
     def _encoding(self, patch: Patch, *args: Any, **kwargs: Any) -> Any:
+        # The class's own: a wrapper on the instance may hide the parameters.
+        signature = inspect.signature(type(self.pipe).encode_prompt)
+        arguments = signature.bind(self.pipe, *args, **kwargs).arguments
+        # Z-Image writes into the list of prompts.
+        arguments = {name: list(x) if isinstance(x, list) else x for name, x in arguments.items()}
         result = patch.inner(*args, **kwargs)
-        first, *rest = [result] if isinstance(result, Tensor) else result
+        first, *rest = self._tensors(result)
         # Contexts of the negative prompt, among masks, pooled embeddings and positions.
         rest = [x for x in rest if isinstance(x, Tensor) and x.ndim == 3 and x.shape[2] == first.shape[2]]
         if self.public is not None:
@@ -258,17 +268,24 @@ class PipelineCall:
             self._others.extend(rest)
             self._known.clear()
             return result
-        # The class's own: a wrapper on the instance may hide the parameters.
-        signature = inspect.signature(type(self.pipe).encode_prompt)
-        arguments = signature.bind(self.pipe, *args, **kwargs).arguments
         self.guided = bool(arguments.get("do_classifier_free_guidance", True))
         texts = _as_list(arguments.get("prompt"))
         given = arguments.get("prompt_embeds")
         count = len(texts) if texts is not None else len(first if given is None else given)
         segments = self.engine.family.segments(self.pipe, arguments, first.shape[1])
         prompts = Prompts(segments, count, first.shape[1])
-        embeddings = self.start(prompts, first, rest, arguments)
+        embeddings: Any = self.start(prompts, first, rest, arguments)
+        if self.engine.family.lists:
+            embeddings = embeddings[:: self.images]
+            embeddings = [text[: len(own)] for text, own in zip(embeddings, result[0], strict=True)]
         return embeddings if isinstance(result, Tensor) else (embeddings, *result[1:])
+
+    def _tensors(self, encoded: Any) -> list[Any]:
+        """Return what `encode_prompt` returned, lists of texts as tensors with a row for every picture."""
+        found = [encoded] if isinstance(encoded, Tensor) else list(encoded)
+        if self.engine.family.lists:
+            found = [padded_texts(x).repeat_interleave(self.images, 0) for x in found if x]
+        return found
 
     def _masking(self, patch: Patch, *args: Any, **kwargs: Any) -> Any:
         result = patch.inner(*args, **kwargs)
@@ -290,12 +307,15 @@ class PipelineCall:
         own, *parameters = (signature := inspect.signature(type(pipe).encode_prompt).parameters)
         given: dict[str, Any] = {key: None for key in parameters if signature[key].default is inspect.Parameter.empty}
         given |= {key: None if "prompt" in key else value for key, value in arguments.items() if key != own}
-        changed = {"prompt": texts, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        changed = {"prompt": list(texts), "do_classifier_free_guidance": False}
+        changed |= {"num_images_per_prompt": 1, "num_videos_per_prompt": 1}
         given.update((key, value) for key, value in changed.items() if key in parameters)
         # Past the listener.
         encode = next((patch.inner for patch in self._patches if patch.name == "encode_prompt"), pipe.encode_prompt)
         result = encode(**given)
         contexts, *rest = [result] if isinstance(result, Tensor) else result
+        if self.engine.family.lists:
+            contexts, rest = padded_texts(contexts), []
         more = self.engine.family.more(rest, lambda **changed: encode(**given | changed))
         flat = [x for x in rest if isinstance(x, Tensor) and x.ndim == 2 and len(x) == len(contexts)]
         masks = [x for x in flat if x.shape == contexts.shape[:2] and not x.is_floating_point()]
@@ -372,6 +392,7 @@ class PipelineCall:
         self.public = self._timestep = self._tap = self._replayed = self._acting = self._size = None
         self._patches, self._texts, self._others, self._places = [], [], [], {}
         self._known.clear()
+        self._listed.clear()
         _end_all(runs)
 
     # Evaluations
@@ -380,9 +401,11 @@ class PipelineCall:
         engine, call, tap = self.engine, self.public, self._tap
         assert call is not None and tap is not None
         family = engine.family
-        given = family.arguments(engine.model, args, kwargs)
+        given = self._given(args, kwargs)
+        if family.lists:
+            model = functools.partial(_stacked, model)
         sample = given[family.sample]
-        call.latents = self._latents(given)
+        call.latents, call.frames = self._latents(given), family.frames(given)
         rows = self._rows(given[family.text])
         timestep = given[family.timestep]
         stepped, self._stepped = tap.steps != self._stepped, tap.steps
@@ -392,11 +415,30 @@ class PipelineCall:
             self._advance(call, timestep)
         elif rows.conditional:
             call.view += 1
-        evaluation = Evaluation(call, family, engine.model, rows, tap, args, kwargs)
+        evaluation = Evaluation(call, family, engine.model, rows, tap, args, given)
         if rows.conditional and rows.others and any(run.apart() for _, _, run, _ in self._runs):
             apart, rest = (self._denoise(model, part, sample) for part in evaluation.parts())
-            return _changed(apart, lambda x: evaluation.joined(x, _prediction(rest)))
-        return self._denoise(model, evaluation, sample)
+            output = _changed(apart, lambda x: evaluation.joined(x, _prediction(rest)))
+        else:
+            output = self._denoise(model, evaluation, sample)
+        return _changed(output, listed_pictures) if family.lists else output
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the model's arguments by name, as tensors; texts in lists are padded once."""
+        family = self.engine.family
+        given = family.arguments(self.engine.model, args, kwargs)
+        if not family.lists:
+            return given
+        texts = list(given[family.text])
+        versions = [_version(text) for text in texts]
+        for known, its_versions, padded in self._listed:
+            same = len(known) == len(texts) and all(a is b for a, b in zip(known, texts, strict=True))
+            if same and its_versions == versions:
+                return family.tensors(given, padded)
+        padded = padded_texts(texts)
+        # With unconditional rows and without.
+        self._listed = [(texts, versions, padded), *self._listed[:1]]
+        return family.tensors(given, padded)
 
     def _denoise(self, model: Callable[..., Any], evaluation: Evaluation, sample: Tensor) -> Any:
         """Return what the model predicts in one evaluation, of the pipeline's `sample` or of some of its rows."""
@@ -410,7 +452,7 @@ class PipelineCall:
             evaluation.moved = True
         for _, _, run, sites in self._runs:
             for site in sites:
-                site.grid = site.layer.grid(call.latents)
+                site.grid, site.frames = site.layer.grid(call.latents), call.frames
             run.before_denoiser(evaluation)
         if tap.moved is not None and not evaluation.moved and evaluation.sample is not given:
             self._replayed = sample, evaluation.latents
@@ -485,7 +527,7 @@ class PipelineCall:
         """Return which rows of the evaluation are conditional; compared once for every tensor of contexts."""
         call = self.public
         assert call is not None
-        version = 0 if text.is_inference() else text._version
+        version = _version(text)
         for known, its_version, rows in self._known:
             if known is text and its_version == version:
                 return rows
@@ -494,7 +536,14 @@ class PipelineCall:
             return Rows(len(text), (), ())
         guided = self.guided and (self.told or bool(getattr(self.pipe, "do_classifier_free_guidance", True)))
         rows = conditional_rows(
-            text, self._texts, self._others, call.samples, call.images, guided=guided, told=self.told
+            text,
+            self._texts,
+            self._others,
+            call.samples,
+            call.images,
+            guided=guided,
+            told=self.told,
+            first=self.engine.family.conditional_first,
         )
         # Conditional and unconditional ones in turn, or a new tensor at every step.
         self._known = [(text, version, rows), *self._known[:1]]
@@ -530,8 +579,7 @@ class PipelineCall:
         skipping = bool(getattr(self.engine.model, "is_cache_enabled", False))
         for place in places:
             place.rows, place.skipping = rows, skipping
-            height, width = place.layer.grid(call.latents)
-            place.tokens = text, height * width
+            place.tokens = text, math.prod((*call.frames, *place.layer.grid(call.latents)))
         return places
 
     def _arrange(self) -> None:
@@ -603,7 +651,7 @@ def _controlled(patch: Patch, pipe: Any, *args: Any, **kwargs: Any) -> Any:
     engine = None if known is None else known()
     if engine is None:
         return patch.inner(pipe, *args, **kwargs)
-    with engine.calling(pipe):
+    with engine.calling(pipe, args, kwargs):
         return patch.inner(pipe, *args, **kwargs)
 
 
@@ -632,6 +680,15 @@ def _calling_pipeline(pipe: Any) -> Any:
     return None
 
 
+def _stacked(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a model that returns a list of pictures, and return them as a tensor."""
+    return _changed(model(*args, **kwargs), stacked_pictures)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
 def _prediction(output: Any) -> Tensor:
     """Return what a model predicts, of its output."""
     prediction: Tensor = output[0] if isinstance(output, tuple) else output.sample
@@ -647,7 +704,7 @@ def _check_texts(methods: list[Method]) -> None:
         )
 
 
-def _changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _changed(output: Any, change: Callable[[Any], Any]) -> Any:
     """Return a model's output with its prediction changed."""
     if isinstance(output, tuple):
         return (change(output[0]), *output[1:])

@@ -36,10 +36,9 @@ class Evaluation:
         rows: Rows,
         tap: SchedulerTap,
         args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        given: dict[str, Any],
     ) -> None:
-        self.call, self.model, self.rows = call, model, rows
-        self.given = family.arguments(model, args, kwargs)
+        self.call, self.model, self.rows, self.given = call, model, rows, given
         self.moved = self.compiled = False
         self._family, self._tap = family, tap
         self._args = args
@@ -165,8 +164,7 @@ class Evaluation:
 
     def _part(self, take: Callable[[Tensor], Tensor], rows: Rows) -> Evaluation:
         given = {name: with_rows(x, self.rows.total, take) for name, x in self.given.items()}
-        args, kwargs = self._family.replaced(self.model, self._args, given)
-        return Evaluation(self.call, self._family, self.model, rows, self._tap, args, kwargs)
+        return Evaluation(self.call, self._family, self.model, rows, self._tap, self._args, given)
 
     def joined(self, first: Tensor, second: Tensor) -> Tensor:
         """Return the batch made of what the two `parts` have."""

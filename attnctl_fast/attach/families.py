@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, Literal
@@ -14,6 +14,24 @@ from torch import Tensor
 from . import segments
 from .layers import Layer, transformer_layers, unet_layers
 from .tokens import Segment
+
+# Of texts that were padded to one length: how long each is, `[R]` on the CPU.
+_LENGTHS = "lengths"
+
+
+def padded_texts(texts: Iterable[Tensor]) -> Tensor:
+    """Return texts `[n,C]` of their own lengths as `[R,N,C]`, with zeros behind them."""
+    return torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
+
+
+def stacked_pictures(pictures: Sequence[Tensor]) -> Tensor:
+    """Return pictures `[C,1,height,width]` as `[R,C,height,width]`."""
+    return torch.stack(list(pictures)).squeeze(2)
+
+
+def listed_pictures(pictures: Tensor) -> list[Tensor]:
+    """Undo `stacked_pictures`."""
+    return list(pictures.unsqueeze(2))
 
 
 def _given_text(model: Any, given: dict[str, Any]) -> Tensor:
@@ -35,14 +53,17 @@ class Family:
 
     name: how it is told from others. model: the class of its models in diffusers. component: where a pipeline keeps the
     model. layers: its attention layers by name, in order of execution. segments: the parts of its text, as in the
-    module of that name. context: what layers are given as the text, from the model's arguments. sample, timestep, text:
-    the model's arguments. positions: the argument that says where the image's tokens are: the index, row and column of
-    each, or how many frames, rows and columns every picture has; "" where the sample is `[R,C,height,width]`. columns:
-    how many columns of the text joint attention has, from the model's arguments. fill: of how many tokens the length of
-    a text is a multiple; 0 where it is what the call says. beside: how a second text may run through it beside the
-    prompts', as the module of that name has it; "" where none may. more: what else of another text than the prompt the
-    model is given, from what `encode_prompt` returned behind its context and from that function with other arguments.
-    refused: pipelines with such a model whose pictures lie elsewhere, each with why.
+    module of that name. context: what layers are given as the text, from the model's arguments. lists: the model takes
+    and returns a list of pictures `[C,1,height,width]`, and texts of their own lengths, and this is the pipeline's
+    argument that says how many pictures a prompt has; "" where it takes tensors. conditional_first: the pipeline stacks
+    the prompts' rows before those of negative prompts. sample, timestep, text: the model's arguments. positions: the
+    argument that says where the image's tokens are: the index, row and column of each, or how many frames, rows and
+    columns every picture has; "" where the sample is `[R,C,height,width]`, or of videos `[R,C,frames,height,width]`.
+    columns: how many columns of the text joint attention has, from the model's arguments. fill: of how many tokens the
+    length of a text is a multiple; 0 where it is what the call says. beside: how a second text may run through it
+    beside the prompts', as the module of that name has it; "" where none may. more: what else of another text than the
+    prompt the model is given, from what `encode_prompt` returned behind its context and from that function with other
+    arguments. refused: pipelines with such a model whose pictures lie elsewhere, each with why.
     """
 
     name: str
@@ -51,6 +72,8 @@ class Family:
     layers: Callable[[Any], dict[str, Layer]]
     segments: Callable[[Any, dict[str, Any], int], list[Segment]]
     context: Callable[[Any, dict[str, Any]], Tensor] = _given_text
+    lists: str = ""
+    conditional_first: bool = False
     sample: str = "hidden_states"
     timestep: str = "timestep"
     text: str = "encoder_hidden_states"
@@ -70,6 +93,12 @@ class Family:
         """Return the arguments of `model(*args, **kwargs)` by name."""
         return dict(zip(_parameters(type(model).forward), args, strict=False)) | kwargs
 
+    def tensors(self, given: dict[str, Any], texts: Tensor) -> dict[str, Any]:
+        """Return the arguments by name with tensors in place of lists, `replaced` undoes it; texts: `padded_texts`."""
+        lengths = torch.tensor([len(text) for text in given[self.text]])
+        pictures = stacked_pictures(given[self.sample])
+        return {**given, self.sample: pictures, self.text: texts, _LENGTHS: lengths}
+
     def replaced(
         self, model: Any, args: tuple[Any, ...], given: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -78,6 +107,11 @@ class Family:
         Hooks on the model look for arguments where pipelines put them, and torch.compile would take another place for
         another call.
         """
+        if self.lists:
+            lengths, texts = given[_LENGTHS].tolist(), given[self.text]
+            given = {name: x for name, x in given.items() if name != _LENGTHS}
+            given[self.sample] = listed_pictures(given[self.sample])
+            given[self.text] = [text[:length] for text, length in zip(texts, lengths, strict=True)]
         names = _parameters(type(model).forward)[: len(args)]
         return tuple(given[name] for name in names), {name: x for name, x in given.items() if name not in names}
 
@@ -95,6 +129,10 @@ class Family:
         # Tokens of other index are pictures to look at (Kontext). A token holds 2x2 latents.
         height, width = ((ids[ids[:, 0] == ids[0, 0]].amax(0)[1:3] + 1) * 2).int().tolist()
         return height, width
+
+    def frames(self, given: dict[str, Any]) -> tuple[int, ...]:
+        """Return (how many,) frames the latents have, from the model's arguments; () of pictures."""
+        return () if self.positions else tuple(given[self.sample].shape[2:-2])
 
     def channels(self, model: Any) -> int:
         """Return how many channels of the model's input are the latents; others are a mask and pictures behind them."""
@@ -125,6 +163,11 @@ def _sana_context(model: Any, given: dict[str, Any]) -> Tensor:
     return model.caption_norm(model.caption_projection(given["encoder_hidden_states"]))
 
 
+def _wan_context(model: Any, given: dict[str, Any]) -> Tensor:
+    text: Tensor = model.condition_embedder.text_embedder(given["encoder_hidden_states"])
+    return text
+
+
 def _hunyuan_context(model: Any, given: dict[str, Any]) -> Tensor:
     text = torch.cat([given["encoder_hidden_states"], model.text_embedder(given["encoder_hidden_states_t5"])], 1)
     mask = torch.cat([given["text_embedding_mask"], given["text_embedding_mask_t5"]], -1)
@@ -138,6 +181,15 @@ def _hunyuan_more(results: list[Any], encode: Callable[..., Any]) -> dict[str, T
         "encoder_hidden_states_t5": context,
         "text_embedding_mask_t5": mask,
     }
+
+
+def _captions(model: Any, given: dict[str, Any]) -> Tensor:
+    captions: Tensor = given["cap_feats"]
+    return captions
+
+
+def _whole_captions(given: dict[str, Any]) -> int:
+    return int(given["cap_feats"].shape[1])
 
 
 def _real_text(given: dict[str, Any]) -> int:
@@ -156,6 +208,12 @@ def _patched(model: Any, **options: Any) -> dict[str, Layer]:
 
 
 _cross = partial(_patched, cross=("attn2",))
+
+
+def _wan(model: Any) -> dict[str, Layer]:
+    return transformer_layers(model, model.config.patch_size[1], cross=("attn2",))
+
+
 _flux = partial(transformer_layers, factor=2, cross=("attn",), text="first")
 _masked_flux = partial(_flux, outer_mask=True)
 
@@ -166,6 +224,7 @@ def _auraflow(model: Any) -> dict[str, Layer]:
 
 _cogview4 = partial(_patched, cross=("attn1",), text="first")
 _lumina2 = partial(_patched, stacks="layers", cross=("attn",), text="first")
+_zimage = partial(transformer_layers, factor=2, stacks="layers", cross=("attention",), text="last", fill=32)
 _sd3 = partial(_patched, cross=("attn",), text="last")
 UNET = Family(
     "unet",
@@ -188,6 +247,15 @@ FAMILIES = (
         segments.hunyuan_segments,
         _hunyuan_context,
         more=_hunyuan_more,
+    ),
+    Family(
+        "wan",
+        "WanTransformer3DModel",
+        "transformer",
+        _wan,
+        segments.wan_segments,
+        _wan_context,
+        refused={"WanImageToVideoPipeline": "goes on from a picture, which stands in the latents that methods move"},
     ),
     Family(
         "sd3",
@@ -232,6 +300,26 @@ FAMILIES = (
         segments.lumina2_segments,
         columns=_real_text,
     ),
+    Family(
+        "zimage",
+        "ZImageTransformer2DModel",
+        "transformer",
+        _zimage,
+        segments.zimage_segments,
+        _captions,
+        lists="num_images_per_prompt",
+        conditional_first=True,
+        sample="x",
+        timestep="t",
+        text="cap_feats",
+        columns=_whole_captions,
+        fill=1,
+        refused={
+            "ZImageOmniPipeline": "has pictures to look at between the texts of a prompt",
+            "ZImageControlNetPipeline": "adds to places in the sequence, whose length guidance changes",
+            "ZImageControlNetInpaintPipeline": "adds to places in the sequence, whose length guidance changes",
+        },
+    ),
     Family("cogview4", "CogView4Transformer2DModel", "transformer", _cogview4, segments.cogview4_segments, fill=16),
     Family("auraflow", "AuraFlowTransformer2DModel", "transformer", _auraflow, segments.auraflow_segments),
     Family(
@@ -266,6 +354,11 @@ def family_of(pipe: Any) -> Family:
             for refused, why in family.refused.items():
                 if isinstance(pipe, getattr(diffusers, refused, ())):
                     raise ValueError(f"{name} {why}; use another pipeline of {family.model}")
+            if getattr(pipe, f"{family.component}_2", None) is not None:
+                raise ValueError(
+                    f"{name} draws its later steps with a model of their own, {family.component}_2, on which methods "
+                    "would not act; use a pipeline without one (Wan 2.1, Wan 2.2 with 5B parameters)"
+                )
             if not any(layer.cross for layer in family.layers(model).values()):
                 raise ValueError(
                     f"the {family.component} of {name} has no cross-attention layer; use a text-to-image pipeline"

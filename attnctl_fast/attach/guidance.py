@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -57,13 +58,13 @@ def reading(
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     model, samples = evaluation.model, evaluation.samples
-    reader = _Reader(token_ids, evaluation.text.shape[1], sites[-1] if truncate else None)
+    reader = _Reader(token_ids, evaluation.call.prompts.length, sites[-1] if truncate else None)
     places = [Place(site.layer) for site in sites]
     columns = evaluation.columns if sites[-1].layer.text else 0
     for place, site in zip(places, sites, strict=True):
         place.rows = Rows(len(samples), range(len(samples)), samples)
         place.now = Acts(attend=((reader, site),))
-        place.tokens = columns, site.grid[0] * site.grid[1]
+        place.tokens = columns, math.prod((*site.frames, *site.grid))
 
     def read(latents: Tensor) -> Tensor:
         args, kwargs = evaluation.conditional_arguments(latents)

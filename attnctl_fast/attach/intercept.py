@@ -164,10 +164,10 @@ class Place:
             scale: as `scaled_dot_product_attention` takes it.
             enable_gqa: as `scaled_dot_product_attention` takes it.
         """
-        if dropout_p or is_causal or enable_gqa:
+        if dropout_p or is_causal:
             raise ValueError(
-                f"{self.layer.name} attends with dropout, causally or with grouped heads, which methods cannot act on; "
-                "call model.eval(), or leave this layer out"
+                f"{self.layer.name} attends with dropout or causally, which methods cannot act on; call model.eval(), "
+                "or leave this layer out"
             )
         scaled = query.shape[-1] ** -0.5 if scale is None else scale
         rows = self.rows.first(len(query))
@@ -185,7 +185,7 @@ class Place:
         )
         _act(acts, attention)
         if attention.untouched and columns == tokens:
-            return _real(query, key, value, attn_mask=attn_mask, scale=scale)
+            return _real(query, key, value, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa)
         return attention.out.to(query.dtype)
 
     def _attend_beside(
@@ -227,8 +227,13 @@ class Place:
         beside: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Return joint attention whose image rows are what methods make of them; all other rows are the model's own."""
-        (text, image), before = self.tokens, self.layer.before
-        start = before + text if self.layer.text == "first" else 0
+        text, image = self.tokens
+        grouped = query.shape[1] != key.shape[1]
+        at = self.layer.text_start(image)
+        if self.layer.text == "last":
+            # All that there is behind the image: rows may have texts of different lengths.
+            text = key.shape[2] - at
+        start = at + text if self.layer.text == "first" else 0
         stop, of_image = start + image, mask
         if mask is not None and self.layer.outer_mask:
             # Image tokens are never masked, so the mask of each of their rows is that of the keys.
@@ -242,13 +247,13 @@ class Place:
             scale,
             rows,
             module=self.layer.module,
-            text=(before if start else image, text),
+            text=(at, text),
             sequence=(query, start) if mask is None else None,
             beside=beside,
         )
         _act(acts, attention)
         if attention.untouched and not attention.sharpened:
-            return _real(query, key, value, attn_mask=mask, scale=scale)
+            return _real(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
         every = attention.every
         if every is not None and attention.unchanged:
             return every
@@ -256,9 +261,8 @@ class Place:
             queries = [part for part in (query[:, :, :start], query[:, :, stop:]) if part.shape[2]]
             if mask is not None and mask.shape[-2] > 1:
                 mask = torch.cat([mask[..., :start, :], mask[..., stop:, :]], -2)
-            own = _real(
-                torch.cat(queries, 2) if len(queries) > 1 else queries[0], key, value, attn_mask=mask, scale=scale
-            )
+            rest = torch.cat(queries, 2) if len(queries) > 1 else queries[0]
+            own = _real(rest, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
             others = own[:, :, :start], own[:, :, start:]
         else:
             others = every[:, :, :start], every[:, :, stop:]

@@ -57,7 +57,7 @@ class Layer:
     of one of its image tokens. cross: whether it attends to the text, not to the image alone. text: where the text
     stands in the one sequence of joint attention, "first" or "last"; "" where the text is apart. outer_mask: the mask
     of its attention is the outer product of one of its tokens. before: how many tokens of the model's own stand before
-    a text that is first.
+    a text that is first. fill: of how many tokens the length of an image that is first is a multiple.
     """
 
     name: str
@@ -68,6 +68,11 @@ class Layer:
     text: Literal["", "first", "last"] = ""
     outer_mask: bool = False
     before: int = 0
+    fill: int = 1
+
+    def text_start(self, image: int) -> int:
+        """Return the first column of the text in joint attention with so many image tokens."""
+        return self.before if self.text == "first" else -(-image // self.fill) * self.fill
 
     def grid(self, latents: tuple[int, int]) -> tuple[int, int]:
         """Return (height, width) of the layer for latents of that (height, width).
@@ -115,6 +120,7 @@ def transformer_layers(
     text: Literal["", "first", "last"] = "",
     outer_mask: bool = False,
     before: int = 0,
+    fill: int = 1,
     stacks: str = "blocks",
 ) -> dict[str, Layer]:
     """Return the attention layers of a transformer's blocks by name, in order of execution.
@@ -128,6 +134,7 @@ def transformer_layers(
         text: as in `Layer`, of those.
         outer_mask: as in `Layer`, of those.
         before: as in `Layer`, of those.
+        fill: as in `Layer`, of those.
         stacks: how its lists of blocks are called, or how their names end.
     """
     found = {}
@@ -139,7 +146,8 @@ def transformer_layers(
         if "Linear" in type(module.processor).__name__:
             continue
         layer = Layer(name, f"{stack}.{index}", factor, module, own in cross)
-        found[name] = replace(layer, text=text, outer_mask=outer_mask, before=before) if layer.cross else layer
+        joint: dict[str, Any] = {"text": text, "outer_mask": outer_mask, "before": before, "fill": fill}
+        found[name] = replace(layer, **joint) if layer.cross else layer
     return found
 
 

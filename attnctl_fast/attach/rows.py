@@ -109,6 +109,7 @@ def conditional_rows(
     *,
     guided: bool,
     told: bool = False,
+    first: bool = False,
 ) -> Rows:
     """Return which rows of a batch carry the prompt.
 
@@ -120,6 +121,7 @@ def conditional_rows(
         images: how many of them for each prompt.
         guided: whether the prompt is combined with a negative one.
         told: the user has said which contexts are the prompt's.
+        first: the pipeline stacks them before the negative prompts'.
 
     Raises:
         ValueError: neither the text nor the number of rows tells which ones are conditional.
@@ -135,8 +137,8 @@ def conditional_rows(
         negative = [known or bool(prompts) for known, prompts in zip(negative, found, strict=True)]
     if whole:
         if guided and len(whole) == len(groups) > 1 and any(negative):
-            # The negative prompt is the prompt; diffusers stacks it first.
-            whole = whole[1:]
+            # The negative prompt is the prompt; diffusers mostly stacks it first.
+            whole = whole[:-1] if first else whole[1:]
         chosen = [group * samples + sample for group in whole for sample in range(samples)]
         return Rows(rows, chosen, [row % samples for row in chosen])
     if any(matches):
@@ -152,7 +154,7 @@ def conditional_rows(
         return Rows(rows, (), ())
     # Embeddings that the pipeline has changed beyond recognition: their order tells.
     if rows == 2 * samples and guided:
-        return Rows(rows, range(samples, rows), range(samples))
+        return Rows(rows, range(samples) if first else range(samples, rows), range(samples))
     if rows == samples and not guided:
         return Rows(rows, range(rows), range(rows))
     raise ValueError(

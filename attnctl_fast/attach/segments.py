@@ -92,7 +92,18 @@ def _only_t5(pipe: Any, arguments: dict[str, Any], length: int, converted: Calla
 
 def auraflow_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
     """Return T5's part, by the tokenizer of its own that Pile-T5 has."""
-    (segment,) = _only_t5(pipe, arguments, length, str)
+    return _own_t5(pipe, arguments, length, str)
+
+
+def wan_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    """Return T5's part, by UMT5's tokenizer."""
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    return _own_t5(pipe, arguments, length, prompt_clean)
+
+
+def _own_t5(pipe: Any, arguments: dict[str, Any], length: int, converted: Callable[[str], str]) -> list[Segment]:
+    (segment,) = _only_t5(pipe, arguments, length, converted)
     opening, closing = _ends(pipe.tokenizer)
     return [replace(segment, opening=opening, closing=closing, padding=_side(pipe.tokenizer))]
 
@@ -185,25 +196,48 @@ def chroma_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[S
 def flux2_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
     """Return Mistral's part, or Qwen's in Klein's pipelines: a chat with the prompt in it, and padding."""
     # Mistral's is a processor.
-    tokenizer, name = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer), "Qwen"
+    tokenizer = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)
     if tokenizer is None:
-        return [_byte_level(name, None, None, length, length)]
-    here = "PROMPT"
-    chat: list[Any] = [{"role": "user", "content": here}]
-    options: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": False}
-    converted: Callable[[str], str] = str
-    if hasattr(pipe, "system_message"):
-        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+        return [_byte_level("Qwen", None, None, length, length)]
+    text, padding = arguments.get("prompt"), _side(tokenizer)
+    if not hasattr(pipe, "system_message"):
+        more = _in_chat(pipe.tokenizer, _FROM_USER, add_generation_prompt=True, enable_thinking=False)
+        return [_byte_level("Qwen", tokenizer, text, length, length, padding=padding, **more)]
+    from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
-        name, options = "Mistral", {"add_generation_prompt": False}
-        (chat,) = format_input([here], pipe.system_message)
-        converted = _without_pictures
-    before, behind = pipe.tokenizer.apply_chat_template(chat, tokenize=False, **options).rsplit(here, 1)
+    (chat,) = format_input([_HERE], pipe.system_message)
+    more = _in_chat(pipe.tokenizer, chat, add_generation_prompt=False)
+    more |= {"padding": padding, "converted": _without_pictures}
+    return [_byte_level("Mistral", tokenizer, text, length, length, **more)]
+
+
+# Where the prompt stands in a chat.
+_HERE = "PROMPT"
+_FROM_USER = [{"role": "user", "content": _HERE}]
+
+
+def _in_chat(chats: Any, chat: list[Any], **options: Any) -> dict[str, Any]:
+    """Return what stands before and behind a prompt in a chat, and how many special tokens around it.
+
+    Args:
+        chats: the tokenizer, or its processor.
+        chat: the messages.
+        options: of `apply_chat_template`.
+    """
+    tokenizer = getattr(chats, "tokenizer", chats)
+    before, behind = chats.apply_chat_template(chat, tokenize=False, **options).rsplit(_HERE, 1)
     starts = bool(tokenizer.bos_token) and before.startswith(tokenizer.bos_token)
     opening, closing = (0, 0) if starts else _ends(tokenizer)
-    more = {"opening": opening, "closing": closing, "padding": _side(tokenizer), "converted": converted}
-    more |= {"instruction": before, "behind": behind}
-    return [_byte_level(name, tokenizer, arguments.get("prompt"), length, length, **more)]
+    return {"opening": opening, "closing": closing, "instruction": before, "behind": behind}
+
+
+def zimage_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    """Return Qwen's part: a chat with the prompt in it."""
+    if pipe.tokenizer is None:
+        return [_byte_level("Qwen", None, None, length, length)]
+    limit = arguments.get("max_sequence_length", 512)
+    more = _in_chat(pipe.tokenizer, _FROM_USER, add_generation_prompt=True, enable_thinking=True)
+    return [_byte_level("Qwen", pipe.tokenizer, arguments.get("prompt"), length, limit, masked=True, **more)]
 
 
 def _without_pictures(text: str) -> str:

@@ -31,9 +31,9 @@ class AttentionRegulation(Method):
 
     In the first sampling steps, in a few cross-attention layers, a bias on the target tokens' logits is optimised by
     gradient descent until their attention maps are high somewhere and of similar mass, then averaged with that of the
-    step before. Only the conditional rows are edited, and every sample as if it were alone: what it becomes does not
-    depend on its batch. In joint attention (SD 3, FLUX.1, Chroma) a map is the share of text and image together, so
-    that `level` and `mass` ask for more than in cross-attention.
+    step before. Only the conditional rows are edited, and every sample, of a video every frame, as if it were alone:
+    what it becomes does not depend on its batch. In joint attention (SD 3, FLUX.1, Chroma) a map is the share of text
+    and image together, so that `level` and `mass` ask for more than in cross-attention.
 
     Args:
         targets: words, phrases (all their tokens, at their first occurrence) or token ids (positions in the context, 0
@@ -202,7 +202,7 @@ class _Regulating(Run):
             key_bias=attention.key_bias,
         )
         found = ops.regulate(
-            stats,
+            frame_by_frame(stats, site),
             site.grid,
             theta=site.theta,
             objective=method.convention,
@@ -224,13 +224,14 @@ class _Regulating(Run):
             site.average.copy_(found.theta)
         else:
             site.previous[self.call.view] = found.theta
-        out = ops.merge_targets(stats, v, target_ids, found.bias, pinned_ids=pinned_ids)
+        bias = found.bias if not site.frames else joined_frames(found.bias, len(q))
+        out = ops.merge_targets(stats, v, target_ids, bias, pinned_ids=pinned_ids)
 
         def probabilities(logits: Tensor, head: int, rows: slice) -> Tensor:
             tokens = logits.shape[-1]
             targets = one_hot(target_ids, len(logits), tokens, logits)
             pinned = one_hot(pinned_ids, len(logits), tokens, logits).sum(1).bool()[:, None]
-            biased = logits + found.bias[:, head, :, rows].to(logits.dtype).mT @ targets
+            biased = logits + bias[:, head, :, rows].to(logits.dtype).mT @ targets
             return torch.where(pinned, logits.softmax(-1), biased.softmax(-1))
 
         return Edited(out, probabilities)
@@ -238,16 +239,34 @@ class _Regulating(Run):
     def _weight_keys(self, samples: int) -> Tensor:
         """Return the keys of the initial weights of all layers, one layer after the other.
 
-        They are the same for every sample, whatever the batch and its longest list of targets.
+        They are the same for every sample and every frame, whatever the batch and its longest list of targets.
         """
         method, targets = self.method, self.target_ids.shape[-1]
         keys = []
         for site in self._sites:
             centres = ops.basis_shape(site.grid, method.sigma, method.convention)
             of_one = weight_keys(method.seed, site.name, site.heads, targets, centres)
-            keys.append(of_one.expand(samples, -1, -1, -1, -1))
+            keys.append(of_one.expand(samples * math.prod(site.frames), -1, -1, -1, -1))
         self._shapes, self._sizes = [x.shape for x in keys], [x.numel() for x in keys]
         return torch.cat([x.flatten() for x in keys])
+
+
+def frame_by_frame(stats: ops.TargetStatistics, site: Site) -> ops.TargetStatistics:
+    """Return the statistics with every frame of a video as a sample of its own, without their attention."""
+    if not site.frames:
+        return stats
+
+    def apart(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.unflatten(-1, (*site.frames, -1)).movedim(-2, 1).flatten(0, 1)
+
+    lse, logits, square = apart(stats.rest_lse), apart(stats.logits), apart(stats.rest_square)
+    assert lse is not None and logits is not None
+    return ops.TargetStatistics(lse.new_empty(*lse.shape, 0), lse, logits, square, None)
+
+
+def joined_frames(bias: Tensor, samples: int) -> Tensor:
+    """Return the bias of samples `[B,H,T,M]` of that of their frames."""
+    return bias.unflatten(0, (samples, -1)).movedim(1, -2).flatten(-2)
 
 
 def weight_keys(seed: int, layer: str, heads: int, targets: int, centres: tuple[int, int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -40,7 +41,8 @@ class DenseDiffusion(Method):
             occurrence), token ids or tuples of these to masks `[height, width]` of zeros and ones, as tensors, arrays
             or nested lists: all of one size, of the picture's proportions. One mapping for every prompt, or a list of
             one per prompt. Masks may overlap and leave cells free; a token that several name is the last one's. They
-            are resized to the latents and then to every layer's grid, to the nearest cell.
+            are resized to the latents and then to every layer's grid, to the nearest cell, and hold in every frame of a
+            video.
         layers: name prefixes or `by_downsampling(n)`, of cross- and self-attention. None takes all.
         edit_steps: the first steps to edit; an int counts them, a float is a share of the steps that the call runs,
             rounded down (but at least one step), and with the paper's convention of the noise schedule: the steps with
@@ -208,7 +210,8 @@ class _Modulating(Run):
             return text
         text = text[:, : self._text]
         if layer.text == "last":
-            return torch.cat([regions, text], 1)
+            image = regions.shape[1]
+            return torch.cat([F.pad(regions, (0, layer.text_start(image) - image)), text], 1)
         # The model's own tokens belong to no region.
         return torch.cat([F.pad(text, (layer.before, 0)), regions], 1)
 
@@ -239,7 +242,9 @@ class _Modulating(Run):
             bits = (masks.int() << torch.arange(len(row), dtype=torch.int32)[:, None]).sum(0, dtype=torch.int32)
             regions.append(bits)
             sizes.append(1 - self.method.area * self._shares(masks.double(), bits))
-        return tuple(torch.stack(x).repeat_interleave(self.call.images, 0) for x in (regions, sizes))  # type: ignore[return-value]
+        # In every frame of a video they are the same.
+        frames, images = math.prod(self.call.frames), self.call.images
+        return tuple(torch.stack(x).repeat(1, frames).repeat_interleave(images, 0) for x in (regions, sizes))  # type: ignore[return-value]
 
     def _shares(self, masks: Tensor, bits: Tensor) -> Tensor:
         """Return S of every image token, `[M]`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import KW_ONLY, FrozenInstanceError, dataclass, field, fields
+from dataclasses import KW_ONLY, FrozenInstanceError, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,8 +36,10 @@ from ..attach.scheduler import check_scheduler
 class GuidanceContext:
     """The facts that a guidance loss may use besides the maps.
 
+    Of a video every frame is a sample: an image of its prompt like any other.
+
     Attributes:
-        call: the pipeline call: prompts, images per prompt, current step.
+        call: the pipeline call: prompts, images per prompt (of a video all their frames), current step.
         token_ids: the tokens of the maps, `[B,n]` int64 on the maps' device, padded with -1 where a sample has fewer
             (its maps are zero there).
         grid: (height, width) of the maps.
@@ -137,7 +139,7 @@ MapGuidance.__setattr__ = set_own  # type: ignore[assignment, method-assign]
 
 
 class Point(NamedTuple):
-    """A place of the latents: loss `[B]`, its gradient, and the maps that it was computed from."""
+    """A place of the latents: loss `[B]`, of a video the frames' mean, its gradient, and the maps that it is of."""
 
     loss: Tensor
     gradient: Tensor
@@ -154,30 +156,48 @@ class MapRun(Run):
         rows = [list(range(call.prompts.length))] * call.prompts.count if positions is None else positions
         # Tensors of inference mode cannot be kept for a gradient.
         with torch.inference_mode(False), torch.no_grad():
-            self._context = GuidanceContext(call, padded(rows).repeat_interleave(call.images, 0), (0, 0))
-            self._context.prepared = method.prepare(call)
-        self._context.joint = bool(sites[0].layer.text)
+            self._token_ids = padded(rows)
+            self._context = self._of(call)
         self._ids: dict[tuple[int, ...], Tensor] = {}
         self._skipped: Tensor | None = None
+
+    def _of(self, call: Call) -> GuidanceContext:
+        """Return what the loss is told of a call."""
+        ids = self._token_ids.repeat_interleave(call.images, 0)
+        return GuidanceContext(call, ids, (0, 0), self.method.prepare(call), bool(self.sites[0].layer.text))
 
     def begin(self, evaluation: Evaluation) -> Tensor | None:
         """Return the tokens whose maps an evaluation is to give, `[B,n]`, or None for every token."""
         check_uncached(evaluation.model, type(self.method).__name__)
-        context, device = self._context, evaluation.latents.device
-        context.grid = self.sites[0].grid
+        call, site, device = self.call, self.sites[0], evaluation.latents.device
+        own = replace(call, images=call.images * site.frames[0]) if site.frames else call
+        if self._context.call.images != own.images:
+            # How many frames a video has is known from here on.
+            with torch.inference_mode(False), torch.no_grad():
+                self._context = self._of(own)
+        context = self._context
+        context.call, context.grid = own, site.grid
         with torch.inference_mode(False):
             context.token_ids = context.token_ids.to(device)
             samples = tuple(evaluation.samples)
             if samples not in self._ids:
-                self._ids[samples] = context.token_ids[list(samples)]
+                self._ids[samples] = self._token_ids.repeat_interleave(call.images, 0)[list(samples)].to(device)
         return None if self._every else self._ids[samples]
+
+    def _views(self, maps: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps `[samples,n,M]` that the loss is asked for one after the other; a frame is a sample.
+
+        A pipeline that denoises several views at a time (panorama) has more rows than samples.
+        """
+        views = maps.split(self.call.samples)
+        if not (frames := self.sites[0].frames):
+            return views
+        return tuple(view.unflatten(2, (*frames, -1)).movedim(2, 1).flatten(0, 1) for view in views)
 
     def point(self, latents: Tensor, maps: Tensor, *, keep: bool = False) -> Point:
         """Return the loss of the maps and its gradient by the latents that they came from; `keep` keeps the graph."""
-        method, samples = self.method, self.call.samples
+        method, views = self.method, self._views(maps)
         name = type(method).__name__
-        # A pipeline that denoises several views at a time (panorama) has more rows than samples.
-        views = [maps] if len(maps) == samples else maps.split(samples)
         with _full_precision(latents.device.type):
             losses = [method.loss(view, self._context) for view in views]
         for loss, view in zip(losses, views, strict=True):
@@ -187,8 +207,9 @@ class MapRun(Run):
             if not loss.requires_grad:
                 raise ValueError(f"the loss of {name} does not depend on the maps, so it cannot guide the latents")
         loss = losses[0] if len(losses) == 1 else torch.cat(losses)
+        # Every frame moves as a picture would, by the gradient of its own loss.
         (gradient,) = torch.autograd.grad(loss.sum(), latents, retain_graph=keep)
-        return Point(loss.detach(), gradient, maps.detach())
+        return Point(loss.detach().unflatten(0, (len(maps), -1)).mean(1), gradient, maps.detach())
 
     def finite(self, point: Point) -> Tensor:
         """Return which samples have a finite loss and gradient, `[B]`; the others are counted."""
@@ -200,7 +221,7 @@ class MapRun(Run):
     @torch.no_grad()
     def look(self, point: Point) -> None:
         """Have the method look at the last maps of a step."""
-        for view in point.maps.split(self.call.samples):
+        for view in self._views(point.maps):
             self.method.after_step(view, self._context)
 
     def end(self) -> None:

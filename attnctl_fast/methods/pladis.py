@@ -51,7 +51,7 @@ class PLADIS(Method):
         if any(layer.text for layer in layers):
             raise ValueError(
                 f"the pipeline has a {family_of(pipe).model}, but PLADIS is for layers that attend to the text by "
-                "itself (UNets, PixArt, Sana, HunyuanDiT)"
+                "itself (UNets, PixArt, Sana, HunyuanDiT, Wan)"
             )
 
     def start(self, call: Call, sites: list[Site]) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
+from ._heads import Grouped
 from ._library import composite, differentiable, differentiated, launcher, may_hold_map, without_autocast
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -380,8 +382,9 @@ def attention(
 
     Args:
         q: queries `[B,H,M,d]`, float16, bfloat16, float32 or float64, any strides.
-        k: keys `[B,H,N,d]`, of the dtype and device of q.
-        v: values `[B,H,N,d]`, likewise.
+        k: keys `[B,H,N,d]`, of the dtype and device of q; or with fewer heads, each of which is that of as many of q's
+            that stand together (grouped-query attention): as in all operations, without a copy for every head.
+        v: values, likewise.
         scale: factor of the logits, 1/sqrt(d) by default.
         key_bias: what is added to the scaled logits of every column, `[B,N]`, any float dtype, used in float32 (float64
             for float64 inputs); -inf masks a column. A constant: it has no gradient.
@@ -395,9 +398,15 @@ def attention(
         ValueError: shapes, dtypes or devices that do not fit, an empty dimension, a key_bias that requires a gradient
             or holds NaN or +inf (read on a CPU only), or (Triton) float64 or a head width outside 8..256.
     """
-    check_qkv(q, k, v)
+    grouped = check_qkv(q, k, v)
     key_bias = check_key_bias(key_bias, k)
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
+    if grouped:
+        heads = Grouped(q, k)
+        given = heads.queries(q), heads.keys(k), heads.keys(v)
+        how: dict[str, Any] = {"scale": scale, "key_bias": heads.samples(key_bias), "impl": impl}
+        out, lse = attention(*given, **how, return_lse=True) if return_lse else (attention(*given, **how), None)
+        return (heads.whole(out), heads.whole(lse)) if return_lse else heads.whole(out)
     if impl == "triton":
         check_kernel_limits(q)
         out, lse = _attention_triton(q, k, v, key_bias, scale)

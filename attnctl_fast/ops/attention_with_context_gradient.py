@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
+from ._heads import Grouped
 from ._library import composite, differentiable, differentiated, launcher, opaque, without_autocast
 from .attention import attend
 
@@ -226,16 +228,23 @@ def attention_with_context_gradient(
         impl: `"triton"`, `"eager"` or `"reference"`; None for the default (see `attnctl_fast.use`).
 
     Returns:
-        out `[B,H,M,d]` in q's dtype, and update `[B,H,N,d]` in float32 (float64 for float64 inputs).
+        out `[B,H,M,d]` in q's dtype, and update `[B,H,N,d]` in float32 (float64 for float64 inputs), of keys with fewer
+        heads than q the sum over the heads that share one.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an empty dimension, or (Triton) float64 or a head width
             outside 8..256.
     """
-    check_qkv(q, k, v)
+    grouped = check_qkv(q, k, v)
     key_bias = check_key_bias(key_bias, k)
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
     query_weight = check_query_weight(query_weight, q)
+    if grouped:
+        heads = Grouped(q, k)
+        how: dict[str, Any] = {"query_weight": heads.samples(query_weight), "key_bias": heads.samples(key_bias)}
+        given = heads.queries(q), heads.keys(k), heads.keys(v)
+        out, update = attention_with_context_gradient(*given, **how, scale=scale, impl=impl)
+        return heads.whole(out), heads.of_keys(update)
     if impl == "triton":
         check_kernel_limits(q)
         return _triton(q, k, v, query_weight, key_bias, scale)

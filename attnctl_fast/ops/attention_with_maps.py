@@ -21,6 +21,7 @@ from .._validate import (
     check_scale,
     check_tokens,
 )
+from ._heads import Grouped
 from ._library import composite, differentiable, launcher, may_hold_map, without_autocast
 
 # Numbers of the map that are held at a time: about what the caches of two cores hold in float32.
@@ -293,10 +294,16 @@ def attention_with_maps(
             twice; another `reduce`; or (Triton) float64 or a head width outside 8..256. Ids on an accelerator are
             trusted, for reading them would synchronise.
     """
-    check_qkv(q, k, v)
+    grouped = check_qkv(q, k, v)
     check_reduce(reduce)
     ids, key_bias = check_tokens(token_ids, k), check_key_bias(key_bias, k)
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
+    if grouped:
+        heads = Grouped(q, k)
+        how: dict[str, Any] = {"reduce": reduce, "scale": scale, "key_bias": heads.samples(key_bias), "impl": impl}
+        given = heads.queries(q), heads.keys(k), heads.keys(v), heads.samples(ids)
+        out, maps = attention_with_maps(*given, **how)
+        return heads.whole(out), heads.whole(maps) if reduce == "none" else heads.mean(maps)
     if impl == "triton":
         check_kernel_limits(q)
         slots = None if ids is None else _slots(ids, k.shape[2])

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from .._impl import resolve
 from .._validate import TokenIds, check_kernel_limits, check_key_bias, check_qkv, check_scale, check_targets
+from ._heads import Grouped
 from ._library import composite, differentiable, launcher, made, may_hold_map
 from .attention import attend, attend_only
 from .merge_targets import check_bias, merge_targets_op
@@ -105,13 +106,19 @@ def biased_attention(
     Raises:
         ValueError: as `target_statistics`, or a bias that does not fit.
     """
-    check_qkv(q, k, v)
+    grouped = check_qkv(q, k, v)
     key_bias = check_key_bias(key_bias, k)
     targets, pinned = check_targets(target_ids, pinned_ids, k)
     scale = check_scale(scale, q.shape[3])
     wide = torch.promote_types(q.dtype, torch.float32)
     bias = check_bias(bias, (*q.shape[:2], targets.shape[-1], q.shape[2]), q.device, wide)
     impl, inside = resolve(impl, q.device), scale if bias_inside_scale else 1.0
+    if grouped:
+        heads = Grouped(q, k)
+        given = heads.queries(q), heads.keys(k), heads.keys(v), heads.queries(bias), heads.samples(targets)
+        how: dict[str, Any] = {"scale": scale, "bias_inside_scale": bias_inside_scale, "impl": impl}
+        found = biased_attention(*given, pinned_ids=heads.samples(pinned), key_bias=heads.samples(key_bias), **how)
+        return heads.whole(found)
     if impl == "triton":
         check_kernel_limits(q, targets.shape[-1] + pinned.shape[-1])
         return biased_attention_triton(q, k, v, bias, targets, pinned, key_bias, scale, inside, 0, [])

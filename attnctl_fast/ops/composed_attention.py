@@ -13,6 +13,7 @@ from torch.autograd import Function
 from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
+from ._heads import Grouped
 from ._library import differentiated, launcher, once_differentiable, opaque
 from .attention import attend_only
 
@@ -151,12 +152,19 @@ def composed_attention(
     """
     if len(ks) != len(vs) or not ks:
         raise ValueError(f"there are {len(ks)} keys and {len(vs)} values; pass one of each per context, at least one")
-    for k, v in zip(ks, vs, strict=True):
-        check_qkv(q, k, v)
+    grouped = [check_qkv(q, k, v) for k, v in zip(ks, vs, strict=True)]
+    if len({k.shape[1] for k in ks}) > 1:
+        raise ValueError(f"ks have {[k.shape[1] for k in ks]} heads; give the keys of all contexts as many")
     if key_bias is not None and len(key_bias) != len(ks):
         raise ValueError(f"key_bias holds {len(key_bias)} for {len(ks)} contexts; pass one, or None, per context")
     given = [None] * len(ks) if key_bias is None else key_bias
     biases = [check_key_bias(x, k, f"key_bias[{i}]") for i, (x, k) in enumerate(zip(given, ks, strict=True))]
+    if grouped[0]:
+        heads = Grouped(q, ks[0])
+        of_k, of_v = ([heads.keys(x) for x in every] for every in (ks, vs))
+        own = [heads.samples(x) for x in biases]
+        found = composed_attention(heads.queries(q), of_k, of_v, weights, scale=scale, key_bias=own, impl=impl)
+        return heads.whole(found)
     if isinstance(weights, Tensor):
         if weights.shape != (len(ks),):
             raise ValueError(f"weights has shape {tuple(weights.shape)} for {len(ks)} contexts; pass one per context")

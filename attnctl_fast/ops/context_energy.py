@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._impl import resolve
 from .._validate import check_key_bias, check_qkv, check_scale
+from ._heads import Grouped
 from ._library import may_hold_map, without_autocast
 from .attention import attention
 from .context_update import flat_keys
@@ -62,13 +63,15 @@ def context_energy(
     Raises:
         ValueError: as `attention`.
     """
-    check_qkv(k, q, q)
+    heads = Grouped(q, k) if check_qkv(q, k, k) else None
     key_bias = check_key_bias(key_bias, k)
-    if resolve(impl, q.device) == "eager" and may_hold_map(q, k):
-        lse = _logsumexp(q, k, check_scale(scale, q.shape[3]))
+    queries, keys = (q, k) if heads is None else (heads.queries(q), heads.keys(k))
+    if resolve(impl, q.device) == "eager" and may_hold_map(queries, keys):
+        lse = _logsumexp(queries, keys, check_scale(scale, q.shape[3]))
     else:
         # Whatever the values; detached, for torch.compile takes no tensor twice.
-        _, lse = attention(k, q, q.detach(), scale=scale, return_lse=True, impl=impl)
+        _, lse = attention(keys, queries, queries.detach(), scale=scale, return_lse=True, impl=impl)
+    lse = lse if heads is None else heads.whole(lse)
     if key_bias is not None:
         masked = key_bias.isneginf()
         # A column's bias, the same for all image tokens, is a summand of its logsumexp.

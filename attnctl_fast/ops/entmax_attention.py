@@ -12,6 +12,7 @@ from torch.autograd import Function
 from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
+from ._heads import Grouped
 from ._library import differentiated, launcher, once_differentiable, opaque
 
 # Of Newton's method: for up to 512 columns, five left 1e-6 and six a rounding of float32 in all that was tried.
@@ -120,13 +121,17 @@ def entmax_attention(
         ValueError: shapes, dtypes or devices that do not fit; with `"triton"`, inputs that require a gradient, or more
             than 512 columns.
     """
-    check_qkv(q, k, v)
+    grouped = check_qkv(q, k, v)
     key_bias = check_key_bias(key_bias, k)
     if not isinstance(weight, Tensor) and not math.isfinite(weight):
         raise ValueError(f"weight is {weight}; it must be finite")
     if isinstance(weight, Tensor) and weight.ndim:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be one number, a 0-d tensor")
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
+    if grouped:
+        heads = Grouped(q, k)
+        how: dict[str, Any] = {"weight": weight, "scale": scale, "key_bias": heads.samples(key_bias), "impl": impl}
+        return heads.whole(entmax_attention(heads.queries(q), heads.keys(k), heads.keys(v), **how))
     if impl == "triton":
         check_kernel_limits(q)
         if differentiated(q, k, v):

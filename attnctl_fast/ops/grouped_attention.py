@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
+from ._heads import Grouped
 from ._library import composite, differentiable, launcher, without_autocast
 from .attention import masked_backward, masked_forward
 
@@ -256,7 +257,7 @@ def grouped_attention(
             or (Triton) float64, a head width outside 8..256 or more than 32 groups. Groups on an accelerator are
             trusted, for reading them would synchronise.
     """
-    check_qkv(q, k, v)
+    grouped = check_qkv(q, k, v)
     key_bias = check_key_bias(key_bias, k)
     if allowed.dtype != torch.bool or allowed.ndim != 2 or allowed.shape[0] != allowed.shape[1] or not allowed.numel():
         raise ValueError(
@@ -268,6 +269,12 @@ def grouped_attention(
     _check_groups("row_groups", row_groups, q, q.shape[2], allowed.shape[0])
     _check_groups("column_groups", column_groups, q, k.shape[2], allowed.shape[0])
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
+    if grouped:
+        heads = Grouped(q, k)
+        every = heads.queries(q), heads.keys(k), heads.keys(v), heads.samples(row_groups), heads.samples(column_groups)
+        how: dict[str, Any] = {"scale": scale, "key_bias": heads.samples(key_bias), "impl": impl}
+        out, lse = grouped_attention(*every, allowed, **how, return_lse=True)
+        return (heads.whole(out), heads.whole(lse)) if return_lse else heads.whole(out)
     if impl == "triton":
         check_kernel_limits(q)
         if allowed.shape[0] > KERNEL_GROUPS:

@@ -20,6 +20,7 @@ from .._validate import (
     check_reduce,
     check_scale,
 )
+from ._heads import Grouped
 from ._library import composite, differentiable, launcher, may_hold_columns, without_autocast
 from .attention import gather_columns, gather_key_bias
 
@@ -225,10 +226,16 @@ def maps_from_lse(
             twice; another `reduce`; or (Triton) float64 or a head width outside 8..256. Ids on an accelerator are
             trusted, for reading them would synchronise.
     """
-    check_qkv(q, k, k)
+    grouped = check_qkv(q, k, k)
     check_reduce(reduce)
     ids, lse, key_bias = check_columns(token_ids, k), check_lse(lse, q), check_key_bias(key_bias, k)
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
+    if grouped:
+        heads = Grouped(q, k)
+        how: dict[str, Any] = {"reduce": reduce, "scale": scale, "key_bias": heads.samples(key_bias), "impl": impl}
+        given = heads.queries(q), heads.keys(k), heads.queries(lse), heads.samples(ids)
+        maps = maps_from_lse(*given, **how)
+        return heads.whole(maps) if reduce == "none" else heads.mean(maps)
     if impl == "triton":
         check_kernel_limits(q)
         return _triton(q, k, lse, ids, key_bias, reduce == "none", scale)

@@ -9,6 +9,7 @@ from .. import reference
 from .._impl import resolve
 from .._validate import TokenIds, check_dtype, check_kernel_dtype, check_kernel_limits, check_targets
 from ..reference import NO_COLUMNS
+from ._heads import Grouped
 from ._library import composite, differentiable, launcher
 from .attention import gather_columns
 from .target_statistics import TargetStatistics, joint_lse
@@ -90,7 +91,7 @@ def merge_targets(
 
     Args:
         stats: from `target_statistics` with the same ids.
-        v: the values `[B,H,N,d]`.
+        v: the values `[B,H,N,d]`, or with fewer heads as for `attention`.
         target_ids: as given to `target_statistics`.
         bias: what is added to the scaled logits of the targets, `[B,H,T,M]`; None for the unedited output.
         pinned_ids: as given to `target_statistics`. A pinned column is put back to its unedited probability, and the
@@ -104,7 +105,7 @@ def merge_targets(
         ValueError: a bias, ids or values that do not fit the statistics.
     """
     of_v, of_rest = v.shape, stats.rest_out.shape
-    if len(of_v) != 4 or of_v[0] != of_rest[0] or of_v[1] != of_rest[1] or of_v[3] != of_rest[3]:
+    if len(of_v) != 4 or of_v[0] != of_rest[0] or of_rest[1] % of_v[1] or of_v[3] != of_rest[3]:
         raise ValueError(f"v has shape {tuple(v.shape)}, which does not fit rest_out {tuple(stats.rest_out.shape)}")
     if not v.dtype.is_floating_point or v.device != stats.rest_out.device:
         raise ValueError(f"v is {v.dtype} on {v.device}; it must be a float tensor on {stats.rest_out.device}")
@@ -122,6 +123,11 @@ def merge_targets(
         )
     if bias is not None:
         bias = check_bias(bias, stats.logits.shape, stats.logits.device, stats.logits.dtype)
+    if of_v[1] != of_rest[1]:
+        heads = Grouped(stats.rest_out, v)
+        given = TargetStatistics(*(heads.queries(x) for x in stats)), heads.keys(v), heads.samples(targets)
+        found = merge_targets(*given, heads.queries(bias), pinned_ids=heads.samples(pinned), impl=impl)
+        return heads.whole(found)
     pinned_logits = stats.logits[:, :, :0] if stats.pinned_logits is None else stats.pinned_logits
     arguments = (stats.rest_out, stats.rest_lse, stats.logits, pinned_logits, v)
     impl = resolve(impl, v.device)

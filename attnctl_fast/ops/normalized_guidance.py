@@ -170,8 +170,7 @@ def normalized_guidance(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a number out of range.
     """
-    check_qkv(q, k, v)
-    check_qkv(q, k_negative, v_negative)
+    grouped = check_qkv(q, k, v) | check_qkv(q, k_negative, v_negative)
     check_guidance(scale, tau, alpha, norm)
     biases = [
         check_key_bias(key_bias, k),
@@ -182,6 +181,14 @@ def normalized_guidance(
     factor, impl = check_scale(softmax_scale, q.shape[3]), resolve(impl, q.device)
     texts = ((k, v, biases[0]), (k_negative, v_negative, biases[1]))
     parts = () if shared is None else shared
+    if grouped:
+        # The norms are those of all heads, so that groups cannot be samples.
+        attended = []
+        for keys, values, bias in texts:
+            out, lse = attention(q, keys, values, scale=factor, key_bias=bias, return_lse=True, impl=impl)
+            attended.append(out if shared is None else _merged(out.to(lse.dtype), lse, shared).to(q.dtype))
+        positive, negative = attended
+        return guided(positive, negative, scale=scale, tau=tau, alpha=alpha, norm=norm, impl=impl)
     if impl == "reference":
         found = reference.normalized_guidance(
             q, k, v, k_negative, v_negative, scale, tau, alpha, norm, factor, biases, shared

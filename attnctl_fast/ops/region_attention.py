@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import reference
 from .._impl import resolve
 from .._validate import check_dtype, check_kernel_limits, check_key_bias, check_qkv, check_scale
+from ._heads import Grouped
 from ._library import composite, differentiated, launcher, opaque
 
 # Logits that are in memory at once: on a CPU what its caches hold.
@@ -123,7 +124,7 @@ def region_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; with `"triton"`, inputs that require a gradient.
     """
-    check_qkv(q, k, v)
+    grouped = check_qkv(q, k, v)
     key_bias = check_key_bias(key_bias, k)
     _check_regions("row_regions", row_regions, q, q.shape[2])
     _check_regions("column_regions", column_regions, q, k.shape[2])
@@ -135,6 +136,12 @@ def region_attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     weight = check_dtype("weight", weight, wide)
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
+    if grouped:
+        heads = Grouped(q, k)
+        every = heads.queries(q), heads.keys(k), heads.keys(v)
+        of_samples = (heads.samples(x) for x in (row_regions, column_regions, weight))
+        found = region_attention(*every, *of_samples, scale=scale, key_bias=heads.samples(key_bias), impl=impl)
+        return heads.whole(found)
     if impl == "triton":
         check_kernel_limits(q)
         if differentiated(q, k, v, weight):

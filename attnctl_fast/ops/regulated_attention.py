@@ -16,6 +16,7 @@ from .._validate import (
     check_scale,
     check_targets,
 )
+from ._heads import Grouped
 from .biased_attention import biased_attention, biased_attention_triton
 from .gaussian_bias import Sigma, basis_shape, check_theta, gaussian_bias, kernel_axes
 
@@ -61,12 +62,27 @@ def regulated_attention(
     Raises:
         ValueError: as `biased_attention` and `gaussian_bias`, or a grid that does not match M.
     """
-    check_qkv(q, k, v)
+    grouped = check_qkv(q, k, v)
     grid = check_grid(grid, q.shape[2])
     targets, pinned = check_targets(target_ids, pinned_ids, k)
     impl = resolve(impl, q.device)
     check_theta(theta, (*q.shape[:2], targets.shape[-1]), basis_shape(grid, sigma, centres))
     theta = check_dtype("theta", theta, torch.promote_types(q.dtype, torch.float32))
+    if grouped:
+        heads, key_bias = Grouped(q, k), check_key_bias(key_bias, k)
+        given = heads.queries(q), heads.keys(k), heads.keys(v), heads.queries(theta), heads.samples(targets)
+        found = regulated_attention(
+            *given,
+            grid,
+            sigma=sigma,
+            centres=centres,
+            pinned_ids=heads.samples(pinned),
+            scale=scale,
+            key_bias=heads.samples(key_bias),
+            bias_inside_scale=bias_inside_scale,
+            impl=impl,
+        )
+        return heads.whole(found)
     if impl == "triton":
         key_bias = check_key_bias(key_bias, k)
         scale = check_scale(scale, q.shape[3])

@@ -11,6 +11,7 @@ from .. import reference
 from .._impl import resolve
 from .._validate import TokenIds, check_kernel_limits, check_key_bias, check_qkv, check_scale, check_targets
 from ..reference import NO_COLUMNS
+from ._heads import Grouped
 from ._library import composite, differentiable, launcher, made
 from .attention import attention_without, gather_columns, gather_key_bias
 
@@ -148,10 +149,24 @@ def target_statistics(
             pinned; or (Triton) float64, a head width outside 8..256, or more than 64 target and pinned tokens. Ids on
             an accelerator are trusted, for reading them would synchronise.
     """
-    check_qkv(q, k, v)
+    grouped = check_qkv(q, k, v)
     key_bias = check_key_bias(key_bias, k)
     targets, pinned = check_targets(target_ids, pinned_ids, k)
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
+    if grouped:
+        heads = Grouped(q, k)
+        found = target_statistics(
+            heads.queries(q),
+            heads.keys(k),
+            heads.keys(v),
+            heads.samples(targets),
+            pinned_ids=heads.samples(pinned),
+            scale=scale,
+            key_bias=heads.samples(key_bias),
+            with_square=with_square,
+            impl=impl,
+        )
+        return TargetStatistics(*(heads.whole(x) for x in found))
     if impl == "triton":
         check_kernel_limits(q, targets.shape[-1] + pinned.shape[-1])
         rest_out, rest_lse, logits, square, of_pinned = _triton(q, k, v, targets, pinned, key_bias, scale, with_square)

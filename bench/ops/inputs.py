@@ -85,6 +85,7 @@ def fenced(x: Tensor) -> Tensor:
 class Case:
     """One set of inputs.
 
+    keys: how many heads k and v have, each for as many of q's; None for as many as q.
     ids: one row for all samples, or one per sample.
     raised: the amplitude of the bias.
     strided: as a layer's projections give them, else fenced in by NaN.
@@ -102,6 +103,7 @@ class Case:
     pinned: Ids = ((0, 12),)
     batch: int = 1
     heads: int = 2
+    keys: int | None = None
     sharp: float = 1.0
     raised: float = 3.0
     strided: bool = False
@@ -176,13 +178,9 @@ class Case:
 
     def _qkv(self) -> Tensors:
         shape = (self.batch, self.heads, self.m, self.n, self.d)
-        return dict(
-            zip(
-                "qkv",
-                attention_inputs(*shape, self.dtype, self.sharp, strided=self.strided, device=self.device),
-                strict=True,
-            )
-        )
+        made = attention_inputs(*shape, self.dtype, self.sharp, strided=self.strided, device=self.device)
+        kept = [slice(None), *[slice(self.keys)] * 2]
+        return {name: x[:, heads] for name, x, heads in zip("qkv", made, kept, strict=True)}
 
     def _edits(self) -> Tensors:
         """NaN where a target is padding."""
@@ -217,7 +215,8 @@ class Case:
         q, k, _ = self._qkv().values()
         key_bias = self._key_bias().get("key_bias")
         added = 0.0 if key_bias is None else key_bias.double().unsqueeze(1)
-        heads = zip(q.double().unbind(1), k.double().unbind(1), strict=True)
+        each = q.shape[1] // k.shape[1]
+        heads = zip(q.double().unbind(1), (x for x in k.double().unbind(1) for _ in range(each)), strict=True)
         lse = [torch.logsumexp((a @ b.mT).mul_(self.scale).add_(added), -1) for a, b in heads]
         return {"lse": torch.stack(lse, 1).float()}
 

@@ -19,7 +19,14 @@ from tests.support import tiny_transformers as tiny
 
 PROMPT = "a photo of an octopus and a pineapple and a bag, an apple"
 T5 = tiny.T5_LENGTH
-LENGTHS = {"sd3": 16 + T5, "hunyuan": 77 + 256, "flux2": T5 + 8, "flux2_klein": T5 + 8, "lumina2": 48}
+LENGTHS = {
+    "sd3": 16 + T5,
+    "hunyuan": 77 + 256,
+    "flux2": T5 + 8,
+    "flux2_klein": T5 + 8,
+    "lumina2": 48,
+    "zimage": T5 + 16,
+}
 
 pipeline = cache(tiny.pipeline)
 
@@ -30,7 +37,8 @@ def prompts(kind: str, *texts: str, pipe: Any = None, length: int | None = None,
     if kind == "sana":
         arguments.setdefault("complex_human_instruction", tiny_text.INSTRUCTION)
     length = length or LENGTHS.get(kind, T5)
-    arguments.setdefault("max_sequence_length", length if kind.startswith("flux2") else T5)
+    limit = LENGTHS[kind] if kind == "zimage" else T5
+    arguments.setdefault("max_sequence_length", length if kind.startswith("flux2") else limit)
     family = next(family for family in FAMILIES if family.name == kind.split("_")[0])
     return Prompts(family.segments(pipe, arguments, length), len(texts) or 1, length)
 
@@ -40,6 +48,7 @@ class Output(tuple):
 
     hidden_states: list[torch.Tensor]
     pooler_output: torch.Tensor
+    last_hidden_state: torch.Tensor
 
 
 class Echo(torch.nn.Module):
@@ -51,11 +60,11 @@ class Echo(torch.nn.Module):
         self.projects = hasattr(encoder, "text_projection")
         self.dtype, self.device = torch.float32, torch.device("cpu")
 
-    def forward(self, input_ids: torch.Tensor, **options: Any) -> Output:
+    def forward(self, input_ids: torch.Tensor, *_: Any, **options: Any) -> Output:
         features = input_ids[..., None].float().expand(-1, -1, self.width)
         pooled = features[:, 0]
         output = Output((pooled if self.projects else features,))
-        output.hidden_states, output.pooler_output = [features] * 3, pooled
+        output.hidden_states, output.pooler_output, output.last_hidden_state = [features] * 3, pooled, features
         return output
 
 
@@ -71,11 +80,12 @@ def encoded(kind: str, pipe: Any, text: str) -> torch.Tensor:
     """The token that every column of the pipeline's own text is of."""
     given: dict[str, Any] = {"prompt": text, "prompt_2": None, "prompt_3": None, "max_sequence_length": T5}
     given |= {"complex_human_instruction": tiny_text.INSTRUCTION, "device": torch.device("cpu")}
-    given |= {"text_encoder_out_layers": (0, 1, 2), **({"max_sequence_length": 48} if kind == "lumina2" else {})}
+    longer = {"max_sequence_length": LENGTHS[kind]} if kind in ("lumina2", "zimage") else {}
+    given |= {"text_encoder_out_layers": (0, 1, 2), **longer}
     known = inspect.signature(type(pipe).encode_prompt).parameters
     given = {name: value for name, value in given.items() if name in known}
     if kind != "hunyuan":
-        return pipe.encode_prompt(**given)[0][0, :, 0]
+        return pipe.encode_prompt(**given)[0][0][:, 0]
     parts = [pipe.encode_prompt(**given | {"max_sequence_length": None, "text_encoder_index": i})[0] for i in (0, 1)]
     return torch.cat([part[0, :, 0] for part in parts])
 
@@ -113,6 +123,8 @@ PLACES["cogview4"] = {word: [place + 8 for place in places] for word, places in 
 # Behind the chat's beginning, and before its end: 8 and 1 tokens behind padding to 32 columns; 3 tokens.
 PLACES["flux2"] = {word: [place + 15 for place in places] for word, places in PLACES["pixart"].items()}
 # A start, and 18 tokens of the system's message.
+PLACES["wan"] = PLACES["pixart"]
+PLACES["zimage"] = {word: [place + 3 for place in places] for word, places in PLACES["pixart"].items()}
 PLACES["lumina2"] = {word: [place + 19 for place in places] for word, places in PLACES["pixart"].items()}
 PLACES["flux2_klein"] = {word: [place + 3 for place in places] for word, places in PLACES["pixart"].items()}
 
@@ -243,6 +255,8 @@ SPECIAL = {
     "flux2": [],
     "flux2_klein": [],
     "lumina2": [0],
+    "wan": [2],
+    "zimage": [],
 }
 OWN = {
     "sana": [[1, 2]],
@@ -251,6 +265,7 @@ OWN = {
     "cogview4": [[22, 23]],
     "flux2": [[29, 30]],
     "flux2_klein": [[3, 4]],
+    "zimage": [[3, 4]],
     "lumina2": [[19, 20]],
 }
 

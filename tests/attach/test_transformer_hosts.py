@@ -37,8 +37,8 @@ METHODS: dict[str, Any] = {
     "regions": ac.DenseDiffusion({1: [[1, 0]] * 2, 3: [[0, 1]] * 2}, edit_steps=1.0),
 }
 # What is tried of these by default is in `mostly`.
-LATER = ("qwen", "auraflow", "cogview4", "flux2", "flux2_klein", "lumina2")
-DECODERS = ("sana", "qwen", "cogview4", "flux2", "flux2_klein", "lumina2")
+LATER = ("qwen", "auraflow", "cogview4", "flux2", "flux2_klein", "lumina2", "wan", "zimage")
+DECODERS = ("sana", "qwen", "cogview4", "flux2", "flux2_klein", "lumina2", "zimage")
 kinds = pytest.mark.parametrize("kind", [full(kind) if kind in LATER else kind for kind in tiny.KINDS])
 methods = pytest.mark.parametrize("method", METHODS)
 
@@ -61,7 +61,10 @@ each = pytest.mark.parametrize(("kind", "method"), mostly(METHODS))
 
 
 def under(kind: str, pipe: Any, method: str, **options: Any) -> Tensor:
-    with ac.control(pipe, METHODS[method]):
+    with ac.control(pipe, METHODS[method]) as handle:
+        if kind == "zimage" and "prompt_embeds" in options:
+            # Of which its pipeline does not speak.
+            handle.begin(**{name: x for name, x in options.items() if name.endswith("_embeds")})
         return call(kind, pipe, **options)
 
 
@@ -73,7 +76,8 @@ def test_no_trace_after_use_exceptions_and_interrupts(kind: str, method: str) ->
     assert not torch.allclose(edited, plain, atol=1e-3)
     assert snapshot(pipe) == before and torch.equal(call(kind, pipe), plain)
     for error in (Stop, KeyboardInterrupt):
-        last = getattr(pipe.transformer, "proj_out", None) or pipe.transformer.norm_out
+        ends = ("norm_out", "all_final_layer.2-1")
+        last = next(module for name, module in pipe.transformer.named_modules() if name in ends)
         hook = last.register_forward_hook(_raising(error))
         with pytest.raises(error), ac.control(pipe, METHODS[method]):
             call(kind, pipe)
@@ -138,7 +142,7 @@ def add_lora(pipe: Any) -> None:
         pipe.transformer.add_adapter(config)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "sana"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "sana", full("wan"), full("zimage")])
 @methods
 def test_lora_before_and_after(kind: str, method: str) -> None:
     before, after = tiny.pipeline(kind), tiny.pipeline(kind)
@@ -152,7 +156,7 @@ def test_lora_before_and_after(kind: str, method: str) -> None:
         assert torch.equal(call(kind, after), expected)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "pixart_sigma"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "pixart_sigma", full("wan"), full("zimage")])
 @methods
 def test_offloading(kind: str, method: str) -> None:
     accelerate = pytest.importorskip("accelerate")
@@ -195,7 +199,7 @@ def test_another_attention_backend(kind: str, method: str, monkeypatch: pytest.M
 GRAPHS = [
     # Lumina 2 makes lists of lengths, which is no graph.
     *itertools.product([kind for kind in tiny.KINDS if kind != "lumina2"], ["regulation", "regions"], ["wrapped"]),
-    *itertools.product(["flux", "chroma", "qwen", "flux2"], ["regulation", "regions"], ["blocks"]),
+    *itertools.product(["flux", "chroma", "qwen", "flux2", "wan", "zimage"], ["regulation", "regions"], ["blocks"]),
 ]
 BY_DEFAULT = [
     ("sd3", "regulation", "wrapped"),
@@ -217,7 +221,8 @@ def test_one_graph(kind: str, method: str, place: str) -> None:
         torch.testing.assert_close(under(kind, pipe, method), first, rtol=0, atol=0)
     assert count == len(graphs)
     # Evaluations with and without the prompt, and blocks with and without an edit, are different code.
-    assert count <= (2 * plain if kind in ("chroma", "cogview4", "flux2_klein") or place == "blocks" else plain)
+    apart = kind in ("chroma", "cogview4", "flux2_klein", "wan")
+    assert count <= plain * (1 + apart + (place == "blocks"))
     torch.testing.assert_close(first, expected, rtol=0, atol=1e-4 * max(1.0, float(expected.abs().max())))
 
 
@@ -241,7 +246,11 @@ def test_prompt_embeddings(kind: str) -> None:
     torch.testing.assert_close(call(kind, pipe, prompt=None, **given), plain, rtol=0, atol=atol)
     found = under(kind, pipe, "regulation", prompt=None, **given)
     torch.testing.assert_close(found, under(kind, pipe, "regulation"), rtol=0, atol=atol)
-    with ac.control(pipe, ac.AttentionRegulation(["bag"])), pytest.raises(ValueError, match="token ids"):
+    with ac.control(pipe, ac.AttentionRegulation(["bag"])) as handle, pytest.raises(ValueError, match="token ids"):
+        if kind == "zimage":
+            with pytest.raises(ValueError, match="pass the contexts that the model will be given"):
+                handle.begin(prompt_embeds=given["prompt_embeds"][0][None])
+            handle.begin(**given)
         call(kind, pipe, prompt=None, **given)
 
 
@@ -260,8 +269,11 @@ def embeddings(kind: str, pipe: Any) -> dict[str, Any]:
     if kind == "qwen":
         embeds, _ = pipe.encode_prompt(tiny.PROMPT)
         return {"prompt_embeds": embeds}
-    if kind == "cogview4":
-        return dict(zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt(tiny.PROMPT), strict=True))
+    if kind in ("cogview4", "wan", "zimage"):
+        options = length if kind == "wan" else {}
+        return dict(
+            zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt(tiny.PROMPT, **options), strict=True)
+        )
     if kind == "hunyuan":
         found: dict[str, Any] = {}
         for index, end in ((0, ""), (1, "_2")):
@@ -292,6 +304,7 @@ def embeddings(kind: str, pipe: Any) -> dict[str, Any]:
         ("auraflow", "AuraFlowPipeline", "AuraFlowTransformer2DModel"),
         ("cogview4", "CogView4Pipeline", "CogView4Transformer2DModel"),
         ("lumina2", "Lumina2Pipeline", "Lumina2Transformer2DModel"),
+        ("zimage", "ZImagePipeline", "ZImageTransformer2DModel"),
         ("flux2", "Flux2Pipeline", "Flux2Transformer2DModel"),
         ("flux", "FluxPipeline", "FluxTransformer2DModel"),
         ("sd3", "StableDiffusion3Pipeline", "SD3Transformer2DModel"),
@@ -314,7 +327,15 @@ def test_what_an_architecture_rules_out(kind: str, cls: str, model: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("cls", "kind"), [("QwenImageLayeredPipeline", "qwen"), ("Flux2KleinKVPipeline", "flux2_klein")]
+    ("cls", "kind"),
+    [
+        ("QwenImageLayeredPipeline", "qwen"),
+        ("Flux2KleinKVPipeline", "flux2_klein"),
+        ("WanImageToVideoPipeline", "wan"),
+        ("ZImageOmniPipeline", "zimage"),
+        ("ZImageControlNetPipeline", "zimage"),
+        ("ZImageControlNetInpaintPipeline", "zimage"),
+    ],
 )
 def test_pipelines_whose_pictures_lie_elsewhere(cls: str, kind: str) -> None:
     import diffusers
@@ -322,6 +343,13 @@ def test_pipelines_whose_pictures_lie_elsewhere(cls: str, kind: str) -> None:
     pipe = object.__new__(getattr(diffusers, cls))
     vars(pipe)["transformer"] = tiny.pipeline(kind).transformer
     with pytest.raises(ValueError, match=rf"{cls} .*; use another pipeline of "):
+        ac.enable(pipe, METHODS["regulation"])
+
+
+def test_a_model_of_the_later_steps() -> None:
+    parts = tiny.pipeline("wan").components
+    pipe = tiny.pipeline("wan", parts={"transformer_2": parts["transformer"]})
+    with pytest.raises(ValueError, match=r"WanPipeline draws its later steps with .* transformer_2, .*use a pipeline"):
         ac.enable(pipe, METHODS["regulation"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,17 +17,18 @@ from attnctl_fast import ops
 from attnctl_fast.attach.attention import Attention
 from attnctl_fast.attach.call import Call, Site
 from attnctl_fast.attach.families import family_of
+from attnctl_fast.attach.intercept import Place
 from attnctl_fast.attach.layers import middle_third
 from attnctl_fast.attach.protocol import Edited, Method, Run
 from attnctl_fast.methods.attention_regulation import initial_theta
 from tests.support import tiny_transformers as tiny
 from tests.support.recomputed import Layout, attending_by_hand, layout_of
 
-JOINT = ("sd3", *tiny.PACKED, "auraflow", "cogview4", "lumina2")
+JOINT = ("sd3", *tiny.PACKED, "auraflow", "cogview4", "lumina2", "zimage")
 # Kinds whose calls have unconditional and conditional rows in one batch; the others evaluate them one after the other.
 STACKED = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3", "auraflow")
 # Texts without a start or an end of their own.
-CHATS = ("qwen", "flux2", "flux2_klein")
+CHATS = ("qwen", "flux2", "flux2_klein", "zimage")
 TEXT = {
     "pixart_alpha": 24,
     "pixart_sigma": 24,
@@ -44,6 +46,10 @@ TEXT = {
     # Without padding: 8 tokens, and 5 of the template behind them.
     "qwen": 8 + 5,
     "qwen, two prompts": 5 + 5,
+    "wan": 24,
+    # A chat of 13 tokens, and the prompt.
+    "zimage": 13 + 8,
+    "zimage, two prompts": 13 + 40,
 }
 # (name, kind, class, options of the pipeline, options of its call)
 VARIANTS: list[tuple[str, str, str | None, dict[str, Any], dict[str, Any]]] = [
@@ -78,6 +84,17 @@ VARIANTS: list[tuple[str, str, str | None, dict[str, Any], dict[str, Any]]] = [
     ("sd3, not square", "sd3", None, {}, {"size": (16, 24)}),
     ("flux, not square", "flux", None, {}, {"size": (24, 16)}),
     ("pixart, not square", "pixart_sigma", None, {}, {"size": (16, 24)}),
+    (
+        "zimage, two prompts",
+        "zimage",
+        None,
+        {},
+        {"prompt": ["a dog", "a bag" + " a bag" * 19], "num_images_per_prompt": 2},
+    ),
+    ("zimage, not square", "zimage", None, {}, {"size": (16, 20), "negative_prompt": "a dog " * 20}),
+    ("zimage without guidance", "zimage", None, {}, {"guidance_scale": 0.0}),
+    ("zimage image to image", "zimage", "ZImageImg2ImgPipeline", {}, {}),
+    ("wan, not square", "wan", None, {}, {"size": (16, 24), "num_videos_per_prompt": 2}),
 ]
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=[row[0] for row in VARIANTS])
 
@@ -86,7 +103,8 @@ variants = pytest.mark.parametrize("variant", VARIANTS, ids=[row[0] for row in V
 CORRECTED = [
     row
     for row in VARIANTS
-    if row[0] in ("pixart_alpha", "sana", "hunyuan", "two prompts", "flux true guidance", "lumina2")
+    if row[0]
+    in ("pixart_alpha", "sana", "hunyuan", "two prompts", "flux true guidance", "lumina2", "wan", "zimage, not square")
 ]
 
 
@@ -99,17 +117,17 @@ class Case:
         height, width = self.options.get("size", (tiny.SIDE, tiny.SIDE))
         patch = 1 if self.kind == "sana" else 2
         self.grid = height // patch, width // patch
+        self.frames = (tiny.FRAMES,) if self.kind == "wan" else ()
         prompts = self.options.get("prompt", "one")
-        images = self.options.get("num_images_per_prompt", 1)
+        images = self.options.get("num_images_per_prompt", 1) * self.options.get("num_videos_per_prompt", 1)
         self.samples = (1 if isinstance(prompts, str) else len(prompts)) * images
         self.guided = self.kind in STACKED and self.options.get("guidance_scale", 2.0) > 1
-        self.layout = layout_of(
-            self.kind, self.samples, TEXT.get(name, TEXT[self.kind]), self.grid[0] * self.grid[1], self.guided
-        )
+        self.tokens = math.prod((*self.frames, *self.grid))
+        self.layout = layout_of(self.kind, self.samples, TEXT.get(name, TEXT[self.kind]), self.tokens, self.guided)
         # Of two evaluations a step the first is the prompt's.
         self.turns = (
             2
-            if self.kind in ("chroma", "cogview4", "flux2_klein", "lumina2") or "true_cfg_scale" in self.options
+            if self.kind in ("chroma", "cogview4", "flux2_klein", "lumina2", "wan") or "true_cfg_scale" in self.options
             else 1
         )
 
@@ -120,7 +138,7 @@ class Case:
     @property
     def layers(self) -> list[str]:
         """The names of the layers with text, by their modules' names alone."""
-        own = {"cogview4": "attn1"}.get(self.kind, "attn") if self.kind in JOINT else "attn2"
+        own = {"cogview4": "attn1", "zimage": "attention"}.get(self.kind, "attn") if self.kind in JOINT else "attn2"
         return [
             name
             for name, _ in self.model.named_modules()
@@ -151,7 +169,8 @@ def test_maps_are_the_models_own_attention(variant: Any) -> None:
     expected: dict[str, list[Tensor]] = {}
 
     def look(name: str, logits: Tensor, layout: Layout) -> None:
-        expected.setdefault(name, []).append(layout.maps(logits.double().softmax(-1)).unflatten(2, case.grid))
+        found = layout.maps(logits.double().softmax(-1)).unflatten(2, (*case.frames, *case.grid))
+        expected.setdefault(name, []).append(found)
 
     plain = case.draw_by_hand(look)
     with ac.capture(case.pipe) as maps:
@@ -216,7 +235,7 @@ def test_an_edit_reaches_the_images_rows_and_the_prompts_columns(variant: Any) -
         rows = torch.arange(logits.shape[2])[layout.image]
         for row in range(layout.rows.start, layout.rows.stop):
             logits[row, :, rows[:, None], columns] += 2.0
-        shown.append(layout.maps(logits.softmax(-1)).unflatten(2, case.grid))
+        shown.append(layout.maps(logits.softmax(-1)).unflatten(2, (*case.frames, *case.grid)))
         return logits.softmax(-1)
 
     expected, plain = case.draw_by_hand(raised), case.draw()
@@ -260,7 +279,8 @@ def guided_by_hand(case: Case, size: float, velocity: bool = False) -> Tensor:
     """
     model, layout, latents = case.model, case.layout, {}
     names = [name for name in case.layers if not name.startswith("single")]
-    packed = case.kind in tiny.PACKED
+    packed, listed = case.kind in tiny.PACKED, case.kind == "zimage"
+    name_of_sample = "x" if listed else "hidden_states"
     forward, step = model.forward, case.pipe.scheduler.step
     parameters = list(inspect.signature(forward).parameters)
     count = 0
@@ -274,14 +294,19 @@ def guided_by_hand(case: Case, size: float, velocity: bool = False) -> Tensor:
             whole[:, : own.shape[1]] = stacked
         return whole
 
+    def run(given: dict[str, Any], own: Tensor, sample: Tensor) -> Any:
+        whole = with_latents(own, sample)
+        return forward(**given | {name_of_sample: list(whole.unsqueeze(2)) if listed else whole})
+
     def evaluate(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         given = dict(zip(parameters, args, strict=False)) | kwargs
-        sample, turn, count = given["hidden_states"], count % case.turns, count + 1
+        sample, turn, count = given[name_of_sample], count % case.turns, count + 1
+        sample = torch.stack(sample).squeeze(2) if listed else sample
         if turn == 0:
             channels = 64 if packed else tiny.latent_channels(case.kind)
             own = sample[layout.rows].narrow(2 if packed else 1, 0, channels)
-            own = own[:, : case.grid[0] * case.grid[1]] if packed else own
+            own = own[:, : case.tokens] if packed else own
             own, seen = own.detach().clone().requires_grad_(), []
 
             def look(name: str, logits: Tensor) -> Tensor | None:
@@ -291,11 +316,13 @@ def guided_by_hand(case: Case, size: float, velocity: bool = False) -> Tensor:
                 return probabilities
 
             with torch.enable_grad(), attending_by_hand(model, look):
-                forward(**given | {"hidden_states": with_latents(own, sample)})
-                (gradient,) = torch.autograd.grad(peaks(torch.stack(seen).mean(0)).sum(), own)
+                run(given, own, sample)
+                # The loss is of every frame of a video.
+                losses = [peaks(maps) for maps in torch.stack(seen).mean(0).chunk(math.prod(case.frames), 2)]
+                (gradient,) = torch.autograd.grad(torch.cat(losses).sum(), own)
             latents["moved"] = latents["now"] = own.detach() if velocity else (own - size * gradient).detach()
             latents["added"] = size * gradient
-        return forward(**given | {"hidden_states": with_latents(latents["now"], sample)})
+        return run(given, latents["now"], sample)
 
     @functools.wraps(step)
     def from_there(output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
@@ -362,12 +389,14 @@ def conditional(layout: Layout, change: Callable[[Tensor], Tensor]) -> Callable[
     return edit
 
 
-@pytest.mark.parametrize("kind", JOINT)
+@pytest.mark.parametrize("kind", [*JOINT, "wan"])
 def test_regulation_of_joint_attention(kind: str) -> None:
-    """The inner loop on statistics taken from the whole matrix of logits; start and end of text put back."""
+    """The inner loop on statistics taken from the whole matrix of logits; start and end of text put back. Of a video
+    every frame has a loop of its own."""
     case = Case((kind, kind, None, {}, {"num_inference_steps": 1}))
     method = ac.AttentionRegulation(["bag", "apple"], steps=2, edit_steps=1.0)
     words = {
+        "zimage": [7, 10],
         "sd3": [5, 16 + 4, 8, 16 + 7],
         "cogview4": [12, 15],
         "flux2": [19, 22],
@@ -387,6 +416,9 @@ def test_regulation_of_joint_attention(kind: str) -> None:
             return logits.softmax(-1)
 
         def change(own: Tensor) -> Tensor:
+            return torch.cat([of_frame(one) for one in own.chunk(math.prod(case.frames), 2)], 2)
+
+        def of_frame(own: Tensor) -> Tensor:
             others = own.index_fill(3, targets, -torch.inf)
             at_targets, at_pinned = (own.index_select(3, ids).mT for ids in (targets, pinned))
             nothing = torch.empty(*own.shape[:3], 0)
@@ -407,19 +439,23 @@ def test_regulation_of_joint_attention(kind: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * size)
 
 
-@pytest.mark.parametrize("kind", JOINT)
+@pytest.mark.parametrize("kind", [*JOINT, "wan"])
 def test_regions_of_joint_attention(kind: str) -> None:
-    """Image rows are pulled towards what shares a mask with them, text and image alike, and away from all else."""
+    """Image rows are pulled towards what shares a mask with them, text and image alike, and away from all else. Of
+    cross-attention it is the text alone; a mask holds in every frame of a video."""
     case = Case((kind, kind, None, {}, {}))
     height, width = case.grid
     left = torch.zeros(height, width)
     left[:, : width // 2] = 1
-    method = ac.DenseDiffusion({1: left, 3: 1 - left}, edit_steps=1.0, decay=0.0, area=0.0)
+    strengths = {} if kind in JOINT else {"cross_strength": 0.3, "self_strength": 0.0}
+    method = ac.DenseDiffusion({1: left, 3: 1 - left}, edit_steps=1.0, decay=0.0, area=0.0, **strengths)
 
     def pulled(own: Tensor) -> Tensor:
-        image = torch.stack([left.flatten(), 1 - left.flatten()], 1).bool()
+        image = torch.stack([left.flatten(), 1 - left.flatten()], 1).bool().repeat(math.prod(case.frames), 1)
         columns = torch.zeros(own.shape[3], 2, dtype=torch.bool)
-        columns[case.layout.image], columns[case.layout.text.start + torch.tensor([1, 3])] = image, torch.eye(2).bool()
+        columns[case.layout.text.start + torch.tensor([1, 3])] = torch.eye(2).bool()
+        if kind in JOINT:
+            columns[case.layout.image] = image
         shared = (image[:, None] & columns[None]).any(-1)
         pull = torch.where(shared, own.amax(-1, keepdim=True), own.amin(-1, keepdim=True))
         return own.lerp(pull, 0.3).softmax(-1)
@@ -631,6 +667,65 @@ def test_images_that_stand_behind_prompts_of_different_lengths() -> None:
     # Negative prompts may have any.
     with ac.control(pipe, Raised([20])):
         tiny.call("lumina2", pipe, prompt=["a cat", "a dog"], negative_prompt=["a", "a photo of"])
+
+
+FEW: dict[str, Method] = {
+    "regulation": ac.AttentionRegulation(["bag"], steps=2, edit_steps=1.0, pin_special=False),
+    "guidance": Peaks(steps=1.0, scale=5.0),
+    "velocity": Corrected(strength=0.05),
+    "regions": ac.DenseDiffusion({"bag": [[1, 0]] * 2}, edit_steps=1.0),
+    "sharper": ac.TACA(1.5),
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_layers_that_attend_with_fewer_heads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers repeats Lumina 2's keys and values for every head; a layer that does not is the same."""
+    case = Case(("lumina2", "lumina2", None, {}, {}))
+
+    def draw() -> tuple[Tensor, Tensor]:
+        with ac.control(case.pipe, FEW[name]), ac.capture(case.pipe) as maps:
+            return case.draw(), maps.mean()
+
+    expected, attend = draw(), Place.attend
+    seen = []
+
+    def with_fewer(place: Place, acts: Any, tokens: Any, moved: bool, *args: Any, **kwargs: Any) -> Tensor:
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        seen.append(given["key"].shape[1])
+        few = {x: given[x][:, ::2] for x in ("key", "value")}
+        return attend(place, acts, tokens, moved, **given | few | {"enable_gqa": True})
+
+    monkeypatch.setattr(Place, "attend", with_fewer)
+    found, plain = draw(), case.draw()
+    assert set(seen) == {2}
+    scale = float(plain.abs().max())
+    assert not torch.allclose(found[0], plain, atol=1e-3)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-4 * scale)
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5)
+
+
+def test_prompts_in_lists() -> None:
+    """Z-Image writes its chats into the list that it was given, and stacks the prompts' rows first."""
+    pipe, seen = tiny.pipeline("zimage"), []
+
+    class Watched(Nothing):
+        def start(self, call: Call, sites: list[Site]) -> Run:
+            return Watching()
+
+    class Watching(Run):
+        def before_denoiser(self, evaluation: Any) -> None:
+            seen.append((evaluation.rows.conditional, evaluation.rows.samples, evaluation.sample.shape))
+
+        def after_denoiser(self, output: Tensor) -> Tensor:
+            assert output.shape == (4, 16, 16, 16)
+            return output
+
+    prompts = ["a photo of a dog", "two dog"]
+    with ac.control(pipe, Watched()), ac.capture(pipe, tokens=["dog"]) as maps:
+        tiny.call("zimage", pipe, prompt=prompts, negative_prompt=prompts)
+    assert maps.token_ids == [[7], [4]]
+    assert seen == [((0, 1), (0, 1), (4, 16, 16, 16))] * 2
 
 
 def test_a_negative_prompt_that_is_the_prompt() -> None:

@@ -14,7 +14,7 @@ from attnctl_fast.cli.model import dtype_named
 from tests.support import tiny_transformers as tiny
 from tests.support.marks import full
 
-KINDS = ["sd3", "flux", "pixart_sigma", "sana", full("pixart_alpha"), full("hunyuan"), full("chroma")]
+KINDS = ["sd3", "flux", "pixart_sigma", "sana", full("pixart_alpha"), full("hunyuan"), full("chroma"), full("zimage")]
 METHODS = [
     ("excite", ["--targets", "bag", "apple"]),
     full("tsam", []),

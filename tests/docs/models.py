@@ -148,9 +148,13 @@ TRANSFORMERS: list[tuple[str, str, str]] = [
     ("Lumina 2", "Lumina2Pipeline", "lumina2"),
     ("AuraFlow", "AuraFlowPipeline", "auraflow"),
     ("CogView 4", "CogView4Pipeline", "cogview4"),
+    ("Z-Image", "ZImagePipeline", "zimage"),
+    ("Z-Image image to image", "ZImageImg2ImgPipeline", "zimage"),
+    ("Z-Image inpainting", "ZImageInpaintPipeline", "zimage"),
+    ("Wan, text to video", "WanPipeline", "wan"),
 ]
 # A row for all models that nobody knows: nothing is built, the class of its transformer is enough to be refused.
-UNKNOWN = ("Z-Image, as all others", "ZImagePipeline", "ZImageTransformer2DModel")
+UNKNOWN = ("HiDream, as all others", "HiDreamImagePipeline", "HiDreamImageTransformer2DModel")
 
 
 def with_lora(pipe: Any) -> None:

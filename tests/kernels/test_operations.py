@@ -53,6 +53,8 @@ FAMILIES = {
     "targets of their own": Case(batch=3, ids=((3, 6), (5, -1), (-1, -1)), pinned=((0, 9), (0, -1), (-1, -1))),
     "a target that holds the row": Case(n=20, raised=20.0, sharp=2.0, heads=1),
     "rows and heads of no power of two": Case(240, 21, 24, heads=3, dtype=BFLOAT),
+    "grouped heads": Case(16, 20, 24, batch=2, heads=4, keys=2, strided=True),
+    "grouped heads in half": Case(16, 77, 40, dtype=HALF, heads=2, keys=1),
     "key bias": Case(16, 20, 24, batch=3, ids=((3, 7), (5, -1), (2, 4)), pinned=((0, 2), (0, -1), (1, 3)), keyed=True),
     "key bias in half": Case(63, 77, 40, dtype=HALF, batch=3, heads=1, strided=True, keyed=True),
     "key bias, two pieces": Case(16, 154, 80, dtype=BFLOAT, batch=2, heads=1, keyed=True),
@@ -86,6 +88,9 @@ def families():
     for name, (family, case) in itertools.product(OPERATIONS, FAMILIES.items()):
         # These know no ids, so no padded targets.
         if name == "gaussian_bias" and min(map(min, case.rows(case.ids))) < 0:
+            continue
+        # And these no keys.
+        if case.keys is not None and name not in (*ATTENTION, "merge_targets"):
             continue
         key = (name, *(getattr(case, field) for field in READ.get(name, READ["maps"] if name in MAPS else EVERYTHING)))
         if key not in seen:

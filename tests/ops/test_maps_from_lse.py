@@ -332,7 +332,7 @@ def test_errors():
         ((q, k, lse.double(), ids), {}, "lse has dtype torch.float64; with q in torch.float32 it must be"),
         ((q.double(), k.double(), lse, ids), {}, "with q in torch.float64 it must be torch.float64"),
         ((q, k, lse.to("meta"), ids), {}, "lse is on meta but q is on"),
-        ((q, k[:, :1], lse, ids), {}, "must agree in batch, heads and head width"),
+        ((q[:, :1], k, lse, ids), {}, "must agree in batch, heads and head width"),
         ((q, k, lse, ids), {"key_bias": torch.zeros(2, 19)}, "key_bias is torch.float32 of shape (2, 19)"),
     ):
         with pytest.raises(ValueError, match=re.escape(text)):

@@ -35,6 +35,7 @@ IN_SINGLE = ("region_attention", "maps_from_lse")
 def plain(name: str, case: Case, t: Tensors, parts: int = 1) -> Tensors:
     """The outputs in plain PyTorch, the attention itself in the inputs' dtype, its sums over the head width in `parts`
     that are added."""
+    t = spread(t)
     outputs = OPERATIONS[name].run(case, "reference", t)
     # Half-precision logits of these would be judged by the rounding of what is added to them, or taken from them.
     if name not in ATTENTION or name in IN_SINGLE or t["q"].dtype in (torch.float32, torch.float64):
@@ -59,6 +60,13 @@ def plain(name: str, case: Case, t: Tensors, parts: int = 1) -> Tensors:
         pins = [token for token in pinned if token >= 0]
         samples.append(full_softmax_output(*inputs, pins, case.scale, _of_columns(t, i)))
     return {"out": torch.stack(samples)}
+
+
+def spread(t: Tensors) -> Tensors:
+    """The inputs with a head of k and v for each of q."""
+    if "k" not in t or t["k"].shape[1] == t["q"].shape[1]:
+        return t
+    return t | {name: t[name].repeat_interleave(t["q"].shape[1] // t[name].shape[1], 1) for name in "kv"}
 
 
 def _of_columns(t: Tensors, sample: int | None, columns: Sequence[int] | slice = slice(None)) -> Tensor | float:
@@ -151,7 +159,17 @@ def _by_lse(case: Case) -> bool:
 
 def _carried(name: str, case: Case, t: Tensors, grads: Tensors | None) -> Tensors:
     """What a logsumexp held in float32 adds to the error of the outputs or, given theirs, of the gradients."""
-    t = wide(t)
+    found = _carried_to_heads(name, case, wide(spread(t)), grads)
+    if grads is None or case.keys is None:
+        return found
+    # Heads that share keys and values have their gradients added.
+    return {
+        key: x.unflatten(1, (case.keys, -1)).sum(2) if key in ("k", "v") and isinstance(x, Tensor) else x
+        for key, x in found.items()
+    }
+
+
+def _carried_to_heads(name: str, case: Case, t: Tensors, grads: Tensors | None) -> Tensors:
     if name == "merge_targets":
         real = [[token >= 0 for token in row] for row in case.rows(case.ids)]
         bias = t["bias"].masked_fill(~torch.tensor(real, device=DEVICE)[:, None, :, None], 0.0)

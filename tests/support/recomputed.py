@@ -48,6 +48,10 @@ def layout_of(kind: str, samples: int, text: int, image: int, guided: bool) -> L
     if kind == "lumina2":
         # As many as `PROMPT` has behind the system's message.
         return Layout(rows, slice(27, 27 + image), slice(0, 27), text - 27)
+    if kind == "zimage":
+        # Both are filled up to a multiple of 32, and the prompts' rows come first.
+        at = -(-image // 32) * 32
+        return Layout(slice(0, samples), slice(0, image), slice(at, at + text))
     if kind in ("flux", "chroma", "qwen", "auraflow", "cogview4", "flux2", "flux2_klein"):
         before = 8 if kind == "auraflow" else 0
         return Layout(rows, slice(before + text, before + text + image), slice(before, before + text))

@@ -1,7 +1,8 @@
 """Tiny diffusers pipelines on transformers, with random weights: PixArt, Sana, HunyuanDiT, SD 3, FLUX.1, Chroma,
-Qwen-Image, AuraFlow, CogView 4 and FLUX.2, a fraction of a second each on a CPU.
+Qwen-Image, AuraFlow, CogView 4, FLUX.2, Lumina 2, Z-Image and Wan, a fraction of a second each on a CPU.
 
 Their latents are 16x16 by default, and have other shapes with `size`; their images have 8x8 tokens, and Sana's 16x16.
+Wan's videos have three frames of latents.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ KINDS = (
     "flux2",
     "flux2_klein",
     "lumina2",
+    "wan",
+    "zimage",
 )
 # Kinds whose latents are packed, 2x2 of them in a token.
 PACKED = ("flux", "chroma", "qwen", "flux2", "flux2_klein")
 PROMPT = "a photo of a bag and an apple"
 SIDE = 16  # of the latents
 T5_LENGTH = 24  # of the T5 text, where a call may say it
+FRAMES = 3  # of a video's latents
 CLASSES = {
     "pixart_alpha": "PixArtAlphaPipeline",
     "pixart_sigma": "PixArtSigmaPipeline",
@@ -49,6 +53,8 @@ CLASSES = {
     "flux2": "Flux2Pipeline",
     "flux2_klein": "Flux2KleinPipeline",
     "lumina2": "Lumina2Pipeline",
+    "wan": "WanPipeline",
+    "zimage": "ZImagePipeline",
 }
 JOINT = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 32}
 ROTARY = (4, 6, 6)
@@ -391,6 +397,53 @@ def _lumina2(cls: str) -> dict[str, Any]:
     }
 
 
+def _wan(cls: str) -> dict[str, Any]:
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+
+    tokens = tiny_text.t5_tokenizer()
+    model = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=3,
+        rope_max_seq_len=32,
+    )
+    return {
+        "vae": AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval(),
+        "tokenizer": tokens,
+        "text_encoder": tiny_text.t5_encoder(tokens, cls="UMT5EncoderModel"),
+        "transformer": _sharpened(model),
+        "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    }
+
+
+def _zimage(cls: str) -> dict[str, Any]:
+    from diffusers import ZImageTransformer2DModel
+
+    tokens = tiny_text.qwen_tokenizer()
+    model = ZImageTransformer2DModel(
+        dim=32,
+        n_layers=3,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=list(ROTARY),
+        axes_lens=[128, 32, 32],
+    )
+    return {
+        "vae": _vae(16),
+        "tokenizer": tokens,
+        "text_encoder": tiny_text.qwen3_encoder(tokens),
+        "transformer": _sharpened(model, stronger=30.0, attention="attention"),
+        "scheduler": _flow(use_dynamic_shifting=True),
+    }
+
+
 BUILD: dict[str, Callable[..., dict[str, Any]]] = {
     "pixart_alpha": lambda cls: _pixart(cls, alpha=True),
     "pixart_sigma": lambda cls: _pixart(cls, alpha=False),
@@ -405,6 +458,8 @@ BUILD: dict[str, Callable[..., dict[str, Any]]] = {
     "flux2": _flux2,
     "flux2_klein": _flux2,
     "lumina2": _lumina2,
+    "wan": _wan,
+    "zimage": _zimage,
 }
 
 
@@ -435,7 +490,7 @@ def pipeline(
 
 
 def latent_channels(kind: str) -> int:
-    return 16 if kind in ("sd3", "cogview4", "lumina2", *PACKED) else 4
+    return 16 if kind in ("sd3", "cogview4", "lumina2", "wan", "zimage", *PACKED) else 4
 
 
 def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -456,7 +511,8 @@ def mask_image(height: int, width: int) -> torch.Tensor:
 
 def arguments(kind: str, pipe: Any, size: tuple[int, int] = (SIDE, SIDE), **options: Any) -> dict[str, Any]:
     """What `call` calls the pipeline with."""
-    height, width = (side * pipe.vae_scale_factor for side in size)
+    scale = getattr(pipe, "vae_scale_factor", None) or pipe.vae_scale_factor_spatial
+    height, width = (side * scale for side in size)
     given: dict[str, Any] = {
         "prompt": PROMPT,
         "height": height,
@@ -464,7 +520,7 @@ def arguments(kind: str, pipe: Any, size: tuple[int, int] = (SIDE, SIDE), **opti
         "num_inference_steps": 2,
         "output_type": "latent",
         "generator": torch.Generator().manual_seed(1),
-        "max_sequence_length": 48 if kind == "lumina2" else T5_LENGTH,
+        "max_sequence_length": {"lumina2": 48, "zimage": 64}.get(kind, T5_LENGTH),
         "text_encoder_out_layers": (0, 1, 2),
         "use_resolution_binning": False,
         "clean_caption": False,
@@ -473,6 +529,7 @@ def arguments(kind: str, pipe: Any, size: tuple[int, int] = (SIDE, SIDE), **opti
         "control_image": picture(height, width),
         "mask_image": mask_image(height, width),
         "strength": 1.0,
+        "num_frames": 1 + 4 * (FRAMES - 1),
     }
     known = inspect.signature(type(pipe).__call__).parameters
     if kind.startswith("flux2"):
@@ -483,7 +540,10 @@ def arguments(kind: str, pipe: Any, size: tuple[int, int] = (SIDE, SIDE), **opti
 
 def call(kind: str, pipe: Any, **options: Any) -> torch.Tensor:
     """The final latents: of some kinds packed, `[B, cells, channels]`. `size`: (height, width) of the latents."""
-    return pipe(**arguments(kind, pipe, **options)).images
+    given = arguments(kind, pipe, **options)
+    # Z-Image writes into lists of prompts.
+    given = {name: list(x) if isinstance(x, list) else x for name, x in given.items()}
+    return next(iter(pipe(**given).values()))
 
 
 def saved(kind: str, folder: Path) -> Path:
