@@ -140,7 +140,28 @@ def heat_map(image: Image.Image, values: np.ndarray) -> Image.Image:
     peak = values.max()
     scaled = Image.fromarray((values / peak if peak > 0 else values).astype(np.float32))
     heat = np.asarray(scaled.resize(image.size, Image.Resampling.BICUBIC)).clip(0, 1)
+    grey = image.convert("L").convert("RGB")
+    return Image.blend(grey, Image.fromarray(_coloured(heat)), _OPACITY)
+
+
+def heat_strip(maps: Sequence[np.ndarray], side: int = 32) -> Image.Image:
+    """Draw maps `[height, width]`, not negative, below each other, each as a square in the colours of `heat_map`.
+
+    Returns:
+        A palette image, `side` wide.
+    """
+    parts = []
+    for values in maps:
+        peak = values.max()
+        scaled = Image.fromarray((values / peak if peak > 0 else values).astype(np.float32))
+        parts.append(np.asarray(scaled.resize((side, side), Image.Resampling.BICUBIC)).clip(0, 1))
+    strip = Image.fromarray((255 * np.concatenate(parts)).round().astype(np.uint8), mode="P")
+    strip.putpalette(_coloured(np.linspace(0, 1, 256)).tobytes())
+    return strip
+
+
+def _coloured(heat: np.ndarray) -> np.ndarray:
+    """Return the colours, uint8 `[..., 3]`, of values from 0 to 1."""
     points = np.linspace(0, 1, len(_HEAT))
     colours = np.stack([np.interp(heat, points, channel) for channel in _HEAT.T], axis=-1)
-    grey = image.convert("L").convert("RGB")
-    return Image.blend(grey, Image.fromarray(colours.round().astype(np.uint8)), _OPACITY)
+    return colours.round().astype(np.uint8)

@@ -84,5 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     clip = parser.add_mutually_exclusive_group()
     clip.add_argument("--clip", metavar="PATH", help="CLIP weights of transformers, a folder or hub id: CLIP score")
     clip.add_argument("--open-clip", metavar="MODEL:PRETRAINED", help="the same by a model of open_clip_torch")
+    parser.add_argument(
+        "--maps", action="store_true", help="heat maps of every word in report.html; draws every picture once more"
+    )
+    parser.add_argument(
+        "--embed", action="store_true", help="put the pictures into report.html, so that it can be sent alone"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from ..attach.families import family_of
@@ -41,6 +42,11 @@ class Picture:
     def file(self) -> str:
         """The picture's path in the sweep's folder."""
         return f"pictures/{self.place:05d}-{self.settings.seed}-{self.method}.png"
+
+    @property
+    def maps(self) -> str:
+        """The path of its words' maps."""
+        return self.file.replace("pictures", "maps", 1)
 
     def record(self) -> Record:
         """Return what every record of it says."""
@@ -82,6 +88,12 @@ def plan(
             for name in methods
         ]
     return pictures
+
+
+def in_turns(pictures: Iterable[Picture]) -> list[Picture]:
+    """Order pictures to be drawn: at every other seed the methods the other way round, so that a drift hits all alike."""
+    turns = [list(turn) for _, turn in groupby(pictures, lambda picture: (picture.place, picture.settings.seed))]
+    return [picture for index, turn in enumerate(turns) for picture in (turn[::-1] if index % 2 else turn)]
 
 
 def check(pipe: Any, pictures: Iterable[Picture]) -> None:
@@ -150,7 +162,7 @@ def draw_pictures(pipe: Any, pictures: Iterable[Picture], store: Store, log: Log
                 (image,) = draw(pipe, picture.settings)
             seconds = time.perf_counter() - start
         except Exception as error:
-            log.write("picture", {**picture.record(), "error": _reason(error)})
+            log.write("picture", {**picture.record(), "error": reason(error)})
             continue
         store.save(picture.file, image)
         log.write("picture", {**picture.record(), "seconds": seconds})
@@ -166,9 +178,10 @@ def score_pictures(scorer: Scorer, pictures: Iterable[Picture], store: Store, lo
             with Image.open(store.path / picture.file) as image:
                 record["scores"] = scorer(image.convert("RGB"), picture.settings.prompt)
         except Exception as error:
-            record["error"] = _reason(error)
+            record["error"] = reason(error)
         log.write("scores", record)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return what a record says of an error."""
     return f"{type(error).__name__}: {first_line(error)}"

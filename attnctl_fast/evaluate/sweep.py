@@ -19,7 +19,9 @@ from tqdm import tqdm
 from ..cli.method_options import Given, given_options
 from ..cli.model import SHAPES, Settings, device_named, load
 from ..cli.report import versions
-from .plan import Picture, check, draw_pictures, plan, score_pictures
+from . import report
+from .heat import map_pictures
+from .plan import Picture, check, draw_pictures, in_turns, plan, score_pictures
 from .processes import Processes
 from .prompts import SCENES, Entry, read_prompts, scene_prompts
 from .scorers import Clip, Detector, OpenClip, Scorer
@@ -56,13 +58,14 @@ def _sweep_into(store: Store, processes: Processes, arguments: argparse.Namespac
     record = _record(base, options, methods, prompts, seeds)
     by_file = {picture.file: picture for picture in pictures}
 
-    def look() -> tuple[str, list[str], list[bool]]:
+    def look() -> tuple[str, list[str], bool, list[bool]]:
         store.check(record)
         if store.begun:
             store.lock()
         missing = store.missing(by_file)
+        mapping = arguments.maps and bool(missing or store.unmapped(by_file))
         judging = [bool(missing or store.unscored(by_file, scorer.name)) for scorer in scorers]
-        return datetime.now(timezone.utc).isoformat(timespec="microseconds"), missing, judging
+        return datetime.now(timezone.utc).isoformat(timespec="microseconds"), missing, mapping, judging
 
     def ready() -> Any:
         pipe = load(base)
@@ -75,15 +78,19 @@ def _sweep_into(store: Store, processes: Processes, arguments: argparse.Namespac
         store.claim(record)
         return store.missing(by_file)
 
-    run, missing, judging = processes.by_first(look)
+    run, missing, mapping, judging = processes.by_first(look)
     log = Log(store.path / f"results-{processes.rank}.jsonl", run, processes.rank, _about(processes, device))
     for scorer in compress(scorers, judging):
         processes.together(scorer.load)
-    if missing:
+    if missing or mapping:
         pipe = processes.together(ready)
         missing = processes.by_first(begin)
-        mine = [by_file[file] for file in processes.share(missing)]
+        mine = in_turns(by_file[file] for file in processes.share(missing))
         processes.together(lambda: draw_pictures(pipe, _bar(mine, "drawing", processes), store, log))
+        if mapping:
+            unmapped = processes.by_first(partial(store.unmapped, by_file))
+            mine = [by_file[file] for file in processes.share(unmapped)]
+            processes.together(lambda: map_pictures(pipe, _bar(mine, "maps", processes), store, log))
         del pipe
     for scorer in scorers:
         unscored = processes.by_first(partial(store.unscored, by_file, scorer.name))
@@ -91,7 +98,7 @@ def _sweep_into(store: Store, processes: Processes, arguments: argparse.Namespac
         bar = _bar(mine, scorer.name, processes)
         processes.together(partial(score_pictures, scorer, bar, store, log))
     names = [scorer.name for scorer in scorers]
-    return processes.by_first(lambda: _finish(store, pictures, record, methods, names))
+    return processes.by_first(lambda: _finish(store, pictures, record, methods, names, arguments.embed))
 
 
 def _bar(pictures: list[Picture], name: str, processes: Processes) -> Iterable[Picture]:
@@ -102,9 +109,9 @@ def _bar(pictures: list[Picture], name: str, processes: Processes) -> Iterable[P
 
 def _about(processes: Processes, device: torch.device) -> dict[str, Any]:
     """Return what a run of this process needs to be repeated."""
-    report = versions()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else report["processor"]
-    return {"processes": processes.count, "device": name, "versions": report}
+    here = versions()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else here["processor"]
+    return {"processes": processes.count, "device": name, "versions": here}
 
 
 def _shared(arguments: argparse.Namespace, processes: Processes) -> tuple[Settings, Given]:
@@ -161,18 +168,24 @@ def _record(base: Settings, options: Given, methods: list[str], prompts: list[En
 
 
 def _finish(
-    store: Store, pictures: list[Picture], record: dict[str, Any], methods: list[str], scorers: list[str]
+    store: Store,
+    pictures: list[Picture],
+    record: dict[str, Any],
+    methods: list[str],
+    scorers: list[str],
+    embed: bool,
 ) -> int:
-    """Write `results.jsonl` and `summary.json`, print the table, and return how many pictures have an error."""
+    """Write results, summary and page, print the table, and return how many pictures have an error."""
     rows = merged(store, pictures, scorers)
     figures = summary(rows, methods)
     runs = [row for row in store.records() if row["kind"] == "run"]
-    report = {"settings": record, "scorers": scorers, "methods": figures, "runs": runs}
+    about = {"settings": record, "scorers": scorers, "methods": figures, "runs": runs}
     store.write("results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    store.write("summary.json", json.dumps(report, indent=1) + "\n")
+    store.write("summary.json", json.dumps(about, indent=1) + "\n")
+    store.write(report.FILE, report.page(store, pictures, rows, figures, model=record["model"], embed=embed))
     store.tidy()
     print(table(figures))
-    print(f"Pictures and results.jsonl: {store.path}", flush=True)
+    print(f"Pictures and results.jsonl: {store.path}   to look at: {store.path / report.FILE}", flush=True)
     failed = [f"{row['file']} with {row['error']}" for row in rows if "error" in row]
     unscored = [
         f"{row['file']} by {name} with {error}"
