@@ -1,7 +1,7 @@
 """95 % intervals of what is counted and measured over pictures, where pictures of one prompt may be alike.
 
-The spread is that between prompts (the linearised variance of a ratio over clusters), so that more seeds of the same few
-prompts do not make a figure look surer than it is.
+The spread is that between prompts (the linearised variance of a ratio over clusters), so that more seeds of the same
+few prompts do not make a figure look surer than it is.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def plan(
 
 
 def in_turns(pictures: Iterable[Picture]) -> list[Picture]:
-    """Order pictures to be drawn: at every other seed the methods the other way round, so that a drift hits all alike."""
+    """Order pictures to be drawn: at every other seed the methods the other way round, so that drifts hit all alike."""
     turns = [list(turn) for _, turn in groupby(pictures, lambda picture: (picture.place, picture.settings.seed))]
     return [picture for index, turn in enumerate(turns) for picture in (turn[::-1] if index % 2 else turn)]
 

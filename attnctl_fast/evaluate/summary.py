@@ -16,7 +16,7 @@ from .store import Record, Store
 
 @dataclass(frozen=True)
 class Score:
-    """A column of the table: its title, how a mean is written, and whether a larger one is better than a smaller one."""
+    """A column of the table: its title, how a mean is written, and whether more of it is better than less."""
 
     title: str
     form: str = ".2f"
@@ -105,7 +105,7 @@ def summary(rows: Sequence[Record], methods: Sequence[str]) -> dict[str, Any]:
 
 
 def _warm(rows: Sequence[Record]) -> list[Record]:
-    """Return the rows of one method whose time counts: in every process, a method's first picture compiles and tunes."""
+    """Return the rows of one method whose times count: not a process's first, which compiles and fills caches."""
     seen: set[tuple[str, int]] = set()
     kept = []
     for row in rows:
