@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..cli.method_options import METHODS, add_method_options
 from ..cli.options import add_model_options, natural, positive, require_extra
+from .presets import PRESETS
 from .prompts import FIELDS, SCENES
 
 PROGRAM = "attnctl_fast.evaluate"
@@ -19,13 +20,25 @@ PROGRAM = "attnctl_fast.evaluate"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sweep and return the exit status of this process. Only the first process tells of what all have met."""
+    return _main(argv, _parser())
+
+
+def reproduce(argv: Sequence[str]) -> int:
+    """Run a paper's evaluation, which is a sweep with other defaults; statuses as in `main`."""
+    return _main(argv, _parser(preset=True))
+
+
+def _main(argv: Sequence[str] | None, parser: argparse.ArgumentParser) -> int:
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     first = os.environ.get("RANK", "0") == "0"
     try:
         unread = io.StringIO()
         with nullcontext() if first else redirect_stdout(unread), nullcontext() if first else redirect_stderr(unread):
-            arguments = _parser().parse_args(argv)
+            arguments = parser.parse_args(argv)
+            if arguments.method is None:
+                preset = PRESETS.get(arguments.preset)
+                arguments.method = list(preset.methods) if preset else ["plain", "regulation"]
     except SystemExit:
         # A launcher kills all processes once one has failed, and the first has to say why.
         if first:
@@ -45,24 +58,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         if first:
-            print(f"{PROGRAM}: {error}", file=sys.stderr)
+            print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2 if first else 0
     return int(first and failed > 0)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Draws prompts with several seeds and methods, split over the processes of `accelerate launch`, "
-        "and sums up what the pictures show. Repeated after a kill, it goes on with what is missing.",
-    )
-    add_model_options(parser, out="out/evaluate")
+def _parser(preset: bool = False) -> argparse.ArgumentParser:
+    if preset:
+        parser = argparse.ArgumentParser(
+            prog="attnctl-fast reproduce",
+            description="Runs the evaluation of a paper on your model: its prompts, seeds and methods, its figures "
+            "beside yours. It is the sweep of `python -m attnctl_fast.evaluate`: repeated after a kill, it goes on, "
+            "and `accelerate launch -m attnctl_fast reproduce ...` splits it over GPUs. --model shapes draws scenes of "
+            "its own.",
+        )
+        parser.add_argument("preset", choices=PRESETS, help="; ".join(f"{n}: {p.source}" for n, p in PRESETS.items()))
+    else:
+        parser = argparse.ArgumentParser(
+            prog=PROGRAM,
+            description="Draws prompts with several seeds and methods, split over the processes of `accelerate "
+            "launch`, and sums up what the pictures show. Repeated after a kill, it goes on with what is missing.",
+        )
+        parser.set_defaults(preset=None)
+    add_model_options(parser, out="out/reproduce" if preset else "out/evaluate")
     parser.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
-        help=f"a prompt a line, or a JSON object a line, with {', '.join(FIELDS)}; needed but for --model shapes, "
-        "which has scenes of its own",
+        help=f"a prompt a line, or a JSON object a line, with {', '.join(FIELDS)}; "
+        + ("default: those of the paper" if preset else "needed but for --model shapes, which has scenes of its own"),
     )
     parser.add_argument(
         "--seeds",
@@ -76,9 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=["plain", *METHODS],
         metavar="NAME",
-        default=["plain", "regulation"],
         help=f"one or more of plain, {', '.join(METHODS)}, each with those of the options below that it has; default: "
-        "plain regulation",
+        + ("those of the paper's table that need no boxes" if preset else "plain regulation"),
     )
     add_method_options(parser)
     clip = parser.add_mutually_exclusive_group()

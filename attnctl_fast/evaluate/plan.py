@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..attach.families import family_of
@@ -29,7 +30,8 @@ PLAIN = "plain"
 class Picture:
     """One picture: its prompt's place in the sweep, from 0, and what it is drawn with.
 
-    options: those of its method. control: what the method does; None for the pipeline alone.
+    options: those of its method. control: what the method does; None for the pipeline alone. entry: its prompt, with
+    what judges need.
     """
 
     place: int
@@ -37,6 +39,7 @@ class Picture:
     settings: Settings
     options: Given
     control: Any
+    entry: Entry
 
     @property
     def file(self) -> str:
@@ -59,7 +62,12 @@ class Picture:
 
 
 def plan(
-    base: Settings, options: Given, methods: Sequence[str], prompts: Sequence[Entry], seeds: Sequence[int]
+    base: Settings,
+    options: Given,
+    methods: Sequence[str],
+    prompts: Sequence[Entry],
+    seeds: Sequence[int],
+    defaults: Mapping[str, Given] = MappingProxyType({}),
 ) -> list[Picture]:
     """Combine every prompt with every seed and method; the methods of a prompt and seed follow one another.
 
@@ -69,6 +77,7 @@ def plan(
         methods: names of methods, or `plain`.
         prompts: the prompts.
         seeds: of the prompts that name none.
+        defaults: options of single methods, which all others come before.
 
     Raises:
         ValueError: a prompt lacks what a method needs.
@@ -77,15 +86,16 @@ def plan(
     for place, entry in enumerate(prompts):
         texts = {name: entry[name] for name in ("prompt", "negative_prompt") if name in entry}
         settings = replace(base, **texts)
-        given = {name: own_options(name, options | entry) for name in methods}
+        drawn = [name for name in methods if name not in entry.get("skip", [])]
+        given = {name: own_options(name, {**defaults.get(name, {}), **options, **entry}) for name in drawn}
         try:
-            made = {name: make_method(name, given[name], settings.prompt) for name in methods if name != PLAIN}
+            made = {name: make_method(name, given[name], settings.prompt) for name in drawn if name != PLAIN}
         except ValueError as error:
             raise ValueError(f"prompt {place + 1} ({settings.prompt!r}): {error}") from error
         pictures += [
-            Picture(place, name, replace(settings, seed=seed), given[name], made.get(name))
+            Picture(place, name, replace(settings, seed=seed), given[name], made.get(name), entry)
             for seed in entry.get("seeds", seeds)
-            for name in methods
+            for name in drawn
         ]
     return pictures
 

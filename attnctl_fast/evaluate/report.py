@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from string import Template
 from typing import Any
@@ -28,6 +28,7 @@ def page(
     figures: dict[str, Any],
     *,
     model: str,
+    paper: Mapping[str, float] | None = None,
     embed: bool = False,
 ) -> str:
     """Return the page.
@@ -38,9 +39,11 @@ def page(
         rows: what `merged` says of them.
         figures: what `summary` makes of those.
         model: what drew them.
+        paper: overheads in a paper, as `cells` takes them.
         embed: put the pictures and maps into the page in place of links to them.
     """
-    data = _data(store, pictures, rows, figures) | {"title": f"Sweep of {model}", "about": _about(pictures, rows)}
+    data = _data(store, pictures, rows, list(figures)) | {"table": cells(figures, paper, page=True)}
+    data |= {"title": f"Sweep of {model}", "about": _about(pictures, rows)}
     if embed:
         drawn = [picture.file for picture, row in zip(pictures, rows, strict=True) if "error" not in row]
         maps = [picture.maps for picture, row in zip(pictures, rows, strict=True) if "words" in row]
@@ -51,8 +54,7 @@ def page(
     )
 
 
-def _data(store: Store, pictures: Sequence[Picture], rows: Sequence[Record], figures: dict[str, Any]) -> dict[str, Any]:
-    methods = list(figures)
+def _data(store: Store, pictures: Sequence[Picture], rows: Sequence[Record], methods: list[str]) -> dict[str, Any]:
     names = [name for name in SCORES if any(name in row for row in rows)]
     prompts: dict[int, str] = {}
     words: dict[int, list[str]] = {}
@@ -72,7 +74,6 @@ def _data(store: Store, pictures: Sequence[Picture], rows: Sequence[Record], fig
     return {
         "methods": methods,
         "scores": [{"title": SCORES[name].title, "digits": int(SCORES[name].form[1])} for name in names],
-        "table": cells(figures, page=True),
         "prompts": [prompts.get(place, "") for place in range(max(prompts) + 1)],
         "words": words,
         "mapped": mapped,

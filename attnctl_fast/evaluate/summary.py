@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,23 +132,31 @@ def _overhead(plain: Sequence[Record], controlled: Sequence[Record]) -> dict[str
     }
 
 
-def table(figures: dict[str, Any]) -> str:
-    """Lay out the summary as lines of text."""
-    return "\n".join(aligned(cells(figures)))
+def table(figures: dict[str, Any], paper: Mapping[str, float] | None = None) -> str:
+    """Lay out the summary as lines of text; `paper` as in `cells`."""
+    return "\n".join(aligned(cells(figures, paper)))
 
 
-def cells(figures: dict[str, Any], *, page: bool = False) -> list[list[str]]:
-    """Return the rows of the table, its head first; for a page with the 95 % intervals, in lines of their own."""
+def cells(figures: dict[str, Any], paper: Mapping[str, float] | None = None, *, page: bool = False) -> list[list[str]]:
+    """Return the rows of the table, its head first.
+
+    Args:
+        figures: of `summary`.
+        paper: overheads of methods in a paper, in percent, for a column of their own.
+        page: with the 95 % intervals, and what belongs to a figure in lines of their own.
+    """
     shown = [name for name in SCORES if any(name in entry for entry in figures.values())]
     costs = any("overhead" in entry for entry in figures.values())
     head = ["method", "pictures", *(SCORES[name].title for name in shown), "s per picture"]
-    rows = [head + ["overhead"] * costs]
+    rows = [head + ["overhead"] * costs + ["in the paper"] * (paper is not None)]
     for method, entry in figures.items():
         parts = [[str(entry["pictures"]), f"({entry['failed']} failed)" if entry["failed"] else ""]]
         parts += [_score(entry, name, page) for name in shown]
         seconds = entry["seconds"]
         parts += [[f"{seconds['median']:.3g}", f"({seconds['low']:.3g} to {seconds['high']:.3g})"] if seconds else []]
         parts += [_cost(entry.get("overhead"), page)] * costs
+        if paper is not None:
+            parts += [[f"{paper[method]:+.1f} %"] if method in paper else []]
         rows.append([method, *(("\n" if page else " ").join(filter(None, lines)) for lines in parts)])
     return rows
 

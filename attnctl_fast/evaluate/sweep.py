@@ -22,6 +22,7 @@ from ..cli.report import versions
 from . import report
 from .heat import map_pictures
 from .plan import Picture, check, draw_pictures, in_turns, plan, score_pictures
+from .presets import PRESETS, Preset, preset_scenes
 from .processes import Processes
 from .prompts import SCENES, Entry, read_prompts, scene_prompts
 from .scorers import Clip, Detector, OpenClip, Scorer
@@ -48,14 +49,15 @@ def sweep(arguments: argparse.Namespace) -> int:
 
 def _sweep_into(store: Store, processes: Processes, arguments: argparse.Namespace) -> int:
     methods = arguments.method
+    preset = PRESETS.get(arguments.preset)
+    defaults = preset.shapes if preset and arguments.model == SHAPES else {}
     base, options = processes.together(lambda: _shared(arguments, processes))
     device = processes.together(lambda: device_named(base.device))
     scorers = processes.together(lambda: _scorers(arguments, device))
-    count = arguments.seeds or (SCENES if arguments.prompts is None else 1)
-    seeds = range(arguments.seed_start, arguments.seed_start + count)
+    seeds = _seeds(arguments, preset)
     prompts = processes.together(lambda: _prompts(arguments, options, seeds))
-    pictures = processes.together(lambda: plan(base, options, methods, prompts, seeds))
-    record = _record(base, options, methods, prompts, seeds)
+    pictures = processes.together(lambda: plan(base, options, methods, prompts, seeds, defaults))
+    record = _record(base, options, methods, prompts, seeds, arguments.preset)
     by_file = {picture.file: picture for picture in pictures}
 
     def look() -> tuple[str, list[str], bool, list[bool]]:
@@ -98,7 +100,7 @@ def _sweep_into(store: Store, processes: Processes, arguments: argparse.Namespac
         bar = _bar(mine, scorer.name, processes)
         processes.together(partial(score_pictures, scorer, bar, store, log))
     names = [scorer.name for scorer in scorers]
-    return processes.by_first(lambda: _finish(store, pictures, record, methods, names, arguments.embed))
+    return processes.by_first(lambda: _finish(store, pictures, record, names, arguments.embed))
 
 
 def _bar(pictures: list[Picture], name: str, processes: Processes) -> Iterable[Picture]:
@@ -134,6 +136,12 @@ def _shared(arguments: argparse.Namespace, processes: Processes) -> tuple[Settin
     return Settings.of(arguments, prompt="", device=device), given_options(arguments, methods)
 
 
+def _seeds(arguments: argparse.Namespace, preset: Preset | None) -> range:
+    own = arguments.prompts is None and arguments.model == SHAPES
+    count = arguments.seeds or (SCENES if own else preset.seeds if preset else 1)
+    return range(arguments.seed_start, arguments.seed_start + count)
+
+
 def _prompts(arguments: argparse.Namespace, options: Given, seeds: range) -> list[Entry]:
     """Return the prompts.
 
@@ -142,9 +150,12 @@ def _prompts(arguments: argparse.Namespace, options: Given, seeds: range) -> lis
     """
     if arguments.prompts is not None:
         return read_prompts(arguments.prompts)
+    preset = PRESETS.get(arguments.preset)
+    if preset and arguments.model != SHAPES:
+        return preset.prompts()
     if arguments.model != SHAPES:
         raise ValueError(f"--model {arguments.model} needs --prompts, a file of prompts; only shapes has its own")
-    scenes = scene_prompts(seeds)
+    scenes = preset_scenes(seeds) if preset else scene_prompts(seeds)
     if name := next((name for name in options if name in scenes[0]), None):
         raise ValueError(f"--{name} goes with --prompts; the scenes of --model shapes have their own")
     return scenes
@@ -159,32 +170,43 @@ def _scorers(arguments: argparse.Namespace, device: torch.device) -> list[Scorer
     return scorers
 
 
-def _record(base: Settings, options: Given, methods: list[str], prompts: list[Entry], seeds: range) -> dict[str, Any]:
+def _record(
+    base: Settings,
+    options: Given,
+    methods: list[str],
+    prompts: list[Entry],
+    seeds: range,
+    preset: str | None = None,
+) -> dict[str, Any]:
     """Return what decides the pictures, as `sweep.json` holds it: of the seeds, the first one and their number."""
     record = {**asdict(base), **options, "device": base.device.partition(":")[0], "methods": methods}
     for name in ("prompt", "seed", "allow_pickle"):
         del record[name]
-    return {**record, "seeds": [seeds[0], len(seeds)], "prompts": prompts}
+    return {**record, "preset": preset, "seeds": [seeds[0], len(seeds)], "prompts": prompts}
 
 
 def _finish(
     store: Store,
     pictures: list[Picture],
     record: dict[str, Any],
-    methods: list[str],
     scorers: list[str],
     embed: bool,
 ) -> int:
     """Write results, summary and page, print the table, and return how many pictures have an error."""
+    preset = PRESETS.get(record["preset"])
+    paper = preset.overheads if preset else None
     rows = merged(store, pictures, scorers)
-    figures = summary(rows, methods)
+    figures = summary(rows, record["methods"])
     runs = [row for row in store.records() if row["kind"] == "run"]
     about = {"settings": record, "scorers": scorers, "methods": figures, "runs": runs}
     store.write("results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     store.write("summary.json", json.dumps(about, indent=1) + "\n")
-    store.write(report.FILE, report.page(store, pictures, rows, figures, model=record["model"], embed=embed))
+    page = report.page(store, pictures, rows, figures, model=record["model"], paper=paper, embed=embed)
+    store.write(report.FILE, page)
     store.tidy()
-    print(table(figures))
+    print(table(figures, paper))
+    if preset:
+        print(f"In the paper: {preset.source}.")
     print(f"Pictures and results.jsonl: {store.path}   to look at: {store.path / report.FILE}", flush=True)
     failed = [f"{row['file']} with {row['error']}" for row in rows if "error" in row]
     unscored = [

@@ -72,7 +72,7 @@ def sweep(folder: Path, prompts: list[str], seeds: int, drawn: int) -> tuple[lis
         for seed in range(seeds):
             for index, method in enumerate(METHODS):
                 settings = Settings(model="shapes", prompt=prompt, seed=seed, steps=3)
-                picture = Picture(place, method, settings, {}, None)
+                picture = Picture(place, method, settings, {}, None, {"prompt": prompt})
                 row = {**picture.record(), "run": "2026-01-01T00:00:00", "rank": 0, "seconds": 1.0 + index}
                 strict = place > 1 or (place == 0) == (index == 1)
                 row |= {"strict": strict, "clip": 20.0 + index, "words": WORDS}
