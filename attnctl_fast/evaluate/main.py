@@ -11,7 +11,7 @@ from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from ..cli.method_options import METHODS, add_method_options
-from ..cli.options import add_model_options, natural, positive, require_extra
+from ..cli.options import add_model_options, natural, positive, require_extra, share
 from .presets import PRESETS
 from .prompts import FIELDS, SCENES
 
@@ -107,6 +107,45 @@ def _parser(preset: bool = False) -> argparse.ArgumentParser:
     clip = parser.add_mutually_exclusive_group()
     clip.add_argument("--clip", metavar="PATH", help="CLIP weights of transformers, a folder or hub id: CLIP score")
     clip.add_argument("--open-clip", metavar="MODEL:PRETRAINED", help="the same by a model of open_clip_torch")
+    parser.add_argument(
+        "--owl",
+        metavar="PATH",
+        help="OWLv2 weights of transformers, a folder or hub id: whether the picture shows the prompt's phrases",
+    )
+    parser.add_argument(
+        "--owl-threshold",
+        type=share,
+        default=0.1,
+        metavar="SCORE",
+        help="the least score of a detection; default: 0.1, that of transformers' example",
+    )
+    parser.add_argument(
+        "--captions",
+        metavar="PATH",
+        help="a captioning model of transformers, such as BLIP; with --clip: CLIP similarities of the prompt with the "
+        "picture and with its caption",
+    )
+    parser.add_argument(
+        "--questions", type=Path, metavar="FILE", help="questions about prompts, in the form of TIFA's files"
+    )
+    parser.add_argument(
+        "--vqa", metavar="PATH", help="a visual-question model of transformers, such as ViLT, that answers --questions"
+    )
+    parser.add_argument(
+        "--lpips",
+        nargs="?",
+        const="alex",
+        choices=("alex", "vgg", "squeeze"),
+        help="distance from the plain picture by this network; default of the option: alex",
+    )
+    parser.add_argument("--fid", type=Path, metavar="DIR", help="FID of every method's pictures against a folder's")
+    parser.add_argument(
+        "--fid-dims",
+        type=int,
+        choices=(64, 192, 768, 2048),
+        default=2048,
+        help="Inception features of the FID; default: 2048, which needs thousands of pictures",
+    )
     parser.add_argument(
         "--maps", action="store_true", help="heat maps of every word in report.html; draws every picture once more"
     )

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..attach.families import family_of
 from ..attach.prompts import Prompts
@@ -19,9 +19,6 @@ from ..cli.report import first_line
 from ..pipeline import control
 from .prompts import Entry
 from .store import Log, Record, Store
-
-if TYPE_CHECKING:
-    from .scorers import Scorer
 
 PLAIN = "plain"
 
@@ -50,6 +47,10 @@ class Picture:
     def maps(self) -> str:
         """The path of its words' maps."""
         return self.file.replace("pictures", "maps", 1)
+
+    def with_method(self, method: str) -> Picture:
+        """Return the picture of the same prompt and seed by another method, of which only its file is known."""
+        return replace(self, method=method, options={}, control=None)
 
     def record(self) -> Record:
         """Return what every record of it says."""
@@ -176,20 +177,6 @@ def draw_pictures(pipe: Any, pictures: Iterable[Picture], store: Store, log: Log
             continue
         store.save(picture.file, image)
         log.write("picture", {**picture.record(), "seconds": seconds})
-
-
-def score_pictures(scorer: Scorer, pictures: Iterable[Picture], store: Store, log: Log) -> None:
-    """Judge drawn pictures one by one. One that cannot be judged is a record with its error."""
-    from PIL import Image
-
-    for picture in pictures:
-        record: Record = {"file": picture.file, "by": scorer.name}
-        try:
-            with Image.open(store.path / picture.file) as image:
-                record["scores"] = scorer(image.convert("RGB"), picture.settings.prompt)
-        except Exception as error:
-            record["error"] = reason(error)
-        log.write("scores", record)
 
 
 def reason(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from ..cli.report import aligned, spread
@@ -23,11 +24,19 @@ class Score:
     more_is_better: bool = True
 
 
+NOTHING: Mapping[str, Record] = MappingProxyType({})
 SCORES = {
     "strict": Score("strict"),
     "exact": Score("exact"),
     "colours": Score("all colours"),
+    "detected": Score("detected"),
+    "found": Score("objects found"),
+    "placed": Score("in their boxes"),
     "clip": Score("CLIP score"),
+    "image_text": Score("CLIP image-text", ".3f"),
+    "text_text": Score("CLIP text-text", ".3f"),
+    "questions": Score("questions right"),
+    "lpips": Score("LPIPS", ".3f", more_is_better=False),
 }
 
 
@@ -60,14 +69,15 @@ def merged(store: Store, pictures: Iterable[Picture], scorers: Iterable[str]) ->
     ]
 
 
-def summary(rows: Sequence[Record], methods: Sequence[str]) -> dict[str, Any]:
+def summary(rows: Sequence[Record], methods: Sequence[str], sets: Mapping[str, Record] = NOTHING) -> dict[str, Any]:
     """Return figures of every method.
 
     `pictures` and `failed` are numbers; `seconds` per picture and scores that are numbers have median and quartiles,
     the latter a mean too; of scores that are yes or no `rate` is the share of yes; `interval` is the 95 % interval of
     mean or rate. `against_plain`, over the prompts and seeds that both have, counts for every score the pictures that
     are better than the plain one (`gained`) and worse (`lost`), with the exact p value of McNemar's test, which for
-    numbers is the sign test. `overhead` is what a method adds to the time of the plain pictures, in percent.
+    numbers is the sign test. `overhead` is what a method adds to the time of the plain pictures, in percent. `fid` is
+    the distance from a folder, where `sets` has it.
     """
     result: dict[str, Any] = {}
     good = {method: [row for row in rows if row["method"] == method and "error" not in row] for method in methods}
@@ -99,6 +109,8 @@ def summary(rows: Sequence[Record], methods: Sequence[str]) -> dict[str, Any]:
                 against[name] = {"gained": gained, "lost": lost, "p_value": mcnemar(gained, lost), "count": len(both)}
         if against:
             result[method]["against_plain"] = against
+        if "value" in sets.get(method, {}):
+            result[method]["fid"] = {"value": sets[method]["value"], "count": sets[method]["count"]}
         if method != PLAIN and (cost := _overhead(warm.get(PLAIN, []), warm[method])):
             result[method]["overhead"] = cost
     return result
@@ -146,12 +158,13 @@ def cells(figures: dict[str, Any], paper: Mapping[str, float] | None = None, *, 
         page: with the 95 % intervals, and what belongs to a figure in lines of their own.
     """
     shown = [name for name in SCORES if any(name in entry for entry in figures.values())]
-    costs = any("overhead" in entry for entry in figures.values())
-    head = ["method", "pictures", *(SCORES[name].title for name in shown), "s per picture"]
+    costs, sets = (any(name in entry for entry in figures.values()) for name in ("overhead", "fid"))
+    head = ["method", "pictures", *(SCORES[name].title for name in shown), *["FID"] * sets, "s per picture"]
     rows = [head + ["overhead"] * costs + ["in the paper"] * (paper is not None)]
     for method, entry in figures.items():
         parts = [[str(entry["pictures"]), f"({entry['failed']} failed)" if entry["failed"] else ""]]
         parts += [_score(entry, name, page) for name in shown]
+        parts += [[f"{entry['fid']['value']:.2f}"] if "fid" in entry else []] * sets
         seconds = entry["seconds"]
         parts += [[f"{seconds['median']:.3g}", f"({seconds['low']:.3g} to {seconds['high']:.3g})"] if seconds else []]
         parts += [_cost(entry.get("overhead"), page)] * costs

@@ -20,11 +20,17 @@ from ..cli.method_options import Given, given_options
 from ..cli.model import SHAPES, Settings, device_named, load
 from ..cli.report import versions
 from . import report
+from .captions import Captions
+from .frechet import Fid
 from .heat import map_pictures
-from .plan import Picture, check, draw_pictures, in_turns, plan, score_pictures
+from .judging import measure_methods, measured, score_pictures, unmeasured
+from .owl import Owl
+from .perceptual import Lpips
+from .plan import PLAIN, Picture, check, draw_pictures, in_turns, plan
 from .presets import PRESETS, Preset, preset_scenes
 from .processes import Processes
 from .prompts import SCENES, Entry, read_prompts, scene_prompts
+from .questions import Questions
 from .scorers import Clip, Detector, OpenClip, Scorer
 from .store import Log, Store
 from .summary import merged, summary, table
@@ -56,6 +62,7 @@ def _sweep_into(store: Store, processes: Processes, arguments: argparse.Namespac
     scorers = processes.together(lambda: _scorers(arguments, device))
     seeds = _seeds(arguments, preset)
     prompts = processes.together(lambda: _prompts(arguments, options, seeds))
+    fid = processes.together(lambda: _fid(arguments, device))
     pictures = processes.together(lambda: plan(base, options, methods, prompts, seeds, defaults))
     record = _record(base, options, methods, prompts, seeds, arguments.preset)
     by_file = {picture.file: picture for picture in pictures}
@@ -99,8 +106,12 @@ def _sweep_into(store: Store, processes: Processes, arguments: argparse.Namespac
         mine = [by_file[file] for file in processes.share(unscored)]
         bar = _bar(mine, scorer.name, processes)
         processes.together(partial(score_pictures, scorer, bar, store, log))
+    if fid is not None and (unknown := processes.by_first(partial(unmeasured, fid, pictures, store))):
+        processes.together(fid.load)
+        share = processes.share(unknown)
+        processes.together(partial(measure_methods, fid, share, pictures, store, log))
     names = [scorer.name for scorer in scorers]
-    return processes.by_first(lambda: _finish(store, pictures, record, names, arguments.embed))
+    return processes.by_first(lambda: _finish(store, pictures, record, names, fid, arguments.embed))
 
 
 def _bar(pictures: list[Picture], name: str, processes: Processes) -> Iterable[Picture]:
@@ -162,12 +173,39 @@ def _prompts(arguments: argparse.Namespace, options: Given, seeds: range) -> lis
 
 
 def _scorers(arguments: argparse.Namespace, device: torch.device) -> list[Scorer]:
+    """Return the judges that the options ask for.
+
+    Raises:
+        OSError, ValueError, ImportError: one cannot be had, or options do not go together.
+    """
+    pickle = arguments.allow_pickle
     scorers: list[Scorer] = [Detector()] if arguments.model == SHAPES else []
-    if arguments.clip is not None:
-        scorers.append(Clip(arguments.clip, device, arguments.allow_pickle))
+    clip = None if arguments.clip is None else Clip(arguments.clip, device, pickle)
+    if arguments.owl is not None:
+        scorers.append(Owl(arguments.owl, device, arguments.owl_threshold, pickle))
+    if clip is not None:
+        scorers.append(clip)
     if arguments.open_clip is not None:
-        scorers.append(OpenClip(arguments.open_clip, device, arguments.allow_pickle))
+        scorers.append(OpenClip(arguments.open_clip, device, pickle))
+    if arguments.captions is not None:
+        if clip is None:
+            raise ValueError("--captions compares by CLIP; add --clip")
+        scorers.append(Captions(arguments.captions, clip, device, pickle))
+    if (arguments.questions is None) != (arguments.vqa is None):
+        raise ValueError("--questions and --vqa go together: a file of questions, and the model that answers them")
+    if arguments.questions is not None:
+        scorers.append(Questions(arguments.questions, arguments.vqa, device, pickle))
+    if arguments.lpips is not None:
+        if PLAIN not in arguments.method:
+            raise ValueError("--lpips compares with the plain pictures; add plain to --method")
+        scorers.append(Lpips(arguments.lpips, device, pickle))
     return scorers
+
+
+def _fid(arguments: argparse.Namespace, device: torch.device) -> Fid | None:
+    if arguments.fid is None:
+        return None
+    return Fid(arguments.fid, arguments.fid_dims, device, arguments.allow_pickle)
 
 
 def _record(
@@ -190,15 +228,17 @@ def _finish(
     pictures: list[Picture],
     record: dict[str, Any],
     scorers: list[str],
+    fid: Fid | None,
     embed: bool,
 ) -> int:
     """Write results, summary and page, print the table, and return how many pictures have an error."""
     preset = PRESETS.get(record["preset"])
     paper = preset.overheads if preset else None
     rows = merged(store, pictures, scorers)
-    figures = summary(rows, record["methods"])
+    sets = measured(fid.name, pictures, store) if fid else {}
+    figures = summary(rows, record["methods"], sets)
     runs = [row for row in store.records() if row["kind"] == "run"]
-    about = {"settings": record, "scorers": scorers, "methods": figures, "runs": runs}
+    about = {"settings": record, "scorers": [*scorers, *([fid.name] if fid else [])], "methods": figures, "runs": runs}
     store.write("results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     store.write("summary.json", json.dumps(about, indent=1) + "\n")
     page = report.page(store, pictures, rows, figures, model=record["model"], paper=paper, embed=embed)
@@ -214,6 +254,7 @@ def _finish(
         for row in rows
         for name, error in list(row.get("score_errors", {}).items())[:1]
     ]
+    unscored += [f"{row['method']} by {row['by']} with {row['error']}" for row in sets.values() if "error" in row]
     for trouble, what in ((failed, "failed"), (unscored, "are not judged")):
         if trouble:
             print(
