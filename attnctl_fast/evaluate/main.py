@@ -83,9 +83,11 @@ def _parser(preset: bool = False) -> argparse.ArgumentParser:
     add_model_options(parser, out="out/reproduce" if preset else "out/evaluate")
     parser.add_argument(
         "--prompts",
+        nargs="+",
         type=Path,
         metavar="FILE",
-        help=f"a prompt a line, or a JSON object a line, with {', '.join(FIELDS)}; "
+        help=f"a prompt a line, or a JSON object a line, with {', '.join(FIELDS)}; or files in COCO's form (.json), "
+        "captions and boxes of the same pictures; "
         + ("default: those of the paper" if preset else "needed but for --model shapes, which has scenes of its own"),
     )
     parser.add_argument(

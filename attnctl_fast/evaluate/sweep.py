@@ -21,6 +21,7 @@ from ..cli.model import SHAPES, Settings, device_named, load
 from ..cli.report import versions
 from . import report
 from .captions import Captions
+from .coco import read_coco
 from .frechet import Fid
 from .heat import map_pictures
 from .judging import measure_methods, measured, score_pictures, unmeasured
@@ -160,7 +161,12 @@ def _prompts(arguments: argparse.Namespace, options: Given, seeds: range) -> lis
         OSError, ValueError: there are none, or not in the form that `read_prompts` takes.
     """
     if arguments.prompts is not None:
-        return read_prompts(arguments.prompts)
+        coco = [path.suffix == ".json" for path in arguments.prompts]
+        if all(coco):
+            return read_coco(arguments.prompts)
+        if any(coco) or len(arguments.prompts) > 1:
+            raise ValueError("--prompts takes one file of lines, or files in COCO's form, which end in .json")
+        return read_prompts(arguments.prompts[0])
     preset = PRESETS.get(arguments.preset)
     if preset and arguments.model != SHAPES:
         return preset.prompts()

@@ -66,17 +66,21 @@ def _words(folder: Path) -> Any:
     return BertTokenizer.from_pretrained(folder, model_max_length=32)
 
 
+def _blip_text(tokens: Any) -> dict[str, Any]:
+    text = {**_SHAPE, "vocab_size": len(tokens), "max_position_embeddings": 64, "projection_dim": 16}
+    text |= {"encoder_hidden_size": 16, "bos_token_id": tokens.cls_token_id, "eos_token_id": tokens.sep_token_id}
+    return text | {"pad_token_id": tokens.pad_token_id, "sep_token_id": tokens.sep_token_id}
+
+
 def captions(folder: Path, seed: int = 3) -> Path:
     """A BLIP model that writes captions."""
     from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
     tokens = _words(folder)
-    text = {**_SHAPE, "vocab_size": len(tokens), "max_position_embeddings": 64, "projection_dim": 16}
-    text |= {"encoder_hidden_size": 16, "bos_token_id": tokens.cls_token_id, "eos_token_id": tokens.sep_token_id}
-    text |= {"pad_token_id": tokens.pad_token_id, "sep_token_id": tokens.sep_token_id}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=_VISION, projection_dim=16))
+        config = BlipConfig(text_config=_blip_text(tokens), vision_config=_VISION, projection_dim=16)
+        model = BlipForConditionalGeneration(config)
     return _saved(folder, model, BlipProcessor(BlipImageProcessor(size=_SIDE), tokens))
 
 
@@ -100,3 +104,15 @@ def answers(folder: Path, labels: dict[str, float], seed: int = 3) -> Path:
         model.classifier[-1].weight.zero_()
         model.classifier[-1].bias.copy_(torch.tensor(list(labels.values())))
     return _saved(folder, model, ViltProcessor(ViltImageProcessor(size={"shortest_edge": 32}), tokens))
+
+
+def writes(folder: Path, seed: int = 3) -> Path:
+    """A BLIP model that writes answers."""
+    from transformers import BlipConfig, BlipForQuestionAnswering, BlipImageProcessor, BlipProcessor
+
+    tokens = _words(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = BlipConfig(text_config=_blip_text(tokens), vision_config=_VISION, projection_dim=16)
+        model = BlipForQuestionAnswering(config)
+    return _saved(folder, model, BlipProcessor(BlipImageProcessor(size=_SIDE), tokens))
