@@ -39,16 +39,21 @@ class Fid:
         self.name = f"fid {dims} {hashlib.sha256(about.encode()).hexdigest()[:12]}"
         self._dims, self._device, self._allow_pickle = dims, device, allow_pickle
 
+    def fetch(self) -> Path:
+        """Return the file of weights, fetched where it is missing; errors as in `hub_file`."""
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+        return hub_file("--fid", URL_INCEPTION_V3, self._allow_pickle)
+
     def load(self) -> None:
         """Load the weights and look at the folder's pictures.
 
         Raises:
             OSError, ValueError: the weights cannot be had or used, or a picture cannot be read.
         """
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        weights = hub_file("--fid", URL_INCEPTION_V3, self._allow_pickle)
+        weights = self.fetch()
         self._metric = FrechetInceptionDistance(
             self._dims, reset_real_features=False, feature_extractor_weights_path=str(weights)
         ).to(self._device)

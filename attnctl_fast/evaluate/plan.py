@@ -48,6 +48,11 @@ class Picture:
         """The path of its words' maps."""
         return self.file.replace("pictures", "maps", 1)
 
+    @property
+    def watchable(self) -> bool:
+        """Whether its attention can be captured while it is drawn."""
+        return self.control is None or not self.control.alone
+
     def with_method(self, method: str) -> Picture:
         """Return the picture of the same prompt and seed by another method, of which only its file is known."""
         return replace(self, method=method, options={}, control=None)

@@ -67,13 +67,14 @@ def _sweep_into(store: Store, processes: Processes, arguments: argparse.Namespac
     pictures = processes.together(lambda: plan(base, options, methods, prompts, seeds, defaults))
     record = _record(base, options, methods, prompts, seeds, arguments.preset)
     by_file = {picture.file: picture for picture in pictures}
+    watchable = [picture.file for picture in pictures if picture.watchable] if arguments.maps else []
 
     def look() -> tuple[str, list[str], bool, list[bool]]:
         store.check(record)
         if store.begun:
             store.lock()
         missing = store.missing(by_file)
-        mapping = arguments.maps and bool(missing or store.unmapped(by_file))
+        mapping = bool(watchable and missing or store.unmapped(watchable))
         judging = [bool(missing or store.unscored(by_file, scorer.name)) for scorer in scorers]
         return datetime.now(timezone.utc).isoformat(timespec="microseconds"), missing, mapping, judging
 
@@ -92,13 +93,15 @@ def _sweep_into(store: Store, processes: Processes, arguments: argparse.Namespac
     log = Log(store.path / f"results-{processes.rank}.jsonl", run, processes.rank, _about(processes, device))
     for scorer in compress(scorers, judging):
         processes.together(scorer.load)
+    if fid is not None:
+        processes.together(fid.fetch)
     if missing or mapping:
         pipe = processes.together(ready)
         missing = processes.by_first(begin)
         mine = in_turns(by_file[file] for file in processes.share(missing))
         processes.together(lambda: draw_pictures(pipe, _bar(mine, "drawing", processes), store, log))
         if mapping:
-            unmapped = processes.by_first(partial(store.unmapped, by_file))
+            unmapped = processes.by_first(partial(store.unmapped, watchable))
             mine = [by_file[file] for file in processes.share(unmapped)]
             processes.together(lambda: map_pictures(pipe, _bar(mine, "maps", processes), store, log))
         del pipe
