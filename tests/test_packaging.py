@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-EXTRAS = ("", "diffusers", "bench", "docs", "test")
+EXTRAS = ("", "diffusers", "evaluate", "bench", "docs", "test")
 
 
 def run(*command, cwd, **environment):
