@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
+from attnctl_fast.cli.model import Settings
 from attnctl_fast.evaluate import weights
 from attnctl_fast.evaluate.captions import Captions
 from attnctl_fast.evaluate.frechet import Fid
+from attnctl_fast.evaluate.judging import measure_methods, measured, unmeasured
 from attnctl_fast.evaluate.owl import Owl
 from attnctl_fast.evaluate.perceptual import Lpips
+from attnctl_fast.evaluate.plan import Picture
 from attnctl_fast.evaluate.questions import Questions, read_questions
 from attnctl_fast.evaluate.scorers import Clip, Subject
+from attnctl_fast.evaluate.store import Log, Store
 from tests.support import judges
 
 CPU = torch.device("cpu")
@@ -218,3 +223,37 @@ def test_metrics_that_are_not_installed_are_named(tmp_path: Path, monkeypatch: p
     picture().save(tmp_path / "one.png")
     with pytest.raises(ValueError, match="holds 1 pictures; name a folder with two or more"):
         Fid(tmp_path, 64, CPU)
+
+
+def test_a_methods_pictures_are_measured_again_when_others_are_there(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    settings = Settings(model="shapes", prompt="a")
+    pictures = [
+        Picture(0, method, replace(settings, seed=seed), {}, None, {"prompt": "a"})
+        for seed in range(2)
+        for method in ("plain", "tsam")
+    ]
+    store, log = Store(tmp_path), Log(tmp_path / "results-0.jsonl", "a", 0, {})
+
+    def draw(*places: int) -> None:
+        for place in places:
+            (tmp_path / pictures[place].file).touch()
+            log.write("picture", {**pictures[place].record(), "seconds": 1.0})
+
+    def distance(files: list[Path]) -> float:
+        if len(files) < 2:
+            raise RuntimeError("two or more")
+        return float(len(files))
+
+    distance.name = "fid"  # type: ignore[attr-defined]
+    draw(0, 1, 2)
+    assert unmeasured(distance, pictures, store) == ["plain", "tsam"]  # type: ignore[arg-type]
+    measure_methods(distance, ["plain", "tsam"], pictures, store, log)  # type: ignore[arg-type]
+    found = measured("fid", pictures, store)
+    assert found["plain"]["value"] == found["plain"]["count"] == 2
+    assert found["tsam"]["error"] == "RuntimeError: two or more" and "value" not in found["tsam"]
+    assert unmeasured(distance, pictures, store) == ["tsam"]  # type: ignore[arg-type]
+    draw(3)
+    assert list(measured("fid", pictures, store)) == ["plain"]
+    measure_methods(distance, ["tsam"], pictures, store, log)  # type: ignore[arg-type]
+    assert unmeasured(distance, pictures, store) == []  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from attnctl_fast.cli import main
-from attnctl_fast.cli.method_options import make_method
+from attnctl_fast.cli.method_options import METHODS, make_method
 from attnctl_fast.evaluate.coco import read_coco
 from attnctl_fast.evaluate.intervals import of_ratio, of_share
 from attnctl_fast.evaluate.presets import ANIMALS, COLOURS, OBJECTS, PRESETS, attend_and_excite_prompts
@@ -43,6 +43,14 @@ def test_the_prompts_of_attend_and_excite() -> None:
         assert [" ".join(group) for group in entry["groups"]] == [text.removeprefix("a ") for text in entry["edit"]]
     assert {pair[0] for entry in entries for pair in entry.get("pairs", [])} == set(COLOURS)
     assert texts == [entry["prompt"] for entry in attend_and_excite_prompts()]
+
+
+def test_the_papers_overheads_are_those_of_the_benchmarks() -> None:
+    from bench.pictures.ours import PUBLISHED, SOURCE
+
+    table = PRESETS["table1"]
+    assert {METHODS[name].cls: percent for name, percent in table.overheads.items()} == PUBLISHED
+    assert table.source == SOURCE
 
 
 def test_coco_files_give_prompts_targets_and_boxes(tmp_path: Path) -> None:
