@@ -51,7 +51,7 @@ setup(
     package_dir={"attnctl_fast.kernels": "kernels"},
     package_data={
         "attnctl_fast": ["py.typed"],
-        "attnctl_fast.evaluate": ["report.*"],
+        "attnctl_fast.evaluate": ["report.html", "report.css", "report.js"],
         "attnctl_fast.kernels": ["README.md", "configs/*.json"],
         "attnctl_fast.shapes": ["weights/**/*"],
     },

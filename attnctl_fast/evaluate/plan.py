@@ -86,7 +86,7 @@ def plan(
         defaults: options of single methods, which all others come before.
 
     Raises:
-        ValueError: a prompt lacks what a method needs.
+        ValueError: a prompt lacks what a method needs, or no prompt is drawn with any of the methods.
     """
     pictures = []
     for place, entry in enumerate(prompts):
@@ -103,6 +103,8 @@ def plan(
             for seed in entry.get("seeds", seeds)
             for name in drawn
         ]
+    if not pictures:
+        raise ValueError(f"there is nothing to draw: every prompt skips {' and '.join(methods)}")
     return pictures
 
 

@@ -51,7 +51,9 @@ function figure(place, seed, cell, method) {
   box.hidden = state.method !== null && state.method !== method;
   const caption = make("figcaption");
   caption.append(make("b", data.methods[method]));
-  if (typeof cell === "string") {
+  if (cell === null) {
+    caption.append(" · not in the sweep");
+  } else if (typeof cell === "string") {
     caption.append(" ", make("span", cell, { class: "bad" }));
   } else {
     const path = source("pictures", place, seed, method);
@@ -107,9 +109,7 @@ function row([place, seed, cells]) {
     article.append(list);
   }
   const pictures = make("div", undefined, { class: "pictures" });
-  cells.forEach((cell, method) => {
-    if (cell !== null) pictures.append(figure(place, seed, cell, method));
-  });
+  cells.forEach((cell, method) => pictures.append(figure(place, seed, cell, method)));
   article.append(pictures);
   return article;
 }

@@ -56,11 +56,12 @@ def merged(store: Store, pictures: Iterable[Picture], scorers: Iterable[str]) ->
             about.setdefault("score_errors", {})[name] = row["error"]
         else:
             about.update(row["scores"])
-    for row in store.records():
-        if row["kind"] == "maps" and "words" in row:
-            scores.setdefault(row["file"], {})["words"] = row["words"]
-        elif row["kind"] == "maps":
-            scores.setdefault(row["file"], {}).setdefault("score_errors", {})["maps"] = row["error"]
+    for file, row in {row["file"]: row for row in store.records() if row["kind"] == "maps"}.items():
+        about = scores.setdefault(file, {})
+        if "error" in row:
+            about.setdefault("score_errors", {})["maps"] = row["error"]
+        else:
+            about["words"] = row["words"]
     rows = [(drawn.get(picture.file) or {**picture.record(), "error": "not drawn"}) for picture in pictures]
     return [
         {name: value for name, value in row.items() if name != "kind"}

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,13 @@ from PIL import Image
 
 from attnctl_fast.cli import main
 from attnctl_fast.cli.method_options import METHODS, make_method
+from attnctl_fast.cli.model import Settings
 from attnctl_fast.evaluate.coco import read_coco
 from attnctl_fast.evaluate.intervals import of_ratio, of_share
+from attnctl_fast.evaluate.plan import in_turns, plan
 from attnctl_fast.evaluate.presets import ANIMALS, COLOURS, OBJECTS, PRESETS, attend_and_excite_prompts
 from attnctl_fast.evaluate.store import Store
-from attnctl_fast.evaluate.summary import summary, table
+from attnctl_fast.evaluate.summary import merged, summary, table
 from tests.support import judges, tiny, vision
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -240,6 +243,22 @@ def test_overhead_is_measured_in_turns() -> None:
     assert "+50.0 %" in table(figures) and "in the paper" not in table(figures)
 
 
+def test_pictures_are_drawn_in_turns() -> None:
+    settings = Settings(model="shapes", prompt="")
+    planned = plan(
+        settings, {}, ["plain", "energy", "tsam"], [{"prompt": "a"}, {"prompt": "b", "skip": ["tsam"]}], [0, 1]
+    )
+    drawn = [(picture.place, picture.settings.seed, picture.method) for picture in in_turns(planned)]
+    assert drawn == [
+        *((0, 0, method) for method in ("plain", "energy", "tsam")),
+        *((0, 1, method) for method in ("tsam", "energy", "plain")),
+        *((1, 0, method) for method in ("plain", "energy")),
+        *((1, 1, method) for method in ("energy", "plain")),
+    ]
+    with pytest.raises(ValueError, match="there is nothing to draw: every prompt skips tsam"):
+        plan(settings, {}, ["tsam"], [{"prompt": "b", "skip": ["tsam"]}], [0])
+
+
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def said(*options: Any) -> str:
         assert main(command("--model", "shapes", "--out", tmp_path / "out", *options)) == 2
@@ -264,7 +283,12 @@ def test_records_of_maps_are_those_of_pictures(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / "pictures" / name).touch()
         lines.append({"run": "1", "kind": "picture", "file": f"pictures/{name}", "seconds": 1.0})
+    lines.append({"run": "1", "kind": "maps", "file": "pictures/a", "error": "not yet"})
     lines.append({"run": "1", "kind": "maps", "file": "pictures/a", "words": ["a"]})
     lines.append({"run": "1", "kind": "maps", "file": "pictures/b", "error": "no"})
     (tmp_path / "results-0.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert store.unmapped(["pictures/a", "pictures/b", "pictures/c", "pictures/d"]) == ["pictures/b", "pictures/c"]
+    pictures = [SimpleNamespace(file=f"pictures/{name}") for name in "abc"]
+    one, other, third = merged(store, pictures, [])  # type: ignore[arg-type]
+    assert one["words"] == ["a"] and "score_errors" not in one
+    assert other["score_errors"] == {"maps": "no"} and "words" not in other and "words" not in third
