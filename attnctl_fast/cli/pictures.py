@@ -137,11 +137,8 @@ def heat_map(image: Image.Image, values: np.ndarray) -> Image.Image:
     Returns:
         An RGB image of the size of `image`.
     """
-    peak = values.max()
-    scaled = Image.fromarray((values / peak if peak > 0 else values).astype(np.float32))
-    heat = np.asarray(scaled.resize(image.size, Image.Resampling.BICUBIC)).clip(0, 1)
     grey = image.convert("L").convert("RGB")
-    return Image.blend(grey, Image.fromarray(_coloured(heat)), _OPACITY)
+    return Image.blend(grey, Image.fromarray(_coloured(_scaled(values, image.size))), _OPACITY)
 
 
 def heat_strip(maps: Sequence[np.ndarray], side: int = 32) -> Image.Image:
@@ -150,14 +147,17 @@ def heat_strip(maps: Sequence[np.ndarray], side: int = 32) -> Image.Image:
     Returns:
         A palette image, `side` wide.
     """
-    parts = []
-    for values in maps:
-        peak = values.max()
-        scaled = Image.fromarray((values / peak if peak > 0 else values).astype(np.float32))
-        parts.append(np.asarray(scaled.resize((side, side), Image.Resampling.BICUBIC)).clip(0, 1))
-    strip = Image.fromarray((255 * np.concatenate(parts)).round().astype(np.uint8), mode="P")
+    heat = np.concatenate([_scaled(values, (side, side)) for values in maps])
+    strip = Image.fromarray((255 * heat).round().astype(np.uint8)).convert("P")
     strip.putpalette(_coloured(np.linspace(0, 1, 256)).tobytes())
     return strip
+
+
+def _scaled(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return a map in another size, width and height, divided by its maximum."""
+    peak = values.max()
+    scaled = Image.fromarray((values / peak if peak > 0 else values).astype(np.float32))
+    return np.asarray(scaled.resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
 
 
 def _coloured(heat: np.ndarray) -> np.ndarray:

@@ -134,11 +134,13 @@ def test_two_processes_go_on_after_a_killed_one_and_draw_what_one_draws(sweep, t
     before = {name: path.stat().st_mtime_ns for name, path in pictures(out).items()}
     assert 0 < len(before) < 8 and not (out / "results.jsonl").exists()
 
-    assert both(out, *options).count("s per picture") == 1
+    assert both(out, *options, "--maps").count("s per picture") == 1
     after = pictures(out)
     assert {name: after[name].stat().st_mtime_ns for name in before} == before
     assert {row["rank"] for row in rows(out)} == {0, 1}
     assert not list(out.rglob("*.tmp"))
+    assert [path.name for path in sorted(out.glob("maps/*.png"))] == sorted(after)
+    assert all(row["words"][:2] == ["a", row["prompt"].split()[1]] for row in rows(out))
 
     assert sweep(*options, out="one") == 0
     alone = pictures(tmp_path / "one")
