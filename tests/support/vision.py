@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+# Its definitions end with its last reference.
+LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 FOLDER = Path(os.environ.get("ATTNCTL_VISION", Path(__file__).resolve().parents[2] / "out" / "vision"))
 NEEDED = "torchvision and torch-fidelity: pip install --no-deps --target out/vision torchvision torch-fidelity"
 
@@ -29,14 +32,15 @@ def there() -> bool:
 def import_torchvision() -> Any:
     """torchvision, also where its compiled operations do not load: none of them is used here."""
     sys.path.append(str(FOLDER))
-    if torch.version.cuda is None and torch.version.hip is None:
-        library = torch.library.Library("torchvision", "DEF")
+    try:
+        return import_module("torchvision")
+    except RuntimeError:
+        # "operator torchvision::nms does not exist": those that it asks for while it is imported.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
         for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import_torchvision.library = library  # type: ignore[attr-defined]  # it ends with its last reference
-    import torchvision
-
-    return torchvision
+            LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return import_module("torchvision")
 
 
 def write_weights(torchvision: Any) -> None:
