@@ -21,7 +21,10 @@ import torch
 # Its definitions end with its last reference.
 LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 FOLDER = Path(os.environ.get("ATTNCTL_VISION", Path(__file__).resolve().parents[2] / "out" / "vision"))
-NEEDED = "torchvision and torch-fidelity: pip install --no-deps --target out/vision torchvision torch-fidelity"
+NEEDED = (
+    "torchvision and torch-fidelity: pip install --no-deps --target out/vision torchvision torch-fidelity torchmetrics "
+    "lightning-utilities"
+)
 
 
 def there() -> bool:
