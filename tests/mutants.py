@@ -1176,7 +1176,58 @@ METHODS = [
         "methods/test_attend_and_excite.py -k 'same_latents'",
     ),
 ]
-MUTANTS = (*OPS, *TRITON, *HOST, *ATTACH, *METHODS)
+SWEEP = [
+    Mutant(
+        "a prompt ends the page's data",
+        "attnctl_fast/evaluate/report.py",
+        'text.replace("<", "\\\\u003c").replace',
+        "text.replace",
+        "evaluate/test_report.py -k 'one_element'",
+    ),
+    Mutant(
+        "a prompt is markup",
+        "attnctl_fast/evaluate/report.js",
+        "element.textContent = text;",
+        "element.innerHTML = text;",
+        "evaluate/test_report.py -k 'hostile and False'",
+    ),
+    Mutant(
+        "one object is enough",
+        "attnctl_fast/evaluate/owl.py",
+        '"detected": all(there)',
+        '"detected": any(there)',
+        "evaluate/test_judges.py -k 'known_boxes'",
+    ),
+    Mutant(
+        "boxes of a picture are those of its padded square",
+        "attnctl_fast/evaluate/owl.py",
+        "torch.tensor([width, height, width, height])",
+        "torch.tensor([width, width, width, width])",
+        "evaluate/test_judges.py -k 'known_boxes'",
+    ),
+    Mutant(
+        "many seeds of few prompts look sure",
+        "attnctl_fast/evaluate/intervals.py",
+        "rests[prompt] += one - ratio * other",
+        "rests[prompt] += (one - ratio * other) / len(prompts)",
+        "evaluate/test_reproduce.py -k 'intervals'",
+    ),
+    Mutant(
+        "a plain picture of another run counts for the overhead",
+        "attnctl_fast/evaluate/summary.py",
+        '("place", "seed", "run", "rank")',
+        '("place", "seed")',
+        "evaluate/test_reproduce.py -k 'overhead_is'",
+    ),
+    Mutant(
+        "a set of pictures is not measured again",
+        "attnctl_fast/evaluate/judging.py",
+        'if marks.get(row["method"]) == row["files"]',
+        'if row["method"] in marks',
+        "evaluate/test_judges.py -k 'again'",
+    ),
+]
+MUTANTS = (*OPS, *TRITON, *HOST, *ATTACH, *METHODS, *SWEEP)
 
 
 def misplaced() -> list[str]:

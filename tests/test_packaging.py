@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-EXTRAS = ("", "diffusers", "bench", "docs", "test")
+EXTRAS = ("", "diffusers", "evaluate", "bench", "docs", "test")
 
 
 def run(*command, cwd, **environment):
@@ -69,6 +69,7 @@ def test_wheel_holds_every_file_of_the_package(wheel):
     expected |= {f"attnctl_fast/kernels/configs/{name}" for name in configurations}
     weights = [path for path in (ROOT / "attnctl_fast" / "shapes" / "weights").rglob("*") if path.is_file()]
     assert any(path.suffix == ".safetensors" for path in weights)
+    expected |= {f"attnctl_fast/evaluate/report.{kind}" for kind in ("html", "css", "js")}
     expected |= {path.relative_to(ROOT).as_posix() for path in weights}
     assert expected | {"attnctl_fast/py.typed", "attnctl_fast/kernels/README.md"} <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

@@ -1,4 +1,4 @@
-"""The parser of `attnctl-fast`: `demo`, `generate`, `maps`, `bench`, `info`."""
+"""The parser of `attnctl-fast`: `demo`, `generate`, `maps`, `reproduce`, `bench`, `info`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["bench"]:
         return _bench(given[1:])
+    if given[:1] == ["reproduce"]:
+        # The sweep stands on this package and has a parser of its own.
+        reproduce: Callable[[Sequence[str]], int] = import_module("..evaluate", __package__).reproduce
+        return reproduce(given[1:])
     arguments = _parser().parse_args(given)
     try:
         arguments.run(arguments)
@@ -46,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_maps(commands)
     commands.add_parser("bench", help="what attention control costs on this machine (in a checkout)", add_help=False)
+    commands.add_parser("reproduce", help="a paper's evaluation on your own model, as a sweep", add_help=False)
     info = commands.add_parser("info", help="versions, devices and the implementation that would run")
     info.set_defaults(run=_info)
     for command in commands.choices.values():

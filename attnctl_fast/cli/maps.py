@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     picture, overview, report = out / f"{settings.seed}.png", out / "maps.png", out / "maps.json"
     check_absent([picture, overview, report], overwrite=arguments.overwrite)
     pipe = load(settings)
-    with capture(pipe, arguments.words, arguments.layers or _default_layers(pipe)) as maps:
+    with capture(pipe, arguments.words, arguments.layers or default_layers(pipe)) as maps:
         (image,) = draw(pipe, settings)
     (found,) = maps.per_word()
     if not found:
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     write_report(report, pipe, given, {"layers": list(maps), "file": picture.name, "words": words})
 
 
-def _default_layers(pipe: Any) -> LayerChoice:
+def default_layers(pipe: Any) -> LayerChoice:
     """Choose the layers at a quarter of the latents' size, or the nearest to it that has cross-attention.
 
     There maps say most (Hertz et al., arXiv 2208.01626). Of two as near, the coarser is chosen. The layers of a

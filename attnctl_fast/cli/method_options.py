@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, TypeAlias
 
-from .options import group, mask, pair, share, strength, token_weight
+from .options import box, group, mask, pair, share, strength, token_weight
 
 # Options that were given, by their names with underscores.
 Given: TypeAlias = dict[str, Any]
@@ -51,6 +51,12 @@ OPTIONS = {
         "two or more groups of words that belong together, such as red+ball dog", "WORD+WORD", group, "words"
     ),
     "masks": Option("pictures that are white where a phrase or a prompt is to be", "PHRASE=FILE", mask, "mapping"),
+    "boxes": Option(
+        "boxes in place of masks, in shares of the picture from its upper left",
+        "PHRASE=LEFT,TOP,RIGHT,BOTTOM",
+        box,
+        "mapping",
+    ),
     "base": Option("share of the attention to the prompt in a region; default: 0.1", "SHARE", share),
     "background": Option("prompt for what no mask covers; default: the prompt itself", "TEXT"),
     "strength": Option("strength of the edit, 0 for none; default: the method's own", None, strength),
@@ -94,15 +100,24 @@ class Method:
     arguments: Callable[[Given, str], Given] = lambda given, prompt: given
 
 
+# A box is a mask of so many cells along a side.
+_CELLS = 64
+
+
 def _with_masks(given: Given, prompt: str) -> Given:
     import numpy as np
     from PIL import Image
 
     masks = {}
-    for phrase, file in given["masks"].items():
+    for phrase, file in given.get("masks", {}).items():
         with Image.open(file) as image:
             masks[phrase] = np.asarray(image.convert("L")) > 127
-    return given | {"masks": masks}
+    # All masks are of one size.
+    rows, columns = next(iter(masks.values())).shape if masks else (_CELLS, _CELLS)
+    y, x = (np.arange(rows)[:, None] + 0.5) / rows, (np.arange(columns) + 0.5) / columns
+    for phrase, (left, top, right, bottom) in given.get("boxes", {}).items():
+        masks.setdefault(phrase, (left <= x) & (x < right) & (top <= y) & (y < bottom))
+    return {name: value for name, value in given.items() if name != "boxes"} | {"masks": masks}
 
 
 def _syngen(given: Given, prompt: str) -> Given:
@@ -152,11 +167,11 @@ METHODS = {
     "syngen": Method("SynGen", ("layers", "pairs", "scale"), arguments=_syngen),
     "conform": Method("CONFORM", ("layers", "groups", "scale"), ("groups",)),
     "focus": Method("FOCUS", ("layers", "groups", "strength"), ("groups",)),
-    "dense": Method("DenseDiffusion", ("layers", "masks", "convention"), ("masks",), _with_masks),
+    "dense": Method("DenseDiffusion", ("layers", "masks", "boxes", "convention"), ("masks", "boxes"), _with_masks),
     "nag": Method("NAG", ("layers", "avoid", "nag_scale", "nag_tau", "nag_alpha"), ("avoid",), _nag),
     "taca": Method("TACA", ("layers", "factor")),
     "pladis": Method("PLADIS", ("layers", "pladis_scale"), arguments=_pladis),
-    "regions": Method("Regions", ("layers", "masks", "base", "background"), ("masks",), _with_masks),
+    "regions": Method("Regions", ("layers", "masks", "boxes", "base", "background"), ("masks", "boxes"), _with_masks),
     "composable": Method("ComposableDiffusion", ("edit", "negate", "edit_weight"), ("edit", "negate"), _composable),
 }
 

@@ -100,6 +100,22 @@ def mask(text: str) -> tuple[str, str]:
     return phrase, file
 
 
+def box(text: str) -> tuple[str, tuple[float, ...]]:
+    """Read PHRASE=X0,Y0,X1,Y1."""
+    phrase, _, numbers = text.rpartition("=")
+    try:
+        corners = tuple(share(number) for number in numbers.split(","))
+        good = bool(phrase) and len(corners) == 4 and corners[0] < corners[2] and corners[1] < corners[3]
+    except argparse.ArgumentTypeError:
+        good = False
+    if not good:
+        raise argparse.ArgumentTypeError(
+            "must be PHRASE=LEFT,TOP,RIGHT,BOTTOM in shares of the picture, such as ball=0,0.5,0.4,1 for the lower "
+            f"left, got {text!r}"
+        )
+    return phrase, corners
+
+
 def pair(text: str) -> tuple[str, ...]:
     """Read MODIFIER:NOUN, with one or more modifiers."""
     words = _words(text, ":")

@@ -137,10 +137,31 @@ def heat_map(image: Image.Image, values: np.ndarray) -> Image.Image:
     Returns:
         An RGB image of the size of `image`.
     """
+    grey = image.convert("L").convert("RGB")
+    return Image.blend(grey, Image.fromarray(_coloured(_scaled(values, image.size))), _OPACITY)
+
+
+def heat_strip(maps: Sequence[np.ndarray], side: int = 32) -> Image.Image:
+    """Draw maps `[height, width]`, not negative, below each other, each as a square in the colours of `heat_map`.
+
+    Returns:
+        A palette image, `side` wide.
+    """
+    heat = np.concatenate([_scaled(values, (side, side)) for values in maps])
+    strip = Image.fromarray((255 * heat).round().astype(np.uint8)).convert("P")
+    strip.putpalette(_coloured(np.linspace(0, 1, 256)).tobytes())
+    return strip
+
+
+def _scaled(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return a map in another size, width and height, divided by its maximum."""
     peak = values.max()
     scaled = Image.fromarray((values / peak if peak > 0 else values).astype(np.float32))
-    heat = np.asarray(scaled.resize(image.size, Image.Resampling.BICUBIC)).clip(0, 1)
+    return np.asarray(scaled.resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
+
+
+def _coloured(heat: np.ndarray) -> np.ndarray:
+    """Return the colours, uint8 `[..., 3]`, of values from 0 to 1."""
     points = np.linspace(0, 1, len(_HEAT))
     colours = np.stack([np.interp(heat, points, channel) for channel in _HEAT.T], axis=-1)
-    grey = image.convert("L").convert("RGB")
-    return Image.blend(grey, Image.fromarray(colours.round().astype(np.uint8)), _OPACITY)
+    return colours.round().astype(np.uint8)

@@ -14,15 +14,17 @@ shapes` draws its own scenes of two objects, one for each seed. `--method` takes
 pipeline alone, which the others are compared with on the same prompts and seeds.
 
 The folder `--out` then holds `pictures`, what every process wrote as it went (`results-RANK.jsonl`), and at the end
-`results.jsonl`, one row per picture, and `summary.json`. After a kill or an interruption the same command goes on with
-what is missing, on any number of processes; other settings are refused, and so is a second sweep while one is at work
-in the folder. A picture that cannot be drawn or judged is a row with its error and is tried again by the next run. The
-folder must be one that all processes see.
+`results.jsonl`, one row per picture, `summary.json`, and `report.html` to look at. After a kill or an interruption the
+same command goes on with what is missing, on any number of processes; other settings are refused, and so is a second
+sweep while one is at work in the folder. A picture that cannot be drawn or judged is a row with its error and is tried
+again by the next run. The folder must be one that all processes see.
+
+`attnctl-fast reproduce table1` is this sweep with the prompts, seeds and methods of a paper's table.
 
 The exit status is 0, 1 if pictures or scores failed, 2 for a mistake, 130 when interrupted; launchers of several
 processes turn all but 0 into 1.
 """
 
-from .main import main
+from .main import main, reproduce
 
-__all__ = ["main"]
+__all__ = ["main", "reproduce"]

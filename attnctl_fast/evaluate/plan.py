@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from types import MappingProxyType
+from typing import Any
 
 from ..attach.families import family_of
 from ..attach.prompts import Prompts
@@ -18,9 +20,6 @@ from ..pipeline import control
 from .prompts import Entry
 from .store import Log, Record, Store
 
-if TYPE_CHECKING:
-    from .scorers import Scorer
-
 PLAIN = "plain"
 
 
@@ -28,7 +27,8 @@ PLAIN = "plain"
 class Picture:
     """One picture: its prompt's place in the sweep, from 0, and what it is drawn with.
 
-    options: those of its method. control: what the method does; None for the pipeline alone.
+    options: those of its method. control: what the method does; None for the pipeline alone. entry: its prompt, with
+    what judges need.
     """
 
     place: int
@@ -36,11 +36,26 @@ class Picture:
     settings: Settings
     options: Given
     control: Any
+    entry: Entry
 
     @property
     def file(self) -> str:
         """The picture's path in the sweep's folder."""
         return f"pictures/{self.place:05d}-{self.settings.seed}-{self.method}.png"
+
+    @property
+    def maps(self) -> str:
+        """The path of its words' maps."""
+        return self.file.replace("pictures", "maps", 1)
+
+    @property
+    def watchable(self) -> bool:
+        """Whether its attention can be captured while it is drawn."""
+        return self.control is None or not self.control.alone
+
+    def with_method(self, method: str) -> Picture:
+        """Return the picture of the same prompt and seed by another method, of which only its file is known."""
+        return replace(self, method=method, options={}, control=None)
 
     def record(self) -> Record:
         """Return what every record of it says."""
@@ -53,7 +68,12 @@ class Picture:
 
 
 def plan(
-    base: Settings, options: Given, methods: Sequence[str], prompts: Sequence[Entry], seeds: Sequence[int]
+    base: Settings,
+    options: Given,
+    methods: Sequence[str],
+    prompts: Sequence[Entry],
+    seeds: Sequence[int],
+    defaults: Mapping[str, Given] = MappingProxyType({}),
 ) -> list[Picture]:
     """Combine every prompt with every seed and method; the methods of a prompt and seed follow one another.
 
@@ -63,25 +83,35 @@ def plan(
         methods: names of methods, or `plain`.
         prompts: the prompts.
         seeds: of the prompts that name none.
+        defaults: options of single methods, which all others come before.
 
     Raises:
-        ValueError: a prompt lacks what a method needs.
+        ValueError: a prompt lacks what a method needs, or no prompt is drawn with any of the methods.
     """
     pictures = []
     for place, entry in enumerate(prompts):
         texts = {name: entry[name] for name in ("prompt", "negative_prompt") if name in entry}
         settings = replace(base, **texts)
-        given = {name: own_options(name, options | entry) for name in methods}
+        drawn = [name for name in methods if name not in entry.get("skip", [])]
+        given = {name: own_options(name, {**defaults.get(name, {}), **options, **entry}) for name in drawn}
         try:
-            made = {name: make_method(name, given[name], settings.prompt) for name in methods if name != PLAIN}
+            made = {name: make_method(name, given[name], settings.prompt) for name in drawn if name != PLAIN}
         except ValueError as error:
             raise ValueError(f"prompt {place + 1} ({settings.prompt!r}): {error}") from error
         pictures += [
-            Picture(place, name, replace(settings, seed=seed), given[name], made.get(name))
+            Picture(place, name, replace(settings, seed=seed), given[name], made.get(name), entry)
             for seed in entry.get("seeds", seeds)
-            for name in methods
+            for name in drawn
         ]
+    if not pictures:
+        raise ValueError(f"there is nothing to draw: every prompt skips {' and '.join(methods)}")
     return pictures
+
+
+def in_turns(pictures: Iterable[Picture]) -> list[Picture]:
+    """Order pictures to be drawn: at every other seed the methods the other way round, so that drifts hit all alike."""
+    turns = [list(turn) for _, turn in groupby(pictures, lambda picture: (picture.place, picture.settings.seed))]
+    return [picture for index, turn in enumerate(turns) for picture in (turn[::-1] if index % 2 else turn)]
 
 
 def check(pipe: Any, pictures: Iterable[Picture]) -> None:
@@ -150,25 +180,12 @@ def draw_pictures(pipe: Any, pictures: Iterable[Picture], store: Store, log: Log
                 (image,) = draw(pipe, picture.settings)
             seconds = time.perf_counter() - start
         except Exception as error:
-            log.write("picture", {**picture.record(), "error": _reason(error)})
+            log.write("picture", {**picture.record(), "error": reason(error)})
             continue
         store.save(picture.file, image)
         log.write("picture", {**picture.record(), "seconds": seconds})
 
 
-def score_pictures(scorer: Scorer, pictures: Iterable[Picture], store: Store, log: Log) -> None:
-    """Judge drawn pictures one by one. One that cannot be judged is a record with its error."""
-    from PIL import Image
-
-    for picture in pictures:
-        record: Record = {"file": picture.file, "by": scorer.name}
-        try:
-            with Image.open(store.path / picture.file) as image:
-                record["scores"] = scorer(image.convert("RGB"), picture.settings.prompt)
-        except Exception as error:
-            record["error"] = _reason(error)
-        log.write("scores", record)
-
-
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return what a record says of an error."""
     return f"{type(error).__name__}: {first_line(error)}"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..cli.method_options import OPTIONS
+from ..cli.method_options import METHODS, OPTIONS
 from ..cli.options import natural
 from ..shapes.scene import scene_for_seed
 
@@ -18,14 +18,16 @@ Entry: TypeAlias = dict[str, Any]
 _LISTS = {name: option.read for name, option in OPTIONS.items() if option.takes in ("texts", "words", "mapping")}
 # Scenes of the shapes model where --seeds does not say how many.
 SCENES = 64
-FIELDS = ("prompt", "negative_prompt", "seeds", *_LISTS)
+FIELDS = ("prompt", "negative_prompt", "seeds", *_LISTS, "phrases", "skip")
 
 
 def read_prompts(path: Path) -> list[Entry]:
     """Read the prompts of a text file, one a line; blank lines and those that start with `#` are skipped.
 
     A line that starts with `{` is JSON: the prompt and, where it has its own, `negative_prompt`, `seeds` (whole
-    numbers) and those options of methods that go with a prompt, as lists of what stands on the command line.
+    numbers) and those options of methods that go with a prompt, as lists of what stands on the command line;
+    `phrases` are what a detector is to find (its targets, where there are none), `skip` the methods that it is not
+    drawn with.
 
         {"prompt": "a red ball and a dog", "targets": ["ball", "dog"], "pairs": ["red:ball"], "seeds": [3, 4]}
 
@@ -77,6 +79,11 @@ def _entry(line: str, where: str) -> Entry:
     for name, parse in _LISTS.items():
         if name in entry:
             entry[name] = _parsed(entry[name], parse, f"{where}: {name}")
+    for name in ("phrases", "skip"):
+        if name in entry:
+            entry[name] = _parsed(entry[name], str, f"{where}: {name}")
+    if unknown := sorted(set(entry.get("skip", [])) - set(METHODS)):
+        raise ValueError(f"{where}: skip holds {unknown[0]!r}; methods are {', '.join(METHODS)}")
     if "seeds" in entry:
         _check_seeds(entry["seeds"], where)
     return entry

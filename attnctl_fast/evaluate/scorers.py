@@ -1,7 +1,10 @@
-"""Judges of a sweep's pictures: the detector of the shapes model, and CLIP."""
+"""Judges of a sweep's pictures, and what they are shown: the detector of the shapes model, and CLIP."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -9,15 +12,47 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 import torch
 
 from ..cli.model import check_weights
-from ..cli.report import first_line
 from ..shapes.detection import detect, score
 from ..shapes.drawing import SIZE
 from ..shapes.scene import scene_for_prompt
+from .weights import Source, absent
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Scores: TypeAlias = dict[str, bool | float]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A picture that is judged.
+
+    Args:
+        image: the picture, RGB.
+        prompt: what it was drawn from.
+        phrases: what of the prompt it should show.
+        boxes: where some of those should be, `x0, y0, x1, y1` from 0 to 1.
+        plain_file: the plain picture of the same prompt and seed; None for that one itself.
+    """
+
+    image: Image
+    prompt: str
+    phrases: Sequence[str] = ()
+    boxes: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    plain_file: Path | None = None
+
+    @cached_property
+    def plain(self) -> Image | None:
+        """The plain picture, None for that one itself."""
+        return None if self.plain_file is None else opened(self.plain_file)
+
+
+def opened(path: Path) -> Image:
+    """Read a picture as RGB."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 class Scorer(Protocol):
@@ -33,7 +68,7 @@ class Scorer(Protocol):
             OSError: they cannot be used.
         """
 
-    def __call__(self, image: Image, prompt: str) -> Scores:
+    def __call__(self, subject: Subject) -> Scores:
         """Return its figures for one picture, always under the same names; none where it cannot judge this one."""
 
 
@@ -49,8 +84,8 @@ class Detector:
     def load(self) -> None:
         pass
 
-    def __call__(self, image: Image, prompt: str) -> Scores:
-        scene = scene_for_prompt(prompt)
+    def __call__(self, subject: Subject) -> Scores:
+        scene, image = scene_for_prompt(subject.prompt), subject.image
         if scene is None or image.size != (SIZE, SIZE):
             return {}
         return dict(score(scene, detect(image))._asdict())
@@ -74,37 +109,26 @@ class Clip:
     def __init__(self, model: str, device: torch.device, allow_pickle: bool = False) -> None:
         from transformers import CLIPProcessor
 
-        self.name, self._source, self._device = f"clip {model}", model, device
-        self._safe = None if allow_pickle else True
-        if not allow_pickle:
-            check_weights(Path(model))
-        try:
-            self._processor = CLIPProcessor.from_pretrained(model)
-        except Exception as error:
-            raise _absent("--clip", model, "a CLIP model of transformers with its processor", error) from error
+        self.name, self._device = f"clip {model}", device
+        what = "a CLIP model of transformers, such as openai/clip-vit-large-patch14"
+        self._source = Source("--clip", model, what, allow_pickle)
+        self._processor = self._source.processor(CLIPProcessor)
 
     def load(self) -> None:
         from transformers import CLIPModel
 
-        try:
-            model, found = CLIPModel.from_pretrained(
-                self._source, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=self._safe
-            )
-            # Transformers leaves both as they were initialised.
-            if found["missing_keys"]:
-                raise ValueError(f"its weights lack {min(found['missing_keys'])}")
-            if found["mismatched_keys"]:
-                name = min(found["mismatched_keys"])[0]
-                raise ValueError(f"its {name} has another shape than its configuration says")
-        except Exception as error:
-            raise _absent("--clip", self._source, "a CLIP model of transformers", error) from error
-        self._model = model.eval()
+        self._model = self._source.weights(CLIPModel)
 
     @torch.inference_mode()
-    def __call__(self, image: Image, prompt: str) -> Scores:
-        given = self._processor(text=[prompt], images=[image], return_tensors="pt", truncation=True)
+    def __call__(self, subject: Subject) -> Scores:
+        image, text = self.embed(subject.image, [subject.prompt])
+        return {"clip": _clip_score(image, text)}
+
+    def embed(self, image: Image, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the embeddings of a picture, `[1, C]`, and of texts, `[texts, C]`, in float32."""
+        given = self._processor(text=texts, images=[image], return_tensors="pt", truncation=True, padding=True)
         out = self._model.to(self._device)(**given.to(self._device))
-        return {"clip": _clip_score(out.image_embeds, out.text_embeds)}
+        return out.image_embeds.float(), out.text_embeds.float()
 
 
 class OpenClip:
@@ -145,19 +169,15 @@ class OpenClip:
             )
             self._model, self._tokenizer = model.eval(), open_clip.get_tokenizer(self._architecture)
         except Exception as error:
-            raise _absent("--open-clip", self._source, "a model that open_clip can load", error) from error
+            raise absent("--open-clip", self._source, "a model that open_clip can load", error) from error
 
     @torch.inference_mode()
-    def __call__(self, image: Image, prompt: str) -> Scores:
+    def __call__(self, subject: Subject) -> Scores:
         model = self._model.to(self._device)
-        pixels = self._transform(image)[None].to(self._device)
-        tokens = self._tokenizer([prompt]).to(self._device)
+        pixels = self._transform(subject.image)[None].to(self._device)
+        tokens = self._tokenizer([subject.prompt]).to(self._device)
         return {"clip": _clip_score(model.encode_image(pixels), model.encode_text(tokens))}
 
 
 def _clip_score(image: torch.Tensor, text: torch.Tensor) -> float:
     return 100 * torch.cosine_similarity(image.float(), text.float()).clamp(min=0).item()
-
-
-def _absent(option: str, model: str, what: str, error: Exception) -> OSError:
-    return OSError(f"{option} {model!r} is not {what}: {first_line(error)}")

@@ -110,14 +110,22 @@ class Store:
 
     def unscored(self, files: Iterable[str], name: str) -> list[str]:
         """Return those of the pictures that are drawn and not judged by this scorer, or with an error."""
-        judged = [record for record in self.records() if record["kind"] == "scores" and record["by"] == name]
-        done = {record["file"] for record in judged if "error" not in record}
+        return self._without(files, "scores", name)
+
+    def unmapped(self, files: Iterable[str]) -> list[str]:
+        """Return those of the pictures that are drawn and whose words have no maps, or an error."""
+        return self._without(files, "maps")
+
+    def _without(self, files: Iterable[str], kind: str, name: str | None = None) -> list[str]:
+        there = [record for record in self.records() if record["kind"] == kind and record.get("by") == name]
+        done = {record["file"] for record in there if "error" not in record}
         drawn = {file for file, record in self.drawn().items() if "error" not in record}
         return [file for file in files if file in drawn - done]
 
     def save(self, file: str, image: Image) -> None:
         """Save a picture; under its name there is never a part of one."""
         path = self.path / file
+        path.parent.mkdir(exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         image.save(part, format="PNG")
         os.replace(part, path)
@@ -130,7 +138,7 @@ class Store:
 
     def tidy(self) -> None:
         """Remove what killed processes left unfinished."""
-        for path in [*self.path.glob("*.tmp"), *self.path.glob("pictures/*.tmp")]:
+        for path in [*self.path.glob("*.tmp"), *self.path.glob("*/*.tmp")]:
             path.unlink(missing_ok=True)
 
 
@@ -145,7 +153,7 @@ class Log:
     _begun: bool = field(default=False, init=False)
 
     def write(self, kind: str, record: Record) -> None:
-        """Append a record of this kind: `picture` or `scores`."""
+        """Append a record of this kind: `picture`, `scores`, `maps` or `set`."""
         with self.path.open("a+b") as file:
             if not self._begun:
                 if file.tell():

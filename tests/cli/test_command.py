@@ -30,6 +30,8 @@ from attnctl_fast.cli import method_options
         (("--pairs", "red"), "must be MODIFIER:NOUN, such as red:ball or big:red:ball, got 'red'"),
         (("--groups", "red++ball"), "must be words with '+' between them, got 'red++ball'"),
         (("--masks", "ball"), "must be PHRASE=FILE, such as ball=ball.png, got 'ball'"),
+        (("--boxes", "ball=0,0,1"), "such as ball=0,0.5,0.4,1 for the lower left, got 'ball=0,0,1'"),
+        (("--boxes", "ball=0.5,0,0.5,1"), "must be PHRASE=LEFT,TOP,RIGHT,BOTTOM in shares of the picture"),
     ],
 )
 def test_a_wrong_value_is_named_with_the_remedy(capsys, options, message):

@@ -224,8 +224,8 @@ def test_generate_overwrites_only_when_told(generate, tmp_path, capsys):
         ),
         (("--method", "energy", "--token-weights", "cat=2"), [], "token_weights holds 'cat'"),
         (("--method", "energy", "--token-weights", "star=2", "star=3"), [], "--token-weights names a word twice"),
-        (("--method", "dense"), [], "--method dense needs --masks: "),
-        (("--method", "regions"), [], "--method regions needs --masks: "),
+        (("--method", "dense"), [], "--method dense needs --masks or --boxes: "),
+        (("--method", "regions"), [], "--method regions needs --masks or --boxes: "),
         (("--method", "dense", "--masks", "star=/no/mask.png"), [], "/no/mask.png"),
     ],
 )

@@ -10,7 +10,7 @@ from PIL import Image
 
 import attnctl_fast as ac
 from attnctl_fast import cli
-from attnctl_fast.cli.maps import _default_layers, file_names
+from attnctl_fast.cli.maps import default_layers, file_names
 from attnctl_fast.cli.pictures import heat_map
 from attnctl_fast.shapes import load_pipeline
 from attnctl_fast.shapes.unet import UNetDenoiser
@@ -116,9 +116,9 @@ def test_maps_explains_what_it_cannot_do(maps, tmp_path, capsys, monkeypatch, op
 
 
 def test_layers_nearest_to_a_quarter(untrained):
-    assert _default_layers(load_pipeline(weights=untrained)) == ac.by_downsampling(1)
-    assert _default_layers(tiny.pipeline()) == ac.by_downsampling(4)
-    flux = _default_layers(tiny_transformers.pipeline("flux"))
+    assert default_layers(load_pipeline(weights=untrained)) == ac.by_downsampling(1)
+    assert default_layers(tiny.pipeline()) == ac.by_downsampling(4)
+    flux = default_layers(tiny_transformers.pipeline("flux"))
     assert flux == ["transformer_blocks.0.attn", "transformer_blocks.1.attn"]
 
 

@@ -34,7 +34,7 @@ from attnctl_fast.evaluate.sweep import _about, _prompts, _record, _shared
 from attnctl_fast.shapes import detect, scene_for_seed, score
 from attnctl_fast.shapes.evaluate import mcnemar
 from attnctl_fast.shapes.scene import scene_for_prompt
-from tests.support import tiny, tiny_transformers
+from tests.support import judges, tiny, tiny_transformers
 from tests.support.marks import full
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,11 +134,13 @@ def test_two_processes_go_on_after_a_killed_one_and_draw_what_one_draws(sweep, t
     before = {name: path.stat().st_mtime_ns for name, path in pictures(out).items()}
     assert 0 < len(before) < 8 and not (out / "results.jsonl").exists()
 
-    assert both(out, *options).count("s per picture") == 1
+    assert both(out, *options, "--maps").count("s per picture") == 1
     after = pictures(out)
     assert {name: after[name].stat().st_mtime_ns for name in before} == before
     assert {row["rank"] for row in rows(out)} == {0, 1}
     assert not list(out.rglob("*.tmp"))
+    assert [path.name for path in sorted(out.glob("maps/*.png"))] == sorted(after)
+    assert all(row["words"][:2] == ["a", row["prompt"].split()[1]] for row in rows(out))
 
     assert sweep(*options, out="one") == 0
     alone = pictures(tmp_path / "one")
@@ -292,27 +294,7 @@ def test_prompts_have_masks_of_their_own(sweep, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A CLIP model with random weights, saved with its processor, to whom the tests' pictures and prompts are alike."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-
-    tokens = tiny.tokenizer()
-    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    special = {"bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id}
-    text = {**shared, **special, "vocab_size": len(tokens), "max_position_embeddings": tiny.LENGTH}
-    vision = {**shared, "image_size": 32, "patch_size": 16}
-    folder = tmp_path_factory.mktemp("clip")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-    with torch.no_grad():
-        # A direction that both have, which makes the cosines positive.
-        model.visual_projection.weight.copy_(model.text_projection.weight)
-        model.vision_model.post_layernorm.bias.fill_(3)
-        model.text_model.final_layer_norm.bias.fill_(3)
-    model.save_pretrained(folder)
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    CLIPProcessor(CLIPImageProcessor(**size), tokens).save_pretrained(folder)
-    return folder
+    return judges.clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_clip_scores_also_pictures_that_were_drawn_before(sweep, tmp_path, clip, capsys):
@@ -344,10 +326,11 @@ def test_clip_scores_below_zero_are_zero_and_long_prompts_are_cut(clip):
     scorer = Clip(str(clip), torch.device("cpu"))
     image = Image.new("RGB", (48, 64), "red")
     scorer.load()
-    value = scorer(image, "a red ball " * 30)["clip"]
+    subject = scorers.Subject(image, "a red ball " * 30)
+    value = scorer(subject)["clip"]
     assert value > 0
     scorer._model.text_projection.weight.data.neg_()
-    assert scorer(image, "a red ball " * 30)["clip"] == 0
+    assert scorer(subject)["clip"] == 0
 
 
 def _without(path):
@@ -389,7 +372,8 @@ def test_clip_weights_that_cannot_be_used_are_found_before_anything_is_drawn(
     # Transformers tells of its own progress before.
     line = capsys.readouterr().err.splitlines()[-1]
     path = tmp_path / "clip"
-    assert line.startswith(f"attnctl_fast.evaluate: --clip '{path}' is not a CLIP model of transformers: {message}")
+    what = "a CLIP model of transformers, such as openai/clip-vit-large-patch14"
+    assert line.startswith(f"attnctl_fast.evaluate: --clip '{path}' is not {what}: {message}")
     assert not (tmp_path / "out").exists()
 
 
@@ -443,10 +427,10 @@ def test_a_picture_that_cannot_be_judged_is_a_row_and_tried_again(sweep, tmp_pat
     judge = scorers.Detector.__call__
     bad = scene_for_seed(0).prompt
 
-    def failing(self, image, prompt):
-        if prompt == bad:
+    def failing(self, subject):
+        if subject.prompt == bad:
             raise RuntimeError("out of memory\nmore of it")
-        return judge(self, image, prompt)
+        return judge(self, subject)
 
     monkeypatch.setattr(scorers.Detector, "__call__", failing)
     assert sweep("--method", "plain") == 1
