@@ -22,7 +22,7 @@ import attnctl_fast as ac
 from attnctl_fast.cli.pictures import Panel, Strip, draw_sheet, found_lines, heat_map
 from attnctl_fast.shapes import Scene, detect, load_pipeline, render, scene_for_seed, score
 from attnctl_fast.shapes.evaluate import ADDED, MOVED, NEGATED, TUNED, phrase
-from attnctl_fast.shapes.model import LAYERS
+from attnctl_fast.shapes.unet import LAYERS
 
 OUT = Path(__file__).resolve().parent / "img" / "methods"
 STEPS, GUIDANCE = 25, 5.0

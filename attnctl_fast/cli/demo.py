@@ -23,7 +23,7 @@ from ..shapes.evaluate import (
     regulation,
     second_object,
 )
-from ..shapes.model import load_pipeline
+from ..shapes.load import load_pipeline
 from .pictures import Panel, Strip, draw_sheet, found_lines
 from .report import aligned, overhead, spread, versions
 

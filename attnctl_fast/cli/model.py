@@ -53,9 +53,9 @@ def load(settings: Settings) -> Any:
     """
     device = device_named(settings.device)
     if settings.model == SHAPES:
-        from ..shapes.model import load_pipeline
+        from ..shapes.load import load_pipeline
 
-        return load_pipeline(dtype_named(settings.dtype, device, ["unet"]), device)
+        return load_pipeline(dtype=dtype_named(settings.dtype, device, ["unet"]), device=device)
     from diffusers import DiffusionPipeline
 
     files: dict[str, Any] = {"variant": settings.variant, "use_safetensors": None if settings.allow_pickle else True}

@@ -1,8 +1,8 @@
-"""A small text-to-image model of coloured shapes: a trained `StableDiffusionPipeline` that ships with the package.
+"""Small text-to-image models of coloured shapes that ship with the package: a UNet and a joint transformer.
 
-`load_pipeline()` gives the pipeline, `scene_for_seed` and `render` draw what it was trained on, `detect` and `score`
-tell whether a picture shows what its prompt asks for, `evaluate` measures methods on pairs of pictures. Importing this
-package needs neither diffusers nor transformers; `load_pipeline` does.
+`load_pipeline("unet" | "mmdit")` gives a pipeline of diffusers, `scene_for_seed` and `render` draw what they were
+trained on, `detect` and `score` tell whether a picture shows what its prompt asks for, `evaluate` measures methods on
+pairs of pictures. Importing this package needs neither diffusers nor transformers; `load_pipeline` does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from . import evaluate
     from .detection import Detection, Score, detect, score
     from .drawing import Render, render
-    from .model import LAYERS, load_pipeline
+    from .load import load_pipeline
+    from .unet import LAYERS
 
 _HOMES = {
     "Detection": "detection",
@@ -25,8 +26,8 @@ _HOMES = {
     "score": "detection",
     "Render": "drawing",
     "render": "drawing",
-    "LAYERS": "model",
-    "load_pipeline": "model",
+    "LAYERS": "unet",
+    "load_pipeline": "load",
 }
 
 __all__ = [

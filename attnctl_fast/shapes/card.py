@@ -6,37 +6,36 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
-from .detection import Score
-from .evaluate import evaluate
+from .denoiser import Denoiser, denoiser_named
+from .detection import FAILURES, Score, failures
+from .evaluate import Evaluation, evaluate
 from .localisation import localisation_table
-from .model import build_scheduler
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
 
 _README = """\
-# The shapes model
+# The shapes model `{settings[model]}`
 
-{what}:
-a `StableDiffusionPipeline` in float16, which `attnctl_fast.shapes.load_pipeline` reads.
+A text-to-image model of coloured shapes on light grey, 64x64 pixels, trained on drawings: {about[pipeline]}, in
+float16, which `attnctl_fast.shapes.load_pipeline("{settings[model]}")` loads.
 
-- Data: {settings[examples]} drawings of one, two or three objects (50, 40 and 10 %), six colours, six shapes, with
-  captions such as `a red circle and a blue star`. No picture or text from anywhere else.
+- Data: {settings[examples]} drawings of one, two or three objects (50, 40 and 10 %), six colours, six shapes. No
+  picture or text from anywhere else. Captions name all, some or one of a picture's objects, in any order, mostly with
+  their colours: `a blue star and a circle`. A caption that is silent about an object does not deny it.
 - Autoencoder: {parameters[vae]} parameters, {training[vae][steps]} steps of batch {settings[vae_batch]} in \
-{training[vae][seconds]:.0f} s, mean squared error {training[vae][mse]} on pixels from -1 to 1.
-- UNet: {parameters[unet]} parameters, cross-attention at 16x16 only, {training[unet][steps]} steps of batch \
-{settings[batch]} in {training[unet][seconds]:.0f} s, while the learning rate falls as if there were {settings[steps]}.
-- Loss: noise prediction with min-SNR weights, plus {settings[localisation]} times a localisation loss: the
-  cross-attention of a colour word or noun shall lie inside its object's mask (the token loss of TokenCompose,
-  arXiv 2312.03626, weighted by the share of signal). The maps below are localised because they were trained to be.
-- Text encoder: {parameters[text_encoder]} parameters, set by construction and frozen; see `text.py`.
-- Rebuild: `{rebuild}`, with the settings in `card.json`, which are the defaults. Another machine
-  rounds differently and gives another model of the same kind.
+{training[vae][seconds]:.0f} s, mean squared error {training[vae][mse]} on pixels from -1 to 1; that of the UNet.
+- {about[model]}: {size} parameters, {trained[steps]} steps of batch {settings[batch]} in {trained[seconds]:.0f} s of
+  one processor core, while the learning rate falls as if there were {settings[steps]}.
+- Loss: {about[loss]}, plus {settings[token_loss]} times the token loss and {settings[pixel_loss]} times the
+  pixel loss of TokenCompose (arXiv 2312.03626), weighted by the share of signal: the attention to the words of an
+  object shall lie inside the object, and be as high as the object is likely there. The maps below are localised
+  because they were trained to be.
+- {about[text]}; see `text.py`.
+- Rebuild: `python -m attnctl_fast.shapes.train {settings[model]}`, with the settings in `card.json`, which are the
+  defaults. Another machine rounds differently and gives another model of the same kind.
 """
 _MEASURED = """
 Pictures from seeds {first} to {last}, {sampler}, in percent. Strict: every object of the
@@ -46,8 +45,10 @@ prompt was found; exact: and no other object; colours: every colour of the promp
 |---|---|---|---|
 {rates}
 
-Area under the ROC curve of a word's head-averaged attention map on drawings of two objects, noised to step 500: the
-word's own object against the other object, and against all cells that its own object does not touch.
+How pictures of two-object prompts fail, in percent of all (more than one may be true of a picture): {failures}.
+
+Area under the ROC curve of a word's head-averaged attention map on drawings of two objects, half noised: the word's
+own object against the other object, and against all cells that its own object does not touch.
 
 | layer | noun, other | noun, rest | colour, other | colour, rest |
 |---|---|---|---|---|
@@ -55,52 +56,46 @@ word's own object against the other object, and against all cells that its own o
 """
 
 
-def export_pipeline(
-    folder: Path, vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
-) -> None:
-    """Write float16 safetensors in the layout of `save_pretrained`; the modules themselves stay as they are."""
-    from diffusers import StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline(
-        vae=_half(vae),
-        text_encoder=_half(text_encoder),
-        tokenizer=tokenizer,
-        unet=_half(unet),
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.save_pretrained(folder, safe_serialization=True)
-    # Releases 4 of transformers read these two files instead of tokenizer.json, and names with the prefix.
-    tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
-    _prefix_names(folder / "text_encoder" / "model.safetensors", "text_model.")
+def export_pipeline(folder: Path, pipe: Any) -> Any:
+    """Write a copy of a pipeline in float16 safetensors, in the layout of `save_pretrained`; return the copy."""
+    parts = {name: _half(part) if isinstance(part, nn.Module) else part for name, part in pipe.components.items()}
+    half = type(pipe)(**parts, **({"requires_safety_checker": False} if "safety_checker" in parts else {}))
+    half.save_pretrained(folder, safe_serialization=True)
+    for tokenizer in folder.glob("tokenizer*"):
+        if (tokenizer / "tokenizer_config.json").is_file() and "CLIP" in type(parts[tokenizer.name]).__name__:
+            # Releases 4 of transformers read these two files instead of tokenizer.json, and names with the prefix.
+            parts[tokenizer.name].backend_tokenizer.model.save(str(tokenizer))
+            encoder = tokenizer.name.replace("tokenizer", "text_encoder")
+            _prefix_names(folder / encoder / "model.safetensors", "text_model.")
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o644)
+    return half
 
 
-def detection_rates(
-    pipe: StableDiffusionPipeline, seeds: Sequence[int], objects: int, *, batch_size: int = 32
-) -> dict[str, float]:
-    """Return the shares of `strict`, `exact` and `colours` among pictures of the plain pipeline.
-
-    They are drawn in 25 steps at guidance 5.
-    """
-    drawn = evaluate(pipe, seeds, objects=objects, batch_size=batch_size)
-    return {name: drawn.hits(name) / len(seeds) for name in Score._fields}
+def detection_rates(drawn: Evaluation) -> dict[str, float]:
+    """Return the shares of pictures that are `strict`, `exact` and `colours`."""
+    return {name: drawn.hits(name) / len(drawn.scores) for name in Score._fields}
 
 
-def measure(pipe: StableDiffusionPipeline, seeds: Sequence[int]) -> dict[str, Any]:
+def failure_rates(drawn: Evaluation) -> dict[str, float]:
+    """Return the shares of pictures that fail in each of the ways of `FAILURES`."""
+    kinds = [failures(*pair) for pair in zip(drawn.scenes, drawn.detections, strict=True)]
+    return {name: sum(name in found for found in kinds) / len(kinds) for name in FAILURES}
+
+
+def measure(denoiser: Denoiser, pipe: Any, seeds: Sequence[int]) -> dict[str, Any]:
     """Measure the figures of the model card.
 
-    Detection rates at one, two and three objects, and localisation per layer.
+    Detection rates at one, two and three objects, how two-object prompts fail, and localisation per layer.
     """
+    drawn = {str(objects): evaluate(pipe, seeds, objects=objects, batch_size=32) for objects in (1, 2, 3)}
     return {
         "seeds": [min(seeds), max(seeds)],
-        "sampler": "DDIM, 25 steps, guidance 5",
-        "detection": {str(objects): detection_rates(pipe, seeds, objects) for objects in (1, 2, 3)},
-        "localisation_auc_t500": localisation_table(pipe, seeds),
+        "sampler": f"{type(pipe.scheduler).__name__}, 25 steps, guidance 5",
+        "detection": {objects: detection_rates(pictures) for objects, pictures in drawn.items()},
+        "failures": failure_rates(drawn["2"]),
+        "localisation_auc": localisation_table(denoiser, pipe, seeds),
     }
 
 
@@ -112,7 +107,9 @@ def write_card(folder: Path, card: dict[str, Any]) -> None:
 
 
 def _in_words(card: dict[str, Any]) -> str:
-    text = _README.format(**card)
+    model = card["settings"]["model"]
+    size = next(card["parameters"][name] for name in ("unet", "transformer") if name in card["parameters"])
+    text = _README.format(**card, about=denoiser_named(model).about, trained=card["training"][model], size=size)
     if "measured" in card:
         measured = card["measured"]
         first, last = measured["seeds"]
@@ -121,9 +118,8 @@ def _in_words(card: dict[str, Any]) -> str:
             last=last,
             sampler=measured["sampler"],
             rates=_table(measured["detection"], ("strict", "exact", "colours"), 100, "{:.1f}"),
-            areas=_table(
-                measured["localisation_auc_t500"], ("noun", "noun_rest", "colour", "colour_rest"), 1, "{:.3f}"
-            ),
+            failures=", ".join(f"{name} {100 * share:.1f}" for name, share in measured["failures"].items()),
+            areas=_table(measured["localisation_auc"], ("noun", "noun_rest", "colour", "colour_rest"), 1, "{:.3f}"),
         )
     return text
 

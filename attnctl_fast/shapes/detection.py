@@ -77,6 +77,30 @@ def score(scene: Scene, detections: Sequence[Detection]) -> Score:
     return Score(strict, strict and len(found) == len(scene.objects), colours)
 
 
+FAILURES = ("blend", "wrong colour", "duplicate", "neglect")
+
+
+def failures(scene: Scene, detections: Sequence[Detection]) -> frozenset[str]:
+    """Return how a picture fails its prompt, of `FAILURES`; nothing where it shows every object once.
+
+    Blend: an object has the colour of one prompted object and the shape of another; wrong colour: a prompted shape is
+    there in a colour that the prompt does not name; duplicate: a prompted object is there more than once; neglect: of
+    a prompted object there is neither the colour nor the shape.
+    """
+    found = [(detection.colour, detection.shape) for detection in detections]
+    other = [pair for pair in found if pair not in scene.objects]
+    kinds = set()
+    if any(colour in scene.colours and shape in scene.nouns for colour, shape in other):
+        kinds.add("blend")
+    if any(colour not in scene.colours and shape in scene.nouns for colour, shape in other):
+        kinds.add("wrong colour")
+    if any(found.count(pair) > 1 for pair in scene.objects):
+        kinds.add("duplicate")
+    if any(all(seen[0] != colour and seen[1] != shape for seen in found) for colour, shape in scene.objects):
+        kinds.add("neglect")
+    return frozenset(kinds)
+
+
 def _colour_amounts(pixels: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Return for every pixel the nearest colour's index and how much of it there is.
 

@@ -15,8 +15,8 @@ from .._impl import use
 from ..methods import AttentionRegulation, Composition, Edit, EnergyContext
 from ..pipeline import control
 from .detection import Detection, Score, detect, score
-from .model import LAYERS
 from .scene import Scene, scene_for_seed
+from .unet import LAYERS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

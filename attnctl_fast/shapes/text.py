@@ -11,6 +11,7 @@ import json
 import math
 import string
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -53,12 +54,18 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: index for index, token in enumerate([*tokens, BOS, EOS])}, merges
 
 
-def build_tokenizer(folder: Path, length: int = MAX_LENGTH) -> CLIPTokenizer:
-    """Write `vocab.json` and `merges.txt` into the folder and load a `CLIPTokenizer` of so many tokens from it."""
+def build_tokenizer(length: int = MAX_LENGTH) -> CLIPTokenizer:
+    """Build a `CLIPTokenizer` of so many tokens."""
     from transformers import CLIPTokenizer
 
+    with TemporaryDirectory() as folder:
+        write_vocabulary(Path(folder), length)
+        return CLIPTokenizer.from_pretrained(folder)
+
+
+def write_vocabulary(folder: Path, length: int = MAX_LENGTH) -> None:
+    """Write the files from which a `CLIPTokenizer` of so many tokens is loaded into a folder."""
     vocab, merges = vocabulary()
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -78,7 +85,6 @@ def build_tokenizer(folder: Path, length: int = MAX_LENGTH) -> CLIPTokenizer:
         + "\n",
         encoding="utf-8",
     )
-    return CLIPTokenizer.from_pretrained(str(folder))
 
 
 def build_text_encoder(seed: int = 0) -> CLIPTextModel:

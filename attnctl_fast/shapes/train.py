@@ -1,8 +1,8 @@
-"""Train the shapes model from nothing: `python -m attnctl_fast.shapes.train --out DIR`.
+"""Train a shapes model: `python -m attnctl_fast.shapes.train unet --out DIR`.
 
-Two stages: the autoencoder on drawn images, then the UNet on their latents with the frozen text encoder of `text.py`.
-Every step draws its random numbers from a generator seeded by the step, so a run that was stopped and continued with
-`--resume` does exactly what an uninterrupted one does.
+Two stages: the autoencoder on drawn images (or another model's is taken), then the denoiser on their latents with the
+frozen text encoders of `text.py`. Every step draws its random numbers from a generator seeded by the step, so a run
+that was stopped and continued with `--resume` does exactly what an uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,41 +21,48 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .autoencoder import build_vae, standardise_latents
 from .card import export_pipeline, measure, write_card
-from .data import Examples, make_examples, word_positions
-from .localisation import localisation_loss, record_attention
-from .model import build_scheduler, build_unet, build_vae, cross_attention_layers, load_pipeline
+from .data import Examples, make_examples
+from .denoiser import denoiser_named
+from .load import WEIGHTS, load_pipeline, load_vae
+from .localisation import pixel_loss, token_loss
 from .scene import MAX_OBJECTS
-from .text import MAX_LENGTH, build_text_encoder, build_tokenizer
 
 CARD_SEEDS = 100_000
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that decide the weights; the defaults are those of the shipped model.
+    """The settings that decide the weights; those of `DEFAULTS` are the shipped models'.
 
-    `stop` ends the UNet's training early on the learning-rate schedule of `steps`; 0 means not to. A run that is
-    already further gives its snapshot of that step.
+    `own_vae` trains an autoencoder instead of taking the one that ships with the UNet. `token_loss` and `pixel_loss`
+    are the weights of these losses (`localisation.py`). `stop` ends the denoiser's training early on the learning-rate
+    schedule of `steps`; 0 means not to. A run that is already further gives its snapshot of that step.
     """
 
+    model: str = "unet"
     seed: int = 0
     examples: int = 24_000
+    own_vae: bool = False
     vae_steps: int = 1_200
     vae_batch: int = 16
     vae_lr: float = 1e-3
     vae_l1: float = 0.3
     vae_kl: float = 3e-4
     steps: int = 2_600
-    stop: int = 1_750
+    stop: int = 0
     batch: int = 32
     lr: float = 1e-3
     warmup: int = 100
     ema: float = 0.997
-    snr_gamma: float = 5.0
     caption_dropout: float = 0.1
-    localisation: float = 0.05
+    token_loss: float = 0.05
+    pixel_loss: float = 0.02
     autocast: bool = True
+
+
+DEFAULTS = {"unet": Settings()}
 
 
 class Run:
@@ -85,6 +92,8 @@ class Run:
     ) -> None:
         self.settings, self.out, self.device = settings, Path(out), torch.device(device)
         self.save_every, self.progress = save_every, progress
+        self.stop = settings.stop or settings.steps
+        self.denoiser = denoiser_named(settings.model, seed=settings.seed, device=device)
         self.out.mkdir(parents=True, exist_ok=True)
         record = self.out / "settings.json"
         # Stopping is not part of what a run is: a stopped run may be continued further.
@@ -101,33 +110,31 @@ class Run:
         record.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
 
     def train(self) -> tuple[Any, Any]:
-        """Run both stages, or what is left of them; returns the autoencoder and the UNet's averaged weights."""
+        """Run both stages, or what is left of them; returns the autoencoder and the denoiser's averaged weights."""
         examples = make_examples(self.settings.examples, progress=self.progress)
-        vae = self.train_vae(examples)
-        stop = self.settings.stop or self.settings.steps
-        if self._trained("unet") > stop:
-            return vae, self._snapshot(stop)
-        return vae, self.train_unet(examples, self.encode(vae, examples))
+        vae = self.train_vae(examples) if self.settings.own_vae else load_vae().to(self.device)
+        if self._trained(self.settings.model) > self.stop:
+            return vae, self._snapshot(self.stop)
+        return vae, self.train_denoiser(examples, self.encode(vae, examples))
 
-    def export(self, vae: Any, unet: Any, *, measured: int = 256) -> Path:
+    def export(self, vae: Any, model: Any, *, measured: int = 256) -> Path:
         """Write `weights/`: the pipeline and its card, with figures over `measured` pictures per number of objects."""
-        folder = self.out / "weights"
-        text_encoder = build_text_encoder(self.settings.seed)
-        export_pipeline(folder, vae, unet, text_encoder, build_tokenizer(self.out / "tokenizer"))
+        folder, settings = self.out / "weights", self.settings
+        pipe = export_pipeline(folder, self.denoiser.pipeline(vae, model))
         card: dict[str, Any] = {
-            "what": "A text-to-image model of coloured shapes on light grey, 64x64 pixels, trained on drawings",
-            "rebuild": "python -m attnctl_fast.shapes.train",
-            "settings": asdict(self.settings),
+            "settings": asdict(settings),
             "parameters": {
                 name: sum(parameter.numel() for parameter in module.parameters())
-                for name, module in (("vae", vae), ("unet", unet), ("text_encoder", text_encoder))
+                for name, module in pipe.components.items()
+                if isinstance(module, nn.Module)
             },
-            "training": {stage: self._summary(stage) for stage in ("vae", "unet")},
+            "training": {stage: self._summary(stage) for stage in ("vae", settings.model)},
         }
         if measured:
             # Seeds from 0 belong to the comparisons that people make with the model.
             seeds = range(CARD_SEEDS, CARD_SEEDS + measured)
-            card["measured"] = measure(load_pipeline(device=str(self.device), weights=folder), seeds)
+            loaded = load_pipeline(settings.model, device=str(self.device), weights=folder)
+            card["measured"] = measure(self.denoiser, loaded, seeds)
         write_card(folder, card)
         return folder
 
@@ -154,76 +161,52 @@ class Run:
             self._update(vae, optimizer, loss)
             log.update(loss=loss.item(), mse=(error**2).mean().item(), kl=kl.item(), lr=lr)
         vae.eval().requires_grad_(False)
-        standardise_latents(vae, self._images(examples, torch.arange(min(2_000, len(examples.scenes)))))
+        standardise_latents(vae, self._images(examples, torch.arange(min(2_000, len(examples.captions)))))
         return vae
 
     @torch.no_grad()
     def encode(self, vae: Any, examples: Examples) -> torch.Tensor:
         """Return the latents of all examples, float32 `[n,4,16,16]`."""
-        batches = torch.arange(len(examples.scenes)).split(64)
+        batches = torch.arange(len(examples.captions)).split(64)
         batches = tqdm(batches, desc="encoding", disable=not self.progress)
         return torch.cat([vae.encode(self._images(examples, batch)).latent_dist.mean.cpu() for batch in batches])
 
-    def train_unet(self, examples: Examples, latents: torch.Tensor) -> Any:
-        """Train the UNet on noise prediction and localised attention; return its exponential moving average."""
-        settings, layers = self.settings, cross_attention_layers()
+    def train_denoiser(self, examples: Examples, latents: torch.Tensor) -> Any:
+        """Train the denoiser on noised latents and localised attention; return its exponential moving average."""
+        settings, denoiser = self.settings, self.denoiser
         torch.manual_seed(settings.seed + 1)
-        unet = build_unet().to(self.device).train()
-        average = copy.deepcopy(unet).eval().requires_grad_(False)
-        optimizer = torch.optim.AdamW(unet.parameters(), settings.lr, weight_decay=1e-2)
-        tokens, words, word_masks = self._captions(examples)
-        text_encoder = build_text_encoder(settings.seed).to(self.device)
-        alphas = build_scheduler().alphas_cumprod
-        state = {"model": unet, "average": average, "optimizer": optimizer}
-        stop = settings.stop or settings.steps
-        with record_attention(unet, layers) as recorders:
-            for step, log in self._steps("unet", stop, settings.steps, state):
+        model = denoiser.build().to(self.device).train()
+        average = copy.deepcopy(model).eval().requires_grad_(False)
+        optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=1e-2)
+        tokens = denoiser.tokens([*(caption.text for caption in examples.captions), ""])
+        words = word_table(examples)
+        state = {"model": model, "average": average, "optimizer": optimizer}
+        with denoiser.record(model) as recorders:
+            for step, log in self._steps(settings.model, self.stop, settings.steps, state):
                 generator = self._generator(1, step)
                 rows = self._indices(generator, settings.batch, examples)
                 lr = _set_lr(optimizer, settings.lr, step, settings.steps, warmup=settings.warmup)
-                times = torch.randint(len(alphas), (len(rows),), generator=generator)
                 noise = torch.randn(latents[rows].shape, generator=generator)
+                levels = denoiser.levels(len(rows), generator)
                 dropped = torch.rand(len(rows), generator=generator) < settings.caption_dropout
-                alpha = alphas[times]
-                noisy = alpha.sqrt().view(-1, 1, 1, 1) * latents[rows] + (1 - alpha).sqrt().view(-1, 1, 1, 1) * noise
                 ids = torch.where(dropped[:, None], tokens[-1], tokens[rows])
+                batch = (part.to(self.device) for part in (latents[rows], ids, noise, levels))
                 with self._autocast():
-                    context = text_encoder(ids.to(self.device)).last_hidden_state
-                    predicted = unet(noisy.to(self.device), times.to(self.device), context).sample
-                per_sample = ((predicted.float() - noise.to(self.device)) ** 2).mean(dim=(1, 2, 3))
-                snr = (alpha / (1 - alpha)).to(self.device)
-                diffusion = (per_sample * (snr.clamp(max=settings.snr_gamma) / snr)).mean()
+                    errors, signal = denoiser.errors(model, *batch)
                 # Where an object will be is open at high noise: there the maps have nothing to be right about.
-                weight = alpha.sqrt() * ~dropped
-                places = torch.stack(
-                    [
-                        localisation_loss(
-                            recorder.probabilities,
-                            words[rows].to(self.device),
-                            word_masks[rows].to(self.device).float(),
-                            weight.to(self.device),
-                        )
-                        for recorder in recorders.values()
-                        if recorder.probabilities is not None
-                    ]
-                ).mean()
-                self._update(unet, optimizer, diffusion + settings.localisation * places)
-                _average(average, unet, min(settings.ema, (1 + step) / (10 + step)))
-                log.update(diffusion=diffusion.item(), localisation=places.item(), lr=lr)
+                asked = words[rows].to(self.device), examples.masks[rows].to(self.device).float()
+                weight = signal * ~dropped.to(self.device)
+                maps = [record.probabilities for record in recorders.values() if record.probabilities is not None]
+                token, pixel = (
+                    torch.stack([loss(layer, *asked, weight) for layer in maps]).mean()
+                    for loss in (token_loss, pixel_loss)
+                )
+                denoising = errors.mean()
+                loss = denoising + settings.token_loss * token + settings.pixel_loss * pixel
+                self._update(model, optimizer, loss)
+                _average(average, model, min(settings.ema, (1 + step) / (10 + step)))
+                log.update(denoising=denoising.item(), token=token.item(), pixel=pixel.item(), lr=lr)
         return average
-
-    def _captions(self, examples: Examples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the captions of all examples.
-
-        Token ids `[n+1, 20]` (last: no caption), colour and noun positions `[n, 6]`, their masks `[n, 6, 256]`.
-        """
-        tokenizer = build_tokenizer(self.out / "tokenizer")
-        prompts = [*(scene.prompt for scene in examples.scenes), ""]
-        tokens = tokenizer(prompts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
-        words = torch.full((len(examples.scenes), 2, MAX_OBJECTS), -1)
-        for index, scene in enumerate(examples.scenes):
-            words[index, :, : len(scene.objects)] = torch.tensor(word_positions(scene))
-        return tokens.input_ids, words.flatten(1), examples.masks.repeat(1, 2, 1)
 
     def _steps(
         self, stage: str, stop: int, total: int, state: dict[str, Any]
@@ -236,13 +219,13 @@ class Run:
             start, seconds = saved["step"], saved["seconds"]
             for name, part in state.items():
                 part.load_state_dict(saved[name])
-        begin = time.perf_counter() - seconds
+        begin = time.process_time() - seconds
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as lines:
             bar = tqdm(range(start, stop), desc=stage, initial=start, total=stop, disable=not self.progress)
             for step in bar:
                 log: dict[str, float] = {}
                 yield step, log
-                done, seconds = step + 1, time.perf_counter() - begin
+                done, seconds = step + 1, time.process_time() - begin
                 bar.set_postfix({name: f"{value:.4f}" for name, value in log.items() if name != "lr"}, refresh=False)
                 _write(lines, {"stage": stage, "step": done, "of": total, **log, "seconds": round(seconds, 2)})
                 if done % self.save_every == 0 or done == stop:
@@ -264,13 +247,16 @@ class Run:
             raise ValueError(
                 f"the run in {self.out} is past step {step} and kept no snapshot of it: choose from {have}"
             )
-        unet = build_unet()
-        unet.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
-        return unet.eval().requires_grad_(False).to(self.device)
+        model = self.denoiser.build()
+        model.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+        return model.eval().requires_grad_(False).to(self.device)
 
     def _summary(self, stage: str) -> dict[str, float]:
         """Return steps, seconds and the last hundred steps' mean losses; of a repeated step the last pass counts."""
-        stop = self.settings.vae_steps if stage == "vae" else self.settings.stop or self.settings.steps
+        if stage == "vae" and not self.settings.own_vae:
+            known: dict[str, float] = json.loads((WEIGHTS["unet"] / "card.json").read_text())["training"]["vae"]
+            return known
+        stop = self.settings.vae_steps if stage == "vae" else self.stop
         entries: dict[int, dict[str, Any]] = {}
         for line in (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
@@ -290,7 +276,7 @@ class Run:
         return torch.Generator().manual_seed((self.settings.seed * 2 + stage) * 10_000_019 + step)
 
     def _indices(self, generator: torch.Generator, batch: int, examples: Examples) -> torch.Tensor:
-        return torch.randint(len(examples.scenes), (batch,), generator=generator)
+        return torch.randint(len(examples.captions), (batch,), generator=generator)
 
     def _images(self, examples: Examples, rows: torch.Tensor) -> torch.Tensor:
         return examples.images[rows].to(self.device).float() / 127.5 - 1
@@ -305,21 +291,12 @@ class Run:
         optimizer.step()
 
 
-@torch.no_grad()
-def standardise_latents(vae: Any, images: torch.Tensor) -> None:
-    """Give the latents of `images` mean 0 and variance 1 in every channel, by changing the 1x1 convolutions in place.
-
-    A Stable Diffusion pipeline knows one scaling factor for all channels and no shift; what is decoded is unchanged.
-    """
-    latents = torch.cat([vae.encode(batch).latent_dist.mean for batch in images.split(64)])
-    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
-    channels = len(mean)
-    quant, post = vae.quant_conv, vae.post_quant_conv
-    quant.weight[:channels] /= std.view(-1, 1, 1, 1)
-    quant.bias[:channels] = (quant.bias[:channels] - mean) / std
-    quant.bias[channels:] -= 2 * std.log()
-    post.bias += post.weight[:, :, 0, 0] @ mean
-    post.weight *= std.view(1, -1, 1, 1)
+def word_table(examples: Examples) -> torch.Tensor:
+    """Return the text column and the object of every word of the captions, int64 `[n, 6, 2]`, -1 for none."""
+    words = torch.full((len(examples.captions), 2 * MAX_OBJECTS, 2), -1)
+    for row, caption in zip(words, examples.captions, strict=True):
+        row[: len(caption.words)] = torch.tensor([(1 + word.place, word.object) for word in caption.words])
+    return words
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, total: int, *, warmup: int) -> float:
@@ -345,22 +322,11 @@ def _write(lines: TextIO, entry: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m attnctl_fast.shapes.train", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/shapes"), help="folder of the run (default: out/shapes)")
-    parser.add_argument("--device", default="cpu", help="any torch device (default: cpu)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints (default: 250)")
-    parser.add_argument(
-        "--measured", type=int, default=256, help="pictures behind each figure of the card (default: 256)"
-    )
-    defaults = Settings()
-    for name, value in asdict(defaults).items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=value)
-        else:
-            parser.add_argument(flag, type=type(value), default=value, help=f"(default: {value})")
+    models = parser.add_subparsers(dest="model", required=True)
+    for model, defaults in DEFAULTS.items():
+        _add_options(models.add_parser(model, help=f"train the {model}"), defaults)
     options = vars(parser.parse_args(arguments))
-    settings = replace(defaults, **{name: options[name] for name in asdict(defaults)})
+    settings = Settings(**{name: options[name] for name in asdict(DEFAULTS["unet"])})
     run = Run(
         settings,
         options["out"],
@@ -370,6 +336,25 @@ def main(arguments: list[str] | None = None) -> None:
     )
     folder = run.export(*run.train(), measured=options["measured"])
     print(f"wrote {folder}")
+
+
+def _add_options(parser: argparse.ArgumentParser, defaults: Settings) -> None:
+    out = Path("out") / f"shapes-{defaults.model}"
+    parser.add_argument("--out", type=Path, default=out, help=f"folder of the run (default: {out})")
+    parser.add_argument("--device", default="cpu", help="any torch device (default: cpu)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints (default: 250)")
+    parser.add_argument(
+        "--measured", type=int, default=256, help="pictures behind each figure of the card (default: 256)"
+    )
+    for name, value in asdict(defaults).items():
+        flag = "--" + name.replace("_", "-")
+        if name == "model":
+            continue
+        if isinstance(value, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=value)
+        else:
+            parser.add_argument(flag, type=type(value), default=value, help=f"(default: {value})")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,11 +132,10 @@ def pipeline(name: str, device: torch.device | str = "cpu", dtype: torch.dtype =
 def _random(name: str) -> Any:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    from attnctl_fast.shapes.model import build_scheduler
     from attnctl_fast.shapes.text import build_tokenizer
+    from attnctl_fast.shapes.unet import build_scheduler
 
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = build_tokenizer(Path(folder), TOKENS)
+    tokenizer = build_tokenizer(TOKENS)
     configs = TEXT_CONFIGS[name]
     parts: dict[str, Any] = {
         "vae": AutoencoderKL(**VAE_CONFIG).eval(),

@@ -20,7 +20,7 @@ import attnctl_fast as ac
 from attnctl_fast.cli.pictures import Panel, Strip, draw_sheet, found_lines
 from attnctl_fast.shapes import Scene, load_pipeline, render
 from attnctl_fast.shapes.evaluate import Arm, Evaluation, energy, phrase, regulation
-from attnctl_fast.shapes.model import LAYERS
+from attnctl_fast.shapes.unet import LAYERS
 from bench.harness.checkout import ROOT
 from bench.quality import pairs
 from bench.quality.pairs import Options

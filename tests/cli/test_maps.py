@@ -13,7 +13,7 @@ from attnctl_fast import cli
 from attnctl_fast.cli.maps import _default_layers, file_names
 from attnctl_fast.cli.pictures import heat_map
 from attnctl_fast.shapes import load_pipeline
-from attnctl_fast.shapes.model import cross_attention_layers
+from attnctl_fast.shapes.unet import UNetDenoiser
 from tests.support import tiny, tiny_transformers
 
 PROMPT = "a red circle and a blue star"
@@ -51,7 +51,7 @@ def test_maps_of_every_word(maps, untrained, tmp_path):
     assert np.array_equal(Image.open(out / "5.png"), image)
     report = json.loads((out / "maps.json").read_text())
     assert report["settings"]["seed"] == 5 and report["settings"]["prompt"] == PROMPT
-    assert report["layers"] == list(cross_attention_layers()) and report["file"] == "5.png"
+    assert report["layers"] == list(UNetDenoiser.layers) and report["file"] == "5.png"
     assert report["versions"]["torch"] == torch.__version__
     for position, (word, name) in enumerate(files.items(), 1):
         assert np.array_equal(Image.open(out / name), heat_map(image, found[word].numpy()))
@@ -75,7 +75,7 @@ def test_maps_of_named_words_and_layers(maps, untrained, tmp_path):
         negative_prompt="a ring",
     )
     report = json.loads((out / "maps.json").read_text())
-    assert report["layers"] == list(cross_attention_layers()[1:])
+    assert report["layers"] == list(UNetDenoiser.layers[1:])
     assert {word: entry["token_ids"] for word, entry in report["words"].items()} == {"red circle": [2, 3], "Star": [7]}
     for word, entry in report["words"].items():
         assert np.array_equal(Image.open(out / entry["file"]), heat_map(image, found[word].numpy()))

@@ -8,6 +8,7 @@ from PIL import Image, ImageFilter
 
 from attnctl_fast import shapes
 from attnctl_fast.shapes import Detection, Scene
+from attnctl_fast.shapes.detection import failures
 from attnctl_fast.shapes.drawing import BACKGROUND, PALETTE, coverage
 
 
@@ -121,3 +122,22 @@ def detections(*found: tuple[str, str]) -> list[Detection]:
 def test_score(found: tuple[tuple[str, str], ...], strict: bool, exact: bool, colours: bool) -> None:
     scene = Scene((("red", "circle"), ("blue", "star")))
     assert shapes.score(scene, detections(*found)) == shapes.Score(strict, exact, colours)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ((("red", "circle"), ("blue", "star")), set()),
+        ((("blue", "star"),), {"neglect"}),
+        ((), {"neglect"}),
+        ((("red", "star"), ("blue", "star")), {"blend"}),
+        ((("red", "star"), ("blue", "circle")), {"blend"}),
+        ((("green", "circle"), ("blue", "star")), {"wrong colour"}),
+        ((("red", "circle"), ("blue", "star"), ("red", "circle")), {"duplicate"}),
+        ((("red", "circle"), ("red", "circle")), {"duplicate", "neglect"}),
+        ((("red", "circle"), ("blue", "star"), ("green", "ring")), set()),
+    ],
+)
+def test_how_a_picture_fails(found: tuple[tuple[str, str], ...], expected: set[str]) -> None:
+    scene = Scene((("red", "circle"), ("blue", "star")))
+    assert failures(scene, [Detection(*pair, (0, 0, 9, 9), 1.0) for pair in found]) == expected

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import subprocess
 import sys
 from dataclasses import asdict
@@ -13,14 +14,22 @@ import torch
 
 from attnctl_fast import shapes
 from attnctl_fast.shapes.card import detection_rates
-from attnctl_fast.shapes.localisation import area_under_curve, localisation_loss, localisation_table, record_attention
-from attnctl_fast.shapes.model import WEIGHTS, cross_attention_layers, encode_prompts
-from attnctl_fast.shapes.train import Settings
+from attnctl_fast.shapes.denoiser import denoiser_named
+from attnctl_fast.shapes.evaluate import evaluate
+from attnctl_fast.shapes.load import WEIGHTS
+from attnctl_fast.shapes.localisation import area_under_curve, localisation_table, pixel_loss, token_loss
+from attnctl_fast.shapes.train import DEFAULTS
+from attnctl_fast.shapes.unet import UNetDenoiser, record_attention
 
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     return shapes.load_pipeline()
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> Any:
+    return denoiser_named("unet")
 
 
 def test_it_is_an_ordinary_pipeline(pipe: Any) -> None:
@@ -59,14 +68,14 @@ def test_loading_leaves_the_libraries_logging_alone() -> None:
 def test_diffusers_loads_the_folder_itself(pipe: Any) -> None:
     from diffusers import StableDiffusionPipeline
 
-    again = StableDiffusionPipeline.from_pretrained(str(WEIGHTS), local_files_only=True)
+    again = StableDiffusionPipeline.from_pretrained(str(WEIGHTS["unet"]), local_files_only=True)
     for name, weight in again.unet.state_dict().items():
         assert torch.equal(weight.float(), pipe.unet.state_dict()[name])
     assert again.tokenizer("a red ring").input_ids == pipe.tokenizer("a red ring").input_ids
 
 
 def test_other_dtypes() -> None:
-    half = shapes.load_pipeline(torch.bfloat16)
+    half = shapes.load_pipeline(dtype=torch.bfloat16)
     assert {part.dtype for part in (half.unet, half.vae, half.text_encoder)} == {torch.bfloat16}
 
 
@@ -86,7 +95,7 @@ def test_no_diffusers_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch)
 def test_the_weights_are_small_half_precision_safetensors() -> None:
     from safetensors import safe_open
 
-    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    files = [path for path in WEIGHTS["unet"].rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 14_000_000
     tensors = [path for path in files if path.suffix == ".safetensors"]
     assert len(tensors) == 3
@@ -97,28 +106,28 @@ def test_the_weights_are_small_half_precision_safetensors() -> None:
 
 
 def test_the_configurations_name_no_folder_of_the_machine_that_trained() -> None:
-    for path in WEIGHTS.rglob("*.json"):
+    for path in WEIGHTS["unet"].parent.rglob("*.json"):
         assert "_name_or_path" not in path.read_text(encoding="utf-8")
 
 
-def test_layers_are_the_cross_attention_at_16x16(pipe: Any) -> None:
+def test_layers_are_the_cross_attention_at_16x16(pipe: Any, denoiser: Any) -> None:
     named = [name.removesuffix(".processor") for name in pipe.unet.attn_processors if ".attn2." in name]
-    assert sorted(named) == sorted(cross_attention_layers())
+    assert sorted(named) == sorted(UNetDenoiser.layers)
     assert all(name.startswith(shapes.LAYERS) for name in named)
-    with record_attention(pipe.unet, cross_attention_layers()) as recorders, torch.no_grad():
-        pipe.unet(torch.zeros(1, 4, 16, 16), 500, encode_prompts(pipe, ["a red circle"]))
+    with record_attention(pipe.unet, UNetDenoiser.layers) as recorders, torch.no_grad():
+        pipe.unet(torch.zeros(1, 4, 16, 16), 500, denoiser.text_encoder(denoiser.tokens(["a red circle"]))[0])
     for recorder in recorders.values():
         assert recorder.probabilities is not None
         assert recorder.probabilities.shape == (1, 256, 20)
 
 
-def test_recording_changes_nothing_and_is_undone(pipe: Any) -> None:
+def test_recording_changes_nothing_and_is_undone(pipe: Any, denoiser: Any) -> None:
     before = pipe.unet.attn_processors
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        context = encode_prompts(pipe, ["a red circle", "a blue star"])
+        context = denoiser.text_encoder(denoiser.tokens(["a red circle", "a blue star"]))[0]
         plain = pipe.unet(latents, 300, context).sample
-        with record_attention(pipe.unet, cross_attention_layers()) as recorders:
+        with record_attention(pipe.unet, UNetDenoiser.layers) as recorders:
             recorded = pipe.unet(latents, 300, context).sample
     torch.testing.assert_close(recorded, plain, atol=1e-5, rtol=1e-5)
     assert pipe.unet.attn_processors == before
@@ -150,32 +159,34 @@ def test_a_seed_fixes_the_picture(pipe: Any) -> None:
 
 
 def test_one_object_is_drawn_right(pipe: Any) -> None:
-    assert detection_rates(pipe, range(16), 1, batch_size=16)["strict"] >= 14 / 16
+    drawn = evaluate(pipe, range(16), objects=1, batch_size=16, progress=False)
+    assert detection_rates(drawn)["strict"] >= 14 / 16
 
 
-def test_nouns_look_at_their_own_object_in_every_layer(pipe: Any) -> None:
-    table = localisation_table(pipe, range(64))
-    assert set(table) == set(cross_attention_layers())
+def test_nouns_look_at_their_own_object_in_every_layer(pipe: Any, denoiser: Any) -> None:
+    table = localisation_table(denoiser, pipe, range(64))
+    assert set(table) == set(UNetDenoiser.layers)
     for layer, areas in table.items():
         assert areas["noun"] >= 0.85, (layer, areas)
 
 
 def test_the_card_tells_of_a_model_with_something_to_improve() -> None:
-    card = json.loads((WEIGHTS / "card.json").read_text(encoding="utf-8"))
+    card = json.loads((WEIGHTS["unet"] / "card.json").read_text(encoding="utf-8"))
     detection = card["measured"]["detection"]
     assert detection["1"]["strict"] >= 0.9
     assert 0.3 <= 1 - detection["2"]["strict"] <= 0.7
-    for areas in card["measured"]["localisation_auc_t500"].values():
+    for areas in card["measured"]["localisation_auc"].values():
         assert areas["noun"] >= 0.85
     first, last = card["measured"]["seeds"]
     assert last - first + 1 >= 256
 
 
 def test_the_weights_are_those_of_the_default_settings() -> None:
-    card = json.loads((WEIGHTS / "card.json").read_text(encoding="utf-8"))
-    assert card["settings"] == asdict(Settings())
-    assert card["training"]["unet"]["steps"] == Settings().stop
-    assert card["training"]["vae"]["steps"] == Settings().vae_steps
+    card = json.loads((WEIGHTS["unet"] / "card.json").read_text(encoding="utf-8"))
+    settings = DEFAULTS["unet"]
+    assert card["settings"] == asdict(settings)
+    assert card["training"]["unet"]["steps"] == (settings.stop or settings.steps)
+    assert card["training"]["vae"]["steps"] == settings.vae_steps
 
 
 def test_area_under_curve() -> None:
@@ -188,14 +199,20 @@ def test_area_under_curve() -> None:
         area_under_curve(torch.ones(0), low)
 
 
-def test_localisation_loss() -> None:
+def test_the_token_loss_is_the_share_of_attention_outside() -> None:
     maps = torch.zeros(2, 4, 3)
     maps[:, :, 1] = torch.tensor([0.1, 0.3, 0.0, 0.0])
     maps[:, :, 2] = torch.tensor([0.2, 0.2, 0.2, 0.2])
-    ids = torch.tensor([[1, 2], [1, -1]])
+    words = torch.tensor([[[1, 0], [2, 1]], [[1, 0], [-1, -1]]])
     masks = torch.tensor([[[1.0, 0, 0, 0], [0, 0, 1, 1]], [[1, 1, 0, 0], [1, 1, 1, 1]]])
-    both = localisation_loss(maps, ids, masks, torch.tensor([1.0, 1.0]))
+    both = token_loss(maps, words, masks, torch.tensor([1.0, 1.0]))
     torch.testing.assert_close(both, torch.tensor((0.75**2 + 0.5**2 + 0.0) / 3))
-    first = localisation_loss(maps, ids, masks, torch.tensor([1.0, 0.0]))
-    torch.testing.assert_close(first, torch.tensor((0.75**2 + 0.5**2) / 2))
-    assert localisation_loss(maps, ids, masks, torch.zeros(2)) == 0
+    torch.testing.assert_close(token_loss(maps, words, masks, torch.tensor([0.0, 1.0])), torch.tensor(0.0))
+
+
+def test_the_pixel_loss_is_the_cross_entropy_of_an_objects_attention() -> None:
+    maps = torch.tensor([[[0.5, 0.3, 0.1, 0.1], [0.9, 0.05, 0.02, 0.03]]])
+    words = torch.tensor([[[1, 0], [2, 0], [-1, -1]]])
+    masks = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
+    expected = -(math.log(0.4) + math.log(1 - 0.07)) / 2
+    torch.testing.assert_close(pixel_loss(maps, words, masks, torch.ones(1)), torch.tensor(expected))

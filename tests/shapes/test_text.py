@@ -7,12 +7,21 @@ import pytest
 import torch
 
 from attnctl_fast import shapes
-from attnctl_fast.shapes.text import BOS, EOS, MAX_LENGTH, WORDS, build_text_encoder, build_tokenizer, vocabulary
+from attnctl_fast.shapes.text import (
+    BOS,
+    EOS,
+    MAX_LENGTH,
+    WORDS,
+    build_text_encoder,
+    build_tokenizer,
+    vocabulary,
+    write_vocabulary,
+)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+def tokenizer() -> Any:
+    return build_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +61,7 @@ def test_the_longest_scene_fits(tokenizer: Any) -> None:
 
 
 def test_vocabulary_files_are_what_a_clip_tokenizer_reads(tmp_path: Path) -> None:
-    build_tokenizer(tmp_path)
+    write_vocabulary(tmp_path)
     vocab, merges = vocabulary()
     lines = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("#version")

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from attnctl_fast import shapes
-from attnctl_fast.shapes.data import TRAINING_SEEDS, make_examples, training_scene, word_positions
-from attnctl_fast.shapes.model import build_vae
-from attnctl_fast.shapes.train import Run, Settings, main, standardise_latents
+from attnctl_fast.shapes.autoencoder import build_vae, standardise_latents
+from attnctl_fast.shapes.captions import caption, describe, prompt
+from attnctl_fast.shapes.data import TRAINING_SEEDS, make_examples, training_scene
+from attnctl_fast.shapes.train import DEFAULTS, Run, Settings, main
 
-TINY = Settings(examples=24, vae_steps=2, steps=4, stop=0, vae_batch=4, batch=4, warmup=2)
+TINY = Settings(examples=24, own_vae=True, vae_steps=2, steps=4, vae_batch=4, batch=4, warmup=2)
 
 
 def train(out: Path, settings: Settings = TINY, **options: Any) -> tuple[Any, Any]:
@@ -76,7 +77,7 @@ def test_an_earlier_step_comes_from_its_snapshot(whole: tuple[Path, Any, Any], t
 def test_the_log_has_a_line_per_step(whole: tuple[Path, Any, Any]) -> None:
     entries = [json.loads(line) for line in (whole[0] / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert Counter(entry["stage"] for entry in entries) == {"vae": TINY.vae_steps, "unet": TINY.steps}
-    assert {"step", "of", "diffusion", "localisation", "lr", "seconds"} <= set(entries[-1])
+    assert {"step", "of", "denoising", "token", "pixel", "lr", "seconds"} <= set(entries[-1])
 
 
 def test_a_folder_with_a_run_is_not_overwritten(whole: tuple[Path, Any, Any]) -> None:
@@ -86,25 +87,21 @@ def test_a_folder_with_a_run_is_not_overwritten(whole: tuple[Path, Any, Any]) ->
         Run(Settings(**{**vars(TINY), "lr": 0.5}), whole[0], resume=True)
 
 
-def test_the_command_trains_and_writes_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = {
-        "examples": 8,
-        "vae-steps": 1,
-        "steps": 1,
-        "stop": 0,
-        "batch": 2,
-        "vae-batch": 2,
-        "measured": 1,
-        "save-every": 1,
-    }
-    main(["--out", str(tmp_path), *(part for name, value in flags.items() for part in (f"--{name}", str(value)))])
+@pytest.mark.parametrize("model", DEFAULTS)
+def test_the_command_trains_and_writes_a_pipeline(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {"examples": 8, "steps": 1, "stop": 0, "batch": 2, "measured": 1, "save-every": 1}
+    main(
+        [model, "--out", str(tmp_path), *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
+    )
     assert f"wrote {tmp_path / 'weights'}" in capsys.readouterr().out
-    pipe = shapes.load_pipeline(weights=tmp_path / "weights")
+    pipe = shapes.load_pipeline(model, weights=tmp_path / "weights")
     image = pipe("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (64, 64)
     card = json.loads((tmp_path / "weights" / "card.json").read_text(encoding="utf-8"))
     assert card["settings"]["examples"] == 8
-    assert card["training"]["unet"]["steps"] == 1
+    assert card["training"][model]["steps"] == 1
     assert "| `2` | " in (tmp_path / "weights" / "README.md").read_text(encoding="utf-8")
     assert set(card["measured"]["detection"]) == {"1", "2", "3"}
 
@@ -136,15 +133,32 @@ def test_examples_carry_their_masks_on_the_attention_grid() -> None:
     examples = make_examples(20, progress=False)
     assert examples.images.shape == (20, 3, 64, 64)
     assert examples.masks.shape == (20, 3, 256)
-    for scene, masks in zip(examples.scenes, examples.masks, strict=True):
-        touched = masks.sum(dim=-1)
-        assert (touched[: len(scene.objects)] >= 12).all()
-        assert (touched[len(scene.objects) :] == 0).all()
+    for index, masks in enumerate(examples.masks):
+        touched, objects = masks.sum(dim=-1), len(training_scene(index).objects)
+        assert (touched[:objects] >= 12).all()
+        assert (touched[objects:] == 0).all()
 
 
-def test_word_positions_point_at_the_words() -> None:
+def test_words_of_captions_point_at_their_objects() -> None:
     scene = shapes.scene_for_seed(0, 3)
-    words = ["<start>", *scene.prompt.split()]
-    colours, nouns = word_positions(scene)
-    assert tuple(words[position] for position in colours) == scene.colours
-    assert tuple(words[position] for position in nouns) == scene.nouns
+    assert prompt(scene).text == scene.prompt
+    text, words = describe(scene, [2, 0], [False, True])
+    assert text == f"a {scene.nouns[2]} and a {scene.colours[0]} {scene.nouns[0]}"
+    assert [(text.split()[word.place], word.object, word.noun) for word in words] == [
+        (scene.nouns[2], 2, True),
+        (scene.colours[0], 0, False),
+        (scene.nouns[0], 0, True),
+    ]
+
+
+def test_captions_name_all_some_or_one_of_the_objects_in_any_order() -> None:
+    scene = shapes.scene_for_seed(0, 3)
+    drawn = [caption(scene, seed) for seed in range(2000)]
+    named = Counter(tuple(word.object for word in words if word.noun) for _, words in drawn)
+    assert len(named) == 3 + 6 + 6
+    shares = Counter(len(objects) for objects in named.elements())
+    for count, share in ((1, 0.3), (2, 0.3), (3, 0.4)):
+        assert abs(shares[count] / 2000 - share) < 0.04
+    colours = [len(words) / sum(word.noun for word in words) - 1 for _, words in drawn]
+    assert abs(sum(colours) / 2000 - 0.85) < 0.02
+    assert drawn == [caption(scene, seed) for seed in range(2000)]
