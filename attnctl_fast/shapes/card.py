@@ -132,11 +132,12 @@ def _table(rows: dict[str, dict[str, float]], columns: Sequence[str], factor: fl
 
 
 def _prefix_names(path: Path, prefix: str) -> None:
-    """Give every tensor of a safetensors file a prefix that it lacks; releases 5 of transformers read both forms."""
+    """Give every tensor of a text model a prefix that it lacks; releases 5 of transformers read both forms."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(path)
-    named = {name if name.startswith(prefix) else prefix + name: tensor for name, tensor in tensors.items()}
+    own = (prefix, "text_projection.")
+    named = {name if name.startswith(own) else prefix + name: tensor for name, tensor in tensors.items()}
     save_file(named, path, metadata={"format": "pt"})
 
 
