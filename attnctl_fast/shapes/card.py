@@ -67,6 +67,9 @@ def export_pipeline(folder: Path, pipe: Any) -> Any:
             parts[tokenizer.name].backend_tokenizer.model.save(str(tokenizer))
             encoder = tokenizer.name.replace("tokenizer", "text_encoder")
             _prefix_names(folder / encoder / "model.safetensors", "text_model.")
+    # They call T5's tokenizer of this kind by another name, which releases 5 know as well.
+    index = folder / "model_index.json"
+    index.write_text(index.read_text(encoding="utf-8").replace('"T5Tokenizer"', '"T5TokenizerFast"'), encoding="utf-8")
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o644)

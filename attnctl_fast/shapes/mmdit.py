@@ -142,7 +142,7 @@ class MMDiTDenoiser:
     about: Mapping[str, str] = MappingProxyType(
         {
             "pipeline": "a `StableDiffusion3Pipeline`",
-            "model": "Joint transformer, a token for each of the 16x16 cells",
+            "model": "Joint transformer, a token for each of the 16x16 cells, trained by Muon and AdamW",
             "loss": "flow matching at logit-normal times",
             "text": "Text encoders: two equal ones of CLIP's kind, 128 wide, and one of T5's, 256 wide, each with one "
             "layer that does something, set by\n  construction and frozen. The pooled text is zero: it says nothing of "
