@@ -321,7 +321,9 @@ def _optimizers(model: Any, settings: Settings) -> dict[str, tuple[torch.optim.O
     ]
     known = {id(parameter) for parameter in matrices}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
-    made = {"optimizer": (torch.optim.AdamW(rest, settings.lr, weight_decay=1e-2), settings.lr)}
+    made: dict[str, tuple[torch.optim.Optimizer, float]] = {
+        "optimizer": (torch.optim.AdamW(rest, settings.lr, weight_decay=1e-2), settings.lr)
+    }
     if matrices:
         muon = torch.optim.Muon(matrices, settings.muon, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw")
         made["muon"] = (muon, settings.muon)
