@@ -67,6 +67,9 @@ def export_pipeline(folder: Path, pipe: Any) -> Any:
             parts[tokenizer.name].backend_tokenizer.model.save(str(tokenizer))
             encoder = tokenizer.name.replace("tokenizer", "text_encoder")
             _prefix_names(folder / encoder / "model.safetensors", "text_model.")
+    # They call T5's tokenizer of this kind by another name, which releases 5 know as well.
+    index = folder / "model_index.json"
+    index.write_text(index.read_text(encoding="utf-8").replace('"T5Tokenizer"', '"T5TokenizerFast"'), encoding="utf-8")
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o644)
@@ -132,11 +135,12 @@ def _table(rows: dict[str, dict[str, float]], columns: Sequence[str], factor: fl
 
 
 def _prefix_names(path: Path, prefix: str) -> None:
-    """Give every tensor of a safetensors file a prefix that it lacks; releases 5 of transformers read both forms."""
+    """Give every tensor of a text model a prefix that it lacks; releases 5 of transformers read both forms."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(path)
-    named = {name if name.startswith(prefix) else prefix + name: tensor for name, tensor in tensors.items()}
+    own = (prefix, "text_projection.")
+    named = {name if name.startswith(own) else prefix + name: tensor for name, tensor in tensors.items()}
     save_file(named, path, metadata={"format": "pt"})
 
 

@@ -37,7 +37,10 @@ class Denoiser(Protocol):
         """Return what `errors` takes as texts: token ids, one row for each text."""
 
     def record(self, model: nn.Module) -> AbstractContextManager[dict[str, Recorder]]:
-        """Record the probabilities of `layers` at every forward pass; restore the model on leaving."""
+        """Record the probabilities of `layers` at every forward pass, by name; restore the model on leaving.
+
+        Where a word stands in the texts of several encoders, a layer has a recorder for each.
+        """
 
     def levels(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Draw how much noise training examples get, each from 0 (none) to 1 (nothing else), `[count]`."""

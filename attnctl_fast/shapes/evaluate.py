@@ -30,6 +30,8 @@ MOVED: Mapping[str, Any] = {"gamma_attn": 0.01, "gamma_norm": 0.02}  # the relea
 ADDED: Mapping[str, Any] = {"weight": 6.0}
 NEGATED: Mapping[str, Any] = {"weight": 0.4}
 
+TEXT_LENGTH = 16
+
 Methods = Sequence[Any] | Callable[[Sequence[Scene]], Sequence[Any]]
 
 
@@ -278,6 +280,9 @@ def _draw(
             "guidance_scale": guidance_scale,
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
         }
+        if isinstance(getattr(pipe, "text_encoder_3", None), torch.nn.Module):
+            # Padding to 256 tokens, as by default, would double the time.
+            arguments["max_sequence_length"] = TEXT_LENGTH
         if arm.options is not None:
             arguments.update(arm.options(scenes, seeds))
         images = pipe(arguments.pop("prompt"), **arguments).images

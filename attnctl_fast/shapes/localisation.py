@@ -88,13 +88,13 @@ def localisation_table(
     """Measure how well the maps tell the objects apart on real two-object renders, noised to `level`.
 
     Returns:
-        For every layer of the denoiser the mean area under the ROC curve of a word's head-averaged map, over pictures
-        and words: `noun` and `colour` (cells of the word's own object against cells of the other object), `noun_rest`
-        and `colour_rest` (own object against all cells that it does not touch). A cell of the 16x16 grid is an object's
-        if at least half covered.
+        For every recorder of the denoiser the mean area under the ROC curve of a word's head-averaged map, over
+        pictures and words: `noun` and `colour` (cells of the word's own object against cells of the other object),
+        `noun_rest` and `colour_rest` (own object against all cells that it does not touch). A cell of the 16x16 grid is
+        an object's if at least half covered.
     """
     model = denoised(pipe)
-    areas: dict[str, dict[str, list[float]]] = {layer: {} for layer in denoiser.layers}
+    areas: dict[str, dict[str, list[float]]] = {}
     for start in range(0, len(seeds), batch_size):
         chunk = seeds[start : start + batch_size]
         scenes = [scene_for_seed(seed, 2) for seed in chunk]
@@ -114,5 +114,7 @@ def localisation_table(
                     kind = "noun" if word.noun else "colour"
                     others = {kind: covered[1 - word.object] >= 0.5, f"{kind}_rest": covered[word.object] == 0}
                     for name, other in others.items():
-                        areas[layer].setdefault(name, []).append(area_under_curve(values[mine], values[other]))
+                        areas.setdefault(layer, {}).setdefault(name, []).append(
+                            area_under_curve(values[mine], values[other])
+                        )
     return {layer: {name: float(np.mean(values)) for name, values in table.items()} for layer, table in areas.items()}

@@ -12,22 +12,25 @@ import math
 import string
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from .scene import COLOURS, SHAPES
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    Encoder = TypeVar("Encoder", CLIPTextModel, CLIPTextModelWithProjection)
 
 WORDS = ("a", "and", *COLOURS, *SHAPES)
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 20
 WIDTH = 128
+POOLED = 8
 _POSITION_NORM = 0.3
 _COPY_LOGIT = 30.0
-_CHARACTERS = string.ascii_lowercase + string.digits + ",.-"
+CHARACTERS = string.ascii_lowercase + string.digits + ",.-"
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -35,7 +38,7 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
     Every word of `WORDS` is one token, other words are spelled by letters.
     """
-    tokens = [*_CHARACTERS, *(f"{character}</w>" for character in _CHARACTERS)]
+    tokens = [*CHARACTERS, *(f"{character}</w>" for character in CHARACTERS)]
     merges: list[tuple[str, str]] = []
     for word in WORDS:
         symbols = [*word[:-1], f"{word[-1]}</w>"]
@@ -85,7 +88,44 @@ def write_vocabulary(folder: Path, length: int = MAX_LENGTH) -> None:
 
 
 def build_text_encoder(seed: int = 0) -> CLIPTextModel:
-    """Build a frozen one-layer causal `CLIPTextModel`, 128 wide.
+    """Build a frozen causal `CLIPTextModel` of one layer, 128 wide, as the UNet reads it."""
+    from transformers import CLIPTextModel
+
+    return _written(CLIPTextModel(_config(layers=1)), seed, length=1.0)
+
+
+def build_projected_text_encoder(seed: int = 0) -> CLIPTextModelWithProjection:
+    """Build the same as Stable Diffusion 3 reads it: the states before the last layer, and a pooled vector.
+
+    The last layer does nothing, tokens have the length `sqrt(128)`, and the pooled vector is zero: what the picture
+    shows comes through attention to the words alone.
+    """
+    from transformers import CLIPTextModelWithProjection
+
+    return _written(CLIPTextModelWithProjection(_config(layers=2)), seed, length=math.sqrt(WIDTH))
+
+
+def _config(layers: int) -> CLIPTextConfig:
+    from transformers import CLIPTextConfig
+
+    vocab, _ = vocabulary()
+    return CLIPTextConfig(
+        vocab_size=len(vocab),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        projection_dim=WIDTH if layers == 1 else POOLED,
+        num_hidden_layers=layers,
+        num_attention_heads=1,
+        max_position_embeddings=MAX_LENGTH,
+        bos_token_id=vocab[BOS],
+        eos_token_id=vocab[EOS],
+        pad_token_id=vocab[EOS],
+    )
+
+
+@torch.no_grad()
+def _written(model: Encoder, seed: int, length: float) -> Encoder:
+    """Set the weights of an encoder; `length` is that of a token before its position is added.
 
     Its attention copies a colour word into the noun after it.
 
@@ -94,21 +134,7 @@ def build_text_encoder(seed: int = 0) -> CLIPTextModel:
     value is non-zero for colour words only; the MLP is zero. Start, end and padding tokens therefore carry nothing of
     the prompt.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     vocab, _ = vocabulary()
-    config = CLIPTextConfig(
-        vocab_size=len(vocab),
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
-        projection_dim=WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        max_position_embeddings=MAX_LENGTH,
-        bos_token_id=vocab[BOS],
-        eos_token_id=vocab[EOS],
-        pad_token_id=vocab[EOS],
-    )
     named = [f"{word}</w>" for word in WORDS] + [BOS, EOS]
     basis = _basis(seed)
     words, positions, copies, rest = basis.split(
@@ -130,18 +156,17 @@ def build_text_encoder(seed: int = 0) -> CLIPTextModel:
     # A copied colour weighs as much as the word itself, which is not normalised on the residual path.
     value = copies.T @ colours * math.sqrt((1 + _POSITION_NORM**2) / WIDTH)
 
-    model = CLIPTextModel(config)
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.zero_() if "norm" not in name or name.endswith("bias") else parameter.fill_(1)
     modules = dict(model.named_modules())
     prefix = "" if "embeddings" in modules else "text_model."
     attention = modules[f"{prefix}encoder.layers.0.self_attn"]
-    modules[f"{prefix}embeddings.token_embedding"].weight.copy_(table)
-    modules[f"{prefix}embeddings.position_embedding"].weight.copy_(_POSITION_NORM * positions)
+    modules[f"{prefix}embeddings.token_embedding"].weight.copy_(length * table)
+    modules[f"{prefix}embeddings.position_embedding"].weight.copy_(length * _POSITION_NORM * positions)
     attention.q_proj.weight.copy_(query)
     attention.k_proj.weight.copy_(key)
-    attention.v_proj.weight.copy_(value)
+    attention.v_proj.weight.copy_(length * value)
     attention.out_proj.weight.copy_(torch.eye(WIDTH))
     return model.eval()
 

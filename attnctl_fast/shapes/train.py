@@ -12,7 +12,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -37,8 +37,10 @@ class Settings:
     """The settings that decide the weights; those of `DEFAULTS` are the shipped models'.
 
     `own_vae` trains an autoencoder instead of taking the one that ships with the UNet. `token_loss` and `pixel_loss`
-    are the weights of these losses (`localisation.py`). `stop` ends the denoiser's training early on the learning-rate
-    schedule of `steps`; 0 means not to. A run that is already further gives its snapshot of that step.
+    are the weights of these losses (`localisation.py`). `muon` is the learning rate of the matrices in a transformer's
+    blocks, which the optimiser Muon trains then beside AdamW; 0 leaves all to AdamW. `stop` ends the denoiser's
+    training early on the learning-rate schedule of `steps`; 0 means not to. A run that is already further gives its
+    snapshot of that step.
     """
 
     model: str = "unet"
@@ -54,6 +56,7 @@ class Settings:
     stop: int = 0
     batch: int = 32
     lr: float = 1e-3
+    muon: float = 0.0
     warmup: int = 100
     ema: float = 0.997
     caption_dropout: float = 0.1
@@ -62,7 +65,10 @@ class Settings:
     autocast: bool = True
 
 
-DEFAULTS = {"unet": Settings()}
+DEFAULTS = {
+    "unet": Settings(),
+    "mmdit": Settings(model="mmdit", steps=5_000, batch=16, lr=2e-3, muon=1e-2, pixel_loss=0.1),
+}
 
 
 class Run:
@@ -158,7 +164,7 @@ class Run:
             error = decoded - images
             kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
             loss = (error**2).mean() + settings.vae_l1 * error.abs().mean() + settings.vae_kl * kl
-            self._update(vae, optimizer, loss)
+            self._update(vae, [optimizer], loss)
             log.update(loss=loss.item(), mse=(error**2).mean().item(), kl=kl.item(), lr=lr)
         vae.eval().requires_grad_(False)
         standardise_latents(vae, self._images(examples, torch.arange(min(2_000, len(examples.captions)))))
@@ -177,15 +183,18 @@ class Run:
         torch.manual_seed(settings.seed + 1)
         model = denoiser.build().to(self.device).train()
         average = copy.deepcopy(model).eval().requires_grad_(False)
-        optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=1e-2)
+        optimizers = _optimizers(model, settings)
         tokens = denoiser.tokens([*(caption.text for caption in examples.captions), ""])
         words = word_table(examples)
-        state = {"model": model, "average": average, "optimizer": optimizer}
+        state = {"model": model, "average": average, **{name: one for name, (one, _) in optimizers.items()}}
         with denoiser.record(model) as recorders:
             for step, log in self._steps(settings.model, self.stop, settings.steps, state):
                 generator = self._generator(1, step)
                 rows = self._indices(generator, settings.batch, examples)
-                lr = _set_lr(optimizer, settings.lr, step, settings.steps, warmup=settings.warmup)
+                lr, *_ = [
+                    _set_lr(one, peak, step, settings.steps, warmup=settings.warmup)
+                    for one, peak in optimizers.values()
+                ]
                 noise = torch.randn(latents[rows].shape, generator=generator)
                 levels = denoiser.levels(len(rows), generator)
                 dropped = torch.rand(len(rows), generator=generator) < settings.caption_dropout
@@ -203,7 +212,7 @@ class Run:
                 )
                 denoising = errors.mean()
                 loss = denoising + settings.token_loss * token + settings.pixel_loss * pixel
-                self._update(model, optimizer, loss)
+                self._update(model, [one for one, _ in optimizers.values()], loss)
                 _average(average, model, min(settings.ema, (1 + step) / (10 + step)))
                 log.update(denoising=denoising.item(), token=token.item(), pixel=pixel.item(), lr=lr)
         return average
@@ -284,11 +293,12 @@ class Run:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast)
 
-    def _update(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
+    def _update(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], loss: torch.Tensor) -> None:
+        model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 def word_table(examples: Examples) -> torch.Tensor:
@@ -297,6 +307,27 @@ def word_table(examples: Examples) -> torch.Tensor:
     for row, caption in zip(words, examples.captions, strict=True):
         row[: len(caption.words)] = torch.tensor([(1 + word.place, word.object) for word in caption.words])
     return words
+
+
+def _optimizers(model: Any, settings: Settings) -> dict[str, tuple[torch.optim.Optimizer, float]]:
+    """Return AdamW and, if asked for, Muon for the matrices of the transformer's blocks, each with its peak rate.
+
+    Matrices that the time makes modulations from are AdamW's: their input is the same for all tokens.
+    """
+    matrices = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if settings.muon and parameter.ndim == 2 and "transformer_blocks." in name and ".linear." not in name
+    ]
+    known = {id(parameter) for parameter in matrices}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    made: dict[str, tuple[torch.optim.Optimizer, float]] = {
+        "optimizer": (torch.optim.AdamW(rest, settings.lr, weight_decay=1e-2), settings.lr)
+    }
+    if matrices:
+        muon = torch.optim.Muon(matrices, settings.muon, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw")
+        made["muon"] = (muon, settings.muon)
+    return made
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, total: int, *, warmup: int) -> float:

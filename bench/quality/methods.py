@@ -1,17 +1,19 @@
-"""Detection rates of every method on the shapes model, side by side: pairs of pictures, a table and a picture grid.
+"""Detection rates of every method on a shapes model, side by side: pairs of pictures, a table and a picture grid.
 
-    python -m bench methods             the figures of the README: seeds 0..n-1, and docs/methods.png
-    python -m bench methods --tune      other settings, on seeds from 100000 on
-    python -m bench report              put the last figures into the README
+    python -m bench methods                  the figures of the README: seeds 0..n-1, and docs/methods.png
+    python -m bench methods --model mmdit    those of the joint transformer
+    python -m bench methods --tune           other settings, on seeds from 100000 on
+    python -m bench report                   put the last figures into the README
 
-Every run appends one line to bench/results/shapes_methods.jsonl (--tune: shapes_methods_tuning.jsonl) and prints it as
-a table. All methods draw the same two-object prompts from the same seeds, batch by batch in turn.
+Every run appends one line to bench/results/shapes_methods.jsonl (mmdit: shapes_methods_mmdit.jsonl; --tune: the same
+with _tuning) and prints it as a table. All methods draw the same two-object prompts from the same seeds, batch by batch
+in turn.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,40 +22,73 @@ import attnctl_fast as ac
 from attnctl_fast.cli.pictures import Panel, Strip, draw_sheet, found_lines
 from attnctl_fast.shapes import Scene, load_pipeline, render
 from attnctl_fast.shapes.evaluate import Arm, Evaluation, energy, phrase, regulation
+from attnctl_fast.shapes.mmdit import MMDiTDenoiser
 from attnctl_fast.shapes.unet import LAYERS
 from bench.harness.checkout import ROOT
 from bench.quality import pairs
 from bench.quality.pairs import Options
 from bench.report.tables import rates_table
 
-Make = Callable[[Options], Arm]
+# From options, and from the layers of the model that say where an object is.
+Make = Callable[[Options, Sequence[str]], Arm]
 
 
-def excite(options: Options) -> Arm:
-    return Arm(lambda scenes: [ac.AttendAndExcite([list(scene.nouns) for scene in scenes], layers=LAYERS, **options)])
+def excite(options: Options, layers: Sequence[str]) -> Arm:
+    return Arm(lambda scenes: [ac.AttendAndExcite([list(scene.nouns) for scene in scenes], layers=layers, **options)])
 
 
-def tsam(options: Options) -> Arm:
-    return Arm([ac.TSAM(layers=LAYERS, **options)])
+def regulate(options: Options, layers: Sequence[str]) -> Arm:
+    return Arm(regulation(**({"layers": layers, **options} if options else {})))
+
+
+def tsam(options: Options, layers: Sequence[str]) -> Arm:
+    return Arm([ac.TSAM(layers=layers, **options)])
 
 
 def groups(scene: Scene) -> list[tuple[str, str]]:
     return [(colour, noun) for (colour, _), noun in zip(scene.objects, scene.nouns, strict=True)]
 
 
-def syngen(options: Options) -> Arm:
-    return Arm(lambda scenes: [ac.SynGen([groups(scene) for scene in scenes], layers=LAYERS, **options)])
+def syngen(options: Options, layers: Sequence[str]) -> Arm:
+    return Arm(lambda scenes: [ac.SynGen([groups(scene) for scene in scenes], layers=layers, **options)])
 
 
-def conform(options: Options) -> Arm:
-    return Arm(lambda scenes: [ac.CONFORM([groups(scene) for scene in scenes], layers=LAYERS, **options)])
+def conform(options: Options, layers: Sequence[str]) -> Arm:
+    return Arm(lambda scenes: [ac.CONFORM([groups(scene) for scene in scenes], layers=layers, **options)])
 
 
-def focus(options: Options) -> Arm:
-    return Arm(lambda scenes: [ac.FOCUS([groups(scene) for scene in scenes], layers=LAYERS, **options)])
+def focus(options: Options, layers: Sequence[str]) -> Arm:
+    return Arm(lambda scenes: [ac.FOCUS([groups(scene) for scene in scenes], layers=layers, **options)])
 
 
-def composable(options: Options) -> Arm:
+def taca(options: Options, layers: Sequence[str]) -> Arm:
+    return Arm([ac.TACA(**options)])
+
+
+def swapped(options: Options, layers: Sequence[str]) -> Arm:
+    """Away from the objects with each other's colours."""
+
+    def methods(scenes: Sequence[Scene]) -> Sequence[Any]:
+        wrong = [Scene(tuple(zip(scene.colours[::-1], scene.nouns, strict=True))) for scene in scenes]
+        return [ac.NAG([scene.prompt for scene in wrong], **options)]
+
+    return Arm(methods)
+
+
+def drawn_masks(scenes: Sequence[Scene]) -> list[Any]:
+    """Return where the objects are in a drawing of every scene."""
+    found: list[Any] = []
+    for index, scene in enumerate(scenes):
+        drawn = torch.as_tensor(render(scene, index).masks)
+        found.append({phrase(scene, i): drawn[i].float() for i in range(len(scene.objects))})
+    return found
+
+
+def regions(options: Options, layers: Sequence[str]) -> Arm:
+    return Arm(lambda scenes: [ac.Regions(drawn_masks(scenes), **options)])
+
+
+def composable(options: Options, layers: Sequence[str]) -> Arm:
     def methods(scenes: Sequence[Scene]) -> Sequence[Any]:
         weight = options["weight"]
         return [ac.ComposableDiffusion([[phrase(scene, 0), phrase(scene, 1)] for scene in scenes], [weight, weight])]
@@ -61,45 +96,80 @@ def composable(options: Options) -> Arm:
     return Arm(methods)
 
 
-def dense(options: Options) -> Arm:
-    """Masks of a drawing of the scene."""
-
-    def methods(scenes: Sequence[Scene]) -> Sequence[Any]:
-        masks: list[Any] = []
-        for index, scene in enumerate(scenes):
-            drawn = torch.as_tensor(render(scene, index).masks)
-            masks.append({phrase(scene, i): drawn[i].float() for i in range(len(scene.objects))})
-        return [ac.DenseDiffusion(masks, **options)]
-
-    return Arm(methods)
+def dense(options: Options, layers: Sequence[str]) -> Arm:
+    return Arm(lambda scenes: [ac.DenseDiffusion(drawn_masks(scenes), **options)])
 
 
 HALF: Options = {"steps": 0.5}
 OFTEN: Options = {"steps": 0.5, "refinement": {0: None, 5: None}, "max_refinements": 5}
 ONCE: Options = {"steps": 0.5, "refinement": {}}
+MAKE: Mapping[str, Make] = {
+    "AttentionRegulation": regulate,
+    "EnergyContext": lambda options, layers: Arm(energy(**options)),
+    "AttendAndExcite": excite,
+    "TSAM": tsam,
+    "SynGen": syngen,
+    "CONFORM": conform,
+    "FOCUS": focus,
+    "ComposableDiffusion": composable,
+    "DenseDiffusion": dense,
+    "TACA": taca,
+    "NAG": swapped,
+    "Regions": regions,
+}
 # The best on the tuning seeds, where any was tried there.
-SHOWN: dict[str, tuple[Make, Options]] = {
-    "AttentionRegulation": (lambda options: Arm(regulation(**options)), {}),
-    "EnergyContext": (lambda options: Arm(energy(**options)), {}),
-    "AttendAndExcite": (excite, {"scale": 2.0, "thresholds": {}, **HALF}),
-    "TSAM": (tsam, {"scale": 5.0, **OFTEN}),
-    "SynGen": (syngen, {"scale": 1.0, **HALF}),
-    "CONFORM": (conform, {"scale": 2.0, **ONCE}),
-    "FOCUS": (focus, {"strength": 20.0, **HALF}),
-    "ComposableDiffusion": (composable, {"weight": 1.0}),
-    "DenseDiffusion": (dense, {}),
+SHOWN: Mapping[str, Mapping[str, Options]] = {
+    "unet": {
+        "AttentionRegulation": {},
+        "EnergyContext": {},
+        "AttendAndExcite": {"scale": 2.0, "thresholds": {}, **HALF},
+        "TSAM": {"scale": 5.0, **OFTEN},
+        "SynGen": {"scale": 1.0, **HALF},
+        "CONFORM": {"scale": 2.0, **ONCE},
+        "FOCUS": {"strength": 20.0, **HALF},
+        "ComposableDiffusion": {"weight": 1.0},
+        "DenseDiffusion": {},
+    },
+    "mmdit": {
+        "AttentionRegulation": {"strength": 1.0, "mass": 0.08, "level": 0.6, "quantile": 0.95},
+        "AttendAndExcite": {"scale": 2.0, "thresholds": {}, **HALF},
+        "TSAM": {"scale": 5.0, **ONCE},
+        "SynGen": {"scale": 1.0, **HALF},
+        "CONFORM": {"scale": 2.0, **ONCE},
+        "FOCUS": {"strength": 20.0, **HALF},
+        "TACA": {},
+        "NAG": {},
+        "Regions": {},
+    },
 }
-TRIED: dict[str, list[Options]] = {
-    "AttendAndExcite": [
-        {"scale": scale, "thresholds": thresholds, **HALF}
-        for scale, thresholds in ((2.0, {}), (5.0, {}), (20.0, {}), (5.0, {0: 0.5, 5: 0.8}))
-    ],
-    "TSAM": [{"scale": 2.0, **ONCE}, {"scale": 5.0, **ONCE}, {"scale": 5.0, **OFTEN}],
-    "SynGen": [{"scale": 1.0, **HALF}, {"scale": 4.0, **HALF}],
-    "CONFORM": [{"scale": 2.0, **ONCE}, {"scale": 5.0, **ONCE}, {"scale": 2.0, **OFTEN}],
-    "FOCUS": [{"strength": 5.0}, {"strength": 20.0}, {"strength": 20.0, **HALF}, {"strength": 60.0, **HALF}],
-    "ComposableDiffusion": [{"weight": 0.5}, {"weight": 0.7}],
+TRIED: Mapping[str, Mapping[str, Sequence[Options]]] = {
+    "unet": {
+        "AttendAndExcite": [
+            {"scale": scale, "thresholds": thresholds, **HALF}
+            for scale, thresholds in ((2.0, {}), (5.0, {}), (20.0, {}), (5.0, {0: 0.5, 5: 0.8}))
+        ],
+        "TSAM": [{"scale": 2.0, **ONCE}, {"scale": 5.0, **ONCE}, {"scale": 5.0, **OFTEN}],
+        "SynGen": [{"scale": 1.0, **HALF}, {"scale": 4.0, **HALF}],
+        "CONFORM": [{"scale": 2.0, **ONCE}, {"scale": 5.0, **ONCE}, {"scale": 2.0, **OFTEN}],
+        "FOCUS": [{"strength": 5.0}, {"strength": 20.0}, {"strength": 20.0, **HALF}, {"strength": 60.0, **HALF}],
+        "ComposableDiffusion": [{"weight": 0.5}, {"weight": 0.7}],
+    },
+    "mmdit": {
+        "AttentionRegulation": [
+            {"strength": 1.0, "mass": mass, "level": level, "quantile": 0.95}
+            for mass, level in ((0.04, 0.3), (0.08, 0.6))
+        ],
+        "AttendAndExcite": [{"scale": scale, "thresholds": {}, **HALF} for scale in (2.0, 5.0, 20.0)],
+        "TSAM": [{"scale": scale, **ONCE} for scale in (2.0, 5.0)],
+        "SynGen": [{"scale": scale, **HALF} for scale in (1.0, 4.0)],
+        "CONFORM": [{"scale": scale, **ONCE} for scale in (2.0, 5.0)],
+        "FOCUS": [{"strength": strength, **HALF} for strength in (5.0, 20.0, 60.0)],
+        "TACA": [{"factor": factor, "steps": 0.5} for factor in (1.2, 1.5)],
+        "NAG": [{"scale": scale} for scale in (2.0, 5.0)],
+        "Regions": [{"base": base} for base in (0.1, 0.3)],
+    },
 }
+LOCAL: Mapping[str, Sequence[str]] = {"unet": LAYERS, "mmdit": MMDiTDenoiser.layers}
 
 
 def picture(titles: Sequence[str], results: Sequence[Evaluation], count: int) -> Any:
@@ -120,21 +190,27 @@ def picture(titles: Sequence[str], results: Sequence[Evaluation], count: int) ->
 
 def parser() -> argparse.ArgumentParser:
     made = pairs.parser(__doc__)
-    made.add_argument("--methods", nargs="+", choices=SHOWN, help="default: all")
+    made.add_argument("--model", choices=SHOWN, default="unet")
+    made.add_argument("--methods", nargs="+", choices=MAKE, help="default: all")
     return made
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, keep and draw."""
-    names = [name for name in SHOWN if arguments.methods is None or name in arguments.methods]
-    tried = {name: TRIED.get(name, []) if arguments.tune else [SHOWN[name][1]] for name in names}
-    chosen = [(name, options) for name in names for options in tried[name]]
-    pipe = load_pipeline(device=arguments.device)
-    results = pairs.drawn(pipe, arguments, [Arm(), *(SHOWN[name][0](options) for name, options in chosen)])
+    shown, tried = SHOWN[arguments.model], TRIED[arguments.model]
+    chosen = [
+        (name, options)
+        for name in shown
+        if arguments.methods is None or name in arguments.methods
+        for options in (tried.get(name, []) if arguments.tune else [shown[name]])
+    ]
+    pipe = load_pipeline(arguments.model, device=arguments.device)
+    arms = [MAKE[name](options, LOCAL[arguments.model]) for name, options in chosen]
+    results = pairs.drawn(pipe, arguments, [Arm(), *arms])
     row = pairs.line(arguments, pairs.rates(chosen, results), objects=2, scheduler=type(pipe.scheduler).__name__)
-    pairs.keep(arguments, "methods", row)
+    pairs.keep(arguments, "methods" if arguments.model == "unet" else f"methods_{arguments.model}", row)
     print(rates_table(row))
-    if not (arguments.tune or arguments.methods or arguments.results):
+    if not (arguments.tune or arguments.methods or arguments.results) and arguments.model == "unet":
         titles = [pairs.PLAIN, *(name for name, _ in chosen)]
         picture(titles, results, 4).save(ROOT / "docs" / "methods.png", optimize=True)
     return 0
