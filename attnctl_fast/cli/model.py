@@ -14,7 +14,8 @@ import torch
 
 from .report import first_line
 
-SHAPES = "shapes"
+# What `--model` calls the shipped models, and `load_pipeline` does.
+SHAPES = {"shapes": "unet", "shapes-mmdit": "mmdit"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +53,12 @@ def load(settings: Settings) -> Any:
         OSError: there is no such model.
     """
     device = device_named(settings.device)
-    if settings.model == SHAPES:
+    if settings.model in SHAPES:
         from ..shapes.load import load_pipeline
 
-        return load_pipeline(dtype=dtype_named(settings.dtype, device, ["unet"]), device=device)
+        # float16 is enough for both.
+        dtype = dtype_named(settings.dtype, device, ["unet"])
+        return load_pipeline(SHAPES[settings.model], dtype=dtype, device=device)
     from diffusers import DiffusionPipeline
 
     files: dict[str, Any] = {"variant": settings.variant, "use_safetensors": None if settings.allow_pickle else True}

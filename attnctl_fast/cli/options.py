@@ -14,7 +14,9 @@ from typing import Any
 def add_model_options(command: argparse.ArgumentParser, *, out: str) -> None:
     """Add the options that say which model draws, how, and where the files go."""
     command.add_argument(
-        "--model", required=True, help="a folder, an id on the Hugging Face hub, or `shapes` for the shipped model"
+        "--model",
+        required=True,
+        help="a folder, an id on the Hugging Face hub, or `shapes` or `shapes-mmdit` for a shipped model",
     )
     command.add_argument("--negative-prompt")
     command.add_argument("--steps", type=positive, help="default: the pipeline's own")

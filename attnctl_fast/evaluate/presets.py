@@ -33,7 +33,7 @@ class Preset:
         seeds: of every prompt.
         methods: of the table.
         overheads: what the paper says that its methods add to the time of a picture, in percent.
-        shapes: options of methods on the shapes model, whose few layers are not those of Stable Diffusion.
+        shapes: options of methods on the shapes models, by `--model`, whose layers are not those of Stable Diffusion.
     """
 
     source: str
@@ -41,7 +41,7 @@ class Preset:
     seeds: int
     methods: Sequence[str]
     overheads: Mapping[str, float]
-    shapes: Mapping[str, Given] = field(default_factory=dict)
+    shapes: Mapping[str, Mapping[str, Given]] = field(default_factory=dict)
 
 
 def attend_and_excite_prompts() -> list[Entry]:
@@ -94,6 +94,6 @@ PRESETS = {
         seeds=10,
         methods=("plain", "regulation", "excite", "syngen", "composable"),
         overheads={"regulation": 48.8, "dense": 79.3, "composable": 119.5, "syngen": 378.0, "excite": 414.6},
-        shapes={"excite": {**_LAYERS, "scale": 2.0}, "syngen": {**_LAYERS, "scale": 1.0}},
+        shapes={"shapes": {"excite": {**_LAYERS, "scale": 2.0}, "syngen": {**_LAYERS, "scale": 1.0}}},
     ),
 }

@@ -57,7 +57,7 @@ def sweep(arguments: argparse.Namespace) -> int:
 def _sweep_into(store: Store, processes: Processes, arguments: argparse.Namespace) -> int:
     methods = arguments.method
     preset = PRESETS.get(arguments.preset)
-    defaults = preset.shapes if preset and arguments.model == SHAPES else {}
+    defaults = preset.shapes.get(arguments.model, {}) if preset else {}
     base, options = processes.together(lambda: _shared(arguments, processes))
     device = processes.together(lambda: device_named(base.device))
     scorers = processes.together(lambda: _scorers(arguments, device))
@@ -152,7 +152,7 @@ def _shared(arguments: argparse.Namespace, processes: Processes) -> tuple[Settin
 
 
 def _seeds(arguments: argparse.Namespace, preset: Preset | None) -> range:
-    own = arguments.prompts is None and arguments.model == SHAPES
+    own = arguments.prompts is None and arguments.model in SHAPES
     count = arguments.seeds or (SCENES if own else preset.seeds if preset else 1)
     return range(arguments.seed_start, arguments.seed_start + count)
 
@@ -171,13 +171,14 @@ def _prompts(arguments: argparse.Namespace, options: Given, seeds: range) -> lis
             raise ValueError("--prompts takes one file of lines, or files in COCO's form, which end in .json")
         return read_prompts(arguments.prompts[0])
     preset = PRESETS.get(arguments.preset)
-    if preset and arguments.model != SHAPES:
+    if preset and arguments.model not in SHAPES:
         return preset.prompts()
-    if arguments.model != SHAPES:
-        raise ValueError(f"--model {arguments.model} needs --prompts, a file of prompts; only shapes has its own")
+    if arguments.model not in SHAPES:
+        known = " and ".join(SHAPES)
+        raise ValueError(f"--model {arguments.model} needs --prompts, a file of prompts; only {known} have their own")
     scenes = preset_scenes(seeds) if preset else scene_prompts(seeds)
     if name := next((name for name in options if name in scenes[0]), None):
-        raise ValueError(f"--{name} goes with --prompts; the scenes of --model shapes have their own")
+        raise ValueError(f"--{name} goes with --prompts; the scenes of --model {arguments.model} have their own")
     return scenes
 
 
@@ -188,7 +189,7 @@ def _scorers(arguments: argparse.Namespace, device: torch.device) -> list[Scorer
         OSError, ValueError, ImportError: one cannot be had, or options do not go together.
     """
     pickle = arguments.allow_pickle
-    scorers: list[Scorer] = [Detector()] if arguments.model == SHAPES else []
+    scorers: list[Scorer] = [Detector()] if arguments.model in SHAPES else []
     clip = None if arguments.clip is None else Clip(arguments.clip, device, pickle)
     if arguments.owl is not None:
         scorers.append(Owl(arguments.owl, device, arguments.owl_threshold, pickle))
