@@ -113,6 +113,7 @@ MAKE: Mapping[str, Make] = {
     "FOCUS": focus,
     "ComposableDiffusion": composable,
     "DenseDiffusion": dense,
+    "PLADIS": lambda options, layers: Arm([ac.PLADIS(**options)]),
     "TACA": taca,
     "NAG": swapped,
     "Regions": regions,
@@ -129,6 +130,8 @@ SHOWN: Mapping[str, Mapping[str, Options]] = {
         "FOCUS": {"strength": 20.0, **HALF},
         "ComposableDiffusion": {"weight": 1.0},
         "DenseDiffusion": {},
+        "PLADIS": {},
+        "NAG": {},
     },
     "mmdit": {
         "AttentionRegulation": {"strength": 1.0, "mass": 0.08, "level": 0.6, "quantile": 0.95},
@@ -146,13 +149,14 @@ TRIED: Mapping[str, Mapping[str, Sequence[Options]]] = {
     "unet": {
         "AttendAndExcite": [
             {"scale": scale, "thresholds": thresholds, **HALF}
-            for scale, thresholds in ((2.0, {}), (5.0, {}), (20.0, {}), (5.0, {0: 0.5, 5: 0.8}))
+            for scale, thresholds in ((2.0, {}), (5.0, {}), (5.0, {0: 0.5, 5: 0.8}))
         ],
         "TSAM": [{"scale": 2.0, **ONCE}, {"scale": 5.0, **ONCE}, {"scale": 5.0, **OFTEN}],
         "SynGen": [{"scale": 1.0, **HALF}, {"scale": 4.0, **HALF}],
         "CONFORM": [{"scale": 2.0, **ONCE}, {"scale": 5.0, **ONCE}, {"scale": 2.0, **OFTEN}],
-        "FOCUS": [{"strength": 5.0}, {"strength": 20.0}, {"strength": 20.0, **HALF}, {"strength": 60.0, **HALF}],
-        "ComposableDiffusion": [{"weight": 0.5}, {"weight": 0.7}],
+        "FOCUS": [{"strength": 20.0}, {"strength": 20.0, **HALF}, {"strength": 60.0, **HALF}],
+        "ComposableDiffusion": [{"weight": 0.7}, {"weight": 1.0}],
+        "NAG": [{}, {"scale": 2.0}],
     },
     "mmdit": {
         "AttentionRegulation": [
