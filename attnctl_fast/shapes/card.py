@@ -59,6 +59,11 @@ own object against the other object, and against all cells that its own object d
 def export_pipeline(folder: Path, pipe: Any) -> Any:
     """Write a copy of a pipeline in float16 safetensors, in the layout of `save_pretrained`; return the copy."""
     parts = {name: _half(part) if isinstance(part, nn.Module) else part for name, part in pipe.components.items()}
+    for name, part in parts.items():
+        if name.startswith("tokenizer"):
+            # What the last texts were filled up to is no part of a tokenizer.
+            part.backend_tokenizer.no_padding()
+            part.backend_tokenizer.no_truncation()
     half = type(pipe)(**parts, **({"requires_safety_checker": False} if "safety_checker" in parts else {}))
     half.save_pretrained(folder, safe_serialization=True)
     for tokenizer in folder.glob("tokenizer*"):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .autoencoder import build_vae
 from .denoiser import MODELS
 
 if TYPE_CHECKING:
@@ -66,10 +67,11 @@ def load_pipeline(
 
 def load_vae() -> AutoencoderKL:
     """Load the autoencoder that ships with the UNet, in float32."""
-    from diffusers import AutoencoderKL
+    from safetensors.torch import load_file
 
-    with _quiet():
-        vae: AutoencoderKL = AutoencoderKL.from_pretrained(WEIGHTS["unet"] / "vae", torch_dtype=torch.float32)
+    # Not from_pretrained, whose configuration remembers the folder.
+    vae = build_vae()
+    vae.load_state_dict(load_file(WEIGHTS["unet"] / "vae" / "diffusion_pytorch_model.safetensors"))
     return vae.eval().requires_grad_(False)
 
 
