@@ -61,19 +61,19 @@ def _parser() -> argparse.ArgumentParser:
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo = commands.add_parser(
         "demo",
-        help="two-object prompts on the model that ships with the package, without and with attention regulation",
-        description="Draws the two-object prompts of consecutive seeds on the small model that ships with the package, "
-        "without and with attention regulation, and counts what a detector finds. Writes grid.png and demo.json, "
-        "replacing earlier ones.",
+        help="two-object prompts on the models that ship with the package, without and with methods",
+        description="Draws the two-object prompts of consecutive seeds on the two small models that ship with the "
+        "package, without and with methods, and counts what a detector finds. Writes grid.png and demo.json, replacing "
+        "earlier ones.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--count", type=positive, default=64, metavar="N", help="number of prompts")
+    demo.add_argument("--count", type=positive, default=32, metavar="N", help="number of prompts")
     demo.add_argument(
         "--seed-start", type=natural, default=0, metavar="SEED", help="the first of the consecutive seeds"
     )
     demo.add_argument("--steps", type=positive, default=25, help="steps of the sampler")
     demo.add_argument("--guidance-scale", type=finite, default=5.0, help="scale of classifier-free guidance")
-    demo.add_argument("--strength", type=strength, help="strength of the regulation (default: as tuned for this model)")
+    demo.add_argument("--strength", type=strength, help="strength of the regulation (default: as tuned)")
     demo.add_argument("--batch-size", type=positive, default=8, help="prompts per batch")
     demo.add_argument("--device", default="cpu", help="torch device")
     demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="where the files go")

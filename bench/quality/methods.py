@@ -123,10 +123,10 @@ SHOWN: Mapping[str, Mapping[str, Options]] = {
     "unet": {
         "AttentionRegulation": {},
         "EnergyContext": {},
-        "AttendAndExcite": {"scale": 2.0, "thresholds": {}, **HALF},
-        "TSAM": {"scale": 5.0, **OFTEN},
+        "AttendAndExcite": {"scale": 5.0, "thresholds": {}, **HALF},
+        "TSAM": {"scale": 2.0, **ONCE},
         "SynGen": {"scale": 1.0, **HALF},
-        "CONFORM": {"scale": 2.0, **ONCE},
+        "CONFORM": {"scale": 5.0, **ONCE},
         "FOCUS": {"strength": 20.0, **HALF},
         "ComposableDiffusion": {"weight": 1.0},
         "DenseDiffusion": {},
