@@ -94,6 +94,7 @@ VARIANTS: list[tuple[str, str, str | None, dict[str, Any], dict[str, Any]]] = [
     ("zimage, not square", "zimage", None, {}, {"size": (16, 20), "negative_prompt": "a dog " * 20}),
     ("zimage without guidance", "zimage", None, {}, {"guidance_scale": 0.0}),
     ("zimage image to image", "zimage", "ZImageImg2ImgPipeline", {}, {}),
+    ("wan, a time for every token", "wan", None, {"expand": True}, {}),
     ("wan, not square", "wan", None, {}, {"size": (16, 24), "num_videos_per_prompt": 2}),
 ]
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=[row[0] for row in VARIANTS])
@@ -148,12 +149,13 @@ class Case:
     def draw(self, **options: Any) -> Tensor:
         return tiny.call(self.kind, self.pipe, **{**self.options, **options})
 
-    def draw_by_hand(self, edit: Any) -> Tensor:
-        """A picture whose layers with text attend by `edit(name, logits, layout)`, in the prompt's evaluations."""
+    def draw_by_hand(self, edit: Any, own: str = "") -> Tensor:
+        """A picture whose layers with text, or those called `own`, attend by `edit(name, logits, layout)`, in the
+        prompt's evaluations."""
         counts: dict[str, int] = {}
 
         def each(name: str, logits: Tensor) -> Tensor | None:
-            if name not in self.layers:
+            if name.split(".")[-1] != own if own else name not in self.layers:
                 return None
             turn = counts.get(name, 0)
             counts[name] = turn + 1
@@ -184,6 +186,7 @@ def test_maps_are_the_models_own_attention(variant: Any) -> None:
         torch.testing.assert_close(found.double(), torch.stack(expected[name]), rtol=0, atol=2e-5)
         spread = found.std(-1).mean()
         assert spread > 1e-5, "maps that are the same everywhere would hide a wrong grid"
+    torch.testing.assert_close(maps.mean(), torch.stack(list(maps.values())).mean((0, 1)))
 
 
 class Raised(Method):
@@ -439,28 +442,29 @@ def test_regulation_of_joint_attention(kind: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * size)
 
 
-@pytest.mark.parametrize("kind", [*JOINT, "wan"])
-def test_regions_of_joint_attention(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "own"), [*((kind, "") for kind in JOINT), ("wan", "attn2"), ("wan", "attn1")])
+def test_regions_of_joint_attention(kind: str, own: str) -> None:
     """Image rows are pulled towards what shares a mask with them, text and image alike, and away from all else. Of
-    cross-attention it is the text alone; a mask holds in every frame of a video."""
+    cross-attention that is text, of self-attention image; a mask holds in every frame of a video."""
     case = Case((kind, kind, None, {}, {}))
     height, width = case.grid
     left = torch.zeros(height, width)
     left[:, : width // 2] = 1
-    strengths = {} if kind in JOINT else {"cross_strength": 0.3, "self_strength": 0.0}
+    strengths = {"cross_strength": 0.3 * (own == "attn2"), "self_strength": 0.3 * (own != "attn2")}
     method = ac.DenseDiffusion({1: left, 3: 1 - left}, edit_steps=1.0, decay=0.0, area=0.0, **strengths)
 
-    def pulled(own: Tensor) -> Tensor:
+    def pulled(logits: Tensor) -> Tensor:
         image = torch.stack([left.flatten(), 1 - left.flatten()], 1).bool().repeat(math.prod(case.frames), 1)
-        columns = torch.zeros(own.shape[3], 2, dtype=torch.bool)
-        columns[case.layout.text.start + torch.tensor([1, 3])] = torch.eye(2).bool()
-        if kind in JOINT:
+        columns = torch.zeros(logits.shape[3], 2, dtype=torch.bool)
+        if own != "attn1":
+            columns[case.layout.text.start + torch.tensor([1, 3])] = torch.eye(2).bool()
+        if own != "attn2":
             columns[case.layout.image] = image
         shared = (image[:, None] & columns[None]).any(-1)
-        pull = torch.where(shared, own.amax(-1, keepdim=True), own.amin(-1, keepdim=True))
-        return own.lerp(pull, 0.3).softmax(-1)
+        pull = torch.where(shared, logits.amax(-1, keepdim=True), logits.amin(-1, keepdim=True))
+        return logits.lerp(pull, 0.3).softmax(-1)
 
-    expected, plain = case.draw_by_hand(conditional(case.layout, pulled)), case.draw()
+    expected, plain = case.draw_by_hand(conditional(case.layout, pulled), own), case.draw()
     with ac.control(case.pipe, method):
         found = case.draw()
     size = float(plain.abs().max())
@@ -703,6 +707,17 @@ def test_layers_that_attend_with_fewer_heads(name: str, monkeypatch: pytest.Monk
     assert not torch.allclose(found[0], plain, atol=1e-3)
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-4 * scale)
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5)
+
+
+def test_a_mask_that_moves_contexts_holds_in_every_frame() -> None:
+    case = Case(("wan", "wan", None, {}, {}))
+
+    def draw(mask: Tensor | None) -> Tensor:
+        with ac.control(case.pipe, ac.EnergyContext(0.05, 0.05, mask=mask)):
+            return case.draw()
+
+    whole, half = torch.ones(16, 16), torch.ones(16, 16).tril()
+    assert torch.equal(draw(whole), draw(None)) and not torch.allclose(draw(half), draw(None), atol=1e-3)
 
 
 def test_prompts_in_lists() -> None:

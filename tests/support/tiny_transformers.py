@@ -397,7 +397,7 @@ def _lumina2(cls: str) -> dict[str, Any]:
     }
 
 
-def _wan(cls: str) -> dict[str, Any]:
+def _wan(cls: str, expand: bool = False) -> dict[str, Any]:
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 
     tokens = tiny_text.t5_tokenizer()
@@ -417,6 +417,7 @@ def _wan(cls: str) -> dict[str, Any]:
         "tokenizer": tokens,
         "text_encoder": tiny_text.t5_encoder(tokens, cls="UMT5EncoderModel"),
         "transformer": _sharpened(model),
+        "expand_timesteps": expand,
         "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     }
 
@@ -470,7 +471,7 @@ def pipeline(
 
     cls: of this diffusers class, such as an image-to-image one. parts: in place of its components. options: sd3 takes
     `t5=False` for none, `dual=True` for SD 3.5 medium's second attention and normed queries and keys; flux takes
-    `schnell=True`.
+    `schnell=True`, wan `expand=True` for a time of every token.
     """
     import diffusers
 
