@@ -42,14 +42,12 @@ METHODS: dict[str, Callable[[Scene, int], Any]] = {
     "attention-regulation": lambda scene, seed: ac.AttentionRegulation(list(scene.nouns), **TUNED),
     "energy-context": lambda scene, seed: ac.EnergyContext(**MOVED),
     "attend-and-excite": lambda scene, seed: ac.AttendAndExcite(
-        list(scene.nouns), layers=LAYERS, scale=2.0, thresholds={}, steps=0.5
+        list(scene.nouns), layers=LAYERS, scale=5.0, thresholds={}, steps=0.5
     ),
-    "tsam": lambda scene, seed: ac.TSAM(
-        layers=LAYERS, scale=5.0, steps=0.5, refinement={0: None, 5: None}, max_refinements=5
-    ),
+    "tsam": lambda scene, seed: ac.TSAM(layers=LAYERS, scale=2.0, steps=0.5, refinement={}),
     "syngen": lambda scene, seed: ac.SynGen(pairs(scene), layers=LAYERS, scale=1.0, steps=0.5),
     "focus": lambda scene, seed: ac.FOCUS(pairs(scene), layers=LAYERS, strength=20.0, steps=0.5),
-    "conform": lambda scene, seed: ac.CONFORM(pairs(scene), layers=LAYERS, scale=2.0, steps=0.5, refinement={}),
+    "conform": lambda scene, seed: ac.CONFORM(pairs(scene), layers=LAYERS, scale=5.0, steps=0.5, refinement={}),
     "dense-diffusion": lambda scene, seed: ac.DenseDiffusion(masks(scene, seed)),
     "composable-diffusion": lambda scene, seed: ac.ComposableDiffusion([phrase(scene, 0), phrase(scene, 1)]),
 }

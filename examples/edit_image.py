@@ -1,9 +1,10 @@
 """Edit a given picture: DDIM inversion, then sampling with edit prompts composed into the cross-attention.
 
-    python examples/edit_image.py --add "a blue circle" --remove "a red circle"
+    python examples/edit_image.py --add "a blue circle" --remove "a red circle" --start 0.1
     python examples/edit_image.py --model MODEL --image cat.png --caption "a photo of a cat" --add dog --remove cat
 
-Without --model it draws a red circle and edits that, on the small model that ships with attnctl-fast. The recipe is
+Without --model it draws a red circle and edits that, on the small model that ships with attnctl-fast, whose colours are
+decided earlier than those of Stable Diffusion. The recipe is
 that of arXiv 2306.09869 (real-image editing): the caption is prompt and negative prompt, so that without edits the
 picture comes back, and whatever the edits change is guided.
 """

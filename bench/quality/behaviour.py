@@ -48,7 +48,7 @@ Found = Sequence[tuple[str, str]]
 SEARCHED: Options = {"gamma_attn": 0.003, "gamma_norm": 0.3, "schedule": step(0.2)}
 INPAINTED: Options = {"gamma_attn": 0.025, "gamma_norm": 0.025}
 AVOIDED: Options = {"scale": 3.0, "tau": 2.5, "alpha": 1.0}
-RECOLOURED: Options = {"weight": 0.75, "away": 0.65, "start": 0.5, "gamma": 5e-4}
+RECOLOURED: Options = {"weight": 1.0, "away": 0.7, "start": 0.1, "gamma": 5e-4}
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ TASKS: dict[str, Task] = {
         both,
         add_arms,
         (ADDED,),
-        [{"weight": w, "start": s} for w, s in ((1.3, 0.0), (2.0, 0.0), (4.0, 0.0), (6.0, 0.0), (4.0, 0.1))],
+        [{"weight": w, "start": s} for w, s in ((2.0, 0.0), (4.0, 0.0), (6.0, 0.0), (9.0, 0.0))],
     ),
     "composition, negate an object": Task(
         "the first object is there and the second is not",
@@ -189,7 +189,7 @@ TASKS: dict[str, Task] = {
         only_first,
         negate_arms,
         (NEGATED,),
-        [{"weight": w, "start": s} for w, s in ((0.2, 0.0), (0.3, 0.0), (0.4, 0.0), (0.5, 0.0), (0.4, 0.1))],
+        [{"weight": w, "start": s} for w, s in ((0.2, 0.0), (0.3, 0.0), (0.4, 0.0), (0.5, 0.0))],
     ),
     "NAG without guidance, avoid an object": Task(
         "the first object is there and the second is not",
@@ -200,8 +200,7 @@ TASKS: dict[str, Task] = {
         (AVOIDED, {}),
         [
             {},
-            *({"scale": s, "tau": t, "alpha": a} for s, t, a in ((5.0, 2.5, 0.5), (5.0, 2.5, 1.0), (11.0, 2.5, 0.5))),
-            *({"scale": s, "tau": t, "alpha": a} for s, t, a in ((3.0, 2.5, 1.0), (2.0, 2.5, 1.0), (11.0, 5.0, 0.5))),
+            *({"scale": s, "tau": t, "alpha": a} for s, t, a in ((3.0, 2.5, 1.0), (5.0, 2.5, 1.0), (11.0, 5.0, 0.5))),
         ],
     ),
     "edit of a given picture, another colour": Task(
@@ -213,7 +212,7 @@ TASKS: dict[str, Task] = {
         (RECOLOURED,),
         [
             {"weight": w, "away": a, "start": t, "gamma": 0.0}
-            for w, a, t in ((0.75, 0.65, 0.5), (1.0, 0.7, 0.0), (1.0, 0.7, 0.2), (2.0, 1.5, 0.0))
+            for w, a, t in ((1.0, 0.7, 0.0), (1.0, 0.7, 0.2), (2.0, 1.5, 0.0), (2.0, 1.5, 0.3), (4.0, 3.0, 0.0))
         ]
         + [RECOLOURED],
     ),

@@ -47,8 +47,8 @@ def test_a_given_picture_is_edited(pipe: Any, example: Any) -> None:
         difference = np.asarray(before, np.float64) - np.asarray(after, np.float64)
         assert np.abs(difference).mean() < 8
 
-    how = {"gamma_attn": 5e-4, "gamma_norm": 5e-4, "start": 0.5}
-    edits = [ac.Edit(BLUE.prompt, 0.75, **how), ac.Edit(RED.prompt, 0.65, direction=-1, **how)]
+    how = {"gamma_attn": 5e-4, "gamma_norm": 5e-4, "start": 0.1}
+    edits = [ac.Edit(BLUE.prompt, 1.0, **how), ac.Edit(RED.prompt, 0.7, direction=-1, **how)]
     edited = example.edit(pipe, pictures, captions, edits, steps=25, guidance_scale=5.0)
     found = [detect(picture) for picture in edited]
     hits = [score(BLUE, seen).exact for seen in found]
