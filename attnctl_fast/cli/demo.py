@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..methods import FOCUS
+from ..methods import CONFORM
 from ..shapes.evaluate import (
     ADDED,
-    FOCUSED,
+    CONTRASTED,
     TUNED,
     Arm,
     Comparison,
@@ -32,7 +32,7 @@ from .pictures import Panel, Strip, draw_sheet, found_lines
 from .report import aligned, overhead, spread, versions
 
 PLAIN, REGULATED, REFERENCE = "plain", "attention regulation", "same, by autograd"
-FOCUS_ARM, FIRST, COMPOSED = "focus", "first object only", "second one composed"
+CONTRAST, FIRST, COMPOSED = "conform", "first object only", "second one composed"
 _SCENES_SHOWN = 4
 _REFERENCE_BATCHES = 2
 
@@ -57,35 +57,28 @@ class Show:
 
 def shows(strength: float | None) -> dict[str, Show]:
     """Return what is drawn with each model; attention regulation has the given strength, or the tuned one."""
-    options = dict(TUNED) if strength is None else {**TUNED, "strength": strength}
+    regulated = regulation(**TUNED if strength is None else {**TUNED, "strength": strength})
 
-    def regulated(layers: Sequence[str]) -> Any:
-        return regulation(**{**options, "layers": layers})
-
-    def focus(layers: Sequence[str]) -> Arm:
-        return Arm(lambda scenes: [FOCUS([scene.objects for scene in scenes], layers=layers, **FOCUSED)])
+    def contrasted(layers: Sequence[str]) -> Arm:
+        return Arm(lambda scenes: [CONFORM([scene.objects for scene in scenes], layers=layers, **CONTRASTED)])
 
     return {
         "unet": Show(
             "UNet",
             {
                 PLAIN: Arm(),
-                REGULATED: Arm(regulated(LAYERS)),
-                FOCUS_ARM: focus(LAYERS),
+                REGULATED: Arm(regulated),
+                CONTRAST: contrasted(LAYERS),
                 FIRST: Arm(options=first_object),
                 COMPOSED: Arm(second_object(+1), options=first_object),
-                REFERENCE: Arm(regulated(LAYERS), impl="reference", batches=_REFERENCE_BATCHES),
+                REFERENCE: Arm(regulated, impl="reference", batches=_REFERENCE_BATCHES),
             },
-            {REGULATED: PLAIN, FOCUS_ARM: PLAIN, COMPOSED: FIRST},
+            {REGULATED: PLAIN, CONTRAST: PLAIN, COMPOSED: FIRST},
         ),
         "mmdit": Show(
             "joint transformer",
-            {
-                PLAIN: Arm(),
-                REGULATED: Arm(regulated(MMDiTDenoiser.layers)),
-                FOCUS_ARM: focus(MMDiTDenoiser.layers),
-            },
-            {REGULATED: PLAIN, FOCUS_ARM: PLAIN},
+            {PLAIN: Arm(), CONTRAST: contrasted(MMDiTDenoiser.layers)},
+            {CONTRAST: PLAIN},
         ),
     }
 
@@ -100,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         "steps": arguments.steps,
         "guidance_scale": arguments.guidance_scale,
         "regulation": {**TUNED, **({} if arguments.strength is None else {"strength": arguments.strength})},
-        "focus": dict(FOCUSED),
+        "conform": dict(CONTRASTED),
         "composition": dict(ADDED),
         "batch_size": arguments.batch_size,
         "device": arguments.device,

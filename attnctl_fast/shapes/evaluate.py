@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Diffusion draws; an object of this model covers about a tenth.
 TUNED: Mapping[str, Any] = {"layers": LAYERS, "strength": 1.0, "mass": 0.08, "level": 0.6, "quantile": 0.95}
 MOVED: Mapping[str, Any] = {"gamma_attn": 0.01, "gamma_norm": 0.02}  # the released code's; none found is better
-FOCUSED: Mapping[str, Any] = {"strength": 20.0, "steps": 0.5}
+CONTRASTED: Mapping[str, Any] = {"scale": 5.0, "steps": 0.5, "refinement": {}}
 ADDED: Mapping[str, Any] = {"weight": 2.0}
 NEGATED: Mapping[str, Any] = {"weight": 0.4}
 

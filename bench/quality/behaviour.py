@@ -45,9 +45,9 @@ from examples.edit_image import invert
 
 Found = Sequence[tuple[str, str]]
 # The best on the tuning seeds.
-SEARCHED: Options = {"gamma_attn": 0.003, "gamma_norm": 0.3, "schedule": step(0.2)}
+SEARCHED: Options = {"gamma_attn": 0.03, "gamma_norm": 0.03}
 INPAINTED: Options = {"gamma_attn": 0.025, "gamma_norm": 0.025}
-AVOIDED: Options = {"scale": 3.0, "tau": 2.5, "alpha": 1.0}
+AVOIDED: Options = {"scale": 11.0, "tau": 5.0, "alpha": 0.5}
 RECOLOURED: Options = {"weight": 1.0, "away": 0.7, "start": 0.1, "gamma": 5e-4}
 
 
@@ -189,7 +189,7 @@ TASKS: dict[str, Task] = {
         only_first,
         negate_arms,
         (NEGATED,),
-        [{"weight": w, "start": s} for w, s in ((0.2, 0.0), (0.3, 0.0), (0.4, 0.0), (0.5, 0.0))],
+        [{"weight": w, "start": s} for w, s in ((0.5, 0.0), (0.7, 0.0), (0.8, 0.0), (0.9, 0.0))],
     ),
     "NAG without guidance, avoid an object": Task(
         "the first object is there and the second is not",

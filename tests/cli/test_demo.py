@@ -21,18 +21,18 @@ def test_demo_writes_the_picture_and_every_result(untrained, tmp_path, capsys, m
     monkeypatch.setattr(evaluate, "detect", lambda image: found.pop(0))
     scenes = [scene_for_seed(seed) for seed in (7, 8, 9)]
     hit = [evaluate.Detection(colour, shape, (0, 0, 9, 9), 1.0) for colour, shape in scenes[2].objects]
-    found = [*[[]] * 12, [], hit, hit, hit[:1], hit, *[[]] * 9]
+    found = [*[[]] * 12, [], hit, hit, hit[:1], hit, *[[]] * 6]
     arguments = ["--count", "3", "--seed-start", "7", "--steps", "2", "--batch-size", "1", "--out", str(tmp_path)]
     assert cli.main(["demo", *arguments]) == 0
     out = capsys.readouterr().out
     assert not found
     unet, transformer = out.split("joint transformer")
     lines = {line.split("  ")[0]: line for line in unet.splitlines()}
-    for name in ("attention regulation", "focus", "second one composed"):
+    for name in ("attention regulation", "conform", "second one composed"):
         assert "33 % (+1 -0)" in lines[name]
     assert "0 %" in lines["plain"] and "0 %" in lines["first object only"]
     assert "%" in lines["same, by autograd"]
-    assert transformer.count("0 % (+0 -0)") == 6
+    assert transformer.count("0 % (+0 -0)") == 3
 
     report = json.loads((tmp_path / "demo.json").read_text())
     assert (
@@ -45,10 +45,10 @@ def test_demo_writes_the_picture_and_every_result(untrained, tmp_path, capsys, m
     report = report | report["models"]["unet"]
     assert [entry["attention regulation"]["strict"] for entry in report["pictures"]] == [False, False, True]
     assert report["pictures"][2]["attention regulation"]["found"] == [" ".join(pair) for pair in scenes[2].objects]
-    for name in ("attention regulation", "focus", "second one composed"):
+    for name in ("attention regulation", "conform", "second one composed"):
         assert (report["rates"][name]["strict"]["gained"], report["rates"][name]["strict"]["lost"]) == (1, 0)
     assert [len(timing["batches"]) for timing in report["timings"].values()] == [3, 3, 3, 3, 3, 2]
-    assert report["settings"]["focus"] == evaluate.FOCUSED
+    assert report["settings"]["conform"] == evaluate.CONTRASTED
     assert report["pixel_difference_to_autograd"]["mean"] < 1
     with Image.open(tmp_path / "grid.png") as picture:
         assert picture.mode == "RGB" and picture.width > 2 * 5 * 264
