@@ -67,7 +67,7 @@ class Handle:
         family = engine.family
         own: Any = prompt_embeds
         others: Any = negative_prompt_embeds
-        if not isinstance(own, list if family.lists else Tensor):
+        if not isinstance(own, list if family.lists else Tensor) or not len(own):
             raise ValueError(f"prompt_embeds is {prompt_embeds!r}; pass the contexts that the model will be given")
         if family.lists:
             own, others = padded_texts(own), None if others is None else padded_texts(others)
