@@ -29,7 +29,7 @@ TUNED: Mapping[str, Any] = {"layers": LAYERS, "strength": 1.0, "mass": 0.08, "le
 MOVED: Mapping[str, Any] = {"gamma_attn": 0.01, "gamma_norm": 0.02}  # the released code's; none found is better
 CONTRASTED: Mapping[str, Any] = {"scale": 5.0, "steps": 0.5, "refinement": {}}
 ADDED: Mapping[str, Any] = {"weight": 2.0}
-NEGATED: Mapping[str, Any] = {"weight": 0.4}
+NEGATED: Mapping[str, Any] = {"weight": 0.5}
 
 TEXT_LENGTH = 16
 

@@ -222,7 +222,7 @@ TASKS: dict[str, Task] = {
         2,
         both,
         inpaint_arms,
-        (INPAINTED, SEARCHED),
+        (INPAINTED,),
         [{"gamma_attn": a, "gamma_norm": b} for a, b in ((0.025, 0.025), (0.05, 0.05), (0.1, 0.1), (0.0, 0.3))],
         inpainting=True,
     ),
