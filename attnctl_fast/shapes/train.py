@@ -67,7 +67,7 @@ class Settings:
 
 DEFAULTS = {
     "unet": Settings(examples=40_000, steps=3_200),
-    "mmdit": Settings(model="mmdit", steps=5_000, batch=16, lr=2e-3, muon=1e-2, pixel_loss=0.1),
+    "mmdit": Settings(model="mmdit", steps=5_000, stop=3_500, batch=16, lr=2e-3, muon=1e-2, pixel_loss=0.1),
 }
 
 

@@ -134,12 +134,12 @@ SHOWN: Mapping[str, Mapping[str, Options]] = {
         "NAG": {},
     },
     "mmdit": {
-        "AttentionRegulation": {"strength": 1.0, "mass": 0.08, "level": 0.6, "quantile": 0.95},
-        "AttendAndExcite": {"scale": 2.0, "thresholds": {}, **HALF},
+        "AttentionRegulation": {"strength": 1.0, "mass": 0.04, "level": 0.3, "quantile": 0.95},
+        "AttendAndExcite": {"scale": 20.0, "thresholds": {}, **HALF},
         "TSAM": {"scale": 5.0, **ONCE},
-        "SynGen": {"scale": 1.0, **HALF},
-        "CONFORM": {"scale": 2.0, **ONCE},
-        "FOCUS": {"strength": 20.0, **HALF},
+        "SynGen": {"scale": 4.0, **HALF},
+        "CONFORM": {"scale": 5.0, **ONCE},
+        "FOCUS": {"strength": 1.0, **HALF},
         "TACA": {},
         "NAG": {},
         "Regions": {},
@@ -164,13 +164,9 @@ TRIED: Mapping[str, Mapping[str, Sequence[Options]]] = {
             for mass, level in ((0.04, 0.3), (0.08, 0.6))
         ],
         "AttendAndExcite": [{"scale": scale, "thresholds": {}, **HALF} for scale in (2.0, 5.0, 20.0)],
-        "TSAM": [{"scale": scale, **ONCE} for scale in (2.0, 5.0)],
         "SynGen": [{"scale": scale, **HALF} for scale in (1.0, 4.0)],
         "CONFORM": [{"scale": scale, **ONCE} for scale in (2.0, 5.0)],
         "FOCUS": [{"strength": strength, **HALF} for strength in (5.0, 20.0, 60.0)],
-        "TACA": [{"factor": factor, "steps": 0.5} for factor in (1.2, 1.5)],
-        "NAG": [{"scale": scale} for scale in (2.0, 5.0)],
-        "Regions": [{"base": base} for base in (0.1, 0.3)],
     },
 }
 LOCAL: Mapping[str, Sequence[str]] = {"unet": LAYERS, "mmdit": MMDiTDenoiser.layers}

@@ -286,10 +286,10 @@ def resources_table(path: Path) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "rates": lambda: rates_table(last_line(RESULTS / "shapes_rates.jsonl")),
     "behaviour": lambda: behaviour_table(last_line(RESULTS / "shapes_behaviour.jsonl")),
-    "avoided": lambda: behaviour_table(last_line(RESULTS / "shapes_avoided.jsonl")),
     "overhead": lambda: overhead_table(select_overhead(read(RESULTS / "overhead.jsonl"))),
     "speed": lambda: speed_table(select_overhead(read(RESULTS / "overhead.jsonl"))),
     "methods": lambda: rates_table(last_line(RESULTS / "shapes_methods.jsonl")),
+    "methods_mmdit": lambda: rates_table(last_line(RESULTS / "shapes_methods_mmdit.jsonl")),
     "gpu": lambda: gpu_table(RESULTS),
     **{name: partial(operations_table, RESULTS / "ops_cpu.jsonl", name) for name in FAMILIES},
     "joint": lambda: joint_table(RESULTS / "joint_cpu.jsonl"),
