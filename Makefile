@@ -1,4 +1,4 @@
-# make demo    install, then draw two-object prompts without and with attention regulation into out/demo
+# make demo    install, then draw two-object prompts without and with methods into out/demo
 # make test    install with the test extras, then lint, types and tests: what CI runs
 # make test-processors   the numerical tests as other processors would run them, and on other inputs (an hour or two;
 #              PROCESSORS_ARGS=--sample: what CI runs)
