@@ -72,6 +72,11 @@ def export_pipeline(folder: Path, pipe: Any) -> Any:
             parts[tokenizer.name].backend_tokenizer.model.save(str(tokenizer))
             encoder = tokenizer.name.replace("tokenizer", "text_encoder")
             _prefix_names(folder / encoder / "model.safetensors", "text_model.")
+    for config in folder.glob("*/config.json"):
+        # Where a part was loaded from is no one else's business.
+        entries = json.loads(config.read_text(encoding="utf-8"))
+        entries.pop("_name_or_path", None)
+        config.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     # They call T5's tokenizer of this kind by another name, which releases 5 know as well.
     index = folder / "model_index.json"
     index.write_text(index.read_text(encoding="utf-8").replace('"T5Tokenizer"', '"T5TokenizerFast"'), encoding="utf-8")
