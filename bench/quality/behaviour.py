@@ -21,7 +21,7 @@ from PIL import Image
 
 from attnctl_fast.cli.pictures import Panel, Strip, draw_sheet, found_lines
 from attnctl_fast.cli.report import spread
-from attnctl_fast.methods import NAG, Composition, Edit
+from attnctl_fast.methods import NAG, ComposableDiffusion, Composition, Edit
 from attnctl_fast.schedules import Schedule, step
 from attnctl_fast.shapes import COLOURS, Scene, load_pipeline, render
 from attnctl_fast.shapes.evaluate import (
@@ -48,7 +48,8 @@ Found = Sequence[tuple[str, str]]
 SEARCHED: Options = {"gamma_attn": 0.03, "gamma_norm": 0.03}
 INPAINTED: Options = {"gamma_attn": 0.025, "gamma_norm": 0.025}
 AVOIDED: Options = {"scale": 11.0, "tau": 5.0, "alpha": 0.5}
-RECOLOURED: Options = {"weight": 1.0, "away": 0.7, "start": 0.1, "gamma": 5e-4}
+COMPOSED: Options = {"weight": 1.0}
+RECOLOURED: Options = {"weight": 1.0, "away": 0.7, "start": 0.0, "gamma": 0.0}
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,20 @@ def add_arms(pipe: Any, settings: Sequence[Options], steps: int) -> list[Arm]:
         Arm(options=first_object),
         *(Arm(second_object(+1, **options), options=first_object) for options in settings),
     ]
+
+
+def compose_arms(pipe: Any, settings: Sequence[Options], steps: int) -> list[Arm]:
+    """Two prompts of an object each; the second one's own pictures are an arm as well."""
+
+    def composed(options: Options) -> Callable[[Sequence[Scene]], Sequence[ComposableDiffusion]]:
+        weights = [options["weight"]] * 2
+        return lambda scenes: (ComposableDiffusion([[phrase(x, 0), phrase(x, 1)] for x in scenes], weights),)
+
+    def second_alone(scenes: Sequence[Scene], _: Sequence[int]) -> dict[str, Any]:
+        return {"prompt": [phrase(scene, 1) for scene in scenes]}
+
+    arms = [Arm(composed(x)) if x else Arm(options=second_alone) for x in settings]
+    return [Arm(options=first_object), *arms]
 
 
 def negate_arms(pipe: Any, settings: Sequence[Options], steps: int) -> list[Arm]:
@@ -182,6 +197,15 @@ TASKS: dict[str, Task] = {
         (ADDED,),
         [{"weight": w, "start": s} for w, s in ((2.0, 0.0), (4.0, 0.0), (6.0, 0.0), (9.0, 0.0))],
     ),
+    "Composable Diffusion, two prompts of one object": Task(
+        "both objects are there",
+        "a prompt of the first object; without a weight, a prompt of the second",
+        2,
+        both,
+        compose_arms,
+        ({}, COMPOSED),
+        [{"weight": w} for w in (0.4, 0.6, 0.8, 1.0, 1.5)],
+    ),
     "composition, negate an object": Task(
         "the first object is there and the second is not",
         "the same prompt",
@@ -212,7 +236,7 @@ TASKS: dict[str, Task] = {
         (RECOLOURED,),
         [
             {"weight": w, "away": a, "start": t, "gamma": 0.0}
-            for w, a, t in ((1.0, 0.7, 0.0), (1.0, 0.7, 0.2), (2.0, 1.5, 0.0), (2.0, 1.5, 0.3), (4.0, 3.0, 0.0))
+            for w, a, t in ((1.0, 0.7, 0.2), (2.0, 1.5, 0.0), (2.0, 1.5, 0.3), (4.0, 3.0, 0.0))
         ]
         + [RECOLOURED],
     ),
