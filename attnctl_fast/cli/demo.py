@@ -196,7 +196,9 @@ def _difference(result: Evaluation, reference: Evaluation) -> dict[str, float]:
 def _strips(show: Show, results: dict[str, Evaluation]) -> list[Strip]:
     plain = results[PLAIN]
     strips = []
-    for index in range(min(_SCENES_SHOWN, len(plain.seeds))):
+    # First those on which something is to be gained.
+    lacking_first = sorted(range(len(plain.seeds)), key=lambda index: plain.scores[index].strict)
+    for index in lacking_first[:_SCENES_SHOWN]:
         scene, seed = plain.scenes[index], plain.seeds[index]
         panels = []
         for name in _compared(show):
@@ -220,7 +222,7 @@ def _rates(comparisons: dict[str, Comparison]) -> str:
 def _sheet(strips: Sequence[Strip], notes: Sequence[str]) -> Any:
     return draw_sheet(
         strips,
-        title="The same prompt and seed, without and with attention control, on the two models that ship",
+        title="Prompts of which plain sampling leaves an object out: the same seed without and with attention control",
         notes=[
             "Below each picture: what a detector found. Green frame: both objects of the prompt. Red cross: not found. "
             "Orange plus: not asked for.",

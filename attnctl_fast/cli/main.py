@@ -69,7 +69,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     demo.add_argument("--count", type=positive, default=32, metavar="N", help="number of prompts")
     demo.add_argument(
-        "--seed-start", type=natural, default=0, metavar="SEED", help="the first of the consecutive seeds"
+        "--seed-start", type=natural, default=96, metavar="SEED", help="the first of the consecutive seeds"
     )
     demo.add_argument("--steps", type=positive, default=25, help="steps of the sampler")
     demo.add_argument("--guidance-scale", type=finite, default=5.0, help="scale of classifier-free guidance")

@@ -166,7 +166,8 @@ TRIED: Mapping[str, Mapping[str, Sequence[Options]]] = {
         "AttendAndExcite": [{"scale": scale, "thresholds": {}, **HALF} for scale in (2.0, 5.0, 20.0)],
         "SynGen": [{"scale": scale, **HALF} for scale in (1.0, 4.0)],
         "CONFORM": [{"scale": scale, **ONCE} for scale in (2.0, 5.0)],
-        "FOCUS": [{"strength": strength, **HALF} for strength in (5.0, 20.0, 60.0)],
+        "FOCUS": [{"strength": strength, **HALF} for strength in (0.05, 0.2, 5.0, 20.0, 60.0)],
+        "Regions": [{"base": 0.5, "isolated": False}],
     },
 }
 LOCAL: Mapping[str, Sequence[str]] = {"unet": LAYERS, "mmdit": MMDiTDenoiser.layers}
