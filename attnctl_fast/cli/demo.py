@@ -172,10 +172,11 @@ def as_json(show: Show, results: dict[str, Evaluation], comparisons: dict[str, C
             found = [f"{seen.colour} {seen.shape}" for seen in results[name].detections[index]]
             entry[name] = {"found": found, **results[name].scores[index]._asdict()}
         pictures.append(entry)
-    found = {"rates": {name: asdict(comparison) for name, comparison in comparisons.items()}, "timings": timings}
+    rates = {name: asdict(comparison) for name, comparison in comparisons.items()}
+    report: dict[str, Any] = {"rates": rates, "timings": timings}
     if REFERENCE in results:
-        found["pixel_difference_to_autograd"] = _difference(results[REGULATED], results[REFERENCE])
-    return {**found, "pictures": pictures}
+        report["pixel_difference_to_autograd"] = _difference(results[REGULATED], results[REFERENCE])
+    return {**report, "pictures": pictures}
 
 
 def _compared(show: Show) -> list[str]:
