@@ -123,7 +123,7 @@ def test_attention_regulation_adds_no_kernels_of_its_own(launches):
     t = case.tensors()
     prompts = SimpleNamespace(positions=lambda _: [[3, 5]], special=lambda: [[0, 9]], count=1)
     call = Call(None, prompts, 1, None, step=0, steps=10)
-    site = SimpleNamespace(name="layer", grid=(8, 8), heads=t["q"].shape[1])
+    site = SimpleNamespace(name="layer", grid=(8, 8), frames=(), heads=t["q"].shape[1])
     run = AttentionRegulation([3, 5], steps=2).start(call, [site])
     q, k, v = (t[name][:1] for name in "qkv")
     rows = Rows(1, [0], [0])
