@@ -57,7 +57,7 @@ class Show:
 
 def shows(strength: float | None) -> dict[str, Show]:
     """Return what is drawn with each model; attention regulation has the given strength, or the tuned one."""
-    regulated = regulation(**TUNED if strength is None else {**TUNED, "strength": strength})
+    regulated = regulation(**_regulation(strength))
 
     def contrasted(layers: Sequence[str]) -> Arm:
         return Arm(lambda scenes: [CONFORM([scene.objects for scene in scenes], layers=layers, **CONTRASTED)])
@@ -83,6 +83,10 @@ def shows(strength: float | None) -> dict[str, Show]:
     }
 
 
+def _regulation(strength: float | None) -> dict[str, Any]:
+    return dict(TUNED) if strength is None else {**TUNED, "strength": strength}
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Draw, print the tables, and write `grid.png` and `demo.json`."""
     out, count = arguments.out, arguments.count
@@ -92,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
         "seeds": [seeds[0], seeds[-1]],
         "steps": arguments.steps,
         "guidance_scale": arguments.guidance_scale,
-        "regulation": {**TUNED, **({} if arguments.strength is None else {"strength": arguments.strength})},
+        "regulation": _regulation(arguments.strength),
         "conform": dict(CONTRASTED),
         "composition": dict(ADDED),
         "batch_size": arguments.batch_size,
@@ -223,7 +227,7 @@ def _rates(comparisons: dict[str, Comparison]) -> str:
 def _sheet(strips: Sequence[Strip], notes: Sequence[str]) -> Any:
     return draw_sheet(
         strips,
-        title="Prompts of which plain sampling leaves an object out: the same seed without and with attention control",
+        title="The same prompt and seed, without and with attention control; first those on which plain sampling fails",
         notes=[
             "Below each picture: what a detector found. Green frame: both objects of the prompt. Red cross: not found. "
             "Orange plus: not asked for.",

@@ -33,7 +33,7 @@ float16, which `attnctl_fast.shapes.load_pipeline("{settings[model]}")` loads.
   pixel loss of TokenCompose (arXiv 2312.03626), weighted by the share of signal: the attention to the words of an
   object shall lie inside the object, and be as high as the object is likely there. The maps below are localised
   because they were trained to be.
-- {about[text]}; see `text.py`.
+- {about[text]}.
 - Rebuild: `python -m attnctl_fast.shapes.train {settings[model]}`, with the settings in `card.json`, which are the
   defaults. Another machine rounds differently and gives another model of the same kind.
 """

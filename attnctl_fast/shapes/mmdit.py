@@ -146,7 +146,7 @@ class MMDiTDenoiser:
             "loss": "flow matching at logit-normal times",
             "text": "Text encoders: two equal ones of CLIP's kind, 128 wide, and one of T5's, 256 wide, each with one "
             "layer that does something, set by\n  construction and frozen. The pooled text is zero: it says nothing of "
-            "the prompt. Trained at every length of\n  T5's padding up to 256 tokens",
+            "the prompt. Trained at every length of\n  T5's padding up to 256 tokens; see `text.py` and `t5.py`",
         }
     )
 

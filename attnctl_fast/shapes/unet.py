@@ -115,7 +115,8 @@ class UNetDenoiser:
             "pipeline": "a `StableDiffusionPipeline`",
             "model": "UNet with cross-attention at 16x16 only",
             "loss": "noise prediction with min-SNR weights",
-            "text": "Text encoder: one causal layer of CLIP's kind, 128 wide, set by construction and frozen",
+            "text": "Text encoder: one causal layer of CLIP's kind, 128 wide, set by construction and frozen; see\n"
+            "  `text.py`",
         }
     )
 

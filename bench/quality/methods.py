@@ -174,7 +174,7 @@ LOCAL: Mapping[str, Sequence[str]] = {"unet": LAYERS, "mmdit": MMDiTDenoiser.lay
 
 
 def picture(titles: Sequence[str], results: Sequence[Evaluation], count: int) -> Any:
-    """The first seeds whose plain picture lacks an object, without and with each method."""
+    """A few seeds without and with each method, first those whose plain picture lacks an object."""
     strips = []
     lacking_first = sorted(range(len(results[0].scores)), key=lambda index: results[0].scores[index].strict)
     for index in lacking_first[:count]:
@@ -187,7 +187,7 @@ def picture(titles: Sequence[str], results: Sequence[Evaluation], count: int) ->
     notes = ["Below each picture: what a detector found of the prompt's objects. Green frame: all of them."]
     return draw_sheet(
         strips,
-        title="Every method, the first seeds on which plain sampling leaves an object out",
+        title="Every method on the same seeds, first those on which plain sampling leaves an object out",
         notes=notes,
         columns=1,
         side=230,

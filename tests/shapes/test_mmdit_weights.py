@@ -49,19 +49,6 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert {parameter.dtype for part in parts for parameter in part.parameters()} == {dtype}
 
 
-def test_the_weights_are_small_half_precision_safetensors() -> None:
-    from safetensors import safe_open
-
-    files = [path for path in WEIGHTS["mmdit"].rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 14_000_000
-    tensors = [path for path in files if path.suffix == ".safetensors"]
-    assert len(tensors) == 5
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md"}
-    for path in tensors:
-        with safe_open(path, "pt") as opened:
-            assert {opened.get_tensor(name).dtype for name in opened.keys()} == {torch.float16}  # noqa: SIM118
-
-
 def test_one_object_is_drawn_right_whatever_the_padding(pipe: Any) -> None:
     def padded(length: int) -> Arm:
         return Arm(options=lambda scenes, seeds: {"max_sequence_length": length})

@@ -92,13 +92,14 @@ def test_no_diffusers_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch)
         shapes.load_pipeline()
 
 
-def test_the_weights_are_small_half_precision_safetensors() -> None:
+@pytest.mark.parametrize(("model", "parts"), [("unet", 3), ("mmdit", 5)])
+def test_the_weights_are_small_half_precision_safetensors(model: str, parts: int) -> None:
     from safetensors import safe_open
 
-    files = [path for path in WEIGHTS["unet"].rglob("*") if path.is_file()]
+    files = [path for path in WEIGHTS[model].rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 14_000_000
     tensors = [path for path in files if path.suffix == ".safetensors"]
-    assert len(tensors) == 3
+    assert len(tensors) == parts
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md"}
     for path in tensors:
         with safe_open(path, "pt") as opened:
