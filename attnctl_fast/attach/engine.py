@@ -69,11 +69,7 @@ class Engine:
         """
         chosen: list[tuple[Method, list[str]]] = []
         edited: set[str] = set()
-        if getattr(self.model, "_parallel_config", None) is not None:
-            raise ValueError(
-                f"the {self.family.component} of {type(pipe).__name__} is spread over several processes, each of which "
-                "attends with a part of the sequence; load it without parallel_config and enable_parallelism"
-            )
+        self._check_whole(pipe)
         for method in methods:
             name = type(method).__name__
             if type(method).start is Method.start:
@@ -103,6 +99,13 @@ class Engine:
             chosen.append((method, names))
         _check_texts(methods)
         return chosen
+
+    def _check_whole(self, pipe: Any) -> None:
+        if getattr(self.model, "_parallel_config", None) is not None:
+            raise ValueError(
+                f"the {self.family.component} of {type(pipe).__name__} is spread over several processes, each of which "
+                "attends with a part of the tokens or heads; load it without parallel_config and enable_parallelism"
+            )
 
     def within(self, method: Method) -> dict[str, Layer]:
         """Return the layers that a method may act on."""
@@ -144,6 +147,7 @@ class Engine:
             raise RuntimeError(
                 f"pipe.{self.family.component} was replaced while control was on; leave control, then enter it again"
             )
+        self._check_whole(pipe)
         self.cover(getattr(pipe, self.family.component))
         current = self._current()
         if current is not None and current.pipe is pipe and current.public is None:

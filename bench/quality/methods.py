@@ -140,9 +140,10 @@ SHOWN: Mapping[str, Mapping[str, Options]] = {
         "SynGen": {"scale": 4.0, **HALF},
         "CONFORM": {"scale": 5.0, **ONCE},
         "FOCUS": {"strength": 1.0, **HALF},
+        "DenseDiffusion": {},
         "TACA": {},
         "NAG": {},
-        "Regions": {},
+        "Regions": {"base": 0.5, "isolated": False},
     },
 }
 TRIED: Mapping[str, Mapping[str, Sequence[Options]]] = {
@@ -161,13 +162,17 @@ TRIED: Mapping[str, Mapping[str, Sequence[Options]]] = {
     "mmdit": {
         "AttentionRegulation": [
             {"strength": 1.0, "mass": mass, "level": level, "quantile": 0.95}
-            for mass, level in ((0.04, 0.3), (0.08, 0.6))
+            for mass, level in ((0.02, 0.15), (0.02, 0.3), (0.04, 0.15), (0.04, 0.3), (0.06, 0.3))
         ],
-        "AttendAndExcite": [{"scale": scale, "thresholds": {}, **HALF} for scale in (2.0, 5.0, 20.0)],
-        "SynGen": [{"scale": scale, **HALF} for scale in (1.0, 4.0)],
-        "CONFORM": [{"scale": scale, **ONCE} for scale in (2.0, 5.0)],
-        "FOCUS": [{"strength": strength, **HALF} for strength in (0.05, 0.2, 5.0, 20.0, 60.0)],
-        "Regions": [{"base": 0.5, "isolated": False}],
+        "AttendAndExcite": [{"scale": scale, "thresholds": {}, **HALF} for scale in (20.0, 50.0)],
+        "TSAM": [{"scale": scale, **ONCE} for scale in (2.0, 5.0, 15.0)],
+        "SynGen": [{"scale": scale, **HALF} for scale in (4.0, 10.0)],
+        "CONFORM": [{"scale": scale, **ONCE} for scale in (5.0, 15.0)],
+        "FOCUS": [{"strength": strength, **HALF} for strength in (0.05, 0.2)],
+        "DenseDiffusion": [{}, {"self_strength": 1.0}],
+        "TACA": [{}, {"factor": 1.1}, {"factor": 1.2, "steps": 0.5}],
+        "NAG": [{}, {"scale": 2.0}],
+        "Regions": [{"base": 0.5, "isolated": False}, {"base": 0.1, "isolated": False}],
     },
 }
 LOCAL: Mapping[str, Sequence[str]] = {"unet": LAYERS, "mmdit": MMDiTDenoiser.layers}

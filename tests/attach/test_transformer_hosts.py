@@ -6,8 +6,11 @@ import dataclasses
 import gc
 import itertools
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ from torch import Tensor
 import attnctl_fast as ac
 from tests.support import tiny_transformers as tiny
 from tests.support.graphs import counted_graphs
-from tests.support.marks import full
+from tests.support.marks import FULL, full
 from tests.support.pipelines import Stop, snapshot, stop_at
 from tests.support.tiny_transformers import call
 
@@ -339,8 +342,6 @@ def test_what_an_architecture_rules_out(kind: str, cls: str, model: str) -> None
     ],
 )
 def test_pipelines_whose_pictures_lie_elsewhere(cls: str, kind: str) -> None:
-    import diffusers
-
     pipe = object.__new__(getattr(diffusers, cls))
     vars(pipe)["transformer"] = tiny.pipeline(kind).transformer
     with pytest.raises(ValueError, match=rf"{cls} .*; use another pipeline of "):
@@ -363,8 +364,6 @@ def test_a_model_that_nobody_knows() -> None:
 
 def test_an_older_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models that a release does not have yet are no hindrance to those that it has."""
-    import diffusers
-
     from attnctl_fast.attach import families
 
     later = dataclasses.replace(families.UNET, name="later", model="LaterTransformer2DModel", component="transformer")
@@ -498,7 +497,6 @@ CACHES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CACHES)
 def test_caches_that_leave_out_layers(name: str) -> None:
     """Maps of a layer that was left out are those of the last time; edits act wherever layers run."""
-    diffusers = pytest.importorskip("diffusers")
     if not hasattr(diffusers, name):
         pytest.skip(f"this diffusers has no {name}")
     pipe, steps = tiny.pipeline("flux"), 4
@@ -530,10 +528,36 @@ def test_caches_that_leave_out_layers(name: str) -> None:
 
 
 def test_a_model_over_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused when control is put on, and at the next call where the model is spread later."""
     pipe = tiny.pipeline("flux")
-    monkeypatch.setattr(pipe.transformer, "_parallel_config", object(), raising=False)
-    with pytest.raises(ValueError, match="spread over several processes"):
-        ac.enable(pipe, METHODS["regulation"])
+    plain = call("flux", pipe)
+    with ac.control(pipe, METHODS["regulation"]), monkeypatch.context() as spread:
+        spread.setattr(pipe.transformer, "_parallel_config", object(), raising=False)
+        for again in (lambda: ac.enable(pipe, METHODS["guidance"]), lambda: call("flux", pipe)):
+            with pytest.raises(ValueError, match="spread over several processes"):
+                again()
+    assert torch.equal(call("flux", pipe), plain)
+
+
+def _one_of_two(rank: int, meeting: str) -> None:
+    """Refuse control of a model that two processes share, which draws as before."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    pipe = tiny.pipeline("flux")
+    plain = call("flux", pipe)
+    config = diffusers.ContextParallelConfig(ulysses_degree=2)
+    # Diffusers counts accelerators only.
+    with mock.patch("torch.accelerator.device_count", lambda: 2):
+        pipe.transformer.enable_parallelism(config=config)
+    for use in (lambda: ac.enable(pipe, METHODS["regulation"]), lambda: ac.capture(pipe, tokens=IDS).__enter__()):
+        with pytest.raises(ValueError, match="spread over several processes"):
+            use()
+    torch.testing.assert_close(call("flux", pipe), plain)
+    torch.distributed.destroy_process_group()
+
+
+@FULL
+def test_two_processes_of_diffusers(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path / "meeting"),), nprocs=2)
 
 
 def alive() -> int:
