@@ -166,19 +166,11 @@ def _like(x: Tensor, result: Tensor) -> Tensor:
     return result if result.stride() == wanted.stride() else wanted.copy_(result)
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    ids: Tensor | None,
-    key_bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    batch, heads, tokens, _ = q.shape
+def masked_result(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return room for (out, lse) in the layouts that `masked_forward` makes them in."""
     if q.device.type != "cpu":
-        return torch.empty_like(q), q.new_empty(batch, heads, tokens)
-    return torch.empty_like(q), q.new_empty(batch, tokens, heads).transpose(1, 2)
+        return torch.empty_like(q), q.new_empty(q.shape[:3])
+    return torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1]).transpose(1, 2)
 
 
 def _forward(
@@ -194,8 +186,7 @@ def _forward(
     empty = None
     if mask is not None and (bias is None or key_bias is not None):
         empty = mask[:, :, 0].isneginf().all(-1, keepdim=True)
-    out, lse = masked_forward(q, k, v, mask, empty, scale)
-    return _like(q, out), lse
+    return masked_forward(q, k, v, mask, empty, scale)
 
 
 def masked_forward(
@@ -206,7 +197,8 @@ def masked_forward(
     `empty`, [B,H,M] or likewise: which rows it leaves no column, None for none.
     """
     if q.device.type != "cpu":
-        return _dense_forward(q, k, v, mask, scale)
+        out, lse = _dense_forward(q, k, v, mask, scale)
+        return _like(q, out), lse
     out, lse = _cpu_forward(*_unit_stride(q, k, v), attn_mask=mask, scale=scale)
     if empty is not None:
         lse.masked_fill_(empty, -torch.inf)
@@ -215,7 +207,7 @@ def masked_forward(
         broken = q.isnan().any(-1) | k.isnan().any((-1, -2)).unsqueeze(-1)
         out.masked_fill_(broken.unsqueeze(-1), torch.nan)
         lse.masked_fill_(broken, torch.nan)
-    return out, lse
+    return _like(q, out), lse
 
 
 def masked_backward(
@@ -266,7 +258,7 @@ attention_op = differentiable(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? ids, Tensor? key_bias, float scale) "
     "-> (Tensor, Tensor)",
     without_autocast(_forward),
-    _fake,
+    lambda q, *_: masked_result(q),
     without_autocast(_backward),
     leaves=4,
     results=2,

@@ -48,11 +48,11 @@ def _tiles(q: Tensor, k: Tensor, whole: bool) -> Iterator[tuple[int, slice]]:
 
 def _probabilities(q: Tensor, k: Tensor, key_bias: Tensor | None, scale: float, out: Tensor | None = None) -> Tensor:
     """Return [H,m,N] of one sample's queries [H,m,d], keys [H,N,d] and key_bias [N], in `out` where it is given."""
-    if key_bias is None:
-        logits = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale)  # nothing is added to the product
-    else:
-        logits = torch.baddbmm(key_bias, q, k.mT, alpha=scale)
-    found = torch._softmax(logits, -1, False, out=logits if out is None else out)
+    # Without a bias nothing is added to the product.
+    bias, beta = (q.new_empty(1), 0) if key_bias is None else (key_bias, 1)
+    logits = torch.baddbmm(bias, q, k.mT, beta=beta, alpha=scale)
+    # Not in place, which takes a third longer.
+    found = torch._softmax(logits, -1, False) if out is None else torch._softmax(logits, -1, False, out=out)
     return found if key_bias is None else found.masked_fill_(key_bias.isneginf().all(), 0.0)
 
 
@@ -145,8 +145,8 @@ def _backward(
             share = (p.index_select(-1, columns) * grad_maps[b, ..., rows].mT).masked_fill_(ids < 0, 0.0)  # [H,m,n]
             total = -share.sum(-1, keepdim=True)
             if needed[0]:
-                whole = torch.baddbmm(total * (p @ k[b]), share, k[b].index_select(1, columns))
-                torch.mul(whole, scale, out=dq[b, :, rows])
+                whole = torch.bmm(p, k[b], out=dq[b, :, rows]).mul_(scale * total)
+                whole.baddbmm_(share, k[b].index_select(1, columns), alpha=scale)
             if needed[1]:
                 dk[b].baddbmm_(p.mT, total * queries, alpha=scale)
                 dk[b].index_add_(1, columns, share.mT @ queries, alpha=scale)

@@ -179,9 +179,11 @@ def composed_attention(
         check_kernel_limits(q)
         return _triton(q, ks, vs, biases, shares, scale)
     wide = q.to(torch.promote_types(q.dtype, torch.float32))
+    # In place where no gradient needs it: new memory costs as much as the sum.
+    multiply, add = (torch.mul, torch.add) if differentiated(q, *ks, *vs) else (Tensor.mul_, Tensor.add_)
     out = None
     for k, v, share, bias in zip(ks, vs, shares, biases, strict=True):
         one = attend_only(wide, k.to(wide.dtype), v.to(wide.dtype), None, None, scale, bias)
-        out = share * one if out is None else torch.add(out, one, alpha=share)
+        out = multiply(one, share) if out is None else add(out, one, alpha=share)
     assert out is not None
     return out.to(q.dtype)

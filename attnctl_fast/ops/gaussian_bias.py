@@ -128,9 +128,10 @@ def kept_axis_basis(
         return axis_basis(side, centres, sigma, torch.empty(0, dtype=dtype, device=device))
 
 
-def _bases(grid: tuple[int, int], sigma: Sigma | None, centres: str, like: Tensor) -> tuple[Tensor, Tensor]:
+def _bases(
+    height: int, width: int, axis_y: list[float], axis_x: list[float], sigma_y: float, sigma_x: float, like: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the basis along y and that along x."""
-    (height, width), (axis_y, axis_x, sigma_y, sigma_x) = grid, basis_axes(grid, sigma, centres)
     if observed((like,)):
         return axis_basis(height, axis_y, sigma_y, like), axis_basis(width, axis_x, sigma_x, like)
     how = like.dtype, like.device
@@ -195,8 +196,9 @@ def gaussian_bias(
     Raises:
         ValueError: sigma not positive, a grid that holds no centre, unknown centres, or a theta that does not fit.
     """
-    check_theta(theta, (), basis_shape(grid, sigma, centres))
     height, width = check_grid(grid)
+    axes = basis_axes((height, width), sigma, centres)
+    check_theta(theta, (), (len(axes[0]), len(axes[1])))
     impl = resolve(impl, theta.device)
     if impl == "triton":
         check_kernel_dtype(theta)
@@ -205,5 +207,5 @@ def gaussian_bias(
     if impl == "reference":
         span = gaussian_bias_reference(wide, full_basis((height, width), sigma, centres, wide))
     else:
-        span = gaussian_bias_op(wide, *_bases((height, width), sigma, centres, wide))
+        span = gaussian_bias_op(wide, *_bases(height, width, *axes, wide))
     return span.to(theta.dtype)

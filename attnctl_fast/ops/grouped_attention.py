@@ -14,7 +14,7 @@ from .._impl import resolve
 from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
 from ._heads import Grouped
 from ._library import composite, differentiable, launcher, without_autocast
-from .attention import masked_backward, masked_forward
+from .attention import masked_backward, masked_forward, masked_result
 
 # Logits, and columns, up to which a CPU takes a mask and one call, and the logits of the blocks of rows elsewhere.
 SMALL, FEW = 1 << 19, 128
@@ -84,12 +84,17 @@ def _parts(
         for b in range(batch):
             yield from _gathered(b, q, row_groups[b], column_groups[b], allowed, key_bias)
         return
+    # What a group sees is that of all its rows.
+    seen = allowed[:, column_groups].transpose(0, 1)
+    of_groups = torch.where(seen, 0.0 if key_bias is None else key_bias[:, None, :], -torch.inf).to(q.dtype)  # [B,G,N]
+    nothing = of_groups.isneginf().all(-1)
+    first_group = len(allowed) * torch.arange(batch, device=q.device)[:, None]
     step = image_tokens if logits <= LOGITS_ELSEWHERE else max(1, LOGITS_ELSEWHERE * image_tokens // logits)
     for first in range(0, image_tokens, step):
         rows = ALL if step == image_tokens else slice(first, first + step)
-        seen = allowed[row_groups[:, rows, None], column_groups[:, None, :]].unsqueeze(1)
-        mask = torch.where(seen, 0.0 if key_bias is None else key_bias[:, None, None, :], -torch.inf).to(q.dtype)
-        yield _Part(ALL, rows, ALL, mask, mask.isneginf().all(-1))
+        places = row_groups[:, rows]
+        mask = of_groups.flatten(0, 1).index_select(0, (places + first_group).flatten()).unflatten(0, places.shape)
+        yield _Part(ALL, rows, ALL, mask.unsqueeze(1), nothing.gather(1, places).unsqueeze(1))
 
 
 def _gathered(
@@ -122,14 +127,21 @@ def _forward(
     key_bias: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = q.new_zeros(q.shape), q.new_full(q.shape[:3], -torch.inf)
+    whole: tuple[Tensor, Tensor] | None = None
     for part in _parts(q, k, row_groups, column_groups, allowed, key_bias):
         made = masked_forward(part.of_rows(q), part.of_columns(k), part.of_columns(v), *part[3:], scale)
         if part.whole:
-            return made[0].contiguous(), made[1].contiguous()
-        part.put(out, made[0])
-        part.put(lse, made[1])
-    return out, lse
+            return made
+        whole = whole or _nothing(q)
+        for x, of_rows in zip(whole, made, strict=True):
+            part.put(x, of_rows)
+    return whole or _nothing(q)
+
+
+def _nothing(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) of rows that see no column."""
+    out, lse = masked_result(q)
+    return out.zero_(), lse.fill_(-torch.inf)
 
 
 @without_autocast
@@ -175,15 +187,10 @@ def _backward(
     return [dq, dk, dv]
 
 
-def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
-
-
 _eager = differentiable(
     f"grouped_attention{_ARGUMENTS}Tensor? key_bias, float scale) -> (Tensor, Tensor)",
     _forward,
-    _fake,
+    lambda q, *_: masked_result(q),
     _backward,
     leaves=3,
     results=2,
@@ -192,7 +199,7 @@ _eager = differentiable(
 _triton = differentiable(
     f"grouped_attention_triton{_ARGUMENTS}Tensor? key_bias, float scale) -> (Tensor, Tensor)",
     launcher("grouped_attention", "grouped_attention"),
-    _fake,
+    lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)),
     launcher("grouped_attention", "grouped_attention_backward"),
     leaves=3,
     results=2,

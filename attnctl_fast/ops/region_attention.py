@@ -53,7 +53,7 @@ def _eager(
         if key_bias is not None:
             moved = moved.masked_fill(left_out, -torch.inf)
         blocks.append(moved.softmax(-1) @ v)
-    out = torch.cat(blocks, 2)
+    out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
     return out if key_bias is None else out.masked_fill(empty, 0.0)
 
 

@@ -43,11 +43,22 @@ class Case(NamedTuple):
     layer: Layer
 
 
+# What is made of joint attention only, whose columns are the image's as well.
+OF_JOINT = (
+    "maps_from_lse",
+    "maps_from_lse_all",
+    "grouped_attention",
+    "grouped_attention_all",
+    "joint_maps",
+    "joint_edit",
+)
+
+
 def small() -> Iterator[Case]:
-    """Every operation at one layer, losses of maps with those of twelve tokens."""
+    """Every operation at one layer where it is used, losses of maps with those of twelve tokens."""
     for name in OPERATIONS:
         maps = name in ("smooth_maps", "map_similarity", "similarity_loss")
-        yield Case(name, SMALL._replace(targets=12) if maps else SMALL)
+        yield Case(name, JOINT[0] if name in OF_JOINT else SMALL._replace(targets=12) if maps else SMALL)
 
 
 def default() -> Iterator[Case]:
@@ -64,10 +75,8 @@ def default() -> Iterator[Case]:
         for targets in (2, 75):
             yield Case("attention_with_maps_guidance", layer._replace(targets=targets))
     yield Case("similarity_loss", SMALL._replace(targets=20))
-    # A prompt's words, and an edit of a few, where stock attention takes a tenth of a second.
+    # A prompt's words, where stock attention takes a tenth of a second.
     yield Case("joint_maps", JOINT[1])
-    yield Case("joint_edit", JOINT[0])
-    yield Case("grouped_attention", JOINT[0])
 
 
 def joint() -> Iterator[Case]:

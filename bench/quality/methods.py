@@ -161,8 +161,15 @@ TRIED: Mapping[str, Mapping[str, Sequence[Options]]] = {
     },
     "mmdit": {
         "AttentionRegulation": [
-            {"strength": 1.0, "mass": mass, "level": level, "quantile": 0.95}
-            for mass, level in ((0.02, 0.15), (0.02, 0.3), (0.04, 0.15), (0.04, 0.3), (0.06, 0.3))
+            *(
+                {"mass": mass, "level": level, "quantile": 0.95}
+                for mass, level in ((0.02, 0.15), (0.02, 0.3), (0.04, 0.15), (0.04, 0.3), (0.06, 0.3))
+            ),
+            {"mass": 0.02, "level": 0.5, "quantile": 0.95},
+            {"mass": 0.02, "level": 0.3, "quantile": 0.95, "edit_steps": 0.25},
+            {"mass": 0.02, "level": 0.3, "quantile": 0.95, "strength": 0.5},
+            {"mass": 0.02, "level": 0.3, "quantile": 0.9},
+            {"mass": 0.01, "level": 0.3, "quantile": 0.95},
         ],
         "AttendAndExcite": [{"scale": scale, "thresholds": {}, **HALF} for scale in (20.0, 50.0)],
         "TSAM": [{"scale": scale, **ONCE} for scale in (2.0, 5.0, 15.0)],
