@@ -202,7 +202,7 @@ def masked_forward(
     out, lse = _cpu_forward(*_unit_stride(q, k, v), attn_mask=mask, scale=scale)
     if empty is not None:
         lse.masked_fill_(empty, -torch.inf)
-    if not lse.all():
+    if not lse.bool().all():
         # Zero is what the kernel says of rows that are all NaN, as if they were masked.
         broken = q.isnan().any(-1) | k.isnan().any((-1, -2)).unsqueeze(-1)
         out.masked_fill_(broken.unsqueeze(-1), torch.nan)

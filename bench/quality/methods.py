@@ -134,15 +134,15 @@ SHOWN: Mapping[str, Mapping[str, Options]] = {
         "NAG": {},
     },
     "mmdit": {
-        "AttentionRegulation": {"strength": 1.0, "mass": 0.04, "level": 0.3, "quantile": 0.95},
+        "AttentionRegulation": {"mass": 0.02, "level": 0.3, "quantile": 0.95, "layers": list(MMDiTDenoiser.layers[:1])},
         "AttendAndExcite": {"scale": 20.0, "thresholds": {}, **HALF},
-        "TSAM": {"scale": 5.0, **ONCE},
+        "TSAM": {"scale": 15.0, **ONCE},
         "SynGen": {"scale": 4.0, **HALF},
         "CONFORM": {"scale": 5.0, **ONCE},
-        "FOCUS": {"strength": 1.0, **HALF},
+        "FOCUS": {"strength": 0.2, **HALF},
         "DenseDiffusion": {},
-        "TACA": {},
-        "NAG": {},
+        "TACA": {"factor": 1.1},
+        "NAG": {"scale": 2.0},
         "Regions": {"base": 0.5, "isolated": False},
     },
 }
@@ -163,13 +163,29 @@ TRIED: Mapping[str, Mapping[str, Sequence[Options]]] = {
         "AttentionRegulation": [
             *(
                 {"mass": mass, "level": level, "quantile": 0.95}
-                for mass, level in ((0.02, 0.15), (0.02, 0.3), (0.04, 0.15), (0.04, 0.3), (0.06, 0.3))
+                for mass, level in (
+                    (0.02, 0.15),
+                    (0.02, 0.3),
+                    (0.02, 0.5),
+                    (0.04, 0.15),
+                    (0.04, 0.3),
+                    (0.06, 0.3),
+                    (0.01, 0.3),
+                )
             ),
-            {"mass": 0.02, "level": 0.5, "quantile": 0.95},
-            {"mass": 0.02, "level": 0.3, "quantile": 0.95, "edit_steps": 0.25},
-            {"mass": 0.02, "level": 0.3, "quantile": 0.95, "strength": 0.5},
-            {"mass": 0.02, "level": 0.3, "quantile": 0.9},
-            {"mass": 0.01, "level": 0.3, "quantile": 0.95},
+            *(
+                {"mass": 0.02, "level": 0.3, **change}
+                for change in (
+                    {"quantile": 0.9},
+                    {"quantile": 0.95, "edit_steps": 0.25},
+                    {"quantile": 0.95, "strength": 0.5},
+                )
+            ),
+            *({"mass": 0.02, "level": 0.3, "quantile": 0.95, "layers": [one]} for one in MMDiTDenoiser.layers),
+            *(
+                {"mass": mass, "level": level, "quantile": 0.9, "layers": list(MMDiTDenoiser.layers[:1])}
+                for mass, level in ((0.02, 0.3), (0.04, 0.3), (0.02, 0.5))
+            ),
         ],
         "AttendAndExcite": [{"scale": scale, "thresholds": {}, **HALF} for scale in (20.0, 50.0)],
         "TSAM": [{"scale": scale, **ONCE} for scale in (2.0, 5.0, 15.0)],
