@@ -11,7 +11,7 @@ from torch import Tensor
 from attnctl_fast import ops
 from bench.official import repository
 from bench.official.repository import SEED, TOKENS, Adapter, Clone, Comparison, Results, attention_layer, projected
-from bench.pictures.projections import keys_values, queries
+from bench.pictures.attention_layers import keys_values, queries
 
 REPOSITORY = "attention_regulation"
 MARKER = "attention_regulation/attn_processor.py"
@@ -82,7 +82,7 @@ def layer(clone: Clone, device: torch.device) -> Comparison:
         )
 
     def ours() -> Results:
-        q = queries(attn, image, None)
+        q = queries(attn, image)
         k, v = keys_values(attn, text)
         plain = F.scaled_dot_product_attention(q[:1], k[:1], v[:1], scale=attn.scale)
         stats = ops.target_statistics(q[1:], k[1:], v[1:], TARGETS, pinned_ids=[0, END], scale=attn.scale)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.pictures.projections import heads_to_channels
+from bench.pictures.attention_layers import heads_to_channels
 
 Results = tuple[Tensor, ...]
 SEED = 0

@@ -13,7 +13,7 @@ from attnctl_fast import ops
 from attnctl_fast.attach.text_attention import _probabilities
 from bench.official import repository
 from bench.official.repository import SEED, TOKENS, Adapter, Clone, Comparison, Results, attention_layer, projected
-from bench.pictures.projections import keys_values, queries
+from bench.pictures.attention_layers import keys_values, queries
 
 REPOSITORY = "T-SAM"
 MARKER = "models/sd1_5/clip_sdpa_attention_x.py"
@@ -80,7 +80,7 @@ def maps(clone: Clone, device: torch.device) -> Comparison:
     def ours() -> Results:
         leaf = image.detach().requires_grad_()
         out, found = ops.attention_with_maps(
-            queries(attn, leaf, None), *keys_values(attn, text), token_ids=None, scale=attn.scale
+            queries(attn, leaf), *keys_values(attn, text), token_ids=None, scale=attn.scale
         )
         return pulled(projected(attn, out), found, leaf)
 

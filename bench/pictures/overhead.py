@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     with termination_raised():
         try:
             compete(setting, competing, log, start + arguments.seconds, still=still)
-            released.measure(arguments.official_dir, log, OFFICIAL_TURNS, device=device)
+            released.measure(arguments.official_dir, log, OFFICIAL_TURNS, device)
         finally:
             show(log.rows, as_json=arguments.json)
     return 0

@@ -14,7 +14,7 @@ from torch import Tensor
 from attnctl_fast._numbers import step_count
 from attnctl_fast.attach.layers import Layer
 from bench.pictures import ours
-from bench.pictures.attention_layers import layers_of, replaced
+from bench.pictures.attention_layers import flat_heads, flat_logits, flat_output, layers_of, replaced
 from bench.pictures.published.energy import composition, energy_context
 from bench.pictures.published.nag import nag
 from bench.pictures.published.regulation import attention_regulation
@@ -30,20 +30,13 @@ class _Dense:
         self.layer, self.plan = layer, plan
 
     def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
     ) -> Tensor:
         plan, own = self.plan, encoder_hidden_states is None
         context = hidden_states if own else plan.text
-        q, k, v = (
-            attn.head_to_batch_dim(x) for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
-        )
+        q, k, v = flat_heads(attn, hidden_states, context)
         if plan.active():
-            logits = torch.baddbmm(q.new_empty(len(q), q.shape[1], k.shape[1]), q, k.mT, beta=0, alpha=attn.scale)
+            logits = flat_logits(attn, q, k)
             half, grid = len(logits) // 2, self.layer.grid(plan.setting.grid)
             low = logits[half:].min(-1)[0].unsqueeze(-1)
             high = logits[half:].max(-1)[0].unsqueeze(-1)
@@ -55,8 +48,7 @@ class _Dense:
             probabilities = logits.softmax(-1).to(q.dtype)
         else:
             probabilities = attn.get_attention_scores(q, k)
-        out = attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probabilities, v)))
-        return attn.to_out[1](out) / attn.rescale_output_factor
+        return flat_output(attn, probabilities, v) / attn.rescale_output_factor
 
 
 class _DensePlan:

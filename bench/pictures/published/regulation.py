@@ -21,7 +21,7 @@ from attnctl_fast.methods.attention_regulation import initial_theta
 from attnctl_fast.ops._objective import DEFAULT_MASS_WEIGHT, DEFAULT_PENALTY
 from attnctl_fast.ops.gaussian_bias import basis_axes
 from bench.pictures import ours
-from bench.pictures.attention_layers import layers_of, wide
+from bench.pictures.attention_layers import flat_heads, flat_logits, flat_output, layers_of, wide
 from bench.pictures.sampling import NOUNS, Drawn, Setting, Text, sample
 
 
@@ -59,11 +59,8 @@ class _Regulation:
         return again
 
     def _attend(self, layer: Layer, attn: Any, hidden_states: Tensor, context: Tensor) -> Tensor:
-        q, k, v = (
-            attn.head_to_batch_dim(x) for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
-        )
-        logits = q.new_empty(len(q), q.shape[1], k.shape[1])
-        logits = torch.baddbmm(logits, q, k.mT, beta=0, alpha=attn.scale)
+        q, k, v = flat_heads(attn, hidden_states, context)
+        logits = flat_logits(attn, q, k)
         plain, end = logits.softmax(-1), self.setting.end()
         first, last = plain[..., 0], plain[..., end]
         del plain
@@ -72,8 +69,7 @@ class _Regulation:
             logits[half:] = self._edited(layer, attn.heads, logits[half:]).to(logits.dtype)
         probabilities = logits.softmax(-1)
         probabilities[..., 0], probabilities[..., end] = first, last
-        out = attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probabilities, v)))
-        return attn.to_out[1](out) / attn.rescale_output_factor
+        return flat_output(attn, probabilities, v) / attn.rescale_output_factor
 
     def _edited(self, layer: Layer, heads: int, given: Tensor) -> Tensor:
         """The logits `[B*H,M,N]` with the bias of the best step added to the targets' columns."""

@@ -16,8 +16,7 @@ from attnctl_fast import schedules
 from attnctl_fast._numbers import step_count
 from attnctl_fast.attach.layers import Layer
 from bench.pictures import ours
-from bench.pictures.attention_layers import finished, layers_of, replaced, wide
-from bench.pictures.projections import keys_values, own_keys_values, queries
+from bench.pictures.attention_layers import finished, keys_values, layers_of, queries, replaced, wide
 from bench.pictures.regions import Regions
 from bench.pictures.sampling import PROMPT, Drawn, Form, Setting, Text, encode, evaluate, nothing, sample
 from bench.pictures.stock.nag import nag
@@ -38,17 +37,10 @@ class _Updating:
     def __init__(self, energy: _Energy, last: bool) -> None:
         self.energy, self.last = energy, last
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
         energy = self.energy
         context = wide(encoder_hidden_states) if energy.context is None else energy.context
-        q = queries(attn, hidden_states, temb)
+        q = queries(attn, hidden_states)
         k, v = keys_values(attn, context.to(encoder_hidden_states.dtype))
         out = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
         if not self.last:
@@ -85,15 +77,8 @@ class _Composing:
     def __init__(self, edits: list[tuple[Tensor, Tensor]], shares: list[float]) -> None:
         self.edits, self.shares = edits, shares
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        q = queries(attn, hidden_states, temb)
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
+        q = queries(attn, hidden_states)
         k, v = keys_values(attn, encoder_hidden_states)
         out = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
         half = len(q) // 2
@@ -135,20 +120,12 @@ class _Pulled:
         self.sizes, self.sets, self.shared = dense.at(layer)
 
     def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **rest: Any
     ) -> Tensor:
         if not self.dense.active:
-            return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        q = queries(attn, hidden_states, temb)
-        if encoder_hidden_states is None:
-            k, v = own_keys_values(attn, hidden_states, temb)
-        else:
-            k, v = keys_values(attn, encoder_hidden_states)
+            return self.inner(attn, hidden_states, encoder_hidden_states, **rest)
+        q = queries(attn, hidden_states)
+        k, v = keys_values(attn, hidden_states if encoder_hidden_states is None else encoder_hidden_states)
         half = len(q) // 2
         plain = F.scaled_dot_product_attention(q[:half], k[:half], v[:half], scale=attn.scale)
         attend = _by_logits if self.layer.cross else _by_columns
