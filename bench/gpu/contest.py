@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from attnctl_fast.kernels import _launch
 
 from bench.harness.timing import Clock, Run, first_line
 from bench.ops import rivals
-from bench.ops.base import Comparison
+from bench.ops.base import Comparison, row_of
 from bench.ops.layers import LARGE, LAYERS, SMALL, Layer
 from bench.ops.registry import comparison
 
@@ -31,20 +30,11 @@ class Task(NamedTuple):
 
     @property
     def row(self) -> Record:
-        return {
-            "kind": "time",
-            "op": self.operation,
-            "model": self.layer.model,
-            "shape": self.layer.sizes,
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
+        return {"kind": "time", **row_of(self.operation, self.layer, self.dtype)}
 
 
 def comparison_of(task: Task, clock: Clock) -> Comparison:
-    compile: rivals.Compile = rivals.uncompiled
-    if task.compiled and clock.on_gpu:
-        torch.compiler.reset()
-        compile = partial(torch.compile, dynamic=False)
+    compile = rivals.compiler(task.compiled and clock.on_gpu)
     return comparison(task.operation, task.layer, task.dtype, clock.device, compile)
 
 
@@ -60,13 +50,10 @@ def measure(task: Task, clock: Clock, bandwidth: float) -> list[Record]:
         return []
     runs: dict[str, Run] = {}
     found: dict[str, Record] = {}
-    for name, contender in contenders.items():
+    for name in contenders:
         record = found[name] = {**task.row, "impl": name}
         try:
-            run = contender.build()
-            if contender.checked:
-                record["max_error"], record["relative_error"] = this.errors(run())
-                this.judge(record["relative_error"])
+            run = this.right(name, record)
             record["peak_mb"] = clock.peak_megabytes(run)
             if name == OURS:
                 record["launches"] = launches(run)

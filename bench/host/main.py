@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.benchmark import Timer
 
 from bench.harness.checkout import RESULTS
 from bench.harness.rows import Log, Row, stamp
@@ -87,15 +88,9 @@ def _rows(names: list[str], samples: int) -> Iterator[Row]:
 
 
 def microseconds(call: Run, samples: int) -> Row:
-    """Thread time per call: median and quartiles of the samples."""
-    for _ in range(CALLS):
-        call()
-    taken = []
-    for _ in range(samples):
-        start = time.thread_time_ns()
-        for _ in range(CALLS):
-            call()
-        taken.append((time.thread_time_ns() - start) / (1e3 * CALLS))
+    """Thread time per call: median and quartiles of the samples, after a first one."""
+    timer = Timer("call()", globals={"call": call}, timer=time.thread_time)
+    taken = [1e6 * timer.timeit(CALLS).mean for _ in range(1 + samples)][1:]
     q1, median, q3 = statistics.quantiles(taken, n=4, method="inclusive")
     return {"median": median, "q1": q1, "q3": q3, "samples": samples}
 

@@ -167,6 +167,21 @@ class Comparison:
         if not relative <= self.tolerance:
             raise ValueError(f"off by {relative:.2g} of the norm, allowed {self.tolerance:.2g}")
 
+    def right(self, name: str, row: dict[str, Any]) -> Run:
+        """Build a contender and run it once. Its errors are in `row`, also where they are too large.
+
+        Raises:
+            ValueError: its result is wrong.
+            Exception: whatever it raises.
+        """
+        contender = self.contenders[name]
+        run = contender.build()
+        result = run()
+        if contender.checked:
+            row["max_error"], row["relative_error"] = self.errors(result)
+            self.judge(row["relative_error"])
+        return run
+
 
 class Timed(NamedTuple):
     """A timing of an operation on one layer."""
@@ -229,6 +244,12 @@ class Timed(NamedTuple):
 
     def _seen(self, results: Any) -> tuple[Tensor, ...]:
         return tuple(self._wanted(self.operation.named(results)).values())
+
+
+def row_of(op: str, layer: Layer, dtype: torch.dtype | str) -> dict[str, Any]:
+    """What a row of an operation on a layer starts with."""
+    short = str(dtype).removeprefix("torch.")
+    return {"op": op, "model": layer.model, "shape": layer.sizes, "dtype": short}
 
 
 def case_of(layer: Layer, dtype: torch.dtype, device: torch.device) -> Case:
