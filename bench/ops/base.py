@@ -39,13 +39,30 @@ class Rival(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """How results are judged that no truth can be compared with in whole: what is taken from one, what that must be, to
-    which share of the norm, and what raises ValueError where the rest is wrong."""
+    """How results are judged: what is taken from one, what that must be in float64, to which share of the norm, and
+    what raises ValueError where the rest, which no truth can be compared with, is wrong."""
 
     seen: Callable[[Any], tuple[Tensor, ...]]
     truth: tuple[Tensor, ...]
     tolerance: float
-    check: Callable[[Any], None]
+    check: Callable[[Any], None] = lambda result: None
+
+    def errors(self, result: Any) -> tuple[float, float]:
+        """The largest error and the largest relative error of a norm against `truth`; NaN where there is one.
+
+        Raises:
+            ValueError: `check` says that the result is wrong.
+        """
+        self.check(result)
+        pairs = list(zip(self.seen(result), self.truth, strict=True))
+        largest = torch.stack([(x.double() - y).abs().amax() for x, y in pairs]).amax()
+        relative = torch.stack([(x.double() - y).norm() / y.norm() for x, y in pairs]).amax()
+        return float(largest), float(relative)
+
+    def require(self, relative: float) -> None:
+        """Raise ValueError unless a relative error is within the tolerance."""
+        if not relative <= self.tolerance:
+            raise ValueError(f"off by {relative:.2g} of the norm, allowed {self.tolerance:.2g}")
 
 
 def no_rivals(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
@@ -134,38 +151,12 @@ def trained(operation: Operation, t: Tensors, leaves: Sequence[str], grads: Tens
 
 @dataclass(frozen=True)
 class Comparison:
-    """One operation at one shape. `seen` takes from a result what must equal `truth`, which is of float64. `check`
-    raises ValueError where what `truth` cannot say of a result is wrong. `moved`: the bytes of inputs and outputs, each
-    once; `flops`: as of its `Timing`."""
+    """One operation at one shape. `moved`: the bytes of inputs and outputs, each once; `flops`: as of its `Timing`."""
 
-    op: str
-    layer: Layer
-    dtype: torch.dtype
     contenders: dict[str, Contender]
-    truth: tuple[Tensor, ...]
-    tolerance: float
+    judge: Judge
     moved: int
     flops: int
-    seen: Callable[[Any], tuple[Tensor, ...]]
-    check: Callable[[Any], None] | None = None
-
-    def errors(self, result: Any) -> tuple[float, float]:
-        """The largest error and the largest relative error of a norm against `truth`; NaN where there is one.
-
-        Raises:
-            ValueError: `check` says that the result is wrong.
-        """
-        if self.check is not None:
-            self.check(result)
-        pairs = list(zip(self.seen(result), self.truth, strict=True))
-        largest = torch.stack([(x.double() - y).abs().amax() for x, y in pairs]).amax()
-        relative = torch.stack([(x.double() - y).norm() / y.norm() for x, y in pairs]).amax()
-        return float(largest), float(relative)
-
-    def judge(self, relative: float) -> None:
-        """Raise ValueError unless a relative error is within the tolerance."""
-        if not relative <= self.tolerance:
-            raise ValueError(f"off by {relative:.2g} of the norm, allowed {self.tolerance:.2g}")
 
     def right(self, name: str, row: dict[str, Any]) -> Run:
         """Build a contender and run it once. Its errors are in `row`, also where they are too large.
@@ -178,8 +169,8 @@ class Comparison:
         run = contender.build()
         result = run()
         if contender.checked:
-            row["max_error"], row["relative_error"] = self.errors(result)
-            self.judge(row["relative_error"])
+            row["max_error"], row["relative_error"] = self.judge.errors(result)
+            self.judge.require(row["relative_error"])
         return run
 
 
@@ -224,7 +215,7 @@ class Timed(NamedTuple):
     def _bind(self, impl: str) -> Callable[[Tensors], Run]:
         return lambda t: self.operation.bind(self.case, t, impl)
 
-    def comparison(self, name: str, layer: Layer, dtype: torch.dtype) -> Comparison:
+    def comparison(self) -> Comparison:
         case, t, timing = self.case, self.tensors, self.timing
         outputs = self._wanted(self.operation.run(case, "eager", t))
         grads = upstream(outputs) if timing.leaves else {}
@@ -233,14 +224,14 @@ class Timed(NamedTuple):
             contenders[rival] = Contender(partial(self.form, bind, t, grads), checked, compiles)
         moved = size(*(t[x] for x in self.operation.inputs if x in t and x not in EDIT), *outputs.values())
         moved += size(*grads.values(), *(t[x] for x in timing.leaves)) - timing.unread(case)
-        flops = timing.flops(case)
         if timing.judge is not None:
-            seen, truth, tolerance, check = timing.judge(case, t)
-            return Comparison(name, layer, dtype, contenders, truth, tolerance, moved, flops, seen, check)
-        exact = {x: y.double() for x, y in grads.items()}
-        found = self.form(self._bind("reference"), wide(t), exact)()
-        seen = tuple if timing.leaves else self._seen
-        return Comparison(name, layer, dtype, contenders, seen(found), TOLERANCES[case.dtype], moved, flops, seen)
+            judge = timing.judge(case, t)
+        else:
+            exact = {x: y.double() for x, y in grads.items()}
+            found = self.form(self._bind("reference"), wide(t), exact)()
+            seen = tuple if timing.leaves else self._seen
+            judge = Judge(seen, seen(found), TOLERANCES[case.dtype])
+        return Comparison(contenders, judge, moved, timing.flops(case))
 
     def _seen(self, results: Any) -> tuple[Tensor, ...]:
         return tuple(self._wanted(self.operation.named(results)).values())

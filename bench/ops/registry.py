@@ -41,7 +41,7 @@ def comparison(
     name: str, layer: Layer, dtype: torch.dtype, device: torch.device, compile: rivals.Compile = rivals.uncompiled
 ) -> Comparison:
     """Compare the forms of a timing of `OPERATIONS` on random inputs."""
-    return timed(name, layer, dtype, device, compile).comparison(name, layer, dtype)
+    return timed(name, layer, dtype, device, compile).comparison()
 
 
 def launch(name: str, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:

@@ -117,13 +117,16 @@ def test_what_the_time_does_not_reach_is_named(bench, monkeypatch, tmp_path, cap
     }
 
 
-def test_without_a_gpu_the_exit_status_says_so(tmp_path, capsys):
+def test_without_a_gpu_the_exit_status_says_so(bench, monkeypatch, tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert main(["gpu", "--one-shot", "--results", str(tmp_path / "results.jsonl")]) == 2
-    assert "no GPU that PyTorch sees" in capsys.readouterr().out
     assert main(["gpu", "--dry-run", "--only", "regullate"]) == 2
     assert "is in the name of no operation" in capsys.readouterr().err
+    assert main(["gpu", "--one-shot"]) == 2
+    assert "TRITON_INTERPRET=1 goes with it alone" in capsys.readouterr().err
+    monkeypatch.setattr(bench._launch, "INTERPRETED", False)
+    assert main(["gpu", "--one-shot", "--results", str(tmp_path / "results.jsonl")]) == 2
+    assert "no GPU that PyTorch sees" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
@@ -241,7 +244,7 @@ def test_memory_errors_are_rows_of_their_cases(bench, monkeypatch, tmp_path):
 
 
 def test_a_contender_that_is_wrong_or_fails_is_not_timed(bench, monkeypatch):
-    from bench.ops.base import Comparison, Contender
+    from bench.ops.base import Comparison, Contender, Judge
 
     x = torch.arange(1.0, 5.0)
 
@@ -255,7 +258,7 @@ def test_a_contender_that_is_wrong_or_fails_is_not_timed(bench, monkeypatch):
         "broken": Contender(lambda: broken),
         "other": Contender(lambda: lambda: x + 1, checked=False),
     }
-    made = Comparison("op", bench.children.TINY, torch.float32, contenders, (x.double(),), 1e-3, 16, 8, lambda r: (r,))
+    made = Comparison(contenders, Judge(lambda r: (r,), (x.double(),), 1e-3), 16, 8)
     monkeypatch.setattr(bench.contest, "comparison", lambda *_: made)
     clock = bench.children.Clock(torch.device("cpu"))
     records = {
@@ -268,14 +271,12 @@ def test_a_contender_that_is_wrong_or_fails_is_not_timed(bench, monkeypatch):
 
 
 def test_a_contender_that_breaks_the_context_ends_the_comparison(bench, monkeypatch):
-    from bench.ops.base import Comparison, Contender
+    from bench.ops.base import Comparison, Contender, Judge
 
     def broken():
         raise RuntimeError("an illegal memory access")
 
-    made = Comparison(
-        "op", bench.children.TINY, torch.float32, {"triton": Contender(lambda: broken)}, (), 0, 0, 0, tuple
-    )
+    made = Comparison({"triton": Contender(lambda: broken)}, Judge(tuple, (), 0.0), 0, 0)
     monkeypatch.setattr(bench.contest, "comparison", lambda *_: made)
     clock = bench.children.Clock(torch.device("cpu"))
     monkeypatch.setattr(clock, "synchronise", broken)

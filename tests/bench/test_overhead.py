@@ -21,29 +21,14 @@ from bench.pictures.attention_layers import layers_of, replaced
 from bench.pictures.contest import Added, Arm, Contest
 from bench.pictures.overhead_rows import KIND, select_overhead
 from bench.pictures.still import Still
-
-SMALL_TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-SMALL_UNET = {"sample_size": 16, "norm_num_groups": 4, "layers_per_block": 1}
-SMALL_VAE = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "layers_per_block": 1}
+from tests.support.architectures import small
 
 
 @pytest.fixture(scope="module")
 def pipes() -> Iterator[Callable[[str], Any]]:
     """Pipelines of the real structure at small widths, each made once."""
     made: dict[str, Any] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, config in architectures.CONFIGS.items():
-            widths = (8, 8, 16, 16)[: len(config.get("block_out_channels", (0,) * 4))]
-            heads = {"attention_head_dim": 2, "block_out_channels": widths, "cross_attention_dim": 16}
-            if name == "sdxl":
-                layers = {"transformer_layers_per_block": (1, 1, 2), "cross_attention_dim": 32}
-                times = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 16}
-                heads |= layers | times
-            patch.setitem(architectures.CONFIGS, name, config | SMALL_UNET | heads)
-            texts = [text | SMALL_TEXT for text in architectures.TEXT_CONFIGS[name]]
-            texts = [text | {"projection_dim": 16} if "projection_dim" in text else text for text in texts]
-            patch.setitem(architectures.TEXT_CONFIGS, name, texts)
-        patch.setattr(architectures, "VAE_CONFIG", architectures.VAE_CONFIG | SMALL_VAE)
+    with small() as patch:
         real = architectures.pipeline
 
         def once(name: str, *options: Any) -> Any:
