@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -182,19 +182,6 @@ class Timed(NamedTuple):
     case: Case
     tensors: Tensors
     compile: rivals.Compile
-
-    @classmethod
-    def at(
-        cls,
-        operation: Operation,
-        timing: Timing,
-        layer: Layer,
-        dtype: torch.dtype,
-        device: torch.device,
-        compile: rivals.Compile,
-    ) -> Timed:
-        case = replace(case_of(layer, dtype, device), **timing.options)
-        return cls(operation, timing, case, case.tensors((*operation.inputs, *timing.also)), compile)
 
     def _wanted(self, outputs: Tensors) -> Tensors:
         names = self.timing.outputs
