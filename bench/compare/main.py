@@ -3,24 +3,11 @@
     python -m bench compare main
     python -m bench compare HEAD --only attention regulate --rounds 40
 
-Both trees run the same cases in turns, a process each, and every ratio has its confidence interval. A change is
-reported when the whole interval is beyond the threshold and two more sets of rounds, each in fresh processes, say so
-too: where a process happens to lie in memory can shift all of its times by some per cent. Intervals are of 95 %, or
-wider where there are so many cases that noise alone would pass three times for one of them, more often than in one run
-of 20.
-
-On a CPU the time is the processor's, and "slower by waiting" is what waits for a lock, a disk or a sleep for that much
-longer on the wall. Waiting for a core that others have does not count.
-
-On a CPU a change also has to show in the instructions, where the machine counts them: equal counts (within 0.2 %) are
-the same work, and a rise over the threshold is a slowdown unless the clock shows a speedup. "slower, same instructions"
-is the same work with all intervals beyond twice the threshold, as page faults and misses of the caches cause it.
-Valgrind counts them by `torch.utils.benchmark.Timer`, which takes minutes a case, so only where the time changed
-(--instructions: all).
+Both trees run the same cases in turns, a process each; the inputs, and what is timed, come from this tree's registry,
+and the checkout is left as it is. CONTRIBUTING.md, "What a change costs", says what makes a slowdown, and what a
+speedup.
 
 The exit status is 1 for a slowdown and for a case that only BASE can run, 2 where no case could be compared.
-
-The inputs, and what is timed, come from this tree's registry; the checkout is left as it is.
 """
 
 from __future__ import annotations

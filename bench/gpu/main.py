@@ -34,7 +34,7 @@ from bench.gpu.stages import Item, Row
 from bench.harness.checkout import RESULTS, git_state
 from bench.harness.rows import Log
 from bench.harness.timing import first_line
-from bench.ops.registry import OPERATIONS
+from bench.ops.registry import named
 
 
 class Program:
@@ -220,8 +220,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.dry_run != _launch.INTERPRETED:
         raise ValueError("--dry-run runs the kernels in Triton's interpreter: TRITON_INTERPRET=1 goes with it alone")
-    if not any(arguments.only in name for name in OPERATIONS):
-        raise ValueError(f"--only {arguments.only!r} is in the name of no operation; there are {', '.join(OPERATIONS)}")
+    named(arguments.only)
     program, status = Program(arguments), 0
     signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -23,7 +23,7 @@ from bench.harness.rows import Log, Row, stamp
 from bench.harness.timing import Run, first_line
 from bench.host.driver import launches, launching_nothing
 from bench.ops.layers import TINY, Layer
-from bench.ops.registry import OPERATIONS, timed
+from bench.ops.registry import named, timed
 
 LAYER = Layer("small", 2, (8, 8), 40)
 # Calls of a sample, and samples.
@@ -51,9 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: no such operation, fewer than two samples, or kernels cannot be launched into nothing here.
         OSError: the results file cannot be written, or there is no C compiler.
     """
-    names = [name for name in OPERATIONS if arguments.only in name]
-    if not names:
-        raise ValueError(f"--only {arguments.only!r} is in the name of no operation; there are {', '.join(OPERATIONS)}")
+    names = named(arguments.only)
     if arguments.samples < 2:
         raise ValueError(f"--samples is {arguments.samples}; take at least 2")
     torch.set_num_threads(1)

@@ -54,7 +54,7 @@ def layer(clone: Clone, device: torch.device, edited: bool) -> Comparison:
         out = (out + ALPHA * other) / (1 + ALPHA)
         return projected(attn, out), moved, edit_moved
 
-    return Comparison(f"{repository.LAYER.shape}, B 2", theirs, ours, 1e-3)
+    return Comparison(repository.LAYER.sizes, theirs, ours, 1e-3)
 
 
 ADAPTERS = (

@@ -24,6 +24,7 @@ from bench.official import energy, regulation, tsam
 from bench.official.repository import Adapter, Clone, Results
 from bench.report.markdown import table
 
+TURNS = 3
 REPOSITORIES = {x.REPOSITORY: x for x in (regulation, energy, tsam)}
 HELP = (
     "a clone, or a folder of clones, of the authors' repositories "
@@ -52,8 +53,8 @@ def find_clones(folder: Path) -> dict[str, Path]:
     return found
 
 
-def measure(folder: Path | None, log: Log, turns: int, device: torch.device | str = "cpu") -> None:
-    """Write a row per function: its time and ours, `turns` times in turn after a first call of each that is compared;
+def measure(folder: Path | None, log: Log, device: torch.device | str = "cpu") -> None:
+    """Write a row per function: its time and ours, `TURNS` times in turn after a first call of each that is compared;
     or why there are none.
 
     Args:
@@ -74,12 +75,12 @@ def measure(folder: Path | None, log: Log, turns: int, device: torch.device | st
             row = {"kind": "official", "commit": commits.get(name), "dtype": "float32", "repository": name}
             row |= {"function": adapter.function, "operation": adapter.operation}
             if name in clones:
-                log.write(row | _measured(adapter, Clone(name, clones[name]), clock, turns))
+                log.write(row | _measured(adapter, Clone(name, clones[name]), clock))
             else:
                 log.write(row | {"skipped": f"no clone in {folder}"})
 
 
-def _measured(adapter: Adapter, clone: Clone, clock: Clock, turns: int) -> Row:
+def _measured(adapter: Adapter, clone: Clone, clock: Clock) -> Row:
     times: dict[str, list[float]] = {"theirs": [], "ours": []}
     try:
         with _apart():
@@ -88,7 +89,7 @@ def _measured(adapter: Adapter, clone: Clone, clock: Clock, turns: int) -> Row:
             except (ImportError, AttributeError) as error:
                 return {"skipped": first_line(error)}
             difference = _difference(case.theirs(), case.ours())
-            for _ in range(turns):
+            for _ in range(TURNS):
                 for form, samples in times.items():
                     samples.append(clock.first_call(getattr(case, form)))
     except (Exception, SystemExit) as error:

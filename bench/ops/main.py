@@ -29,7 +29,7 @@ from bench.harness.timing import Clock, Run, first_line
 from bench.ops import rivals
 from bench.ops.base import ours, row_of
 from bench.ops.layers import JOINT, LARGE, LAYERS, REGULATED, SMALL, Layer
-from bench.ops.registry import OPERATIONS, comparison
+from bench.ops.registry import OPERATIONS, comparison, named
 
 # What a call of an operation may cost beyond a product written down: checks of its arguments, in milliseconds.
 CALL = 0.02
@@ -154,9 +154,10 @@ def cases(only: str, shapes: str) -> list[Case]:
     if not found:
         models = ", ".join(dict.fromkeys(layer.model for layer in REGULATED))
         raise ValueError(f"--shapes {shapes!r} is none of {', '.join(SHAPES)} and no part of a model: {models}")
-    found = [case for case in found if only in case.operation]
+    names = named(only)
+    found = [case for case in found if case.operation in names]
     if not found:
-        raise ValueError(f"--only {only!r} is in the name of no operation; there are {', '.join(OPERATIONS)}")
+        raise ValueError(f"--shapes {shapes!r} has no layer for {', '.join(names)}; leave it out, or name other shapes")
     return found
 
 

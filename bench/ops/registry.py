@@ -32,6 +32,18 @@ OPERATIONS: dict[str, tuple[Operation, Timing]] = {
 }
 
 
+def named(part: str) -> list[str]:
+    """The names of `OPERATIONS` that contain what `--only` says.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [name for name in OPERATIONS if part in name]
+    if not found:
+        raise ValueError(f"--only {part!r} is in the name of no operation; there are {', '.join(OPERATIONS)}")
+    return found
+
+
 def timed(
     name: str, layer: Layer, dtype: torch.dtype, device: torch.device, compile: rivals.Compile = rivals.uncompiled
 ) -> Timed:

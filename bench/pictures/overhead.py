@@ -48,7 +48,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 DEFAULT_ARCH = "sd2"
 # Pixels along a side of the pictures that are compared where a whole evaluation takes seconds.
 CHECKED_SIZE = 128
-OFFICIAL_TURNS = 3
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     with termination_raised():
         try:
             compete(setting, competing, log, start + arguments.seconds, still=still)
-            released.measure(arguments.official_dir, log, OFFICIAL_TURNS, device)
+            released.measure(arguments.official_dir, log, device)
         finally:
             show(log.rows)
     return 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.ops.registry import ATTENTION, JUDGED
+from bench.ops.registry import ATTENTION, JUDGED, OPERATIONS
 from tests.support import kernel_cases
 
 pytest.importorskip("triton")
@@ -75,7 +75,7 @@ def test_one_shot_checks_measures_and_tunes_everything(bench, tmp_path):
         assert {"model", "shape", "dtype"} <= row.keys()
         # Only what a CPU does not have fails: fused backends, and FlexAttention's backward pass.
         assert "failed" not in row or "No viable backend" in row["failed"] or "backward on CPU" in row["failed"], row
-    assert set(by_operation) == set(bench.OPERATIONS)
+    assert set(by_operation) == set(OPERATIONS)
     for operation, impls in by_operation.items():
         ours = impls[bench.contest.OURS]
         assert "failed" not in ours and ours["launches"], operation
@@ -181,7 +181,7 @@ def test_the_aims_come_first_and_everything_comes_once(bench):
     assert (plan.LARGE.heads, plan.LARGE.image_tokens) == (20, 1024)
     attention = {(t.layer.model, t.layer.grid) for t in first if t.operation == "attention" and t.layer.batch == 2}
     assert attention == {(layer.model, layer.grid) for layer in plan.LAYERS}
-    assert {t.operation for t in first} == set(bench.OPERATIONS)
+    assert {t.operation for t in first} == set(OPERATIONS)
     assert all(t.compiled for t in plan.rivals()) and plan.rivals()[0].operation == "regulated_layer"
 
 
@@ -331,7 +331,7 @@ def test_tuner_knows_every_kernel_and_setting(bench):
     used = [rule["use"] for rules in table.values() for rule in rules]
     for amd in (False, True):
         assert {name for use in used for name in bench._launch.compiled_with(use, amd)} <= set(tune.VALUES)
-    assert {name for names in tune.JUDGED_BY.values() for name in names} <= set(bench.OPERATIONS)
+    assert {name for names in tune.JUDGED_BY.values() for name in names} <= set(OPERATIONS)
 
 
 def test_a_configuration_that_no_rule_can_give_is_a_row(bench, tmp_path):

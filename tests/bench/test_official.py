@@ -162,7 +162,9 @@ def official(monkeypatch: pytest.MonkeyPatch) -> Any:
     from bench.official import repository as official_clone
     from bench.official import tsam as official_tsam
 
-    monkeypatch.setattr(official_clone, "LAYER", official_clone.Layer(1, 8, 16, 12))
+    monkeypatch.setattr(official, "TURNS", 1)
+    monkeypatch.setattr(official_clone, "LAYER", official_clone.LAYER._replace(heads=1, width=8))
+    monkeypatch.setattr(official_clone, "TEXT_WIDTH", 12)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     monkeypatch.setattr(official_tsam, "TEXT_ENCODER", small)
     yield official
@@ -172,7 +174,7 @@ def measured(official: Any, folder: Path | None, path: Path | None = None) -> li
     from bench.harness import rows
 
     log = rows.Log(path, {"run": "now"})
-    official.measure(folder, log, 1)
+    official.measure(folder, log)
     return log.rows
 
 
@@ -191,7 +193,7 @@ def test_every_function_is_measured_and_agrees(official: Any, tmp_path: Path) ->
         assert row["dtype"] == "float32"
         assert row["agrees"], row
         assert row["agreement"] == f"equal to {row['difference']:.1e}"
-        assert "M 256" in row["shape"] or row["function"] == "CLIPSdpaAttentionX.forward"
+        assert "M256" in row["shape"] or row["function"] == "CLIPSdpaAttentionX.forward"
         for name in ("theirs", "ours", "ratio"):
             assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
     table = official.official_table(found)
