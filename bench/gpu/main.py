@@ -6,11 +6,8 @@
     TRITON_INTERPRET=1 python -m bench gpu --one-shot --dry-run --results FILE
                                          the same on tiny shapes on a CPU, to see that all of it runs
 
-A bare checkout with torch and triton will do. Compiling takes the first minutes, unless --cache names the folder that
-`bench precompile` filled before. Every row is in bench/results/<gpu>.jsonl as soon as it is measured, so a run that is
-killed keeps what it has; what crashes or hangs costs its own rows only (stages.py). The tuned configurations are
-in kernels/configs/<gpu>.json, rewritten after every kernel. How the aims were met, and what the time did not reach,
-stands at the end.
+CONTRIBUTING.md, "A quarter of an hour on a GPU", says what comes in which order, where every row and configuration is
+kept as soon as it is found, and what a kernel that fails, crashes or hangs costs: its own rows only (stages.py).
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -90,19 +91,16 @@ def _importing(root: Path, unused: tuple[str, ...]) -> Iterator[None]:
     own = {path.stem for path in root.iterdir() if path.is_dir() or path.suffix == ".py"}
     own |= {name for name in unused if name not in sys.modules and importlib.util.find_spec(name) is None}
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in own}
-    path, bytecode = list(sys.path), sys.dont_write_bytecode
-    sys.path.insert(0, str(root.resolve()))
-    sys.dont_write_bytecode = True
-    sys.modules.update({name: _Empty(name) for name in unused if name in own})
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        for name in [name for name in sys.modules if name.partition(".")[0] in own]:
-            del sys.modules[name]
-        sys.modules.update(hidden)
-        sys.path[:] = path
-        sys.dont_write_bytecode = bytecode
+    ahead = [str(root.resolve()), *sys.path]
+    with mock.patch.object(sys, "path", ahead), mock.patch.object(sys, "dont_write_bytecode", True):
+        sys.modules.update({name: _Empty(name) for name in unused if name in own})
+        importlib.invalidate_caches()
+        try:
+            yield
+        finally:
+            for name in [name for name in sys.modules if name.partition(".")[0] in own]:
+                del sys.modules[name]
+            sys.modules.update(hidden)
 
 
 def attention_layer(device: torch.device) -> tuple[Any, Tensor, Tensor]:

@@ -12,10 +12,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from bench.harness.rows import Row, device, moment, on_gpu
-from bench.report.style import COLOURS, LABELS, MARKERS, canvas, failures, handle, plain_numbers
+from bench.report.style import LOOKS, canvas, failures, handle, plain_numbers
 
 ROLES = ("published", "stock", "ours")
-NAMES = LABELS | {"stock": "stock PyTorch's best"}
+NAMES = {role: LOOKS[role].label for role in ROLES} | {"stock": "stock PyTorch's best"}
 
 
 class Call(NamedTuple):
@@ -159,11 +159,11 @@ def _lines(axes: Axes, lines: Mapping[str, Sequence[Call]], letter: str, factor:
     """Draw the calls of every role, both axes logarithmic."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    look: dict[str, Any] = {"markersize": 4.5, "linewidth": 1.5, "elinewidth": 1, "capsize": 2}
+    how: dict[str, Any] = {"markersize": 4.5, "linewidth": 1.5, "elinewidth": 1, "capsize": 2}
     for role, line in lines.items():
         x, middle = [call.sizes[letter] for call in line], [factor * call.median for call in line]
         spread = [[factor * (x.median - x.low) for x in line], [factor * (x.high - x.median) for x in line]]
-        axes.errorbar(x, middle, spread, color=COLOURS[role], marker=MARKERS[role], label=role, **look)
+        axes.errorbar(x, middle, spread, color=LOOKS[role].colour, marker=LOOKS[role].marker, label=role, **how)
     every = [call for line in lines.values() for call in line]
     axes.xaxis.set_major_locator(FixedLocator(sorted({call.sizes[letter] for call in every})))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -228,7 +228,8 @@ def _points(axes: Axes, found: Sequence[Call], roof: float) -> None:
         mine = [call for call in found if call.role == role and call.flops]
         x = [call.flops / call.moved for call in mine]
         y = [1e-6 * call.flops / call.median for call in mine]
-        axes.plot(x, y, MARKERS[role], color=COLOURS[role], markersize=4.5, markerfacecolor="none", label=role)
+        look = LOOKS[role]
+        axes.plot(x, y, look.marker, color=look.colour, markersize=4.5, markerfacecolor="none", label=role)
     ends = axes.get_xlim()
     axes.plot(ends, [roof * x for x in ends], color="black", linewidth=1, label="roof")
     axes.set_xlim(*ends)
@@ -241,7 +242,7 @@ def _points(axes: Axes, found: Sequence[Call], roof: float) -> None:
 def _bars(axes: Axes, shown: Sequence[tuple[str, dict[str, float]]]) -> None:
     for y, (_, shares) in enumerate(shown):
         for offset, (role, share) in zip((0.2, -0.2) if len(shares) > 1 else (0.0,), shares.items(), strict=True):
-            axes.barh([y + offset], [share], height=0.36, color=COLOURS[role], label=role)
+            axes.barh([y + offset], [share], height=0.36, color=LOOKS[role].colour, label=role)
             text = f"{share:.1f}" if share < 9.95 else f"{share:.0f}"
             axes.annotate(text, (share, y + offset), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=7.5, linespacing=1.0)

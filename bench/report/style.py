@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.style
 from matplotlib.axis import Axis
@@ -20,22 +20,22 @@ from PIL import Image
 
 from bench.harness.rows import Row, device, on_gpu
 
-# Of Okabe and Ito, told apart without colour vision; the markers tell them apart in grey too.
-COLOURS = {
-    "published": "#D55E00",
-    "diffusers": "#E69F00",
-    "stock": "#56B4E9",
-    "ours": "#0072B2",
-    "plain": "#8C8C8C",
-    "paper": "#000000",
-}
-MARKERS = {"published": "s", "diffusers": "D", "stock": "^", "ours": "o", "plain": ".", "paper": "d"}
-LABELS = {
-    "published": "as published",
-    "diffusers": "diffusers",
-    "stock": "stock PyTorch",
-    "ours": "attnctl-fast",
-    "plain": "plain sampling",
+
+class Look(NamedTuple):
+    """How a form is drawn, and what it is called."""
+
+    colour: str
+    marker: str
+    label: str
+
+
+# Colours of Okabe and Ito, told apart without colour vision; the markers tell them apart in grey too.
+LOOKS = {
+    "published": Look("#D55E00", "s", "as published"),
+    "diffusers": Look("#E69F00", "D", "diffusers"),
+    "stock": Look("#56B4E9", "^", "stock PyTorch"),
+    "ours": Look("#0072B2", "o", "attnctl-fast"),
+    "paper": Look("#000000", "d", "in the paper"),
 }
 GREY = "#555555"
 # "default" first, so that no matplotlibrc of the machine has a say.
@@ -117,8 +117,9 @@ def _commit(row: Row) -> str:
 
 def handle(form: str, label: str, *, line: bool = True) -> Line2D:
     """A form's marker in a legend, on a line or not."""
+    look = LOOKS[form]
     style: Any = "-" if line else ""
-    return Line2D([], [], color=COLOURS[form], marker=MARKERS[form], linestyle=style, markersize=5, label=label)
+    return Line2D([], [], color=look.colour, marker=look.marker, linestyle=style, markersize=5, label=label)
 
 
 def failures(rows: Iterable[Row], what: Callable[[Row], str], where: Callable[[Row], str] | None = None) -> list[str]:

@@ -145,16 +145,12 @@ def _by_logits(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, sets: Tensor, sh
 
 def _by_columns(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, sets: Tensor, shared: Tensor, scale: float) -> Tensor:
     """The same by fused attention."""
-    reach = torch.cat([_reach(rows, k) for rows in q.split(_rows(q), 2)], 2)
+    reach = torch.cat([_reach(rows, k) for rows in q.split(q.shape[2] if q.is_cuda else 128, 2)], 2)
     wide_q = torch.cat([(1 - weight) * q, weight * reach * sets.to(q.dtype)], 3)
     wide_k = torch.cat([k, shared.to(k.dtype).expand(*k.shape[:2], -1, -1)], 3)
     # Fused backends want all of one width.
     out = F.scaled_dot_product_attention(wide_q, wide_k, F.pad(v, (0, sets.shape[1])), scale=scale)
     return out[..., : q.shape[3]]
-
-
-def _rows(q: Tensor) -> int:
-    return q.shape[2] if q.is_cuda else 128
 
 
 def _reach(q: Tensor, k: Tensor) -> Tensor:
