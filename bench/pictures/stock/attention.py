@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl_fast import schedules
-from attnctl_fast._numbers import step_count
 from attnctl_fast.attach.layers import Layer
 from bench.pictures import ours
 from bench.pictures.attention_layers import finished, keys_values, layers_of, queries, replaced, wide
-from bench.pictures.regions import Regions
-from bench.pictures.sampling import PROMPT, Drawn, Form, Setting, Text, encode, evaluate, nothing, sample
+from bench.pictures.regions import Dense
+from bench.pictures.sampling import Drawn, Form, Setting, Text, encode, evaluate, nothing, sample
 from bench.pictures.stock.nag import nag
 from bench.pictures.stock.regulation import attention_regulation
 
@@ -117,7 +116,7 @@ class _Pulled:
 
     def __init__(self, inner: Any, layer: Layer, dense: _Dense) -> None:
         self.inner, self.layer, self.dense = inner, layer, dense
-        self.sizes, self.sets, self.shared = dense.at(layer)
+        self.sizes, self.sets, self.shared = dense.of(layer)
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **rest: Any
@@ -159,25 +158,23 @@ def _reach(q: Tensor, k: Tensor) -> Tensor:
     return products.amax(-1, keepdim=True) - products.amin(-1, keepdim=True)
 
 
-class _Dense:
-    """active, time: of this step, t/T as a tensor."""
+class _Dense(Dense):
+    """DenseDiffusion, with what its layers need for the whole call."""
 
     def __init__(self, setting: Setting) -> None:
-        self.setting, self.method = setting, ours.method("DenseDiffusion", setting)
-        self.regions = Regions.of(self.method, setting)
-        self.active, self.time = False, wide(setting.latents).new_zeros(())
-        self._tokens = self.regions.masks.new_zeros(setting.pipe.tokenizer.model_max_length, len(self.regions.phrases))
-        for index, places in enumerate(self.regions.positions):
+        super().__init__(setting)
+        self._tokens = self.masks.new_zeros(setting.pipe.tokenizer.model_max_length, len(self.positions))
+        for index, places in enumerate(self.positions):
             self._tokens[places] = 0
             self._tokens[places, index] = 1
         self._found: dict[tuple[tuple[int, int], bool, int], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def at(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    def of(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         """What every image token's weight is but for the time `[M,1]`, and `sets` and `shared` of `_by_logits`."""
         width = layer.module.to_q.out_features // layer.module.heads
         key = layer.grid(self.setting.grid), layer.cross, width
         if key not in self._found:
-            masks = self.regions.at(key[0]).mT
+            masks = self.at(key[0]).mT
             distinct, place = masks.unique(dim=0, return_inverse=True)
             sizes = 1 - self.method.area * (masks @ masks.mean(0))
             sets = F.one_hot(place, len(distinct)).to(masks.dtype)
@@ -194,18 +191,9 @@ def dense_diffusion(setting: Setting) -> Drawn:
     steps."""
     dense = _Dense(setting)
     layers = layers_of(setting.pipe)
-    edited = step_count(dense.method.edit_steps, setting.steps)
-    with torch.no_grad():
-        texts = nothing(setting), dense.regions.rewritten(setting, encode(setting, PROMPT))
-
-    def before(latents: Tensor, step: int, timestep: Tensor, text: Text) -> Tensor:
-        dense.active = step < edited
-        dense.time = timestep / dense.setting.pipe.scheduler.config.num_train_timesteps
-        return latents
-
     processors = {name: _Pulled(layer.module.processor, layer, dense) for name, layer in layers.items()}
     with replaced(layers, processors):
-        return Drawn(sample(setting, before=before, texts=texts))
+        return Drawn(sample(setting, before=dense.before, texts=dense.texts))
 
 
 def composable_diffusion(setting: Setting) -> Drawn:

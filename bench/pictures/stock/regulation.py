@@ -23,6 +23,7 @@ from attnctl_fast.ops.gaussian_bias import axis_basis, basis_axes
 from bench.ops import rivals
 from bench.pictures import ours
 from bench.pictures.attention_layers import finished, keys_values, layers_of, queries, replaced, wide
+from bench.pictures.guidance_loop import tokens_of
 from bench.pictures.sampling import NOUNS, Drawn, Setting, Text, sample, wide_dtype
 
 _Loop = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -58,7 +59,7 @@ class _Regulation:
     def __init__(self, setting: Setting) -> None:
         self.setting, self.method = setting, ours.method("AttentionRegulation", setting)
         device = setting.latents.device
-        self.target_ids = torch.tensor([i for noun in NOUNS for i in setting.positions(noun)], device=device)
+        self.target_ids = torch.tensor(tokens_of(setting, NOUNS), device=device)
         self.pinned_ids = torch.tensor([0, setting.end()], device=device)
         self.step = 0
         self.losses: list[Tensor] = []
