@@ -143,7 +143,7 @@ class Tuner:
         """Whether a configuration compiles, fits the GPU and gives the right results."""
         try:
             with _launch.forced({self.kernel: [{"use": config}]}):
-                return all(one.errors(run())[1] <= one.tolerance for one, run in self._comparisons)
+                return all(x.judge.errors(run())[1] <= x.judge.tolerance for x, run in self._comparisons)
         except Exception as error:
             print(f"  {config}: {first_line(error)}", flush=True)
             return False

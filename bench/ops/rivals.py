@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,14 @@ def backends(device: torch.device) -> tuple[str, ...]:
 def uncompiled(function: Any) -> Any:
     """Stands for torch.compile where nothing is compiled."""
     return function
+
+
+def compiler(wanted: bool) -> Compile:
+    """torch.compile that remembers nothing, if `wanted`, else `uncompiled`."""
+    if not wanted:
+        return uncompiled
+    torch.compiler.reset()
+    return partial(torch.compile, dynamic=False)
 
 
 def axes(grid: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
