@@ -861,8 +861,8 @@ ATTACH = [
     Mutant(
         "attention: a mask of -10000 is a logit",
         "attnctl_fast/attach/attention.py",
-        "bias <= -10000",
-        "bias < -10000",
+        "bias <= -9984",
+        "bias <= -10001",
         f"{KINDS} -k 'key_padding_masks'",
     ),
     Mutant(
