@@ -907,6 +907,27 @@ ATTACH = [
         "return bias.unflatten(0, (samples, -1)).flip(1).movedim(1, -2).flatten(-2)",
         f"{TRANSFORMERS} -k 'regulation and wan'",
     ),
+    Mutant(
+        "attention: in bfloat16 a mask is a logit",
+        "attnctl_fast/attach/attention.py",
+        "bias <= -9984",
+        "bias <= -10000",
+        f"{KINDS} -k 'mask_of_diffusers'",
+    ),
+    Mutant(
+        "evaluation: four latents in every token",
+        "attnctl_fast/attach/evaluation.py",
+        "// self._family.cell**2",
+        "// 4",
+        f"{TRANSFORMERS} -k 'guided and ltx'",
+    ),
+    Mutant(
+        "segments: LTX's T5 does not see its padding",
+        "attnctl_fast/attach/segments.py",
+        'length, encoders=("text_encoder",))]',
+        'length, encoders=("text_encoder",), masked=True)]',
+        "attach/test_text_attention.py -k 'encoders and ltx'",
+    ),
 ]
 METHODS = [
     Mutant(
