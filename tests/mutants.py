@@ -339,8 +339,8 @@ OPS = [
     Mutant(
         "evaluation: packed latents take the mask's channels with them",
         "attnctl_fast/attach/evaluation.py",
-        "return sample[:, : height * width // 4, : self._channels]",
-        "return sample[:, : height * width // 4]",
+        "return sample[:, :tokens, : self._channels]",
+        "return sample[:, :tokens]",
         f"{TRANSFORMERS} -k 'guided and fill'",
     ),
     Mutant(
