@@ -222,7 +222,7 @@ def test_where_every_column_is_masked_results_and_gradients_are_zero(name, impl)
 @pytest.mark.parametrize("impl", TRITON)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_large_bias_is_nothing_beyond_the_last_row(name, impl):
-    """Where a tile has no row, there is no logsumexp that takes the bias off again: exp(30) is inf in half precision."""
+    """Where a tile has no row, no logsumexp takes the bias off again: exp(30) is inf in half precision."""
     tensors = [x.requires_grad_() for x in attention_inputs(2, 2, M, N, D, torch.float16)]
     key_bias = torch.zeros(2, N, device=DEVICE)
     key_bias[:, 3] = 30.0
