@@ -146,8 +146,8 @@ def launch(
     """
     if math.prod(grid) > _MOST_IN_ALL or (max(grid) > _MOST and max(grid[1:], default=0) > _MOST):
         raise ValueError(
-            f"{kernel.__name__} would need a grid of {grid} programs, but a GPU takes at most {_MOST_IN_ALL} in all and "
-            f"{_MOST} along the axes behind the first, which hold batch and heads; split the batch"
+            f"{kernel.__name__} would need a grid of {grid} programs, but a GPU takes at most {_MOST_IN_ALL} in all "
+            f"and {_MOST} along the axes behind the first, which hold batch and heads; split the batch"
         )
     if _record is not None:
         _record.append(Launch(kernel, grid, arguments, constants, config))
