@@ -118,6 +118,22 @@ def test_what_the_time_does_not_reach_is_named(bench, monkeypatch, tmp_path, cap
     }
 
 
+def test_a_gpu_that_starts_slowly_is_waited_for(bench, monkeypatch):
+    ends = []
+
+    def run(items, until, write, check):
+        ends.append(until - program.start)
+        assert all(item.seconds < ends[-1] for item in items), "so that a row says that it took too long"
+        return bench.stages.Outcome([], 1.0, 0)
+
+    monkeypatch.setattr(bench.stages, "run", run)
+    given = {"dry_run": True, "only": "", "cache": None, "results": None, "commit": None, "seconds": 99.0}
+    program = bench.Program(argparse.Namespace(**given))
+    assert not program.device()
+    program.stage("next", 30, [])
+    assert ends == [pytest.approx(60), pytest.approx(50)]
+
+
 def test_without_a_gpu_the_exit_status_says_so(tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
