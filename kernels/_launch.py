@@ -35,6 +35,8 @@ _AMD = torch.version.hip is not None
 # The most programs along the second and third axis of a GPU's grid; and in all, which Triton's launchers count in 32
 # bits: beyond that they may launch nothing, and say nothing.
 _MOST, _MOST_IN_ALL = 2**16 - 1, 2**31 - 1
+# The widest head that kernels take. What is wider is maps, in which they count in 64 bits where there may be many.
+_WIDEST = 256
 
 Table = dict[str, list[dict[str, dict[str, int]]]]
 
@@ -189,7 +191,7 @@ def _launch_by_triton(
     kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any], config: dict[str, int]
 ) -> Any:
     for x in arguments:
-        if isinstance(x, Tensor) and x.ndim == 4:
+        if isinstance(x, Tensor) and x.ndim == 4 and x.shape[3] <= _WIDEST:
             _check_head(kernel, x)
     return kernel[grid](*arguments, **constants, **compiled_with(config, _AMD))
 

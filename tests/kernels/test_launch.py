@@ -215,12 +215,13 @@ def test_a_head_that_32_bits_do_not_span_is_an_error():
         def __getitem__(self, grid):
             return lambda x, **_: grid
 
-    def launch(rows, stride):
-        x = torch.empty_strided((1, 1, rows, 8), (8, 8, stride, 1), device="meta")
+    def launch(rows, stride, width=8):
+        x = torch.empty_strided((1, 1, rows, width), (8, 8, stride, 1), device="meta")
         return _launch._launch_by_triton(Kernel(), (1,), (x,), {}, {"num_warps": 1})
 
     launch(1 << 17, 1 << 13)
     launch(2, 1 << 32)  # a stride that is a 64-bit number makes 64-bit offsets
+    launch(1 << 17, 1 << 16, 1 << 16)  # maps
     with pytest.raises(ValueError, match=r"\(1, 1, 262145, 8\) with 8192 elements from row to row: .* 2147483648 el"):
         launch((1 << 18) + 1, 1 << 13)
 
