@@ -612,6 +612,20 @@ TRITON = [
         f"{FROM_LSE} -k 'below_what_float16_holds and triton'",
     ),
     Mutant(
+        "kernel of maps_from_lse: an id beyond the columns is written",
+        "kernels/maps_from_lse.py",
+        "mask = (named & (ids < N))[:, None] & (columns < D)[None, :]",
+        "mask = named[:, None] & (columns < D)[None, :]",
+        f"{FROM_LSE} -k 'written_nowhere'",
+    ),
+    Mutant(
+        "kernel of attention, backward: rows beyond the last have weights",
+        "kernels/_short_gradients.py",
+        'lse = tl.load(lse_ptr + head + rows, mask=inside, other=float("inf")) * LOG2_E',
+        "lse = tl.load(lse_ptr + head + rows, mask=inside, other=0.0) * LOG2_E",
+        "ops/test_key_bias.py -k large_bias",
+    ),
+    Mutant(
         "kernel of maps_from_lse: padded columns are those of token -1",
         "kernels/maps_from_lse.py",
         "return ids, wanted & (ids >= 0)",

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,22 @@ def test_what_the_time_does_not_reach_is_named(bench, monkeypatch, tmp_path, cap
         **dict.fromkeys(("checks", "times", "tuning", "compiled rivals", "memory", "further"), 0),
         "device": 1,
     }
+
+
+def test_a_gpu_that_starts_slowly_is_waited_for(bench, monkeypatch):
+    ends = []
+
+    def run(items, until, write, check):
+        ends.append(until - program.start)
+        assert all(item.seconds < ends[-1] for item in items), "so that a row says that it took too long"
+        return bench.stages.Outcome([], 1.0, 0)
+
+    monkeypatch.setattr(bench.stages, "run", run)
+    given = {"dry_run": True, "only": "", "cache": None, "results": None, "commit": None, "seconds": 99.0}
+    program = bench.Program(argparse.Namespace(**given))
+    assert not program.device()
+    program.stage("next", 30, [])
+    assert ends == [pytest.approx(60), pytest.approx(50)]
 
 
 def test_without_a_gpu_the_exit_status_says_so(bench, monkeypatch, tmp_path, capsys):
@@ -379,3 +396,24 @@ def test_tuner_takes_what_is_faster_by_the_margin(bench, monkeypatch):
     assert tuner.search() == tune.Found({"m": 64}, {"num_warps": 2, "num_stages": 2}, 0.77)
     speed.update({8: 99.0, 2: 101.0})
     assert tuner.search() == tune.Found({"m": 64}, tuner.default, 1.0)
+
+
+def test_tuner_leaves_out_what_does_not_compile(bench, monkeypatch):
+    from bench.compile import tune
+
+    tuner = object.__new__(tune.Tuner)
+    tuner.clock, tuner.kernel, tuner.sizes = SimpleNamespace(on_gpu=True), "k", {"m": 64}
+    tuner.default = {"num_warps": 4, "num_stages": 1}
+    timed = []
+
+    def compiled(configs):
+        return [x for x in configs if x["num_warps"] != 2 and x != {"num_warps": 8, "num_stages": 2}]
+
+    def times(configs):
+        timed.extend(configs)
+        return [100.0 / c["num_warps"] - c["num_stages"] for c in configs]
+
+    monkeypatch.setattr(tuner, "_compiled", compiled)
+    monkeypatch.setattr(tuner, "_times", times)
+    assert tuner.search(5).config == {"num_warps": 8, "num_stages": 3}
+    assert timed == [x for x in timed if x in compiled(timed)] and len(timed) > 4
