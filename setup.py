@@ -20,7 +20,7 @@ DIFFUSERS = [
 ]
 # What judges pictures: all Apache-2.0 or BSD. OWLv2's processor needs scipy too.
 EVALUATE = ["torchmetrics>=1.6", "torch-fidelity>=0.3", "torchvision>=0.26", "scipy>=1.11"]
-BENCH = ["matplotlib>=3.9", "pytest>=8", "tqdm>=4.60"]
+BENCH = ["matplotlib>=3.9", "networkx>=3.4", "pytest>=8", "tqdm>=4.60"]
 # ruff lays out the signatures.
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", "ruff>=0.6"]
 TEST = ["allpairspy>=2.5", "hypothesis>=6.100", "mypy>=1.10", "peft>=0.17", "pytest-xdist>=3.6", "ruff>=0.6"]

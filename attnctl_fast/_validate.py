@@ -88,7 +88,19 @@ def _on_device(rows: list[Any], device: torch.device) -> Tensor:
     """Return ids as an int64 tensor on `device`, made once: to move them there waits for all that it has to do."""
     if observed():
         return torch.tensor(rows, dtype=torch.int64, device=device)
-    return _kept(tuple(tuple(row) if isinstance(row, list) else row for row in rows), device)
+    key = tuple(tuple(row) if isinstance(row, list) else row for row in rows), device
+    kept = _kept(*key)
+    if _capturing(device):
+        _captured[key] = kept
+    return kept
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+# What CUDA graphs read: their replays would find other numbers in memory that was given back.
+_captured: dict[tuple[Any, ...], Tensor] = {}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -196,6 +208,12 @@ def check_lse(lse: Tensor, q: Tensor) -> Tensor:
     if lse.device != q.device:
         raise ValueError(f"lse is on {lse.device} but q is on {q.device}; move it there")
     return lse
+
+
+def check_device(name: str, x: Tensor | float | None, whose: str, device: torch.device) -> None:
+    """Raise ValueError where `x` is a tensor elsewhere: a kernel would take its address for one on its own device."""
+    if isinstance(x, Tensor) and x.device != device:
+        raise ValueError(f"{name} is on {x.device} but {whose} is on {device}; move it there")
 
 
 def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:

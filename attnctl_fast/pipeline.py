@@ -111,11 +111,11 @@ def enable(pipe: Any, *methods: Method) -> Handle:
     Args:
         pipe: a text-to-image, image-to-image, inpainting or ControlNet pipeline of a UNet (SD 1.x, SD 2.x, SDXL) or a
             transformer (PixArt, Sana, HunyuanDiT, SD 3, SD 3.5, FLUX.1, FLUX.2, Chroma, Qwen-Image, Z-Image,
-            Lumina 2, AuraFlow, CogView 4), or a text-to-video pipeline of Wan.
+            Lumina 2, AuraFlow, CogView 4), or a text-to-video pipeline of Wan or LTX.
         methods: such as `AttentionRegulation(["bag", "apple"])`. Those that edit attention on layers of their own; any
             number of LatentGuidance; one EnergyContext and one Composition, on any layers. A ComposableDiffusion stands
             alone. Composition and ComposableDiffusion are for UNets, EnergyContext for models with cross-attention
-            (PixArt, Sana, HunyuanDiT and Wan of the transformers).
+            (PixArt, Sana, HunyuanDiT, Wan and LTX of the transformers).
 
     Returns:
         The handle.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,8 +32,11 @@ from triton.runtime import driver
 CONFIGS = Path(__file__).resolve().parent / "configs"
 INTERPRETED = bool(knobs.runtime.interpret)
 _AMD = torch.version.hip is not None
-# The most programs along the second and third axis of a GPU's grid, and along its first.
-_MOST, _MOST_FIRST = 2**16 - 1, 2**31 - 1
+# The most programs along the second and third axis of a GPU's grid; and in all, which Triton's launchers count in 32
+# bits: beyond that they may launch nothing, and say nothing.
+_MOST, _MOST_IN_ALL = 2**16 - 1, 2**31 - 1
+# The widest head that kernels take. What is wider is maps, in which they count in 64 bits where there may be many.
+_WIDEST = 256
 
 Table = dict[str, list[dict[str, dict[str, int]]]]
 
@@ -139,12 +143,13 @@ def launch(
     """Run `kernel` over `grid` on `device`, whichever is current; `arguments` are the run-time ones, in order.
 
     Raises:
-        ValueError: a grid larger than a GPU's, on every device.
+        ValueError: a grid larger than a GPU's or than Triton's launchers count, on every device; rows of a head that
+            lie further apart than kernels count.
     """
-    if max(grid) > _MOST and (grid[0] > _MOST_FIRST or max(grid[1:], default=0) > _MOST):
+    if math.prod(grid) > _MOST_IN_ALL or (max(grid) > _MOST and max(grid[1:], default=0) > _MOST):
         raise ValueError(
-            f"{kernel.__name__} would need a grid of {grid} programs, but a GPU takes at most {_MOST_FIRST} along the "
-            f"first axis and {_MOST} along the others, which hold batch and heads; split the batch"
+            f"{kernel.__name__} would need a grid of {grid} programs, but a GPU takes at most {_MOST_IN_ALL} in all "
+            f"and {_MOST} along the axes behind the first, which hold batch and heads; split the batch"
         )
     if _record is not None:
         _record.append(Launch(kernel, grid, arguments, constants, config))
@@ -185,7 +190,24 @@ _NO_MORE = ((), (1, 1), (1,), ())
 def _launch_by_triton(
     kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any], config: dict[str, int]
 ) -> Any:
+    for x in arguments:
+        if isinstance(x, Tensor) and x.ndim == 4 and x.shape[3] <= _WIDEST:
+            _check_head(kernel, x)
     return kernel[grid](*arguments, **constants, **compiled_with(config, _AMD))
+
+
+def _check_head(kernel: Any, x: Tensor) -> None:
+    """Raise ValueError where the last element of a head [B,H,M,d] is further from its first than 32 bits count, in
+    which kernels do: they would read and write elsewhere.
+
+    Here, and not at every launch, for what is launched directly had the same sizes and strides at first.
+    """
+    rows, stride = x.shape[2] - 1, x.stride(2)
+    if rows * stride > _MOST_IN_ALL >= stride:
+        raise ValueError(
+            f"{kernel.__name__} was given {tuple(x.shape)} with {stride} elements from row to row: a head reaches over "
+            f"{rows * stride} elements, and kernels count {_MOST_IN_ALL}; pass rows of a head that lie side by side"
+        )
 
 
 def _watched(kernel: Any) -> bool:

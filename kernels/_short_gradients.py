@@ -106,7 +106,8 @@ def _attention_bwd_short_kernel(
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = rows < M
         q1, q2 = load_pieces(q_ptr, rows, inside, stride_qm, D, D1, D2, DOT)  # [BLOCK_M, D1], [BLOCK_M, D2]
-        lse = tl.load(lse_ptr + head + rows, mask=inside, other=0.0) * LOG2_E
+        # Beyond the last row +inf: a large bias of a key would give weights there that half precision does not hold.
+        lse = tl.load(lse_ptr + head + rows, mask=inside, other=float("inf")) * LOG2_E
         logits = row_dots(k1, k2, q1, q2, D2) * (scale * LOG2_E)
         if key_bias_ptr is not None:
             logits += added[:, None]

@@ -344,7 +344,8 @@ def _forward(
     tokens = k.shape[2]
     targets = 0 if target_ids is None else target_ids.shape[-1]
     pinned = 0 if pinned_ids is None else pinned_ids.shape[-1]
-    use = dict(config("attention_fwd", q.device, d=d, n=tokens, m=image_tokens, itemsize=q.element_size()))
+    sizes = {"d": d, "n": tokens, "m": image_tokens, "itemsize": q.element_size(), "unkeyed": int(key_bias is None)}
+    use = dict(config("attention_fwd", q.device, **sizes))
     tiles, longest = use.pop("TILES"), use.pop("BLOCK_N")
     d1, d2 = pieces(d)
     on_chip = tokens <= use.pop("ON_CHIP_N") and q.dtype != torch.float32

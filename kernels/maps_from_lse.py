@@ -301,7 +301,8 @@ def _maps_from_lse_bwd_merge_kernel(
     slots = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ids, named = _load_ids(id_ptr + (row // H).to(tl.int64) * stride_id, slots, count)
     columns = tl.arange(0, WIDTH)
-    mask = named[:, None] & (columns < D)[None, :]
+    # Ids on a GPU are read by nobody before; one that names no column must not write over something else.
+    mask = (named & (ids < N))[:, None] & (columns < D)[None, :]
     size = count.to(tl.int64) * D
     part_ptr += row * size
     total = tl.zeros([BLOCK_N, WIDTH], tl.float32)

@@ -339,8 +339,8 @@ OPS = [
     Mutant(
         "evaluation: packed latents take the mask's channels with them",
         "attnctl_fast/attach/evaluation.py",
-        "return sample[:, : height * width // 4, : self._channels]",
-        "return sample[:, : height * width // 4]",
+        "return sample[:, :tokens, : self._channels]",
+        "return sample[:, :tokens]",
         f"{TRANSFORMERS} -k 'guided and fill'",
     ),
     Mutant(
@@ -612,6 +612,20 @@ TRITON = [
         f"{FROM_LSE} -k 'below_what_float16_holds and triton'",
     ),
     Mutant(
+        "kernel of maps_from_lse: an id beyond the columns is written",
+        "kernels/maps_from_lse.py",
+        "mask = (named & (ids < N))[:, None] & (columns < D)[None, :]",
+        "mask = named[:, None] & (columns < D)[None, :]",
+        f"{FROM_LSE} -k 'written_nowhere'",
+    ),
+    Mutant(
+        "kernel of attention, backward: rows beyond the last have weights",
+        "kernels/_short_gradients.py",
+        'lse = tl.load(lse_ptr + head + rows, mask=inside, other=float("inf")) * LOG2_E',
+        "lse = tl.load(lse_ptr + head + rows, mask=inside, other=0.0) * LOG2_E",
+        "ops/test_key_bias.py -k large_bias",
+    ),
+    Mutant(
         "kernel of maps_from_lse: padded columns are those of token -1",
         "kernels/maps_from_lse.py",
         "return ids, wanted & (ids >= 0)",
@@ -861,8 +875,8 @@ ATTACH = [
     Mutant(
         "attention: a mask of -10000 is a logit",
         "attnctl_fast/attach/attention.py",
-        "bias <= -10000",
-        "bias < -10000",
+        "bias <= -9984",
+        "bias <= -10001",
         f"{KINDS} -k 'key_padding_masks'",
     ),
     Mutant(
@@ -906,6 +920,27 @@ ATTACH = [
         "return bias.unflatten(0, (samples, -1)).movedim(1, -2).flatten(-2)",
         "return bias.unflatten(0, (samples, -1)).flip(1).movedim(1, -2).flatten(-2)",
         f"{TRANSFORMERS} -k 'regulation and wan'",
+    ),
+    Mutant(
+        "attention: in bfloat16 a mask is a logit",
+        "attnctl_fast/attach/attention.py",
+        "bias <= -9984",
+        "bias <= -10000",
+        f"{KINDS} -k 'mask_of_diffusers'",
+    ),
+    Mutant(
+        "evaluation: four latents in every token",
+        "attnctl_fast/attach/evaluation.py",
+        "// self._family.cell**2",
+        "// 4",
+        f"{TRANSFORMERS} -k 'guided and ltx'",
+    ),
+    Mutant(
+        "segments: LTX's T5 does not see its padding",
+        "attnctl_fast/attach/segments.py",
+        'length, encoders=("text_encoder",))]',
+        'length, encoders=("text_encoder",), masked=True)]',
+        "attach/test_text_attention.py -k 'encoders and ltx'",
     ),
 ]
 METHODS = [

@@ -273,5 +273,5 @@ def key_bias_of(mask: Tensor | None, rows: int, tokens: int, name: str) -> Tenso
     if bias.dtype == torch.bool:
         bias = torch.zeros(bias.shape, device=bias.device).masked_fill(~bias, -torch.inf)
     bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
-    # diffusers masks by -10000, which would count as a row's lowest logit.
-    return bias.masked_fill(bias <= -10000, -torch.inf).expand(rows, -1)
+    # diffusers masks by -10000 (in bfloat16 -9984), which would count as a row's lowest logit.
+    return bias.masked_fill(bias <= -9984, -torch.inf).expand(rows, -1)

@@ -512,9 +512,9 @@ class PipelineCall:
     def _latents(self, given: dict[str, Any]) -> tuple[int, int]:
         """Return (height, width) of the latents; positions are read once for every tensor of them."""
         family = self.engine.family
-        if not family.positions:
+        positions = given.get(family.positions)
+        if not isinstance(positions, Tensor):
             return family.latents(given)
-        positions = given[family.positions]
         if self._size is None or self._size[0] is not positions:
             self._size = positions, family.latents(given)
         return self._size[1]

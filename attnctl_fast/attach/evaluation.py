@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ class Evaluation:
     def sample(self) -> Tensor:
         """The model's input, `[R,C,height,width]`: the noisy latents, with what some models read besides them.
 
-        Of models with packed latents (FLUX) it is `[R,M,C]`, an image token's latents in a row.
+        Of models with packed latents (FLUX, LTX) it is `[R,M,C]`, an image token's latents in a row.
         """
         return self.given[self._family.sample]
 
@@ -117,8 +118,8 @@ class Evaluation:
         """Return the latents within the model's input: other channels are inpainting's, other tokens a picture's."""
         if not self._family.positions:
             return sample[:, : self._channels]
-        height, width = self.call.latents
-        return sample[:, : height * width // 4, : self._channels]
+        tokens = math.prod((*self.call.frames, *self.call.latents)) // self._family.cell**2
+        return sample[:, :tokens, : self._channels]
 
     def _with(self, latents: Tensor, sample: Tensor) -> Tensor:
         """Return the model's input with these latents in it."""

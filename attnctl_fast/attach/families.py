@@ -58,12 +58,13 @@ class Family:
     argument that says how many pictures a prompt has; "" where it takes tensors. conditional_first: the pipeline stacks
     the prompts' rows before those of negative prompts. sample, timestep, text: the model's arguments. positions: the
     argument that says where the image's tokens are: the index, row and column of each, or how many frames, rows and
-    columns every picture has; "" where the sample is `[R,C,height,width]`, or of videos `[R,C,frames,height,width]`.
-    columns: how many columns of the text joint attention has, from the model's arguments. fill: of how many tokens the
-    length of a text is a multiple; 0 where it is what the call says. beside: how a second text may run through it
-    beside the prompts', as the module of that name has it; "" where none may. more: what else of another text than the
-    prompt the model is given, from what `encode_prompt` returned behind its context and from that function with other
-    arguments. refused: pipelines with such a model whose pictures lie elsewhere, each with why.
+    columns every picture has, or how many frames a video has, beside `height` and `width`; "" where the sample is
+    `[R,C,height,width]`, or of videos `[R,C,frames,height,width]`. cell: where it is packed, how many latents lie along
+    a side of a token. columns: how many columns of the text joint attention has, from the model's arguments. fill: of
+    how many tokens the length of a text is a multiple; 0 where it is what the call says. beside: how a second text may
+    run through it beside the prompts', as the module of that name has it; "" where none may. more: what else of another
+    text than the prompt the model is given, from what `encode_prompt` returned behind its context and from that
+    function with other arguments. refused: pipelines with such a model whose pictures lie elsewhere, each with why.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Family:
     timestep: str = "timestep"
     text: str = "encoder_hidden_states"
     positions: str = ""
+    cell: int = 2
     columns: Callable[[dict[str, Any]], int] = _whole_text
     fill: int = 0
     beside: Literal["", "rows", "columns"] = ""
@@ -120,19 +122,29 @@ class Family:
         if not self.positions:
             height, width = given[self.sample].shape[-2:]
             return height, width
-        ids = given[self.positions]
+        ids = given.get(self.positions)
+        if ids is None:
+            raise ValueError(
+                f"{self.model} was called without {self.positions}, which says where the image's tokens are; pass it, "
+                "as pipelines do"
+            )
+        if isinstance(ids, int):
+            return given["height"], given["width"]
         if not isinstance(ids, Tensor):
             # Of every sample; those behind the first are pictures to look at.
             first = ids[0][0] if isinstance(ids[0], list) else ids[0]
-            return first[1] * 2, first[2] * 2
+            return first[1] * self.cell, first[2] * self.cell
         ids = (ids[0] if ids.ndim == 3 else ids).cpu()
-        # Tokens of other index are pictures to look at (Kontext). A token holds 2x2 latents.
-        height, width = ((ids[ids[:, 0] == ids[0, 0]].amax(0)[1:3] + 1) * 2).int().tolist()
+        # Tokens of other index are pictures to look at (Kontext).
+        height, width = ((ids[ids[:, 0] == ids[0, 0]].amax(0)[1:3] + 1) * self.cell).int().tolist()
         return height, width
 
     def frames(self, given: dict[str, Any]) -> tuple[int, ...]:
         """Return (how many,) frames the latents have, from the model's arguments; () of pictures."""
-        return () if self.positions else tuple(given[self.sample].shape[2:-2])
+        if not self.positions:
+            return tuple(given[self.sample].shape[2:-2])
+        frames = given[self.positions]
+        return (frames,) if isinstance(frames, int) else ()
 
     def channels(self, model: Any) -> int:
         """Return how many channels of the model's input are the latents; others are a mask and pictures behind them."""
@@ -214,6 +226,7 @@ def _wan(model: Any) -> dict[str, Layer]:
     return transformer_layers(model, model.config.patch_size[1], cross=("attn2",))
 
 
+_FROM_PICTURE = "goes on from a picture, which stands in the latents that methods move"
 _flux = partial(transformer_layers, factor=2, cross=("attn",), text="first")
 _masked_flux = partial(_flux, outer_mask=True)
 
@@ -255,7 +268,22 @@ FAMILIES = (
         _wan,
         segments.wan_segments,
         _wan_context,
-        refused={"WanImageToVideoPipeline": "goes on from a picture, which stands in the latents that methods move"},
+        refused={"WanImageToVideoPipeline": _FROM_PICTURE},
+    ),
+    Family(
+        "ltx",
+        "LTXVideoTransformer3DModel",
+        "transformer",
+        _cross,
+        segments.ltx_segments,
+        _pixart_context,
+        positions="num_frames",
+        cell=1,
+        refused={
+            "LTXImageToVideoPipeline": _FROM_PICTURE,
+            "LTXConditionPipeline": "puts frames to go on from among the latents that methods move",
+            "LTXI2VLongMultiPromptPipeline": "draws a video window by window, each with a prompt of its own",
+        },
     ),
     Family(
         "sd3",

@@ -84,6 +84,11 @@ def flux_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Seg
     return [_t5(pipe.tokenizer_2, text, 0, length, converted=convert, encoders=("text_encoder_2",))]
 
 
+def ltx_segments(pipe: Any, arguments: dict[str, Any], length: int) -> list[Segment]:
+    """Return T5's part."""
+    return [_t5(pipe.tokenizer, arguments.get("prompt"), 0, length, encoders=("text_encoder",))]
+
+
 def _only_t5(pipe: Any, arguments: dict[str, Any], length: int, converted: Callable[[str], str]) -> list[Segment]:
     text = arguments.get("prompt")
     encoders = ("text_encoder",)

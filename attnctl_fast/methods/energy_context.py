@@ -100,7 +100,7 @@ class EnergyContext(Method):
             raise ValueError(
                 f"the layers of {type(pipe).__name__} attend to text and image in one, and change the text themselves, "
                 "so there is no context for EnergyContext to move; use a model with cross-attention (UNets, PixArt, "
-                "Sana, HunyuanDiT, Wan)"
+                "Sana, HunyuanDiT, Wan, LTX)"
             )
 
     def start(self, call: Call, sites: list[Site]) -> Run:

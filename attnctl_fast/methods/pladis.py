@@ -51,7 +51,7 @@ class PLADIS(Method):
         if any(layer.text for layer in layers):
             raise ValueError(
                 f"the pipeline has a {family_of(pipe).model}, but PLADIS is for layers that attend to the text by "
-                "itself (UNets, PixArt, Sana, HunyuanDiT, Wan)"
+                "itself (UNets, PixArt, Sana, HunyuanDiT, Wan, LTX)"
             )
 
     def start(self, call: Call, sites: list[Site]) -> Run:

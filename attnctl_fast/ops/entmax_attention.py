@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
+from .._validate import check_device, check_kernel_limits, check_key_bias, check_qkv, check_scale
 from ._heads import Grouped
 from ._library import differentiated, launcher, once_differentiable, opaque
 
@@ -127,6 +127,7 @@ def entmax_attention(
         raise ValueError(f"weight is {weight}; it must be finite")
     if isinstance(weight, Tensor) and weight.ndim:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be one number, a 0-d tensor")
+    check_device("weight", weight, "q", q.device)
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
     if grouped:
         heads = Grouped(q, k)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
+from .._validate import check_device, check_kernel_limits, check_key_bias, check_qkv, check_scale
 from ._library import differentiated, launcher, opaque
 from .attention import attend, attend_only, attention
 
@@ -112,6 +112,7 @@ def guided(
         ValueError: a number out of range.
     """
     check_guidance(scale, tau, alpha, norm)
+    check_device("alpha", alpha, "positive", positive.device)
     impl = resolve(impl, positive.device)
     if impl == "triton" and not differentiated(positive, negative):
         check_kernel_limits(positive)
@@ -172,6 +173,7 @@ def normalized_guidance(
     """
     grouped = check_qkv(q, k, v) | check_qkv(q, k_negative, v_negative)
     check_guidance(scale, tau, alpha, norm)
+    check_device("alpha", alpha, "q", q.device)
     biases = [
         check_key_bias(key_bias, k),
         check_key_bias(key_bias_negative, k_negative, "key_bias_negative"),

@@ -8,6 +8,7 @@ from torch import Tensor
 from .._impl import resolve
 from .._validate import (
     TokenIds,
+    check_device,
     check_dtype,
     check_grid,
     check_kernel_limits,
@@ -67,6 +68,7 @@ def regulated_attention(
     targets, pinned = check_targets(target_ids, pinned_ids, k)
     impl = resolve(impl, q.device)
     check_theta(theta, (*q.shape[:2], targets.shape[-1]), basis_shape(grid, sigma, centres))
+    check_device("theta", theta, "q", q.device)
     theta = check_dtype("theta", theta, torch.promote_types(q.dtype, torch.float32))
     if grouped:
         heads, key_bias = Grouped(q, k), check_key_bias(key_bias, k)

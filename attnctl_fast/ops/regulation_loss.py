@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_dtype
+from .._validate import check_device, check_dtype
 from ._library import composite, differentiable, launcher, without_autocast
 from ._objective import (
     Array,
@@ -175,6 +175,7 @@ def regulation_loss(
     bias = check_bias(bias, tuple(stats.logits.shape), stats.logits.device, stats.logits.dtype)
     if theta is not None:
         check_theta(theta, tuple(stats.logits.shape[:3]), tuple(theta.shape[3:]))
+        check_device("theta", theta, "the bias", bias.device)
         theta = check_dtype("theta", theta, stats.logits.dtype)
     aim = Objective.checked(objective, quantile, level, mass, mass_weight, penalty, stats.rest_square)
     impl = resolve(impl, stats.logits.device)

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import TokenIds, check_kernel_limits, check_key_bias, check_qkv, check_scale, check_targets
+from .._validate import (
+    TokenIds,
+    check_device,
+    check_kernel_limits,
+    check_key_bias,
+    check_qkv,
+    check_scale,
+    check_targets,
+)
 from ..reference import NO_COLUMNS
 from ._heads import Grouped
 from ._library import composite, differentiable, launcher, made
@@ -58,6 +66,8 @@ def check_statistics(stats: TargetStatistics) -> None:
             f"the statistics hold logits in {stats.logits.dtype} and rest_lse in {stats.rest_lse.dtype}; both must be "
             "float32 or both float64, as target_statistics makes them"
         )
+    for name, x in (("rest_lse", stats.rest_lse), ("rest_square", stats.rest_square)):
+        check_device(name, x, "logits", stats.logits.device)
 
 
 def _target_logits(q: Tensor, k: Tensor, target_ids: Tensor, scale: float, key_bias: Tensor | None) -> Tensor:

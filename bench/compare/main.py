@@ -3,24 +3,11 @@
     python -m bench compare main
     python -m bench compare HEAD --only attention regulate --rounds 40
 
-Both trees run the same cases in turns, a process each, and every ratio has its confidence interval. A change is
-reported when the whole interval is beyond the threshold and two more sets of rounds, each in fresh processes, say so
-too: where a process happens to lie in memory can shift all of its times by some per cent. Intervals are of 95 %, or
-wider where there are so many cases that noise alone would pass three times for one of them, more often than in one run
-of 20.
-
-On a CPU the time is the processor's, and "slower by waiting" is what waits for a lock, a disk or a sleep for that much
-longer on the wall. Waiting for a core that others have does not count.
-
-On a CPU a change also has to show in the instructions, where the machine counts them: equal counts (within 0.2 %) are
-the same work, and a rise over the threshold is a slowdown unless the clock shows a speedup. "slower, same instructions"
-is the same work with all intervals beyond twice the threshold, as page faults and misses of the caches cause it.
-Valgrind counts them by `torch.utils.benchmark.Timer`, which takes minutes a case, so only where the time changed
-(--instructions: all).
+Both trees run the same cases in turns, a process each; the inputs, and what is timed, come from this tree's registry,
+and the checkout is left as it is. CONTRIBUTING.md, "What a change costs", says what makes a slowdown, and what a
+speedup.
 
 The exit status is 1 for a slowdown and for a case that only BASE can run, 2 where no case could be compared.
-
-The inputs, and what is timed, come from this tree's registry; the checkout is left as it is.
 """
 
 from __future__ import annotations
@@ -41,8 +28,9 @@ from bench.compare.pair import Case, Failure, Pair
 from bench.compare.suites import refusal
 from bench.compare.worktree import resolve, termination_raised, worktree
 from bench.harness.checkout import ROOT
-from bench.harness.intervals import Interval, fewest_rounds
+from bench.harness.intervals import fewest_rounds
 from bench.harness.rows import Log, Row, stamp
+from bench.ops.base import row_of
 from bench.ops.layers import LAYERS, TINY
 from bench.ops.registry import OPERATIONS
 
@@ -54,7 +42,7 @@ CONFIRMATIONS = 2
 DTYPES = ("float32", "float16", "bfloat16")
 SHAPES = {f"{x.model.lower().replace(' ', '').replace('.', '')}-{x.grid[0]}": x for x in LAYERS}
 SHAPES["tiny"] = TINY
-FAILED = {"base": "BASE cannot run it", "current": "this tree cannot run it", "both": "failed"}
+FAILED = {"base": "BASE cannot run it", "current": "this tree cannot run it"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,8 +56,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(SHAPES)} (default: sd2-16 sd2-32, on CUDA sd2-16 sdxl-32)",
     )
     made.add_argument("--dtype", choices=DTYPES, help="default: float32, on CUDA float16")
-    made.add_argument("--impl", choices=("eager", "triton"), help="default: eager, on CUDA triton")
-    made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where --impl triton runs, else cpu")
+    made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where PyTorch sees a GPU")
     made.add_argument("--rounds", type=int, default=24, metavar="N", help="of four samples each (default: 24)")
     made.add_argument("--threshold", type=float, default=0.05, help="the change that counts (default: 0.05)")
     made.add_argument("--no-tests", action="store_true", help="report speedups as untested ones")
@@ -135,15 +122,12 @@ def chosen(arguments: argparse.Namespace) -> list[Case]:
     """The cases that the options name.
 
     Raises:
-        ValueError: a name that there is not, or an implementation that does not run here.
+        ValueError: a name that there is not, or no GPU.
     """
     on_gpu = torch.cuda.is_available()
-    device = arguments.device or ("cuda" if on_gpu and arguments.impl != "eager" else "cpu")
-    impl = arguments.impl or ("triton" if device == "cuda" else "eager")
+    device = arguments.device or ("cuda" if on_gpu else "cpu")
     if device == "cuda" and not on_gpu:
         raise ValueError("--device is cuda, but PyTorch sees no GPU; leave it out to compare on the CPU")
-    if impl == "triton" and device == "cpu":
-        raise ValueError("--impl is triton, which is timed on a GPU only, and this is a CPU; use eager")
     dtype = arguments.dtype or ("float16" if device == "cuda" else "float32")
     shapes = arguments.shapes or (["sd2-16", "sdxl-32"] if device == "cuda" else ["sd2-16", "sd2-32"])
     operations = arguments.only or list(OPERATIONS)
@@ -152,7 +136,7 @@ def chosen(arguments: argparse.Namespace) -> list[Case]:
             if name not in known:
                 raise ValueError(f"{option} has {name!r}; known are {', '.join(known)}")
     return [
-        Case(operation, SHAPES[shape], dtype, device, impl)
+        Case(operation, SHAPES[shape], dtype, device, "triton" if device == "cuda" else "eager")
         for shape in dict.fromkeys(shapes)
         for operation in dict.fromkeys(operations)
     ]
@@ -190,34 +174,28 @@ class Comparison:
 
     def row(self, case: Case, tick: Callable[[], Any] = lambda: None) -> Row:
         """What was measured of a case, or why it could not be."""
-        row: Row = {
-            "op": case.operation,
-            "model": case.layer.model,
-            "shape": case.layer.sizes,
-            "dtype": case.dtype,
-            "impl": case.impl,
-        }
+        row = row_of(case.operation, case.layer, case.dtype) | {"impl": case.impl}
         try:
-            failed = self.pair.build(case)
-            if failed:
-                return row | {"failed": failed}
-            return row | self._measured(case, tick)
+            return row | (self._built(case) or self._measured(case, tick))
         except Failure as failure:
-            return row | {"failed": {failure.side or "both": str(failure)}}
+            return row | {"failed": {failure.side: str(failure)}}
+
+    def _built(self, case: Case) -> Row:
+        failed = self.pair.build(case)
+        return {"failed": failed} if failed else {}
 
     def _measured(self, case: Case, tick: Callable[[], Any]) -> Row:
         calls, threshold = self.pair.calls(), self.arguments.threshold
         sets = [self.pair.times(calls, self.arguments.rounds, tick)]
-        found, waits = ([self._interval(x)] for x in (sets[0].ratios, sets[0].waits))
+        found, waits = ([interval(x, self.error)] for x in (sets[0].ratios, sets[0].waits))
         while len(sets) <= CONFIRMATIONS and (agreed(found, threshold) or agreed(waits, threshold) == 1):
             self.pair.__exit__()
             self.pair = Pair(self.base, ROOT)
-            failed = self.pair.build(case)
-            if failed:
-                return {"failed": failed}
+            if failed := self._built(case):
+                return failed
             sets.append(self.pair.times(calls, self.arguments.rounds))
-            found.append(self._interval(sets[-1].ratios))
-            waits.append(self._interval(sets[-1].waits))
+            found.append(interval(sets[-1].ratios, self.error))
+            waits.append(interval(sets[-1].waits, self.error))
         counts = uncounted = None
         if self.count and (self.arguments.instructions or agreed(found, threshold)):
             try:
@@ -236,9 +214,6 @@ class Comparison:
             "uncounted": uncounted,
             "verdict": verdict(found, waits, ratio, threshold),
         }
-
-    def _interval(self, ratios: Sequence[float]) -> Interval:
-        return interval(ratios, self.error)
 
 
 def line(row: Row) -> str:

@@ -45,16 +45,18 @@ class Case(NamedTuple):
 
 
 class Failure(Exception):
-    """A tree cannot do what was asked of it. `side`: which one, "base" or "current", where that is known."""
+    """A tree cannot do what was asked of it. `side`: which one, "base" or "current"."""
 
-    side: str | None = None
+    def __init__(self, side: str, what: str) -> None:
+        super().__init__(what)
+        self.side = side
 
 
 class Process:
-    """`bench/compare/worker.py` with the package of `tree`."""
+    """`bench/compare/worker.py` with the package of `tree`, which is `side` of a pair."""
 
-    def __init__(self, tree: Path) -> None:
-        self.tree = tree
+    def __init__(self, side: str, tree: Path) -> None:
+        self.side, self.tree = side, tree
         self._start()
 
     def _start(self) -> None:
@@ -75,23 +77,6 @@ class Process:
             text=True,
             start_new_session=True,
         )
-        self._greeting: Answer | None = None
-
-    def greeting(self) -> Answer:
-        """What it says when it has started.
-
-        Raises:
-            ValueError: it cannot start, or `tree` has no package.
-        """
-        if self._greeting is None:
-            try:
-                self._greeting = self._read()
-            except Failure as failure:
-                raise ValueError(f"{self.tree}: the process for this tree does not start: {failure}") from failure
-            package = Path(self._greeting["package"])
-            if self.tree.resolve() not in package.resolve().parents:
-                raise ValueError(f"{self.tree} has no package attnctl_fast of its own: {package} was imported")
-        return self._greeting
 
     def ask(self, do: str, **how: Any) -> Answer:
         """Its answer. If it has died, it is started anew to build a case; for all else it would have nothing to run.
@@ -99,35 +84,26 @@ class Process:
         Raises:
             Failure: what went wrong there, in one line.
         """
-        if self.process.poll() is not None:
-            if do != "build":
-                raise self._ended()
+        if do == "build" and self.process.poll() is not None:
             self.close()
             self._start()
-        self.greeting()
-        assert self.process.stdin is not None
-        try:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps({"do": do, **how}) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass
-        answer = self._read()
+        line = self.process.stdout.readline()
+        if not line:
+            raise Failure(self.side, self._ending())
+        answer = json.loads(line)
         if "failed" in answer:
-            raise Failure(answer["failed"])
+            raise Failure(self.side, answer["failed"])
         return answer
 
-    def _read(self) -> Answer:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if line:
-            return json.loads(line)
-        raise self._ended()
-
-    def _ended(self) -> Failure:
+    def _ending(self) -> str:
         self.process.wait()
         self._errors.seek(0)
         said = self._errors.read().strip().splitlines()
-        return Failure(f"it ended with status {self.process.returncode}: {said[-1][:200] if said else 'silently'}")
+        return f"it ended with status {self.process.returncode}: {said[-1][:200] if said else 'silently'}"
 
     def close(self) -> None:
         self.process.kill()
@@ -155,7 +131,7 @@ class Pair:
     """Both trees' processes."""
 
     def __init__(self, base: Path, current: Path) -> None:
-        self.sides = {"base": Process(base), "current": Process(current)}
+        self.sides = {"base": Process("base", base), "current": Process("current", current)}
 
     def __enter__(self) -> Pair:
         return self
@@ -167,23 +143,16 @@ class Pair:
     def build(self, case: Case) -> dict[str, str]:
         """Make `case` in both; which of them cannot, and why."""
         failed = {}
-        for side in self.sides:
+        for side, process in self.sides.items():
             try:
-                self._ask(side, "build", **case._asdict())
+                process.ask("build", **case._asdict())
             except Failure as failure:
                 failed[side] = str(failure)
         return failed
 
-    def _ask(self, side: str, do: str, **how: Any) -> Answer:
-        try:
-            return self.sides[side].ask(do, **how)
-        except Failure as failure:
-            failure.side = side
-            raise
-
     def calls(self) -> int:
         """How many calls fill a sample on the base."""
-        samples = [self._ask("base", "time", calls=1) for _ in range(3)]
+        samples = [self.sides["base"].ask("time", calls=1) for _ in range(3)]
         once = min(sample["seconds"] + sample["waited"] for sample in samples)
         return min(max(math.ceil(SAMPLE_SECONDS / max(once, 1e-9)), 1), MOST_CALLS)
 
@@ -197,7 +166,7 @@ class Pair:
         for order in turns(rounds):
             sums = {side: dict.fromkeys(("seconds", "wall", "waited"), 0.0) for side in self.sides}
             for side in order:
-                answer = self._ask(side, "time", calls=calls)
+                answer = self.sides[side].ask("time", calls=calls)
                 for name in sums[side]:
                     sums[side][name] += answer[name]
             base, current = sums["base"], sums["current"]
@@ -217,5 +186,5 @@ class Pair:
         """
         how = {"calls": min(calls, COUNTED_CALLS), **case._asdict()}
         with ThreadPoolExecutor() as pool:
-            answers = pool.map(lambda side: self._ask(side, "count", **how), self.sides)
+            answers = pool.map(lambda process: process.ask("count", **how), self.sides.values())
             return {side: answer["instructions"] for side, answer in zip(self.sides, answers, strict=True)}

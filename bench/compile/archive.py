@@ -59,10 +59,10 @@ def jobs(cases: Cases, gpu: GPUTarget, table: Table | None, errors: list[str]) -
 
 def compile_jobs(jobs: Iterable[Named], processes: int) -> list[str]:
     """Compile into Triton's cache, in parallel, what is not there, and its launchers. Returns the errors."""
-    missing = [named for named in jobs if not _is_cached(named.job.parts)]
+    missing = [named for named in jobs if not is_cached(named.job)]
     done = in_parallel([named.job.compile_only for named in missing], processes)
     errors = [f"{missing[i].name}: {error}" for i, error in done if error]
-    build_launchers([named.job.compile() for named in missing if _is_cached(named.job.parts)], processes)
+    build_launchers([named.job.compile() for named in missing if is_cached(named.job)], processes)
     return errors
 
 
@@ -132,8 +132,9 @@ def _place(parts: Parts) -> _Place:
     return _Place(source, found, get_cache_manager(found), source.name[:150])
 
 
-def _is_cached(parts: Parts) -> bool:
-    place = _place(parts)
+def is_cached(job: Job) -> bool:
+    """Return whether Triton has compiled a kernel, now or before."""
+    place = _place(job.parts)
     return bool(place.cache.get_group(f"{place.name}.json"))
 
 

@@ -29,9 +29,7 @@ SOME = (
     *("attention", "target_statistics", "merge_targets", "attention_with_context_gradient", "context_update"),
     *("composed_attention", "region_attention", "regulated_attention, gradients", "attention_with_maps, gradients"),
     *("maps_from_lse", "maps_from_lse, gradients", "normalized_guidance", "normalized_guidance_shared"),
-    *("grouped_attention", "grouped_attention, gradients"),
-    "entmax_attention",
-    *("grouped_attention", "grouped_attention, gradients"),
+    *("grouped_attention", "grouped_attention, gradients", "entmax_attention"),
 )
 MOST = (
     *("regulated_attention", "merge_targets", "attention_with_context_gradient", "context_update"),
@@ -39,9 +37,7 @@ MOST = (
     *("target_statistics, gradients", "regulated_attention, gradients", "attention_with_all_maps"),
     *("attention_with_maps, gradients", "attention_with_maps, query gradient of the maps"),
     *("attention_with_maps, query gradient", "maps_from_lse", "maps_from_lse, gradients", "normalized_guidance"),
-    *("grouped_attention", "grouped_attention, gradients"),
-    "entmax_attention",
-    *("grouped_attention", "grouped_attention, gradients"),
+    *("grouped_attention", "grouped_attention, gradients", "entmax_attention"),
 )
 KEYED = (
     *("attention", "target_statistics, more", "regulated_attention", "attention_with_context_gradient"),

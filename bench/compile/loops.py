@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
+
+import networkx
 
 # `/*0a40*/ @!P1 BRA P2, 0x730 ;`, and after the address what runs it, its name, its operands.
 _NVIDIA = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.M)
@@ -55,44 +56,9 @@ def amd(text: str) -> list[Instruction]:
 
 def largest(code: list[Instruction]) -> int:
     """The number of instructions in the largest loop, those of the loops in it counted once; 0 without a loop."""
-    return max(_loops(code), default=0)
-
-
-def _loops(code: list[Instruction]) -> Iterator[int]:
-    """The sizes of the strongly connected parts of the flow of control, by Tarjan's algorithm."""
-    order: dict[int, int] = {}
-    lowest: dict[int, int] = {}
-    open_: list[int] = []
-    waiting: set[int] = set()
-    stack: list[tuple[int, list[int]]] = [(0, _next(code, 0))] if code else []
-    while stack:
-        at, rest = stack[-1]
-        if at not in order:
-            order[at] = lowest[at] = len(order)
-            open_.append(at)
-            waiting.add(at)
-        if rest:
-            following = rest.pop()
-            if following not in order:
-                stack.append((following, _next(code, following)))
-            elif following in waiting:
-                lowest[at] = min(lowest[at], order[following])
-            continue
-        stack.pop()
-        if stack:
-            before = stack[-1][0]
-            lowest[before] = min(lowest[before], lowest[at])
-        if lowest[at] == order[at]:
-            size = 1
-            while (closed := open_.pop()) != at:
-                waiting.remove(closed)
-                size += 1
-            waiting.remove(at)
-            if size > 1:
-                yield size
-
-
-def _next(code: list[Instruction], at: int) -> list[int]:
-    instruction = code[at]
-    following = [at + 1] if instruction.continues and at + 1 < len(code) else []
-    return following if instruction.target is None else [*following, instruction.target]
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(range(len(code)))
+    graph.add_edges_from((at, at + 1) for at, x in enumerate(code[:-1]) if x.continues)
+    graph.add_edges_from((at, x.target) for at, x in enumerate(code) if x.target is not None)
+    run = graph.subgraph({0} | networkx.descendants(graph, 0)) if code else graph
+    return max((len(x) for x in networkx.strongly_connected_components(run) if len(x) > 1), default=0)

@@ -42,7 +42,6 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--cache", type=Path, default=FOLDER, metavar="DIR", help=HELP)
     made.add_argument("--target", choices=TARGETS, default="sm_90")
-    made.add_argument("--table", help="the kernels/configs/TABLE.json that the GPU has, without .json")
     made.add_argument("--processes", type=int, default=os.cpu_count())
     made.add_argument("--install", action="store_true", help="put what the folder holds into Triton's cache here")
     return made
@@ -62,8 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(*archive.install(folder, arguments.processes)._asdict().items())
         return 0
     folder.mkdir(parents=True, exist_ok=True)
-    table = _launch.read_table(arguments.table) if arguments.table else None
-    found, errors = jobs(TARGETS[arguments.target].gpu, table)
+    found, errors = jobs(TARGETS[arguments.target].gpu, None)
     print(f"{len(found)} kernels recorded, {time.monotonic() - start:.0f} s", flush=True)
     paths = {archive.path(folder, named.job): named for named in found}
     for stale in set(archive.files(folder)) - set(paths):

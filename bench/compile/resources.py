@@ -11,7 +11,7 @@ Every case runs the public operations on CPU tensors with kernels/_launch.py rec
 would launch: at the configurations of default.json for every target, at those of a <gpu>.json for that GPU's target.
 A figure is known by the hash of all that it depends on: the sources of the kernel and of what it calls, its
 specialisation, the configuration, the target, Triton's version. Only what neither the user's cache folder nor
-resources.json knows is compiled (`--fresh`: everything); so an unchanged tree costs seconds, a change what it touches.
+resources.json knows is compiled; so an unchanged tree costs seconds, a change what it touches.
 """
 
 from __future__ import annotations
@@ -74,13 +74,10 @@ def jobs(cases: Cases, targets: Sequence[str], only: str, errors: list[str]) -> 
 
 
 def measure(
-    todo: dict[Place, Job], known: dict[str, Resources] | None, processes: int, errors: list[str]
+    todo: dict[Place, Job], known: dict[str, Resources], processes: int, errors: list[str]
 ) -> tuple[Figures, int]:
-    """The figures of `todo`, in its order, and how many were compiled. `known`: the committed ones by key; None has
-    everything compiled."""
-    figures: dict[Place, Resources | None] = dict.fromkeys(todo)
-    if known is not None:
-        figures.update((place, known.get(job.key) or job.cached()) for place, job in todo.items())
+    """The figures of `todo`, in its order, and how many were compiled. `known`: the committed ones by key."""
+    figures = {place: known.get(job.key) or job.cached() for place, job in todo.items()}
     places = [place for place, found in figures.items() if found is None]
     for index, done in in_parallel([todo[place].measure for place in places], processes):
         if isinstance(done, Resources):
@@ -155,7 +152,6 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--check", action="store_true")
     made.add_argument("--update", action="store_true")
-    made.add_argument("--fresh", action="store_true", help="compile everything")
     made.add_argument("--only", default="", metavar="NAME")
     made.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     made.add_argument("--script", type=Path, metavar="FILE")
@@ -181,8 +177,7 @@ def run(arguments: argparse.Namespace) -> int:
     errors: list[str] = []
     todo = jobs(cases, arguments.targets, arguments.only, errors)
     version, committed = read_committed()
-    known = None if arguments.fresh else dict(committed.values())
-    figures, compiled = measure(todo, known, arguments.processes, errors)
+    figures, compiled = measure(todo, dict(committed.values()), arguments.processes, errors)
     if not arguments.check:
         print("\n".join(rows(figures)))
     errors += over_limits(figures)

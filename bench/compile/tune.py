@@ -29,7 +29,7 @@ import torch
 from attnctl_fast.kernels import _launch
 
 from attnctl_fast.cli.report import versions
-from bench.compile.archive import compile_jobs, jobs
+from bench.compile.archive import compile_jobs, is_cached, jobs
 from bench.gpu.contest import OURS
 from bench.harness.checkout import git_state
 from bench.harness.timing import Clock, Run, first_line
@@ -143,7 +143,7 @@ class Tuner:
         """Whether a configuration compiles, fits the GPU and gives the right results."""
         try:
             with _launch.forced({self.kernel: [{"use": config}]}):
-                return all(one.errors(run())[1] <= one.tolerance for one, run in self._comparisons)
+                return all(x.judge.errors(run())[1] <= x.judge.tolerance for x, run in self._comparisons)
         except Exception as error:
             print(f"  {config}: {first_line(error)}", flush=True)
             return False
@@ -154,13 +154,16 @@ class Tuner:
         found = self.clock.compare_graphs(runs)[0] if self.clock.on_gpu else self.clock.compare(runs)
         return [found[str(i)]["p50"] if str(i) in found else float("inf") for i in range(len(configs))]
 
-    def _compile(self, configs: Sequence[Config]) -> None:
-        """Compile in parallel what `configs` launch; what fails will say so when it is run."""
+    def _compiled(self, configs: Sequence[Config]) -> list[Config]:
+        """Compile in parallel what `configs` launch, and return those that compile: Triton fails at some, with its
+        whole program on the terminal, and again at every attempt."""
         from triton.runtime import driver
 
         gpu = driver.active.get_current_target()
-        errors: list[str] = []
-        compile_jobs(jobs([("", self._using(config)) for config in configs], gpu, None, errors), os.cpu_count() or 1)
+        launched = [jobs([("", self._using(config))], gpu, None, []) for config in configs]
+        every = {named.job.key: named for kernels in launched for named in kernels}
+        compile_jobs(every.values(), os.cpu_count() or 1)
+        return [x for x, kernels in zip(configs, launched, strict=True) if all(is_cached(k.job) for k in kernels)]
 
     def candidates(self) -> list[Config]:
         """List the default, then the default with one setting changed: the nearest value of every setting first."""
@@ -182,15 +185,15 @@ class Tuner:
         """Find the best configuration; with `most`, among so many candidates and few combinations of them."""
         tried = self.candidates()[:most]
         if self.clock.on_gpu:
-            self._compile(tried)
+            tried = [self.default, *(x for x in self._compiled(tried) if x != self.default)]
         times = dict(zip(range(len(tried)), self._times(tried), strict=True))
         gains = [index for index in sorted(times, key=lambda i: times[i]) if times[index] < times[0]]
         best = tried[gains[0]] if gains else self.default
         for index in gains[1 : None if most is None else TOGETHER]:
             change = {name: value for name, value in tried[index].items() if value != self.default[name]}
             together = within_registers({**best, **change})
-            if self.clock.on_gpu:
-                self._compile([together])
+            if self.clock.on_gpu and not self._compiled([together]):
+                continue
             now, then = self._times([together, best])
             best = together if now < then else best
         if best == self.default:

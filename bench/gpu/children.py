@@ -1,4 +1,5 @@
-"""What the child processes of `bench gpu` do: all that touches the GPU. `dry`: on a CPU, at tiny shapes."""
+"""What the child processes of `bench gpu` do: all that touches the GPU, or a CPU, at tiny shapes, where kernels are
+interpreted."""
 
 from __future__ import annotations
 
@@ -27,26 +28,22 @@ from bench.ops.layers import SMALL, TINY
 from bench.ops.registry import launch
 
 
-def _device(dry: bool) -> torch.device:
-    """Return the device to measure on.
+@functools.cache
+def _clock() -> Clock:
+    """Return the clock of the device to measure on.
 
     Raises:
-        RuntimeError: there is no GPU, or the kernels are interpreted.
+        RuntimeError: there is no GPU.
     """
-    if dry:
-        return torch.device("cpu")
-    if _launch.INTERPRETED or not torch.cuda.is_available():
-        raise RuntimeError("no GPU that PyTorch sees, or TRITON_INTERPRET is set; --dry-run runs on a CPU")
-    return torch.device("cuda", torch.cuda.current_device())
+    if _launch.INTERPRETED:
+        return Clock(torch.device("cpu"))
+    if not torch.cuda.is_available():
+        raise RuntimeError("no GPU that PyTorch sees; --dry-run runs on a CPU")
+    return Clock(torch.device("cuda", torch.cuda.current_device()))
 
 
-@functools.cache
-def _clock(dry: bool) -> Clock:
-    return Clock(_device(dry))
-
-
-def synchronise(dry: bool) -> None:
-    if not dry and torch.cuda.is_initialized():
+def synchronise() -> None:
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
@@ -56,13 +53,14 @@ def _target() -> GPUTarget:
     return driver.active.get_current_target()
 
 
-def describe(dry: bool, write: Write) -> None:
+def describe(write: Write) -> None:
     """Write which GPU there is, and how fast it copies."""
-    clock, device = _clock(dry), _device(dry)
+    clock = _clock()
+    device = clock.device
     row: Row = {"kind": "device", "about": tune.about(device), "versions": versions()}
     row["gpu"] = row["about"]["gpu"]
     row["copy_gb_per_s"] = clock.copy_bandwidth() / 1e9
-    if not dry:
+    if clock.on_gpu:
         properties = torch.cuda.get_device_properties(device)
         row |= {"memory_gb": properties.total_memory / 1e9, "multiprocessors": properties.multi_processor_count}
         row |= {"cuda": torch.version.cuda, "target": dataclasses.astuple(_target())}
@@ -76,22 +74,23 @@ def check(this: Check, write: Write) -> None:
 
 
 @torch.no_grad()
-def measure(dry: bool, task: Task, bandwidth: float, write: Write) -> None:
-    for row in contest.measure(task, _clock(dry), bandwidth):
+def measure(task: Task, bandwidth: float, write: Write) -> None:
+    for row in contest.measure(task, _clock(), bandwidth):
         write(row)
 
 
 @torch.no_grad()
-def tune_kernel(dry: bool, kernel: str, write: Write) -> None:
+def tune_kernel(kernel: str, write: Write) -> None:
     known: list[tune.Found] = []
-    dtype, most = (torch.float32, 2) if dry else (torch.float16, tune.CANDIDATES)
-    for layer in (TINY,) if dry else tune.FIRST[kernel]:
+    clock = _clock()
+    dtype, most = (torch.float16, tune.CANDIDATES) if clock.on_gpu else (torch.float32, 2)
+    for layer in tune.FIRST[kernel] if clock.on_gpu else (TINY,):
         row = {"kind": "tuned", "kernel": kernel, "model": layer.model, "shape": layer.sizes}
         try:
-            found = tune.tune_at(_clock(dry), kernel, layer, dtype, known, most)
+            found = tune.tune_at(clock, kernel, layer, dtype, known, most)
         except Exception as error:
             write({**row, "failed": first_line(error)})
-            synchronise(dry)
+            synchronise()
             continue
         if found is not None:
             known.append(found)
@@ -108,7 +107,7 @@ def install(folder: Path, write: Write) -> None:
 def prove(write: Write) -> None:
     """Launch the first kernels of the run, and write which of them Triton had to compile."""
     start = time.perf_counter()
-    launch("regulated_layer", SMALL, torch.float16, _device(False))
+    launch("regulated_layer", SMALL, torch.float16, _clock().device)
     torch.cuda.synchronize()
     write({"kind": "cache", "compiled": list(stages.COMPILED), "seconds": time.perf_counter() - start})
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from attnctl_fast.kernels import _launch
 
+from bench.harness.rows import Row
 from bench.harness.timing import Clock, Run, first_line
 from bench.ops import rivals
-from bench.ops.base import Comparison
+from bench.ops.base import Comparison, row_of
 from bench.ops.layers import LARGE, LAYERS, SMALL, Layer
 from bench.ops.registry import comparison
 
-Record = dict[str, Any]
 # The kernels, on a GPU or interpreted.
 OURS = "triton"
 
@@ -30,25 +29,16 @@ class Task(NamedTuple):
     compiled: bool = False
 
     @property
-    def row(self) -> Record:
-        return {
-            "kind": "time",
-            "op": self.operation,
-            "model": self.layer.model,
-            "shape": self.layer.sizes,
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
+    def row(self) -> Row:
+        return {"kind": "time", **row_of(self.operation, self.layer, self.dtype)}
 
 
 def comparison_of(task: Task, clock: Clock) -> Comparison:
-    compile: rivals.Compile = rivals.uncompiled
-    if task.compiled and clock.on_gpu:
-        torch.compiler.reset()
-        compile = partial(torch.compile, dynamic=False)
+    compile = rivals.compiler(task.compiled and clock.on_gpu)
     return comparison(task.operation, task.layer, task.dtype, clock.device, compile)
 
 
-def measure(task: Task, clock: Clock, bandwidth: float) -> list[Record]:
+def measure(task: Task, clock: Clock, bandwidth: float) -> list[Row]:
     """Check every contender's result, then time those that are right, in turns. bandwidth: bytes per second of a copy.
 
     Returns:
@@ -59,14 +49,11 @@ def measure(task: Task, clock: Clock, bandwidth: float) -> list[Record]:
     if task.compiled and len(contenders) == 1:
         return []
     runs: dict[str, Run] = {}
-    found: dict[str, Record] = {}
-    for name, contender in contenders.items():
+    found: dict[str, Row] = {}
+    for name in contenders:
         record = found[name] = {**task.row, "impl": name}
         try:
-            run = contender.build()
-            if contender.checked:
-                record["max_error"], record["relative_error"] = this.errors(run())
-                this.judge(record["relative_error"])
+            run = this.right(name, record)
             record["peak_mb"] = clock.peak_megabytes(run)
             if name == OURS:
                 record["launches"] = launches(run)
@@ -86,7 +73,7 @@ def _still_answers(clock: Clock, name: str, error: Exception) -> None:
         raise RuntimeError(f"{name} broke the GPU's context: {first_line(error)}") from error
 
 
-def _time(this: Comparison, runs: dict[str, Run], found: dict[str, Record], clock: Clock, bandwidth: float) -> None:
+def _time(this: Comparison, runs: dict[str, Run], found: dict[str, Row], clock: Clock, bandwidth: float) -> None:
     graphs, uncaptured = clock.compare_graphs(runs)
     cold = clock.compare_cold(runs)
     for name, times in clock.compare(runs).items():
@@ -101,14 +88,14 @@ def _time(this: Comparison, runs: dict[str, Run], found: dict[str, Record], cloc
         record["bandwidth_share"] = this.moved / (1e-6 * once) / bandwidth
 
 
-def launches(run: Run) -> list[Record]:
+def launches(run: Run) -> list[Row]:
     """Kernel, grid and configuration of every launch."""
     with _launch.recording() as recorded:
         run()
     return [{"kernel": x.kernel.__name__, "grid": list(x.grid), "config": x.config} for x in recorded]
 
 
-def line(record: Record) -> str:
+def line(record: Row) -> str:
     """A row of a comparison as one line of text."""
     where = (
         f"{record['op']:38} {record['model']:9} {record['shape']:33} {record['dtype']:9} {record.get('impl', ''):22}"
@@ -125,16 +112,16 @@ def line(record: Record) -> str:
     )
 
 
-def best(record: Record) -> float:
+def best(record: Row) -> float:
     """Microseconds, in a CUDA graph where that is faster."""
     return min(record["p50"], record["graph"]["p50"]) if record["graph"] else record["p50"]
 
 
-def aims(records: Sequence[Record]) -> Iterator[str]:
+def aims(records: Sequence[Row]) -> Iterator[str]:
     """How the aims (README: what the kernels are to reach on an H200) were met, as far as they were measured."""
     timed = [r for r in records if "p50" in r and r["dtype"] == "float16"]
 
-    def at(op: str, layer: Layer) -> dict[str, Record]:
+    def at(op: str, layer: Layer) -> dict[str, Row]:
         return {r["impl"]: r for r in timed if (r["op"], r["model"], r["shape"]) == (op, layer.model, layer.sizes)}
 
     def verdict(met: bool) -> str:

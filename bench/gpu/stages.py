@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.harness.rows import Row
 from bench.harness.timing import first_line
 
-Row = dict[str, Any]
 Write = Callable[[Row], None]
 # What a child sends: a row, that an item is done (and how many kernels it compiled), or that it also broke the context.
 ROW, DONE, BROKEN = "row", "done", "broken"

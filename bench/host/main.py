@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.benchmark import Timer
 
 from bench.harness.checkout import RESULTS
 from bench.harness.rows import Log, Row, stamp
 from bench.harness.timing import Run, first_line
 from bench.host.driver import launches, launching_nothing
 from bench.ops.layers import TINY, Layer
-from bench.ops.registry import OPERATIONS, timed
+from bench.ops.registry import named, timed
 
 LAYER = Layer("small", 2, (8, 8), 40)
 # Calls of a sample, and samples.
@@ -50,9 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: no such operation, fewer than two samples, or kernels cannot be launched into nothing here.
         OSError: the results file cannot be written, or there is no C compiler.
     """
-    names = [name for name in OPERATIONS if arguments.only in name]
-    if not names:
-        raise ValueError(f"--only {arguments.only!r} is in the name of no operation; there are {', '.join(OPERATIONS)}")
+    names = named(arguments.only)
     if arguments.samples < 2:
         raise ValueError(f"--samples is {arguments.samples}; take at least 2")
     torch.set_num_threads(1)
@@ -87,15 +86,9 @@ def _rows(names: list[str], samples: int) -> Iterator[Row]:
 
 
 def microseconds(call: Run, samples: int) -> Row:
-    """Thread time per call: median and quartiles of the samples."""
-    for _ in range(CALLS):
-        call()
-    taken = []
-    for _ in range(samples):
-        start = time.thread_time_ns()
-        for _ in range(CALLS):
-            call()
-        taken.append((time.thread_time_ns() - start) / (1e3 * CALLS))
+    """Thread time per call: median and quartiles of the samples, after a first one."""
+    timer = Timer("call()", globals={"call": call}, timer=time.thread_time)
+    taken = [1e6 * timer.timeit(CALLS).mean for _ in range(1 + samples)][1:]
     q1, median, q3 = statistics.quantiles(taken, n=4, method="inclusive")
     return {"median": median, "q1": q1, "q3": q3, "samples": samples}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from attnctl_fast import ops
 from bench.official import repository
 from bench.official.repository import SEED, Adapter, Clone, Comparison, Results, attention_layer, projected
-from bench.pictures.projections import keys_values, queries
+from bench.pictures.attention_layers import keys_values, queries
 
 REPOSITORY = "Energy-Based-CrossAttention"
 MARKER = "modules/models/energy_attention.py"
@@ -19,17 +20,9 @@ GAMMAS: dict[str, Any] = {"gamma_attn": 0.01, "gamma_norm": 0.02}
 ALPHA = 0.4
 
 
-def update(clone: Clone, device: torch.device) -> Comparison:
-    """A layer's output and the increment of its context, from its inputs."""
-    return _layer(clone, device, edited=False)
-
-
-def composition(clone: Clone, device: torch.device) -> Comparison:
-    """The same with one editorial context, which is moved as well."""
-    return _layer(clone, device, edited=True)
-
-
-def _layer(clone: Clone, device: torch.device, edited: bool) -> Comparison:
+def layer(clone: Clone, device: torch.device, edited: bool) -> Comparison:
+    """A layer's output and the increment of its context, from its inputs; with one editorial context, which is moved as
+    well, if `edited`."""
     processor = clone.load(MODULE).EnergyCrossAttnProcessor()
     attn, image, text = attention_layer(device)
     generator = torch.Generator().manual_seed(SEED + 1)
@@ -53,7 +46,7 @@ def _layer(clone: Clone, device: torch.device, edited: bool) -> Comparison:
         return out, ops.context_update(pull, k, attn.to_k, **GAMMAS)
 
     def ours() -> Results:
-        q = queries(attn, image, None)
+        q = queries(attn, image)
         out, moved = attended(q, text)
         if not edited:
             return projected(attn, out), moved
@@ -61,10 +54,10 @@ def _layer(clone: Clone, device: torch.device, edited: bool) -> Comparison:
         out = (out + ALPHA * other) / (1 + ALPHA)
         return projected(attn, out), moved, edit_moved
 
-    return Comparison(f"{repository.LAYER.shape}, B 2", theirs, ours, 1e-3)
+    return Comparison(repository.LAYER.sizes, theirs, ours, 1e-3)
 
 
 ADAPTERS = (
-    Adapter("EnergyCrossAttnProcessor.__call__", "layer of EnergyContext", update),
-    Adapter("EnergyCrossAttnProcessor.__call__ with an edit", "layer of Composition", composition),
+    Adapter("EnergyCrossAttnProcessor.__call__", "layer of EnergyContext", partial(layer, edited=False)),
+    Adapter("EnergyCrossAttnProcessor.__call__ with an edit", "layer of Composition", partial(layer, edited=True)),
 )

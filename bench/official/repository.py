@@ -10,32 +10,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from bench.pictures.projections import heads_to_channels
+from bench.ops.layers import Layer
+from bench.pictures.attention_layers import heads_to_channels
 
 Results = tuple[Tensor, ...]
 SEED = 0
-TOKENS = 77
 
 
-class Layer(NamedTuple):
-    """A cross-attention layer: heads, their width, cells along either side of its grid, width of the text."""
-
-    heads: int
-    head_width: int
-    side: int
-    text_width: int
-
-    @property
-    def shape(self) -> str:
-        return f"H {self.heads}, M {self.side**2}, N {TOKENS}, d {self.head_width}"
-
-
-# That of Stable Diffusion 1.5 at 512 px which all three repositories read or edit.
-LAYER = Layer(8, 160, 16, 768)
+# That of Stable Diffusion 1.5 at 512 px which all three repositories read or edit, for a guidance batch.
+LAYER, TEXT_WIDTH = Layer("SD 1.5", 8, (16, 16), 160, batch=2), 768
 
 
 class Clone(NamedTuple):
@@ -103,36 +91,33 @@ def _importing(root: Path, unused: tuple[str, ...]) -> Iterator[None]:
     own = {path.stem for path in root.iterdir() if path.is_dir() or path.suffix == ".py"}
     own |= {name for name in unused if name not in sys.modules and importlib.util.find_spec(name) is None}
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in own}
-    path, bytecode = list(sys.path), sys.dont_write_bytecode
-    sys.path.insert(0, str(root.resolve()))
-    sys.dont_write_bytecode = True
-    sys.modules.update({name: _Empty(name) for name in unused if name in own})
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        for name in [name for name in sys.modules if name.partition(".")[0] in own]:
-            del sys.modules[name]
-        sys.modules.update(hidden)
-        sys.path[:] = path
-        sys.dont_write_bytecode = bytecode
+    ahead = [str(root.resolve()), *sys.path]
+    with mock.patch.object(sys, "path", ahead), mock.patch.object(sys, "dont_write_bytecode", True):
+        sys.modules.update({name: _Empty(name) for name in unused if name in own})
+        importlib.invalidate_caches()
+        try:
+            yield
+        finally:
+            for name in [name for name in sys.modules if name.partition(".")[0] in own]:
+                del sys.modules[name]
+            sys.modules.update(hidden)
 
 
 def attention_layer(device: torch.device) -> tuple[Any, Tensor, Tensor]:
-    """diffusers' cross-attention of `LAYER` with random weights, and its inputs of a guidance batch: image tokens
-    [2,M,C] and text [2,77,C_text]."""
+    """diffusers' cross-attention of `LAYER` with random weights, and its inputs: image tokens [2,M,C] and text
+    [2,77,C_text]."""
     from diffusers.models.attention_processor import Attention
 
     generator = torch.Generator().manual_seed(SEED)
-    heads, width, side, text_width = LAYER
+    heads, width = LAYER.heads, LAYER.width
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        attn = Attention(heads * width, text_width, heads=heads, dim_head=width).eval().requires_grad_(False)
+        attn = Attention(heads * width, TEXT_WIDTH, heads=heads, dim_head=width).eval().requires_grad_(False)
     for projection in (attn.to_q, attn.to_k):
         # Logits with a standard deviation of about 2, so that the maps are not flat.
         projection.weight.mul_(6**0.5)
-    image = torch.randn(2, side**2, heads * width, generator=generator)
-    text = torch.randn(2, TOKENS, text_width, generator=generator)
+    image = torch.randn(2, LAYER.image_tokens, heads * width, generator=generator)
+    text = torch.randn(2, LAYER.tokens, TEXT_WIDTH, generator=generator)
     return attn.to(device), image.to(device), text.to(device)
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from attnctl_fast import ops
 from attnctl_fast.attach.text_attention import _probabilities
 from bench.official import repository
-from bench.official.repository import SEED, TOKENS, Adapter, Clone, Comparison, Results, attention_layer, projected
-from bench.pictures.projections import keys_values, queries
+from bench.official.repository import SEED, Adapter, Clone, Comparison, Results, attention_layer, projected
+from bench.pictures.attention_layers import keys_values, queries
 
 REPOSITORY = "T-SAM"
 MARKER = "models/sd1_5/clip_sdpa_attention_x.py"
 PIPELINE = "models.sd1_5.pipeline_stable_diffusion_x_2"
-WORDS = 8
+WORDS, TOKENS = 8, repository.LAYER.tokens
 # Of CLIP's ViT-L/14 text encoder.
 TEXT_ENCODER = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 1}
 
@@ -26,9 +26,9 @@ TEXT_ENCODER = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_he
 def loss(clone: Clone, device: torch.device, method: str, variant: str) -> Comparison:
     """A loss and its gradient by the maps of all tokens, [16,16,77] as the released code keeps them."""
     compute = getattr(clone.load(PIPELINE, ("pytorch_metric_learning",)).StableDiffusionPipelineX_2, method)
-    side = repository.LAYER.side
+    grid = repository.LAYER.grid
     generator = torch.Generator().manual_seed(SEED)
-    maps = torch.randn(side, side, TOKENS, generator=generator).softmax(-1).to(device)
+    maps = torch.randn(*grid, TOKENS, generator=generator).softmax(-1).to(device)
     text = torch.rand(WORDS, WORDS, generator=generator).tril()
     text = (text / text.sum(-1, keepdim=True)).to(device)
     config = SimpleNamespace(
@@ -52,10 +52,10 @@ def loss(clone: Clone, device: torch.device, method: str, variant: str) -> Compa
     def ours() -> Results:
         leaf = maps.detach().requires_grad_()
         words = leaf[..., 1 : 1 + WORDS].flatten(0, 1).mT[None]
-        (value,) = ops.similarity_loss(words, text, (side, side), variant=variant)
+        (value,) = ops.similarity_loss(words, text, grid, variant=variant)
         return value, torch.autograd.grad(value, leaf)[0]
 
-    return Comparison(f"n {WORDS}, M {side**2}", theirs, ours, 1e-3)
+    return Comparison(f"n{WORDS} M{grid[0] * grid[1]}", theirs, ours, 1e-3)
 
 
 def maps(clone: Clone, device: torch.device) -> Comparison:
@@ -63,9 +63,10 @@ def maps(clone: Clone, device: torch.device) -> Comparison:
     processor = clone.load("models.processors").AttnProcessorX_2()
     attn, image, text = attention_layer(device)
     image, text = image[1:], text[1:]
-    side = repository.LAYER.side
     generator = torch.Generator().manual_seed(SEED)
-    grads = [torch.randn(1, n, m, generator=generator).to(device) for n, m in (image.shape[1:], (TOKENS, side**2))]
+    grads = [
+        torch.randn(1, n, m, generator=generator).to(device) for n, m in (image.shape[1:], (TOKENS, image.shape[1]))
+    ]
 
     def pulled(out: Tensor, maps: Tensor, leaf: Tensor) -> Results:
         return out, maps, torch.autograd.grad((out, maps), leaf, grads)[0]
@@ -80,11 +81,11 @@ def maps(clone: Clone, device: torch.device) -> Comparison:
     def ours() -> Results:
         leaf = image.detach().requires_grad_()
         out, found = ops.attention_with_maps(
-            queries(attn, leaf, None), *keys_values(attn, text), token_ids=None, scale=attn.scale
+            queries(attn, leaf), *keys_values(attn, text), token_ids=None, scale=attn.scale
         )
         return pulled(projected(attn, out), found, leaf)
 
-    return Comparison(repository.LAYER.shape, theirs, ours, 1e-3)
+    return Comparison(repository.LAYER._replace(batch=1).sizes, theirs, ours, 1e-3)
 
 
 def text_attention(clone: Clone, device: torch.device) -> Comparison:
@@ -114,7 +115,7 @@ def text_attention(clone: Clone, device: torch.device) -> Comparison:
         found = _probabilities(own, hidden)
         return own(hidden, attention_mask=mask)[0], found
 
-    shape = f"H {config.num_attention_heads}, N {TOKENS}, d {config.hidden_size // config.num_attention_heads}"
+    shape = f"H{config.num_attention_heads} N{TOKENS} d{config.hidden_size // config.num_attention_heads}"
     return Comparison(shape, theirs, ours, 1e-4)
 
 

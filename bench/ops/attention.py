@@ -8,7 +8,7 @@ from typing import Any
 from attnctl_fast import ops
 from bench.harness.timing import Run
 from bench.ops import rivals
-from bench.ops.base import Operation, Rival, Timing, plain, products
+from bench.ops.base import Operation, Rival, Timing, ours, plain, products
 from bench.ops.inputs import Case, Tensors, qkv
 
 QKV = ("q", "k", "v")
@@ -53,7 +53,12 @@ def _in_memory(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Riv
     def published(t: Tensors) -> Run:
         return partial(rivals.published_region_attention, *qkv(t), t["row_regions"], t["column_regions"], t["share"])
 
-    return {"published": Rival(published), "plain attention": plain(case)}
+    def flex(t: Tensors) -> Run:
+        return partial(rivals.flex_regions(compile, *(t[name] for name in REGIONS)), *qkv(t))
+
+    found = {"published": Rival(published), "plain attention": plain(case)}
+    # Of a CPU's FlexAttention nothing is to be learnt; the interpreter's runs show that this one is right.
+    return found | ({"FlexAttention": Rival(flex, compiles=True)} if ours(case.device) == "triton" else {})
 
 
 def _masked(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,13 +39,30 @@ class Rival(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """How results are judged that no truth can be compared with in whole: what is taken from one, what that must be, to
-    which share of the norm, and what raises ValueError where the rest is wrong."""
+    """How results are judged: what is taken from one, what that must be in float64, to which share of the norm, and
+    what raises ValueError where the rest, which no truth can be compared with, is wrong."""
 
     seen: Callable[[Any], tuple[Tensor, ...]]
     truth: tuple[Tensor, ...]
     tolerance: float
-    check: Callable[[Any], None]
+    check: Callable[[Any], None] = lambda result: None
+
+    def errors(self, result: Any) -> tuple[float, float]:
+        """The largest error and the largest relative error of a norm against `truth`; NaN where there is one.
+
+        Raises:
+            ValueError: `check` says that the result is wrong.
+        """
+        self.check(result)
+        pairs = list(zip(self.seen(result), self.truth, strict=True))
+        largest = torch.stack([(x.double() - y).abs().amax() for x, y in pairs]).amax()
+        relative = torch.stack([(x.double() - y).norm() / y.norm() for x, y in pairs]).amax()
+        return float(largest), float(relative)
+
+    def require(self, relative: float) -> None:
+        """Raise ValueError unless a relative error is within the tolerance."""
+        if not relative <= self.tolerance:
+            raise ValueError(f"off by {relative:.2g} of the norm, allowed {self.tolerance:.2g}")
 
 
 def no_rivals(case: Case, t: Tensors, compile: rivals.Compile) -> dict[str, Rival]:
@@ -134,38 +151,27 @@ def trained(operation: Operation, t: Tensors, leaves: Sequence[str], grads: Tens
 
 @dataclass(frozen=True)
 class Comparison:
-    """One operation at one shape. `seen` takes from a result what must equal `truth`, which is of float64. `check`
-    raises ValueError where what `truth` cannot say of a result is wrong. `moved`: the bytes of inputs and outputs, each
-    once; `flops`: as of its `Timing`."""
+    """One operation at one shape. `moved`: the bytes of inputs and outputs, each once; `flops`: as of its `Timing`."""
 
-    op: str
-    layer: Layer
-    dtype: torch.dtype
     contenders: dict[str, Contender]
-    truth: tuple[Tensor, ...]
-    tolerance: float
+    judge: Judge
     moved: int
     flops: int
-    seen: Callable[[Any], tuple[Tensor, ...]]
-    check: Callable[[Any], None] | None = None
 
-    def errors(self, result: Any) -> tuple[float, float]:
-        """The largest error and the largest relative error of a norm against `truth`; NaN where there is one.
+    def right(self, name: str, row: dict[str, Any]) -> Run:
+        """Build a contender and run it once. Its errors are in `row`, also where they are too large.
 
         Raises:
-            ValueError: `check` says that the result is wrong.
+            ValueError: its result is wrong.
+            Exception: whatever it raises.
         """
-        if self.check is not None:
-            self.check(result)
-        pairs = list(zip(self.seen(result), self.truth, strict=True))
-        largest = torch.stack([(x.double() - y).abs().amax() for x, y in pairs]).amax()
-        relative = torch.stack([(x.double() - y).norm() / y.norm() for x, y in pairs]).amax()
-        return float(largest), float(relative)
-
-    def judge(self, relative: float) -> None:
-        """Raise ValueError unless a relative error is within the tolerance."""
-        if not relative <= self.tolerance:
-            raise ValueError(f"off by {relative:.2g} of the norm, allowed {self.tolerance:.2g}")
+        contender = self.contenders[name]
+        run = contender.build()
+        result = run()
+        if contender.checked:
+            row["max_error"], row["relative_error"] = self.judge.errors(result)
+            self.judge.require(row["relative_error"])
+        return run
 
 
 class Timed(NamedTuple):
@@ -176,19 +182,6 @@ class Timed(NamedTuple):
     case: Case
     tensors: Tensors
     compile: rivals.Compile
-
-    @classmethod
-    def at(
-        cls,
-        operation: Operation,
-        timing: Timing,
-        layer: Layer,
-        dtype: torch.dtype,
-        device: torch.device,
-        compile: rivals.Compile,
-    ) -> Timed:
-        case = replace(case_of(layer, dtype, device), **timing.options)
-        return cls(operation, timing, case, case.tensors((*operation.inputs, *timing.also)), compile)
 
     def _wanted(self, outputs: Tensors) -> Tensors:
         names = self.timing.outputs
@@ -209,7 +202,7 @@ class Timed(NamedTuple):
     def _bind(self, impl: str) -> Callable[[Tensors], Run]:
         return lambda t: self.operation.bind(self.case, t, impl)
 
-    def comparison(self, name: str, layer: Layer, dtype: torch.dtype) -> Comparison:
+    def comparison(self) -> Comparison:
         case, t, timing = self.case, self.tensors, self.timing
         outputs = self._wanted(self.operation.run(case, "eager", t))
         grads = upstream(outputs) if timing.leaves else {}
@@ -218,17 +211,23 @@ class Timed(NamedTuple):
             contenders[rival] = Contender(partial(self.form, bind, t, grads), checked, compiles)
         moved = size(*(t[x] for x in self.operation.inputs if x in t and x not in EDIT), *outputs.values())
         moved += size(*grads.values(), *(t[x] for x in timing.leaves)) - timing.unread(case)
-        flops = timing.flops(case)
         if timing.judge is not None:
-            seen, truth, tolerance, check = timing.judge(case, t)
-            return Comparison(name, layer, dtype, contenders, truth, tolerance, moved, flops, seen, check)
-        exact = {x: y.double() for x, y in grads.items()}
-        found = self.form(self._bind("reference"), wide(t), exact)()
-        seen = tuple if timing.leaves else self._seen
-        return Comparison(name, layer, dtype, contenders, seen(found), TOLERANCES[case.dtype], moved, flops, seen)
+            judge = timing.judge(case, t)
+        else:
+            exact = {x: y.double() for x, y in grads.items()}
+            found = self.form(self._bind("reference"), wide(t), exact)()
+            seen = tuple if timing.leaves else self._seen
+            judge = Judge(seen, seen(found), TOLERANCES[case.dtype])
+        return Comparison(contenders, judge, moved, timing.flops(case))
 
     def _seen(self, results: Any) -> tuple[Tensor, ...]:
         return tuple(self._wanted(self.operation.named(results)).values())
+
+
+def row_of(op: str, layer: Layer, dtype: torch.dtype | str) -> dict[str, Any]:
+    """What a row of an operation on a layer starts with."""
+    short = str(dtype).removeprefix("torch.")
+    return {"op": op, "model": layer.model, "shape": layer.sizes, "dtype": short}
 
 
 def case_of(layer: Layer, dtype: torch.dtype, device: torch.device) -> Case:

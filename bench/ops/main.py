@@ -14,7 +14,6 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -28,9 +27,9 @@ from bench.harness.cpu import Effort, compare
 from bench.harness.rows import Log, Row, stamp
 from bench.harness.timing import Clock, Run, first_line
 from bench.ops import rivals
-from bench.ops.base import ours
+from bench.ops.base import ours, row_of
 from bench.ops.layers import JOINT, LARGE, LAYERS, REGULATED, SMALL, Layer
-from bench.ops.registry import OPERATIONS, comparison
+from bench.ops.registry import OPERATIONS, comparison, named
 
 # What a call of an operation may cost beyond a product written down: checks of its arguments, in milliseconds.
 CALL = 0.02
@@ -164,9 +163,10 @@ def cases(only: str, shapes: str) -> list[Case]:
     if not found:
         models = ", ".join(dict.fromkeys(layer.model for layer in REGULATED))
         raise ValueError(f"--shapes {shapes!r} is none of {', '.join(SHAPES)} and no part of a model: {models}")
-    found = [case for case in found if only in case.operation]
+    names = named(only)
+    found = [case for case in found if case.operation in names]
     if not found:
-        raise ValueError(f"--only {only!r} is in the name of no operation; there are {', '.join(OPERATIONS)}")
+        raise ValueError(f"--shapes {shapes!r} has no layer for {', '.join(names)}; leave it out, or name other shapes")
     return found
 
 
@@ -182,18 +182,9 @@ def _on_gpu(arguments: argparse.Namespace) -> int:
 
 def measure(case: Case, dtype: torch.dtype, effort: Effort, compiled: bool = False) -> list[Row]:
     """A row for every form of a case: its times, or why there are none. `compiled`: with those of torch.compile."""
-    base: Row = {
-        "op": case.operation,
-        "model": case.layer.model,
-        "shape": case.layer.sizes,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    compile: rivals.Compile = rivals.uncompiled
-    if compiled:
-        torch.compiler.reset()
-        compile = partial(torch.compile, dynamic=False)
+    base = row_of(case.operation, case.layer, dtype)
     try:
-        this = comparison(case.operation, case.layer, dtype, torch.device("cpu"), compile)
+        this = comparison(case.operation, case.layer, dtype, torch.device("cpu"), rivals.compiler(compiled))
     except Exception as error:
         return [{**base, "impl": None, "failed": first_line(error)}]
     runs: dict[str, Run] = {}
@@ -203,12 +194,7 @@ def measure(case: Case, dtype: torch.dtype, effort: Effort, compiled: bool = Fal
             continue
         row = found[name] = {**base, "impl": name, "bytes": this.moved, "flops": this.flops}
         try:
-            form = contender.build()
-            result = form()
-            if contender.checked:
-                row["relative_error"] = this.errors(result)[1]
-                this.judge(row["relative_error"])
-            runs[name] = form
+            runs[name] = this.right(name, row)
         except Exception as error:
             row["failed"] = first_line(error)
     for name, times in compare(runs, effort).items():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from bench.ops import attention, biased, context, joint, maps, regulation, rivals
-from bench.ops.base import Comparison, Operation, Timed, Timing
+from bench.ops.base import Comparison, Operation, Timed, Timing, case_of
 from bench.ops.layers import Layer
 
 DECLARED: dict[str, Operation] = {
@@ -30,18 +32,32 @@ OPERATIONS: dict[str, tuple[Operation, Timing]] = {
 }
 
 
+def named(part: str) -> list[str]:
+    """The names of `OPERATIONS` that contain what `--only` says.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [name for name in OPERATIONS if part in name]
+    if not found:
+        raise ValueError(f"--only {part!r} is in the name of no operation; there are {', '.join(OPERATIONS)}")
+    return found
+
+
 def timed(
     name: str, layer: Layer, dtype: torch.dtype, device: torch.device, compile: rivals.Compile = rivals.uncompiled
 ) -> Timed:
     """Put a timing of `OPERATIONS` on random inputs. compile: torch.compile, or what stands for it."""
-    return Timed.at(*OPERATIONS[name], layer, dtype, device, compile)
+    operation, timing = OPERATIONS[name]
+    case = replace(case_of(layer, dtype, device), **timing.options)
+    return Timed(operation, timing, case, case.tensors((*operation.inputs, *timing.also)), compile)
 
 
 def comparison(
     name: str, layer: Layer, dtype: torch.dtype, device: torch.device, compile: rivals.Compile = rivals.uncompiled
 ) -> Comparison:
     """Compare the forms of a timing of `OPERATIONS` on random inputs."""
-    return timed(name, layer, dtype, device, compile).comparison(name, layer, dtype)
+    return timed(name, layer, dtype, device, compile).comparison()
 
 
 def launch(name: str, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:

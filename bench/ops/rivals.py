@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,14 @@ def backends(device: torch.device) -> tuple[str, ...]:
 def uncompiled(function: Any) -> Any:
     """Stands for torch.compile where nothing is compiled."""
     return function
+
+
+def compiler(wanted: bool) -> Compile:
+    """torch.compile that remembers nothing, if `wanted`, else `uncompiled`."""
+    if not wanted:
+        return uncompiled
+    torch.compiler.reset()
+    return partial(torch.compile, dynamic=False)
 
 
 def axes(grid: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,6 +120,25 @@ def published_region_attention(
     logits += shared * share * (high - logits)
     logits -= ~shared * share * (logits - low)
     return logits.softmax(-1) @ v
+
+
+def flex_regions(
+    compile: Compile, row_regions: Tensor, column_regions: Tensor, weight: Tensor
+) -> Callable[..., Tensor]:
+    """FlexAttention whose score function pulls to the rows' extremes, as a function of (q, k, v). The extremes are
+    those of logits in memory: it cannot return a minimum, and a maximum only on a GPU."""
+    attend, extremes = compile(flex_attention), compile(lambda q, k: torch.aminmax(q @ k.mT, dim=-1))
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        low, high = (q.shape[-1] ** -0.5 * x.float() for x in extremes(q, k))
+
+        def score(logit: Tensor, b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
+            shared = (row_regions[b, m] & column_regions[b, n]) != 0
+            return logit + weight[b, m] * (torch.where(shared, high[b, h, m], low[b, h, m]) - logit)
+
+        return attend(q, k, v, score_mod=score)
+
+    return run
 
 
 def seen_by_groups(row_groups: Tensor, column_groups: Tensor, allowed: Tensor) -> Tensor:

@@ -28,22 +28,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
-# Transformers, by their classes in diffusers.
-TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sd3.5 medium": (
-        "SD3Transformer2DModel",
-        {
-            "sample_size": 128,
-            "num_layers": 24,
-            "num_attention_heads": 24,
-            "caption_projection_dim": 1536,
-            "pos_embed_max_size": 384,
-            "dual_attention_layers": tuple(range(13)),
-            "qk_norm": "rms_norm",
-        },
-    ),
-    "flux.1 dev": ("FluxTransformer2DModel", {"guidance_embeds": True}),
-}
 _CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 # The text encoders; the last of two gives the pooled embedding.
 TEXT_CONFIGS: dict[str, list[dict[str, Any]]] = {
@@ -89,14 +73,6 @@ def unet(name: str) -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(**CONFIGS[name]).eval()
-
-
-def transformer(name: str) -> Any:
-    """Return a transformer of this configuration with random weights."""
-    import diffusers
-
-    kind, config = TRANSFORMERS[name]
-    return getattr(diffusers, kind)(**config).eval()
 
 
 def _text_encoder(config: dict[str, Any], tokenizer: Any, projection: bool) -> Any:

@@ -85,7 +85,7 @@ def arms(setting: Setting, methods: Sequence[str], forms: Sequence[str]) -> list
     Raises:
         ValueError: there is none.
     """
-    left_out = () if diffusers_forms.supports(setting) else ("diffusers",)
+    left_out = ("diffusers",) if diffusers_forms.objection(setting) else ()
     found = []
     for method in methods:
         draws = {form: RIVALS[form].get(method) if form in RIVALS else partial(ours.draw, method) for form in forms}

@@ -6,51 +6,35 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
-from attnctl_fast.attach.layers import cross_attention_layers
 from bench.pictures import ours
+from bench.pictures.attention_layers import layers_of
 from bench.pictures.guidance_loop import read_layers, tokens_of
 from bench.pictures.sampling import Drawn, Form, Setting, call
 
 
-def supports(setting: Setting) -> bool:
-    """Whether `FORMS` can draw this: one text encoder, and among the cross-attention layers those that are read are
-    all of their size, by which diffusers chooses them."""
-    return _objection(setting) is None
-
-
-def _objection(setting: Setting) -> str | None:
+def objection(setting: Setting) -> str | None:
+    """Why `FORMS` cannot draw this, None where they can: with one text encoder, and where the cross-attention layers
+    that are read are all of their size, by which diffusers chooses them."""
     pipe = setting.pipe
     if getattr(pipe, "text_encoder_2", None) is not None:
         return f"{type(pipe).__name__} has two text encoders, for which diffusers has no such pipeline"
     read = read_layers(setting, ours.method("AttendAndExcite", setting))
-    height, width = read[0].grid(setting.grid)
-    layers = cross_attention_layers(pipe.unet).values()
-    alike = {layer.name for layer in layers if _cells(layer.grid(setting.grid)) == height * width}
+    grid = read[0].grid(setting.grid)
+    alike = {layer.name for layer in layers_of(pipe, cross=True).values() if layer.grid(setting.grid) == grid}
     if alike != {layer.name for layer in read}:
-        return f"layers is {setting.layers!r}, but diffusers reads all cross-attention layers of {height}x{width}"
+        return f"layers is {setting.layers!r}, but diffusers reads all cross-attention layers of {grid[0]}x{grid[1]}"
     return None
-
-
-def _cells(grid: tuple[int, int]) -> int:
-    return grid[0] * grid[1]
 
 
 def _pipeline(pipe: Any) -> Any:
     """diffusers' pipeline on the parts of this one, without the news that it is deprecated."""
-    from diffusers.utils import logging
-
     parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
     spared = dict.fromkeys(("safety_checker", "feature_extractor"))
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from diffusers import StableDiffusionAttendAndExcitePipeline
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import StableDiffusionAttendAndExcitePipeline
 
-            made = StableDiffusionAttendAndExcitePipeline(**parts, **spared, requires_safety_checker=False)
-    finally:
-        logging.set_verbosity(verbosity)
+        made = StableDiffusionAttendAndExcitePipeline(**parts, **spared, requires_safety_checker=False)
     made.set_progress_bar_config(disable=True)
     # Its own is a copy; this one may answer from memory.
     made.encode_prompt = pipe.encode_prompt
@@ -61,11 +45,10 @@ def _attend_and_excite(setting: Setting) -> Drawn:
     """StableDiffusionAttendAndExcitePipeline of the pipeline's own parts, without refinement.
 
     Raises:
-        ValueError: what `supports` does not.
+        ValueError: there is an `objection`.
     """
-    objection = _objection(setting)
-    if objection is not None:
-        raise ValueError(f"{objection}; leave out its form")
+    if why := objection(setting):
+        raise ValueError(f"{why}; leave out its form")
     method: Any = ours.method("AttendAndExcite", setting)
     pipe = _pipeline(setting.pipe)
     before = pipe.unet.attn_processors

@@ -3,7 +3,7 @@ self-attention, and a UNet's weights for the length of a call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,12 @@ def kernel(method: Any, grid: tuple[int, int], like: Tensor) -> Tensor:
     taps = check_smoothing(grid, grid[0] * grid[1], method.sigma, method.kernel_size)[1]
     axis = torch.tensor(taps, dtype=like.dtype, device=like.device)
     return torch.outer(axis, axis)
+
+
+def smoother(setting: Setting, method: Any, grid: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    """The method's smoothing of maps `[B,n,M]`, all by one convolution."""
+    weights = kernel(method, grid, setting.latents.new_empty(0, dtype=wide_dtype(setting.latents.dtype)))
+    return lambda maps: smoothed(maps.reshape(-1, *grid), weights).view(maps.shape)
 
 
 def smoothed(maps: Tensor, weights: Tensor) -> Tensor:

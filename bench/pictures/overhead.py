@@ -13,7 +13,6 @@ they are timed (docs/benchmarks.md).
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -49,7 +48,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 DEFAULT_ARCH = "sd2"
 # Pixels along a side of the pictures that are compared where a whole evaluation takes seconds.
 CHECKED_SIZE = 128
-OFFICIAL_TURNS = 3
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,7 +62,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seconds", type=float, help="about how long it takes; default: 540 on a CPU, else 280")
     made.add_argument("--device", default="auto", help="torch device; default: a GPU if there is one")
     made.add_argument("--official-dir", type=Path, metavar="PATH", help=released.HELP)
-    made.add_argument("--json", action="store_true", help="print the rows as JSON lines instead of the table")
     made.add_argument("--results", type=Path, default=RESULTS / "overhead.jsonl", help="file to append to")
     return made
 
@@ -86,9 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
     with termination_raised():
         try:
             compete(setting, competing, log, start + arguments.seconds, still=still)
-            released.measure(arguments.official_dir, log, OFFICIAL_TURNS, device=device)
+            released.measure(arguments.official_dir, log, device)
         finally:
-            show(log.rows, as_json=arguments.json)
+            show(log.rows)
     return 0
 
 
@@ -163,10 +160,7 @@ def row(arm: Arm, plain: float) -> Row:
     }
 
 
-def show(written: Sequence[Row], *, as_json: bool) -> None:
-    if as_json:
-        print(*map(json.dumps, written), sep="\n")
-        return
+def show(written: Sequence[Row]) -> None:
     tables: dict[str, Callable[[Sequence[Row]], str]] = {KIND: overhead_table, "official": official_table}
     for kind, table in tables.items():
         if any(row["kind"] == kind for row in written):

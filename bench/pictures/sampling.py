@@ -49,16 +49,16 @@ class Setting:
         factor = self.pipe.vae_scale_factor
         return factor * self.grid[0], factor * self.grid[1]
 
-    def positions(self, text: str, prompt: str = PROMPT) -> list[int]:
+    def positions(self, text: str) -> list[int]:
         """Where a word or phrase stands in the prompt, as positions in the context."""
         tokenizer = self.pipe.tokenizer
-        ids, wanted = tokenizer(prompt).input_ids, tokenizer(text, add_special_tokens=False).input_ids
+        ids, wanted = tokenizer(PROMPT).input_ids, tokenizer(text, add_special_tokens=False).input_ids
         first = next(i for i in range(len(ids)) if ids[i : i + len(wanted)] == wanted)
         return list(range(first, first + len(wanted)))
 
-    def end(self, prompt: str = PROMPT) -> int:
+    def end(self) -> int:
         """Position of the prompt's end of text."""
-        return len(self.pipe.tokenizer(prompt).input_ids) - 1
+        return len(self.pipe.tokenizer(PROMPT).input_ids) - 1
 
 
 class Text(NamedTuple):

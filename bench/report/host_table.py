@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-Row = dict[str, Any]
+from bench.harness.rows import Row
+
 BEFORE = "before"
 
 

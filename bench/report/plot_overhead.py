@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from bench.harness.rows import Row
 from bench.pictures.overhead_rows import FORMS, measured, told_apart
 from bench.report.overhead_table import figure as seconds
-from bench.report.style import COLOURS, GREY, LABELS, MARKERS, canvas, failures, handle
+from bench.report.style import GREY, LOOKS, canvas, failures, handle
 
 ARCHITECTURES = {"sd15": "SD 1.5", "sd2": "SD 2", "sdxl": "SDXL", "shapes": "the shapes model"}
 # Percent up to which the scale is linear, so that 1 and 400 both can be read.
@@ -32,9 +32,9 @@ def draw_overhead(rows: Sequence[Row]) -> Figure:
     }
     sources = list(dict.fromkeys(source for _, source in papers.values()))
     present = [form for form in FORMS if any(measured(row) for row in rows if row["form"] == form)]
-    handles: list[Any] = [Patch(color=COLOURS[form], label=LABELS[form]) for form in present]
+    handles: list[Any] = [Patch(color=LOOKS[form].colour, label=LOOKS[form].label) for form in present]
     if papers:
-        label = sources[0].partition(":")[0] if len(sources) == 1 else "in the paper"
+        label = sources[0].partition(":")[0] if len(sources) == 1 else LOOKS["paper"].label
         handles.append(handle("paper", label, line=False))
     places: dict[tuple[str, str], float] = {}
     middles, ends, at = [], [], 0.0
@@ -81,10 +81,10 @@ def draw_overhead(rows: Sequence[Row]) -> Figure:
 
 def _bar(axes: Axes, y: float, row: Row) -> None:
     """Hollow and hatched, with these words, where the interval contains zero."""
-    cost, form = row["percent"], row["form"]
+    cost, form, colour = row["percent"], row["form"], LOOKS[row["form"]].colour
     low, middle, high = cost["low"], cost["middle"], cost["high"]
     known = told_apart(cost)
-    how = {"color": COLOURS[form]} if known else {"fill": False, "edgecolor": COLOURS[form], "hatch": "////"}
+    how = {"color": colour} if known else {"fill": False, "edgecolor": colour, "hatch": "////"}
     axes.barh([y], [middle], height=0.82, label=form, **how)
     axes.errorbar([middle], [y], xerr=[[middle - low], [high - middle]], color="black", elinewidth=1)
     text = (
@@ -94,7 +94,7 @@ def _bar(axes: Axes, y: float, row: Row) -> None:
 
 
 def _diamond(axes: Axes, y: float, value: float, source: str) -> None:
-    axes.plot([value], [y], MARKERS["paper"], color=COLOURS["paper"], markersize=6, label="paper")
+    axes.plot([value], [y], LOOKS["paper"].marker, color=LOOKS["paper"].colour, markersize=6, label="paper")
     _annotate(axes, value, y, percent(value) + source)
 
 

@@ -6,37 +6,36 @@ import hashlib
 import json
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.style
-from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from bench.harness.rows import Row, device, on_gpu
 
-# Of Okabe and Ito, told apart without colour vision; the markers tell them apart in grey too.
-COLOURS = {
-    "published": "#D55E00",
-    "diffusers": "#E69F00",
-    "stock": "#56B4E9",
-    "ours": "#0072B2",
-    "plain": "#8C8C8C",
-    "paper": "#000000",
-}
-MARKERS = {"published": "s", "diffusers": "D", "stock": "^", "ours": "o", "plain": ".", "paper": "d"}
-LABELS = {
-    "published": "as published",
-    "diffusers": "diffusers",
-    "stock": "stock PyTorch",
-    "ours": "attnctl-fast",
-    "plain": "plain sampling",
+
+class Look(NamedTuple):
+    """How a form is drawn, and what it is called."""
+
+    colour: str
+    marker: str
+    label: str
+
+
+# Colours of Okabe and Ito, told apart without colour vision; the markers tell them apart in grey too.
+LOOKS = {
+    "published": Look("#D55E00", "s", "as published"),
+    "diffusers": Look("#E69F00", "D", "diffusers"),
+    "stock": Look("#56B4E9", "^", "stock PyTorch"),
+    "ours": Look("#0072B2", "o", "attnctl-fast"),
+    "paper": Look("#000000", "d", "in the paper"),
 }
 GREY = "#555555"
 # "default" first, so that no matplotlibrc of the machine has a say.
@@ -118,8 +117,9 @@ def _commit(row: Row) -> str:
 
 def handle(form: str, label: str, *, line: bool = True) -> Line2D:
     """A form's marker in a legend, on a line or not."""
+    look = LOOKS[form]
     style: Any = "-" if line else ""
-    return Line2D([], [], color=COLOURS[form], marker=MARKERS[form], linestyle=style, markersize=5, label=label)
+    return Line2D([], [], color=look.colour, marker=look.marker, linestyle=style, markersize=5, label=label)
 
 
 def failures(rows: Iterable[Row], what: Callable[[Row], str], where: Callable[[Row], str] | None = None) -> list[str]:
@@ -133,50 +133,6 @@ def failures(rows: Iterable[Row], what: Callable[[Row], str], where: Callable[[R
     return [f"Failed and left out: {'; '.join(named)}."] if named else []
 
 
-class Point(NamedTuple):
-    """A measurement at x: its median and quartiles."""
-
-    x: float
-    median: float
-    low: float
-    high: float
-
-
-class Panel(NamedTuple):
-    """One of several small axes: what it is of, and the points of every form."""
-
-    title: str
-    lines: Mapping[str, Sequence[Point]]
-
-
-def panel_body(count: int) -> tuple[int, int, float]:
-    """Rows, columns and inches of height for so many panels."""
-    columns = min(count, 3 if count <= 9 else 4)
-    rows = math.ceil(count / columns)
-    return rows, columns, 0.1 + rows * (2.5 if columns < 4 else 1.95)
-
-
-def fill_panels(
-    figure: Figure,
-    panels: Sequence[Panel],
-    x_label: str,
-    y_label: str,
-) -> None:
-    """Draw every panel, both axes logarithmic."""
-    rows, columns, _ = panel_body(len(panels))
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for index, (axes, panel) in enumerate(zip(grid.flat, panels, strict=False)):
-        _fill(axes, panel)
-        if index + columns >= len(panels):
-            axes.set_xlabel(x_label)
-        if index % columns == 0:
-            axes.set_ylabel(y_label)
-    for axes in list(grid.flat)[len(panels) :]:
-        axes.remove()
-    for panel, axes in zip(panels, grid.flat, strict=False):
-        plain_numbers(axes.yaxis, [point.median for points in panel.lines.values() for point in points])
-
-
 def plain_numbers(axis: Axis, values: Sequence[float]) -> None:
     """Label a logarithmic axis over such values with numbers as one writes them, and with enough of them."""
     decades = math.log10(max(values) / min(values))
@@ -184,32 +140,6 @@ def plain_numbers(axis: Axis, values: Sequence[float]) -> None:
     axis.set_major_locator(LogLocator(10, steps))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter("")
-
-
-def _fill(axes: Axes, panel: Panel) -> None:
-    axes.set_title(panel.title)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    for form, points in panel.lines.items():
-        x = [point.x for point in points]
-        middle = [point.median for point in points]
-        spread = [[p.median - p.low for p in points], [p.high - p.median for p in points]]
-        axes.errorbar(
-            x,
-            middle,
-            spread,
-            color=COLOURS[form],
-            marker=MARKERS[form],
-            markersize=4.5,
-            linewidth=1.5,
-            elinewidth=1,
-            capsize=2,
-            label=form,
-        )
-    ticks = sorted({point.x for points in panel.lines.values() for point in points})
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter("{x:g}")
 
 
 def digest(rows: Sequence[Row]) -> str:

@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -48,17 +48,13 @@ def last_line(path: Path) -> dict[str, Any]:
 def rates_table(run: dict[str, Any]) -> str:
     """A line of `bench rates` or `bench methods`."""
     settings, versions, plain = run["settings"], run["versions"], run["plain"]
-    timed = all("seconds_per_image" in row for row in run["rows"])
-
-    def cells(title: str, row: dict[str, Any], rates: Sequence[str], cost: str) -> list[str]:
-        return [title, *rates, *([f"{row['seconds_per_image']['median']:.3f}"] if timed else []), cost]
-
-    rows = [cells("plain", plain, [_percent(plain[name]) for name in CRITERIA], "")]
+    rows = [["plain", *(_percent(plain[name]) for name in CRITERIA), f"{plain['seconds_per_image']['median']:.3f}", ""]]
     for row in run["rows"]:
         title = f"`{row['method']}`" + (f": {_options(row['options'])}" if row["options"] else "")
         rates = [f"{_percent(row[name]['controlled'])} ({_pairs(row[name])})" for name in CRITERIA]
-        rows.append(cells(title, row, rates, f"{row['overhead_percent']['median']:+.0f} %"))
-    header = ["method", "strict", "exact", "all colours", *(["s per image"] if timed else []), "overhead"]
+        seconds, cost = row["seconds_per_image"]["median"], row["overhead_percent"]["median"]
+        rows.append([title, *rates, f"{seconds:.3f}", f"{cost:+.0f} %"])
+    header = ["method", "strict", "exact", "all colours", "s per image", "overhead"]
     below = (
         f"{settings['count']} prompts of {settings['objects']} objects, {_seeds(settings)}, "
         f"{settings['scheduler'].removesuffix('Scheduler')} {settings['steps']} steps, guidance "
@@ -129,7 +125,7 @@ def operations_table(path: Path, family: str | None) -> str:
     header = ["", "shape", "eager, ms", "stock PyTorch's best, ms", "ratio", "as published, ms", "ratio"]
     rows = []
     for (op, model, shape, dtype), forms in cases.items():
-        times = {name: Times(row["median"], row["q1"], row["q3"]) for name, row in forms.items()}
+        times = _times(forms)
         where = f"{model} {shape}" + (f" {dtype}" if dtype != "float32" else "")
         cells = [f"`{op}`", where, str(times["eager"]), *_best(_stock(times), times["eager"])]
         rows.append(cells + _best({"": times["published"]} if "published" in times else {}, times["eager"]))
@@ -142,16 +138,10 @@ def joint_table(path: Path) -> str:
     header = ["", "shape", "eager, ms", "attention alone, ms", "added", "stock PyTorch's best, ms", "ratio"]
     rows = []
     for (op, model, shape, _), forms in cases.items():
-        times = {name: Times(row["median"], row["q1"], row["q3"]) for name, row in forms.items()}
+        times = _times(forms)
         ours, alone = times["eager"], min(times[name] for name in times if name.startswith("plain"))
-        cells = [
-            f"`{op}`",
-            f"{model} {shape}",
-            str(ours),
-            str(alone),
-            f"{100 * (ours.middle / alone.middle - 1):+.1f} %",
-        ]
-        rows.append(cells + _best(_stock(times), ours))
+        added = f"{100 * (ours.middle / alone.middle - 1):+.1f} %"
+        rows.append([f"`{op}`", f"{model} {shape}", str(ours), str(alone), added, *_best(_stock(times), ours)])
     return markdown(header, rows, _how_measured(cases))
 
 
@@ -197,6 +187,10 @@ class Times(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.middle:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+def _times(forms: Mapping[str, Mapping[str, Any]]) -> dict[str, Times]:
+    return {name: Times(row["median"], row["q1"], row["q3"]) for name, row in forms.items()}
 
 
 def _stock(forms: Mapping[str, Times]) -> dict[str, Times]:

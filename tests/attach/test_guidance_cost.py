@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -114,6 +115,24 @@ def test_operations(name: str, forward: float, both: float) -> None:
         assert flops(lambda: whole.before_denoiser(other)) > 1.1 * spent
 
 
+# By their classes in diffusers.
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd3.5 medium": (
+        "SD3Transformer2DModel",
+        {
+            "sample_size": 128,
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)),
+            "qk_norm": "rms_norm",
+        },
+    ),
+    "flux.1 dev": ("FluxTransformer2DModel", {"guidance_embeds": True}),
+}
+
+
 def given_transformer(model: Any) -> dict[str, Any]:
     """What a call at 1024 pixels gives a transformer."""
     if type(model).__name__ == "FluxTransformer2DModel":
@@ -149,7 +168,8 @@ class Words(ac.LatentGuidance):
 def test_operations_of_transformers(name: str, forward: float, both: float) -> None:
     """All of SD 3's blocks have two streams; of FLUX's those that are read are a third of the model."""
     with torch.device("meta"):
-        model = architectures.transformer(name)
+        kind, config = TRANSFORMERS[name]
+        model = getattr(diffusers, kind)(**config).eval()
         arguments = given_transformer(model)
         full = flops(lambda: model(**arguments))
         cut, evaluation, sites = guidance(model, Words(), arguments)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import attnctl_fast as ac
+from attnctl_fast.attach.attention import key_bias_of
 from tests.support import tiny
 from tests.support.pipelines import KINDS, OTHER, PROMPT, TARGETS, Peaks, built, call, controlled, picture
 
@@ -366,6 +367,13 @@ def test_key_padding_masks() -> None:
             continue
         # The UNet's masks are -10000, and edits of another length are as long as the prompt.
         torch.testing.assert_close(noise(method, embeddings, mask), short, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_mask_of_diffusers_is_one_in_every_precision(dtype: torch.dtype) -> None:
+    mask = (1 - torch.tensor([[[[True, False]]]]).to(dtype)) * -10000.0
+    bias = key_bias_of(mask, 2, 2, "attn2")
+    assert bias is not None and bias.tolist() == [[0, -torch.inf]] * 2
 
 
 def test_masks_of_their_own_for_every_image_token_are_refused() -> None:

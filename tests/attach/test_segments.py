@@ -123,7 +123,7 @@ PLACES["cogview4"] = {word: [place + 8 for place in places] for word, places in 
 # Behind the chat's beginning, and before its end: 8 and 1 tokens behind padding to 32 columns; 3 tokens.
 PLACES["flux2"] = {word: [place + 15 for place in places] for word, places in PLACES["pixart"].items()}
 # A start, and 18 tokens of the system's message.
-PLACES["wan"] = PLACES["pixart"]
+PLACES |= {"wan": PLACES["pixart"], "ltx": PLACES["pixart"]}
 PLACES["zimage"] = {word: [place + 3 for place in places] for word, places in PLACES["pixart"].items()}
 PLACES["lumina2"] = {word: [place + 19 for place in places] for word, places in PLACES["pixart"].items()}
 PLACES["flux2_klein"] = {word: [place + 3 for place in places] for word, places in PLACES["pixart"].items()}
@@ -256,6 +256,7 @@ SPECIAL = {
     "flux2_klein": [],
     "lumina2": [0],
     "wan": [2],
+    "ltx": [2],
     "zimage": [],
 }
 OWN = {

@@ -40,7 +40,7 @@ METHODS: dict[str, Any] = {
     "regions": ac.DenseDiffusion({1: [[1, 0]] * 2, 3: [[0, 1]] * 2}, edit_steps=1.0),
 }
 # What is tried of these by default is in `mostly`.
-LATER = ("qwen", "auraflow", "cogview4", "flux2", "flux2_klein", "lumina2", "wan", "zimage")
+LATER = ("qwen", "auraflow", "cogview4", "flux2", "flux2_klein", "lumina2", "wan", "zimage", "ltx")
 DECODERS = ("sana", "qwen", "cogview4", "flux2", "flux2_klein", "lumina2", "zimage")
 kinds = pytest.mark.parametrize("kind", [full(kind) if kind in LATER else kind for kind in tiny.KINDS])
 methods = pytest.mark.parametrize("method", METHODS)
@@ -145,7 +145,7 @@ def add_lora(pipe: Any) -> None:
         pipe.transformer.add_adapter(config)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "sana", full("wan"), full("zimage")])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "sana", *map(full, ("wan", "zimage", "ltx"))])
 @methods
 def test_lora_before_and_after(kind: str, method: str) -> None:
     before, after = tiny.pipeline(kind), tiny.pipeline(kind)
@@ -159,7 +159,7 @@ def test_lora_before_and_after(kind: str, method: str) -> None:
         assert torch.equal(call(kind, after), expected)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "pixart_sigma", full("wan"), full("zimage")])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "pixart_sigma", *map(full, ("wan", "zimage", "ltx"))])
 @methods
 def test_offloading(kind: str, method: str) -> None:
     accelerate = pytest.importorskip("accelerate")
@@ -202,7 +202,9 @@ def test_another_attention_backend(kind: str, method: str, monkeypatch: pytest.M
 GRAPHS = [
     # Lumina 2 makes lists of lengths, which is no graph.
     *itertools.product([kind for kind in tiny.KINDS if kind != "lumina2"], ["regulation", "regions"], ["wrapped"]),
-    *itertools.product(["flux", "chroma", "qwen", "flux2", "wan", "zimage"], ["regulation", "regions"], ["blocks"]),
+    *itertools.product(
+        ["flux", "chroma", "qwen", "flux2", "wan", "zimage", "ltx"], ["regulation", "regions"], ["blocks"]
+    ),
 ]
 BY_DEFAULT = [
     ("sd3", "regulation", "wrapped"),
@@ -336,6 +338,9 @@ def test_what_an_architecture_rules_out(kind: str, cls: str, model: str) -> None
         ("QwenImageLayeredPipeline", "qwen"),
         ("Flux2KleinKVPipeline", "flux2_klein"),
         ("WanImageToVideoPipeline", "wan"),
+        ("LTXImageToVideoPipeline", "ltx"),
+        ("LTXConditionPipeline", "ltx"),
+        ("LTXI2VLongMultiPromptPipeline", "ltx"),
         ("ZImageOmniPipeline", "zimage"),
         ("ZImageControlNetPipeline", "zimage"),
         ("ZImageControlNetInpaintPipeline", "zimage"),
@@ -360,6 +365,38 @@ def test_a_model_that_nobody_knows() -> None:
     parts = {**pipe.components, "transformer": torch.nn.Linear(2, 2)}
     with pytest.raises(ValueError, match=r"transformer of FluxPipeline is a Linear, .*how one is added"):
         ac.enable(type(pipe)(**parts), METHODS["regulation"])
+
+
+@pytest.mark.parametrize(
+    ("cls", "model", "message"),
+    [
+        ("LTX2Pipeline", "LTX2VideoTransformer3DModel", "which methods do not attach to; .*LTXVideoTransformer3DModel"),
+        ("LTXLatentUpsamplePipeline", None, "has neither a UNet nor a transformer; .*LTXVideoTransformer3DModel"),
+    ],
+)
+def test_other_pipelines_of_ltx(cls: str, model: str | None, message: str) -> None:
+    pipe = object.__new__(getattr(diffusers, cls))
+    if model is not None:
+        vars(pipe)["transformer"] = object.__new__(getattr(diffusers, model))
+    with pytest.raises(ValueError, match=f"{cls} .*{message}"):
+        ac.enable(pipe, METHODS["regulation"])
+
+
+def test_a_video_of_unknown_shape() -> None:
+    """A loop of the user's own may tell LTX-Video where tokens are by coordinates alone."""
+    pipe = tiny.pipeline("ltx")
+    given = {"hidden_states": torch.zeros(1, 12, 16), "timestep": torch.ones(1), "video_coords": torch.zeros(1, 3, 12)}
+    embeds, given["encoder_attention_mask"], *_ = pipe.encode_prompt(tiny.PROMPT, max_sequence_length=24)
+    pipe.scheduler.set_timesteps(sigmas=[1.0], mu=1.0)
+    with torch.no_grad():
+        plain = pipe.transformer(**given, encoder_hidden_states=embeds).sample
+    with ac.control(pipe, METHODS["regions"]) as handle, torch.no_grad():
+        given["encoder_hidden_states"] = handle.begin(prompt_embeds=embeds)
+        with pytest.raises(ValueError, match=r"LTXVideo.* was called without num_frames.*pass it"):
+            pipe.transformer(**given)
+        found = pipe.transformer(**given, num_frames=3, height=2, width=2).sample
+        handle.end()
+    assert not torch.allclose(found, plain, atol=1e-3)
 
 
 def test_an_older_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,11 +22,12 @@ from attnctl_fast.attach.layers import middle_third
 from attnctl_fast.attach.protocol import Edited, Method, Run
 from attnctl_fast.methods.attention_regulation import initial_theta
 from tests.support import tiny_transformers as tiny
+from tests.support.marks import full
 from tests.support.recomputed import Layout, attending_by_hand, layout_of
 
 JOINT = ("sd3", *tiny.PACKED, "auraflow", "cogview4", "lumina2", "zimage")
 # Kinds whose calls have unconditional and conditional rows in one batch; the others evaluate them one after the other.
-STACKED = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3", "auraflow")
+STACKED = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan", "sd3", "auraflow", "ltx")
 # Texts without a start or an end of their own.
 CHATS = ("qwen", "flux2", "flux2_klein", "zimage")
 TEXT = {
@@ -47,6 +48,7 @@ TEXT = {
     "qwen": 8 + 5,
     "qwen, two prompts": 5 + 5,
     "wan": 24,
+    "ltx": 24,
     # A chat of 13 tokens, and the prompt.
     "zimage": 13 + 8,
     "zimage, two prompts": 13 + 40,
@@ -96,17 +98,25 @@ VARIANTS: list[tuple[str, str, str | None, dict[str, Any], dict[str, Any]]] = [
     ("zimage image to image", "zimage", "ZImageImg2ImgPipeline", {}, {}),
     ("wan, a time for every token", "wan", None, {"expand": True}, {}),
     ("wan, not square", "wan", None, {}, {"size": (16, 24), "num_videos_per_prompt": 2}),
+    ("ltx, not square", "ltx", None, {}, {"size": (8, 12), "num_videos_per_prompt": 2}),
+    ("ltx, two prompts", "ltx", None, {}, {"prompt": ["a dog", "a photo of a bag"]}),
+    ("ltx without guidance", "ltx", None, {}, {"guidance_scale": 1.0}),
 ]
-variants = pytest.mark.parametrize("variant", VARIANTS, ids=[row[0] for row in VARIANTS])
-
-
+LATER = ("ltx", "ltx, two prompts", "ltx without guidance")
 # Those that differ in what their models predict, and in how they are evaluated.
-CORRECTED = [
-    row
-    for row in VARIANTS
-    if row[0]
-    in ("pixart_alpha", "sana", "hunyuan", "two prompts", "flux true guidance", "lumina2", "wan", "zimage, not square")
-]
+CORRECTED = (
+    *("pixart_alpha", "sana", "hunyuan", "two prompts", "flux true guidance", "lumina2", "wan", "zimage, not square"),
+    "ltx",
+)
+
+
+def each(rows: list[Any]) -> Any:
+    return pytest.mark.parametrize(
+        "variant", [full(row) if row[0] in LATER else row for row in rows], ids=[row[0] for row in rows]
+    )
+
+
+variants = each(VARIANTS)
 
 
 class Case:
@@ -115,10 +125,10 @@ class Case:
     def __init__(self, variant: tuple[str, str, str | None, dict[str, Any], dict[str, Any]]) -> None:
         name, self.kind, cls, options, self.options = variant
         self.pipe = tiny.pipeline(self.kind, cls, **options)
-        height, width = self.options.get("size", (tiny.SIDE, tiny.SIDE))
-        patch = 1 if self.kind == "sana" else 2
+        height, width = self.options.get("size", tiny.default_size(self.kind))
+        patch = 1 if self.kind in ("sana", "ltx") else 2
         self.grid = height // patch, width // patch
-        self.frames = (tiny.FRAMES,) if self.kind == "wan" else ()
+        self.frames = (tiny.FRAMES,) if self.kind in tiny.VIDEOS else ()
         prompts = self.options.get("prompt", "one")
         images = self.options.get("num_images_per_prompt", 1) * self.options.get("num_videos_per_prompt", 1)
         self.samples = (1 if isinstance(prompts, str) else len(prompts)) * images
@@ -282,7 +292,7 @@ def guided_by_hand(case: Case, size: float, velocity: bool = False) -> Tensor:
     """
     model, layout, latents = case.model, case.layout, {}
     names = [name for name in case.layers if not name.startswith("single")]
-    packed, listed = case.kind in tiny.PACKED, case.kind == "zimage"
+    packed, listed = case.kind in (*tiny.PACKED, "ltx"), case.kind == "zimage"
     name_of_sample = "x" if listed else "hidden_states"
     forward, step = model.forward, case.pipe.scheduler.step
     parameters = list(inspect.signature(forward).parameters)
@@ -307,7 +317,7 @@ def guided_by_hand(case: Case, size: float, velocity: bool = False) -> Tensor:
         sample, turn, count = given[name_of_sample], count % case.turns, count + 1
         sample = torch.stack(sample).squeeze(2) if listed else sample
         if turn == 0:
-            channels = 64 if packed else tiny.latent_channels(case.kind)
+            channels = tiny.latent_channels(case.kind) * (4 if case.kind in tiny.PACKED else 1)
             own = sample[layout.rows].narrow(2 if packed else 1, 0, channels)
             own = own[:, : case.tokens] if packed else own
             own, seen = own.detach().clone().requires_grad_(), []
@@ -368,7 +378,7 @@ def test_guided_latents_are_those_of_plain_autograd(variant: Any) -> None:
     assert torch.equal(case.draw(), plain)
 
 
-@pytest.mark.parametrize("variant", CORRECTED, ids=[row[0] for row in CORRECTED])
+@each([row for row in VARIANTS if row[0] in CORRECTED])
 def test_corrected_velocities_are_those_of_plain_autograd(variant: Any) -> None:
     case = Case(variant)
     plain = case.draw()
@@ -392,13 +402,13 @@ def conditional(layout: Layout, change: Callable[[Tensor], Tensor]) -> Callable[
     return edit
 
 
-@pytest.mark.parametrize("kind", [*JOINT, "wan"])
+@pytest.mark.parametrize("kind", [*JOINT, "wan", full("ltx")])
 def test_regulation_of_joint_attention(kind: str) -> None:
     """The inner loop on statistics taken from the whole matrix of logits; start and end of text put back. Of a video
     every frame has a loop of its own."""
     case = Case((kind, kind, None, {}, {"num_inference_steps": 1}))
     # Small enough on so small a grid that frames do not keep the initial weights, which are the same in all.
-    step = 20.0 if kind == "wan" else 100.0
+    step = 20.0 if kind in tiny.VIDEOS else 100.0
     method = ac.AttentionRegulation(["bag", "apple"], steps=2, step_size=step, edit_steps=1.0)
     words = {
         "zimage": [7, 10],
@@ -444,7 +454,16 @@ def test_regulation_of_joint_attention(kind: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * size)
 
 
-@pytest.mark.parametrize(("kind", "own"), [*((kind, "") for kind in JOINT), ("wan", "attn2"), ("wan", "attn1")])
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        *((kind, "") for kind in JOINT),
+        ("wan", "attn2"),
+        ("wan", "attn1"),
+        full("ltx", "attn2"),
+        full("ltx", "attn1"),
+    ],
+)
 def test_regions_of_joint_attention(kind: str, own: str) -> None:
     """Image rows are pulled towards what shares a mask with them, text and image alike, and away from all else. Of
     cross-attention that is text, of self-attention image; a mask holds in every frame of a video."""
@@ -463,8 +482,10 @@ def test_regions_of_joint_attention(kind: str, own: str) -> None:
         if own != "attn2":
             columns[case.layout.image] = image
         shared = (image[:, None] & columns[None]).any(-1)
-        pull = torch.where(shared, logits.amax(-1, keepdim=True), logits.amin(-1, keepdim=True))
-        return logits.lerp(pull, 0.3).softmax(-1)
+        real = logits > -1000  # diffusers masks by -10000
+        lowest = logits.masked_fill(~real, torch.inf).amin(-1, keepdim=True)
+        pull = torch.where(shared, logits.amax(-1, keepdim=True), lowest)
+        return torch.where(real, logits.lerp(pull, 0.3), logits).softmax(-1)
 
     expected, plain = case.draw_by_hand(conditional(case.layout, pulled), own), case.draw()
     with ac.control(case.pipe, method):
@@ -711,8 +732,9 @@ def test_layers_that_attend_with_fewer_heads(name: str, monkeypatch: pytest.Monk
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5)
 
 
-def test_a_mask_that_moves_contexts_holds_in_every_frame() -> None:
-    case = Case(("wan", "wan", None, {}, {}))
+@pytest.mark.parametrize("kind", ["wan", full("ltx")])
+def test_a_mask_that_moves_contexts_holds_in_every_frame(kind: str) -> None:
+    case = Case((kind, kind, None, {}, {}))
 
     def draw(mask: Tensor | None) -> Tensor:
         with ac.control(case.pipe, ac.EnergyContext(0.05, 0.05, mask=mask)):

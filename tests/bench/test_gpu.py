@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench.__main__ import main
-from bench.ops.registry import ATTENTION, JUDGED
+from bench.ops.registry import ATTENTION, JUDGED, OPERATIONS
 from tests.support import kernel_cases
 
 pytest.importorskip("triton")
@@ -75,7 +76,7 @@ def test_one_shot_checks_measures_and_tunes_everything(bench, tmp_path):
         assert {"model", "shape", "dtype"} <= row.keys()
         # Only what a CPU does not have fails: fused backends, and FlexAttention's backward pass.
         assert "failed" not in row or "No viable backend" in row["failed"] or "backward on CPU" in row["failed"], row
-    assert set(by_operation) == set(bench.OPERATIONS)
+    assert set(by_operation) == set(OPERATIONS)
     for operation, impls in by_operation.items():
         ours = impls[bench.contest.OURS]
         assert "failed" not in ours and ours["launches"], operation
@@ -117,13 +118,32 @@ def test_what_the_time_does_not_reach_is_named(bench, monkeypatch, tmp_path, cap
     }
 
 
-def test_without_a_gpu_the_exit_status_says_so(tmp_path, capsys):
+def test_a_gpu_that_starts_slowly_is_waited_for(bench, monkeypatch):
+    ends = []
+
+    def run(items, until, write, check):
+        ends.append(until - program.start)
+        assert all(item.seconds < ends[-1] for item in items), "so that a row says that it took too long"
+        return bench.stages.Outcome([], 1.0, 0)
+
+    monkeypatch.setattr(bench.stages, "run", run)
+    given = {"dry_run": True, "only": "", "cache": None, "results": None, "commit": None, "seconds": 99.0}
+    program = bench.Program(argparse.Namespace(**given))
+    assert not program.device()
+    program.stage("next", 30, [])
+    assert ends == [pytest.approx(60), pytest.approx(50)]
+
+
+def test_without_a_gpu_the_exit_status_says_so(bench, monkeypatch, tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert main(["gpu", "--one-shot", "--results", str(tmp_path / "results.jsonl")]) == 2
-    assert "no GPU that PyTorch sees" in capsys.readouterr().out
     assert main(["gpu", "--dry-run", "--only", "regullate"]) == 2
     assert "is in the name of no operation" in capsys.readouterr().err
+    assert main(["gpu", "--one-shot"]) == 2
+    assert "TRITON_INTERPRET=1 goes with it alone" in capsys.readouterr().err
+    monkeypatch.setattr(bench._launch, "INTERPRETED", False)
+    assert main(["gpu", "--one-shot", "--results", str(tmp_path / "results.jsonl")]) == 2
+    assert "no GPU that PyTorch sees" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
@@ -178,7 +198,7 @@ def test_the_aims_come_first_and_everything_comes_once(bench):
     assert (plan.LARGE.heads, plan.LARGE.image_tokens) == (20, 1024)
     attention = {(t.layer.model, t.layer.grid) for t in first if t.operation == "attention" and t.layer.batch == 2}
     assert attention == {(layer.model, layer.grid) for layer in plan.LAYERS}
-    assert {t.operation for t in first} == set(bench.OPERATIONS)
+    assert {t.operation for t in first} == set(OPERATIONS)
     assert all(t.compiled for t in plan.rivals()) and plan.rivals()[0].operation == "regulated_layer"
 
 
@@ -241,7 +261,7 @@ def test_memory_errors_are_rows_of_their_cases(bench, monkeypatch, tmp_path):
 
 
 def test_a_contender_that_is_wrong_or_fails_is_not_timed(bench, monkeypatch):
-    from bench.ops.base import Comparison, Contender
+    from bench.ops.base import Comparison, Contender, Judge
 
     x = torch.arange(1.0, 5.0)
 
@@ -255,7 +275,7 @@ def test_a_contender_that_is_wrong_or_fails_is_not_timed(bench, monkeypatch):
         "broken": Contender(lambda: broken),
         "other": Contender(lambda: lambda: x + 1, checked=False),
     }
-    made = Comparison("op", bench.children.TINY, torch.float32, contenders, (x.double(),), 1e-3, 16, 8, lambda r: (r,))
+    made = Comparison(contenders, Judge(lambda r: (r,), (x.double(),), 1e-3), 16, 8)
     monkeypatch.setattr(bench.contest, "comparison", lambda *_: made)
     clock = bench.children.Clock(torch.device("cpu"))
     records = {
@@ -268,14 +288,12 @@ def test_a_contender_that_is_wrong_or_fails_is_not_timed(bench, monkeypatch):
 
 
 def test_a_contender_that_breaks_the_context_ends_the_comparison(bench, monkeypatch):
-    from bench.ops.base import Comparison, Contender
+    from bench.ops.base import Comparison, Contender, Judge
 
     def broken():
         raise RuntimeError("an illegal memory access")
 
-    made = Comparison(
-        "op", bench.children.TINY, torch.float32, {"triton": Contender(lambda: broken)}, (), 0, 0, 0, tuple
-    )
+    made = Comparison({"triton": Contender(lambda: broken)}, Judge(tuple, (), 0.0), 0, 0)
     monkeypatch.setattr(bench.contest, "comparison", lambda *_: made)
     clock = bench.children.Clock(torch.device("cpu"))
     monkeypatch.setattr(clock, "synchronise", broken)
@@ -330,7 +348,7 @@ def test_tuner_knows_every_kernel_and_setting(bench):
     used = [rule["use"] for rules in table.values() for rule in rules]
     for amd in (False, True):
         assert {name for use in used for name in bench._launch.compiled_with(use, amd)} <= set(tune.VALUES)
-    assert {name for names in tune.JUDGED_BY.values() for name in names} <= set(bench.OPERATIONS)
+    assert {name for names in tune.JUDGED_BY.values() for name in names} <= set(OPERATIONS)
 
 
 def test_a_configuration_that_no_rule_can_give_is_a_row(bench, tmp_path):
@@ -378,3 +396,24 @@ def test_tuner_takes_what_is_faster_by_the_margin(bench, monkeypatch):
     assert tuner.search() == tune.Found({"m": 64}, {"num_warps": 2, "num_stages": 2}, 0.77)
     speed.update({8: 99.0, 2: 101.0})
     assert tuner.search() == tune.Found({"m": 64}, tuner.default, 1.0)
+
+
+def test_tuner_leaves_out_what_does_not_compile(bench, monkeypatch):
+    from bench.compile import tune
+
+    tuner = object.__new__(tune.Tuner)
+    tuner.clock, tuner.kernel, tuner.sizes = SimpleNamespace(on_gpu=True), "k", {"m": 64}
+    tuner.default = {"num_warps": 4, "num_stages": 1}
+    timed = []
+
+    def compiled(configs):
+        return [x for x in configs if x["num_warps"] != 2 and x != {"num_warps": 8, "num_stages": 2}]
+
+    def times(configs):
+        timed.extend(configs)
+        return [100.0 / c["num_warps"] - c["num_stages"] for c in configs]
+
+    monkeypatch.setattr(tuner, "_compiled", compiled)
+    monkeypatch.setattr(tuner, "_times", times)
+    assert tuner.search(5).config == {"num_warps": 8, "num_stages": 3}
+    assert timed == [x for x in timed if x in compiled(timed)] and len(timed) > 4

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REGULATION = """
 import torch
 from attnctl_fast import ops, reference
-from bench.pictures.projections import keys_values, queries
+from bench.pictures.attention_layers import keys_values, queries
 from attnctl_fast.ops.gaussian_bias import full_basis
 
 
@@ -40,7 +40,7 @@ class AttnProcessorAttnMapEdit:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, target_ids, replace_id, internals, current_step,
                  num_edit_steps):
-        q = queries(attn, hidden_states, None)
+        q = queries(attn, hidden_states)
         k, v = keys_values(attn, encoder_hidden_states)
         best, first = self._found((attn.scale * q @ k.mT)[1:], target_ids[0])
         bias = torch.cat([torch.zeros_like(best), 0.75 * best + 0.25 * first])
@@ -51,13 +51,13 @@ class AttnProcessorAttnMapEdit:
 
 ENERGY = """
 from attnctl_fast import reference
-from bench.pictures.projections import keys_values, queries
+from bench.pictures.attention_layers import keys_values, queries
 
 
 class EnergyCrossAttnProcessor:
     def _one(self, attn, hidden, context, gamma_attn, gamma_norm):
         k, v = keys_values(attn, context)
-        out, pull = reference.attention_with_context_gradient(queries(attn, hidden, None), k, v, None, attn.scale)
+        out, pull = reference.attention_with_context_gradient(queries(attn, hidden), k, v, None, attn.scale)
         out, pull, k = (x.transpose(1, 2).flatten(2) for x in (out, pull, k))
         share = k.square().sum(-1, keepdim=True).softmax(1)
         return attn.to_out[0](out), (gamma_attn * pull - gamma_norm * share * k) @ attn.to_k.weight
@@ -106,13 +106,13 @@ def loss(maps, text, variant, weight):
 
 PROCESSORS = """
 from attnctl_fast import reference
-from bench.pictures.projections import keys_values, queries
+from bench.pictures.attention_layers import keys_values, queries
 
 
 class AttnProcessorX_2:
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         k, v = keys_values(attn, encoder_hidden_states)
-        out, maps = reference.attention_with_maps(queries(attn, hidden_states, None), k, v, None, False, attn.scale)
+        out, maps = reference.attention_with_maps(queries(attn, hidden_states), k, v, None, False, attn.scale)
         self.attn_data_x = maps[0].mT
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 """
@@ -162,7 +162,9 @@ def official(monkeypatch: pytest.MonkeyPatch) -> Any:
     from bench.official import repository as official_clone
     from bench.official import tsam as official_tsam
 
-    monkeypatch.setattr(official_clone, "LAYER", official_clone.Layer(1, 8, 16, 12))
+    monkeypatch.setattr(official, "TURNS", 1)
+    monkeypatch.setattr(official_clone, "LAYER", official_clone.LAYER._replace(heads=1, width=8))
+    monkeypatch.setattr(official_clone, "TEXT_WIDTH", 12)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     monkeypatch.setattr(official_tsam, "TEXT_ENCODER", small)
     yield official
@@ -172,7 +174,7 @@ def measured(official: Any, folder: Path | None, path: Path | None = None) -> li
     from bench.harness import rows
 
     log = rows.Log(path, {"run": "now"})
-    official.measure(folder, log, 1)
+    official.measure(folder, log)
     return log.rows
 
 
@@ -191,7 +193,7 @@ def test_every_function_is_measured_and_agrees(official: Any, tmp_path: Path) ->
         assert row["dtype"] == "float32"
         assert row["agrees"], row
         assert row["agreement"] == f"equal to {row['difference']:.1e}"
-        assert "M 256" in row["shape"] or row["function"] == "CLIPSdpaAttentionX.forward"
+        assert "M256" in row["shape"] or row["function"] == "CLIPSdpaAttentionX.forward"
         for name in ("theirs", "ours", "ratio"):
             assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
     table = official.official_table(found)
@@ -207,13 +209,9 @@ def test_a_clone_is_found_by_its_files(official: Any, tmp_path: Path) -> None:
         "T-SAM": clones / "code",
     }
     assert official.find_clones(clones / "code") == {"T-SAM": clones / "code"}
-    skipped = [case for case in official.cases(clones / "energy") if isinstance(case, official.Skipped)]
-    assert {case.repository for case in skipped} == {"attention_regulation", "T-SAM"}
-    assert all(case.reason == f"no clone in {clones / 'energy'}" and not case.failed for case in skipped)
-    case = next(case for case in official.cases(clones / "energy") if isinstance(case, official.OfficialCase))
-    out, moved = case.ours()
-    assert case.agree(case.theirs(), (out, moved))[1] is None
-    assert case.agree((out[:1], moved), (out, moved))[0] == float("inf")
+    skipped = [row for row in measured(official, clones / "energy") if "agrees" not in row]
+    assert {row["repository"] for row in skipped} == {"attention_regulation", "T-SAM"}
+    assert all(row["skipped"] == f"no clone in {clones / 'energy'}" for row in skipped)
 
 
 def test_the_commit_of_a_clone(official: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,10 +233,12 @@ def test_another_result_is_reported(official: Any, tmp_path: Path) -> None:
     assert len(rows) == 2 and not any(row["agrees"] for row in rows)
     assert all(0.005 < row["difference"] < 0.02 and row["agreement"].startswith("differ by 1.0e-02") for row in rows)
     assert "differ by 1.0e-02, more than 1e-03 |" in official.official_table(found)
-    nan = ENERGY.replace("return out, moved, edits", "return 0 * out / 0, moved, edits")
-    found = measured(official, write(tmp_path, {"modules/models/energy_attention.py": nan}), tmp_path / "rows.jsonl")
-    assert [row["difference"] for row in found if "agreement" in row] == [None, None]
-    assert not any(row["agrees"] for row in found if "agreement" in row)
+    for out in ("0 * out / 0", "out[:1]"):
+        other = ENERGY.replace("return out, moved, edits", f"return {out}, moved, edits")
+        clone = write(tmp_path, {"modules/models/energy_attention.py": other})
+        found = measured(official, clone, tmp_path / "rows.jsonl")
+        assert [row["difference"] for row in found if "agreement" in row] == [None, None]
+        assert not any(row["agrees"] for row in found if "agreement" in row)
     assert "NaN" not in (tmp_path / "rows.jsonl").read_text()
 
 
@@ -270,21 +270,19 @@ def test_what_cannot_be_imported_is_skipped(
         (clones / file).unlink()
     else:
         (clones / file).write_text(change + CLONES[file], encoding="utf-8")
-    found = [case for case in official.cases(clones) if isinstance(case, official.Skipped)]
-    assert [case.function for case in found] == ["AttnProcessorX_2.__call__"]
-    assert reason in found[0].reason and not found[0].failed
-    assert "Not measured, skipped: " in official.official_table(
-        [{"kind": "official", "repository": found[0].repository, "skipped": found[0].reason}]
-    )
+    found = measured(official, clones)
+    (skipped,) = (row for row in found if "agrees" not in row)
+    assert skipped["function"] == "AttnProcessorX_2.__call__" and reason in skipped["skipped"]
+    assert "Not measured, skipped: " in official.official_table(found)
 
 
 def test_importing_leaves_no_trace(official: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clones = write(tmp_path, CLONES)
     own = type(sys)("utils")
     monkeypatch.setitem(sys.modules, "utils", own)
-    list(official.cases(clones))  # What they import from elsewhere stays.
+    measured(official, clones)  # What they import from elsewhere stays.
     before, path, bytecode = dict(sys.modules), list(sys.path), sys.dont_write_bytecode
-    assert all(isinstance(case, official.OfficialCase) for case in official.cases(clones))
+    assert all(row["agrees"] for row in measured(official, clones))
     assert sys.modules == before and sys.modules["utils"] is own
     assert sys.path == path and sys.dont_write_bytecode == bytecode
     assert not list(clones.rglob("__pycache__"))
@@ -298,8 +296,8 @@ def test_an_installed_package_of_the_same_name_is_told_apart(
     clones = write(
         tmp_path / "clones", {name: text for name, text in CLONES.items() if "processors" in name or "code" in name}
     )
-    reasons = [case.reason for case in official.cases(clones) if "AttnProcessorX" in case.function]
-    assert len(reasons) == 1 and "an installed package that hides the clone's models/processors.py" in reasons[0]
+    (row,) = (row for row in measured(official, clones) if "AttnProcessorX" in row["function"])
+    assert "an installed package that hides the clone's models/processors.py" in row["skipped"]
 
 
 def test_without_a_clone(official: Any, tmp_path: Path) -> None:
@@ -318,5 +316,3 @@ def test_bad_input(official: Any, tmp_path: Path) -> None:
     write(clones / "again", {"modules/models/energy_attention.py": ENERGY})
     with pytest.raises(ValueError, match="again and .*energy are both clones of Energy-Based-CrossAttention"):
         official.find_clones(clones)
-    with pytest.raises(ValueError, match="turns is 0; it must be at least 1"):
-        official.measure(clones, None, 0, print)

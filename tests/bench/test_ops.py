@@ -143,7 +143,7 @@ def test_what_fails_is_a_row_and_the_others_are_measured(
 
     def tired() -> Any:
         calls = iter(range(3))
-        truth = bench.comparison("region_attention", *given).truth
+        truth = bench.comparison("region_attention", *given).judge.truth
         return lambda: (next(calls), truth[0])[1]
 
     given = (next(bench.SHAPES["tiny"]()).layer, torch.float32, CPU)
@@ -161,7 +161,7 @@ def test_what_is_wrong_is_not_timed(bench: Any, monkeypatch: pytest.MonkeyPatch,
 
     def off() -> Any:
         layer = next(bench.SHAPES["tiny"]()).layer
-        exact = bench.comparison("gaussian_bias", layer, torch.float32, CPU).truth[0]
+        exact = bench.comparison("gaussian_bias", layer, torch.float32, CPU).judge.truth[0]
         return lambda: (calls.append(1), 1.001 * exact)[1]
 
     competing(bench, monkeypatch, "gaussian_bias", eager=off)
@@ -225,9 +225,9 @@ def test_a_loss_that_its_bias_has_but_is_not_the_lowest_is_wrong(bench: Any) -> 
     layer = bench.Layer("small", 2, (16, 16), 8, tokens=16)
     this = bench.comparison("regulate", layer, torch.float32, CPU)
     shorter = bench.comparison("regulate", layer._replace(steps=1), torch.float32, CPU)
-    relative = this.errors(shorter.contenders["eager"].build()())[1]
+    relative = this.judge.errors(shorter.contenders["eager"].build()())[1]
     with pytest.raises(ValueError, match="of the norm, allowed 0.02"):
-        this.judge(relative)
+        this.judge.require(relative)
 
 
 def test_an_operation_that_cannot_be_compared_is_a_row(
@@ -262,7 +262,7 @@ def test_an_interrupt_keeps_what_was_measured(
         return made
 
     layer = next(bench.SHAPES["tiny"]()).layer
-    made = bench.comparison("gaussian_bias_all", layer, torch.float32, CPU).truth
+    made = bench.comparison("gaussian_bias_all", layer, torch.float32, CPU).judge.truth
     competing(bench, monkeypatch, "gaussian_bias_all", late=lambda: run)
     path = tmp_path / "ops.jsonl"
     assert command("--only", "gaussian_bias", "--results", path) == 130

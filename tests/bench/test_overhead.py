@@ -21,29 +21,14 @@ from bench.pictures.attention_layers import layers_of, replaced
 from bench.pictures.contest import Added, Arm, Contest
 from bench.pictures.overhead_rows import KIND, select_overhead
 from bench.pictures.still import Still
-
-SMALL_TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-SMALL_UNET = {"sample_size": 16, "norm_num_groups": 4, "layers_per_block": 1}
-SMALL_VAE = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "layers_per_block": 1}
+from tests.support.architectures import small
 
 
 @pytest.fixture(scope="module")
 def pipes() -> Iterator[Callable[[str], Any]]:
     """Pipelines of the real structure at small widths, each made once."""
     made: dict[str, Any] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, config in architectures.CONFIGS.items():
-            widths = (8, 8, 16, 16)[: len(config.get("block_out_channels", (0,) * 4))]
-            heads = {"attention_head_dim": 2, "block_out_channels": widths, "cross_attention_dim": 16}
-            if name == "sdxl":
-                layers = {"transformer_layers_per_block": (1, 1, 2), "cross_attention_dim": 32}
-                times = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 16}
-                heads |= layers | times
-            patch.setitem(architectures.CONFIGS, name, config | SMALL_UNET | heads)
-            texts = [text | SMALL_TEXT for text in architectures.TEXT_CONFIGS[name]]
-            texts = [text | {"projection_dim": 16} if "projection_dim" in text else text for text in texts]
-            patch.setitem(architectures.TEXT_CONFIGS, name, texts)
-        patch.setattr(architectures, "VAE_CONFIG", architectures.VAE_CONFIG | SMALL_VAE)
+    with small() as patch:
         real = architectures.pipeline
 
         def once(name: str, *options: Any) -> Any:
@@ -281,18 +266,6 @@ def test_every_form_is_a_row(few_rounds: None, tmp_path: Path, capsys: pytest.Ca
     assert shown.err.startswith("about 1000 s")
 
 
-def test_json_prints_the_rows(few_rounds: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "overhead.jsonl"
-    chosen = ("--methods", "EnergyContext", "--forms", "ours", "--json", "--batch", 2)
-    assert bench_run(*TINY, *chosen, "--results", path) == 0
-    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row for row in printed if row["kind"] == KIND] == read(path)
-    assert [(row["method"], row["form"], row["batch"]) for row in read(path)] == [
-        ("plain", "plain", 2),
-        ("EnergyContext", "ours", 2),
-    ]
-
-
 def test_a_form_that_fails_or_draws_another_picture_is_not_timed(
     few_rounds: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,8 +281,9 @@ def test_a_form_that_fails_or_draws_another_picture_is_not_timed(
     monkeypatch.setitem(contest.RIVALS, "stock", {"Composition": broken})
     monkeypatch.setitem(contest.RIVALS, "published", {"Composition": other})
     path = tmp_path / "overhead.jsonl"
-    assert bench_run(*TINY, "--methods", "Composition", "--results", path) == 0
+    assert bench_run(*TINY, "--batch", 2, "--methods", "Composition", "--results", path) == 0
     rows = {row["form"]: row for row in read(path)}
+    assert all(row["batch"] == 2 for row in rows.values())
     assert rows["stock"]["failed"] == "RuntimeError: no such | luck" and "step" not in rows["stock"]
     assert rows["published"]["failed"].startswith("draws another picture: latent ") and len(drawn) == 1
     assert rows["ours"]["step"]

@@ -152,6 +152,7 @@ TRANSFORMERS: list[tuple[str, str, str]] = [
     ("Z-Image image to image", "ZImageImg2ImgPipeline", "zimage"),
     ("Z-Image inpainting", "ZImageInpaintPipeline", "zimage"),
     ("Wan, text to video", "WanPipeline", "wan"),
+    ("LTX-Video, text to video", "LTXPipeline", "ltx"),
 ]
 # A row for all models that nobody knows: nothing is built, the class of its transformer is enough to be refused.
 UNKNOWN = ("HiDream, as all others", "HiDreamImagePipeline", "HiDreamImageTransformer2DModel")

@@ -199,6 +199,33 @@ def test_a_grid_larger_than_a_gpu_takes_is_an_error():
     assert [launch.grid for launch in record] == [(1, 65535)]
 
 
+def test_a_grid_that_triton_would_not_count_is_an_error():
+    """Its launchers multiply the axes in 32 bits, and launch nothing where the sign bit is set."""
+    with _launch.recording() as record:
+        _launch.launch(_launch.launch, (2**15, 2**15), DEVICE, {})
+        with pytest.raises(ValueError, match=r"grid of \(65535, 65535\) programs, .* at most 2147483647 in all"):
+            _launch.launch(_launch.launch, (65535, 65535), DEVICE, {})
+    assert len(record) == 1
+
+
+def test_a_head_that_32_bits_do_not_span_is_an_error():
+    class Kernel:
+        __name__ = "kernel"
+
+        def __getitem__(self, grid):
+            return lambda x, **_: grid
+
+    def launch(rows, stride, width=8):
+        x = torch.empty_strided((1, 1, rows, width), (8, 8, stride, 1), device="meta")
+        return _launch._launch_by_triton(Kernel(), (1,), (x,), {}, {"num_warps": 1})
+
+    launch(1 << 17, 1 << 13)
+    launch(2, 1 << 32)  # a stride that is a 64-bit number makes 64-bit offsets
+    launch(1 << 17, 1 << 16, 1 << 16)  # maps
+    with pytest.raises(ValueError, match=r"\(1, 1, 262145, 8\) with 8192 elements from row to row: .* 2147483648 el"):
+        launch((1 << 18) + 1, 1 << 13)
+
+
 def test_recording_runs_nothing():
     case = Case(16, 9, 8, ids=((3, 5),), pinned=((0,),))
     t = case.tensors()

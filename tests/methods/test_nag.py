@@ -32,6 +32,7 @@ TRANSFORMERS = [
     ("pixart_sigma", {}, {}),
     ("sana", {}, {}),
     ("hunyuan", {}, {}),
+    full("ltx", {}, {}),
 ]
 
 
@@ -63,8 +64,9 @@ def encoded(kind: str, pipe: Any) -> dict[str, Tensor]:
             }
         if kind == "flux2":
             return {"encoder_hidden_states": pipe.encode_prompt(AWAY, text_encoder_out_layers=(0, 1, 2), **how)[0]}
-        more = {"complex_human_instruction": tiny_transformers.tiny_text.INSTRUCTION} if kind == "sana" else {}
-        found = pipe.encode_prompt(AWAY, do_classifier_free_guidance=False, clean_caption=False, **how, **more)
+        more: dict[str, Any] = {} if kind == "ltx" else {"clean_caption": False}
+        more |= {"complex_human_instruction": tiny_transformers.tiny_text.INSTRUCTION} if kind == "sana" else {}
+        found = pipe.encode_prompt(AWAY, do_classifier_free_guidance=False, **how, **more)
         return {"encoder_hidden_states": found[0], "encoder_attention_mask": found[1]}
 
 

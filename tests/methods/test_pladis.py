@@ -53,6 +53,7 @@ CASES = [
     ("pixart_sigma", {}, 9),
     full("sana", {}, 9),
     full("hunyuan", {}, 9),
+    full("ltx", {}, 9),
 ]
 
 

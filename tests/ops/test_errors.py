@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -65,6 +66,18 @@ def test_target_ids(qkv):
     refused("token 3 is both in target_ids and in pinned_ids", statistics, torch.tensor([[1], [3]]), pinned_ids=[0, 3])
 
 
+def test_ids_that_a_graph_reads_outlive_the_cache(monkeypatch):
+    module = importlib.import_module("attnctl_fast._validate")
+    monkeypatch.setattr(module, "_captured", {})
+    k = torch.zeros(1, 1, 9, 8, device=DEVICE)
+    plain = module.check_columns([1, 2], k)
+    assert not module._captured
+    monkeypatch.setattr(module, "_capturing", lambda device: True)
+    captured = module.check_columns([1, 2], k)
+    module._kept.cache_clear()
+    assert captured is plain and [*module._captured.values()][0] is plain
+
+
 def test_bias_and_statistics_that_do_not_fit(qkv):
     q, k, v = qkv
     stats = ops.target_statistics(q, k, v, [3, 5], pinned_ids=[0])
@@ -92,6 +105,22 @@ def test_bias_and_statistics_that_do_not_fit(qkv):
         pinned_ids=[0],
     )
     refused("must be a float tensor [B,H,T,M] = [2, 2, 2, 16]", ops.regulation_loss, stats, two[..., :15])
+
+
+def test_numbers_and_weights_on_another_device(qkv):
+    """A kernel gets addresses, which look alike everywhere."""
+    q, k, v = qkv
+    number = torch.ones((), device="meta")
+    refused(f"weight is on meta but q is on {q.device}; move it there", ops.entmax_attention, q, k, v, weight=number)
+    how = {"scale": 3.0, "tau": 2.5, "alpha": number, "norm": 2}
+    refused(f"alpha is on meta but q is on {q.device}", ops.normalized_guidance, q, k, v, k, v, **how)
+    theta = torch.zeros(2, 2, 1, 1, 1, device="meta")
+    refused(f"theta is on meta but q is on {q.device}", ops.regulated_attention, q, k, v, theta, [3], (4, 4))
+    stats, bias = ops.target_statistics(q, k, v, [3]), rand(2, 2, 1, 16)
+    refused("theta is on meta but the bias is on", ops.regulation_loss, stats, bias, theta=theta)
+    elsewhere = stats._replace(rest_lse=stats.rest_lse.to("meta"))
+    refused("rest_lse is on meta but logits is on", ops.regulate, elsewhere, (4, 4))
+    refused("rest_lse is on meta but logits is on", ops.regulation_loss, elsewhere, bias)
 
 
 def test_dtypes_of_what_is_added(qkv):

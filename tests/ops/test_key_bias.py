@@ -219,6 +219,17 @@ def test_where_every_column_is_masked_results_and_gradients_are_zero(name, impl)
         assert ((x[1] == 0) | x[1].isneginf()).all()
 
 
+@pytest.mark.parametrize("impl", TRITON)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_large_bias_is_nothing_beyond_the_last_row(name, impl):
+    """Where a tile has no row, no logsumexp takes the bias off again: exp(30) is inf in half precision."""
+    tensors = [x.requires_grad_() for x in attention_inputs(2, 2, M, N, D, torch.float16)]
+    key_bias = torch.zeros(2, N, device=DEVICE)
+    key_bias[:, 3] = 30.0
+    ours, gradients = results(FUNCTIONS[name], tensors, impl, key_bias, differentiable=differentiable(impl, name))
+    assert all((x.isfinite() | x.isneginf()).all() for x in (*ours, *gradients))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("objective", ["official", "paper"])
 def test_a_masked_target_is_a_padded_one(objective, impl):

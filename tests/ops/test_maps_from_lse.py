@@ -316,6 +316,16 @@ def test_the_maps_of_all_heads_are_never_held(impl, monkeypatch):
     assert maps.nbytes <= largest.size <= heads * m * n * 4 // 4
 
 
+@pytest.mark.skipif(not TRITON, reason="needs Triton")
+def test_an_id_beyond_the_columns_is_written_nowhere():
+    """Ids that lie on a GPU are trusted, but one of another prompt must not write over another head's gradient."""
+    kernels = importlib.import_module("attnctl_fast.kernels.maps_from_lse")
+    (q, k, lse), ids = joint_inputs(16, 20, 8, 2, torch.float32), torch.tensor([19], device=DEVICE)
+    given = (q, k[:, :, :19], lse, ids, None, False, 0.3)
+    _, dk, _ = kernels.maps_from_lse_backward(torch.ones(2, 1, 16, device=DEVICE), *given, [False, True, False])
+    assert not dk.any()
+
+
 def test_errors():
     q, k, lse = joint_inputs(16, 20, 8, 2, torch.float32)
     ids = [3]

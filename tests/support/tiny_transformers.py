@@ -1,8 +1,8 @@
 """Tiny diffusers pipelines on transformers, with random weights: PixArt, Sana, HunyuanDiT, SD 3, FLUX.1, Chroma,
-Qwen-Image, AuraFlow, CogView 4, FLUX.2, Lumina 2, Z-Image and Wan, a fraction of a second each on a CPU.
+Qwen-Image, AuraFlow, CogView 4, FLUX.2, Lumina 2, Z-Image, Wan and LTX-Video, a fraction of a second each on a CPU.
 
-Their latents are 16x16 by default, and have other shapes with `size`; their images have 8x8 tokens, and Sana's 16x16.
-Wan's videos have three frames of latents.
+Their latents are 16x16 by default (LTX: 8x8), and have other shapes with `size`; their images have 8x8 tokens, and
+Sana's 16x16. Videos have three frames of latents.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ KINDS = (
     "lumina2",
     "wan",
     "zimage",
+    "ltx",
 )
+VIDEOS = ("wan", "ltx")
 # Kinds whose latents are packed, 2x2 of them in a token.
 PACKED = ("flux", "chroma", "qwen", "flux2", "flux2_klein")
 PROMPT = "a photo of a bag and an apple"
@@ -55,6 +57,7 @@ CLASSES = {
     "lumina2": "Lumina2Pipeline",
     "wan": "WanPipeline",
     "zimage": "ZImagePipeline",
+    "ltx": "LTXPipeline",
 }
 JOINT = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 32}
 ROTARY = (4, 6, 6)
@@ -422,6 +425,31 @@ def _wan(cls: str, expand: bool = False) -> dict[str, Any]:
     }
 
 
+def _ltx(cls: str) -> dict[str, Any]:
+    from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
+
+    # Four levels, for the pipeline draws in multiples of 32 pixels.
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=16,
+        block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+    )
+    model = LTXVideoTransformer3DModel(
+        in_channels=16,
+        out_channels=16,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        num_layers=3,
+        caption_channels=32,
+    )
+    parts = {"vae": vae.eval(), "transformer": _sharpened(model)}
+    _t5(parts)
+    return parts | {"scheduler": _flow(shift=3.0, use_dynamic_shifting=True)}
+
+
 def _zimage(cls: str) -> dict[str, Any]:
     from diffusers import ZImageTransformer2DModel
 
@@ -461,6 +489,7 @@ BUILD: dict[str, Callable[..., dict[str, Any]]] = {
     "lumina2": _lumina2,
     "wan": _wan,
     "zimage": _zimage,
+    "ltx": _ltx,
 }
 
 
@@ -491,7 +520,11 @@ def pipeline(
 
 
 def latent_channels(kind: str) -> int:
-    return 16 if kind in ("sd3", "cogview4", "lumina2", "wan", "zimage", *PACKED) else 4
+    return 16 if kind in ("sd3", "cogview4", "lumina2", "zimage", *VIDEOS, *PACKED) else 4
+
+
+def default_size(kind: str) -> tuple[int, int]:
+    return (SIDE // 2, SIDE // 2) if kind == "ltx" else (SIDE, SIDE)
 
 
 def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -510,10 +543,11 @@ def mask_image(height: int, width: int) -> torch.Tensor:
     return mask
 
 
-def arguments(kind: str, pipe: Any, size: tuple[int, int] = (SIDE, SIDE), **options: Any) -> dict[str, Any]:
+def arguments(kind: str, pipe: Any, size: tuple[int, int] | None = None, **options: Any) -> dict[str, Any]:
     """What `call` calls the pipeline with."""
-    scale = getattr(pipe, "vae_scale_factor", None) or pipe.vae_scale_factor_spatial
-    height, width = (side * scale for side in size)
+    names = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+    scale = next(getattr(pipe, name) for name in names if getattr(pipe, name, None))
+    height, width = (side * scale for side in size or default_size(kind))
     given: dict[str, Any] = {
         "prompt": PROMPT,
         "height": height,
@@ -530,7 +564,7 @@ def arguments(kind: str, pipe: Any, size: tuple[int, int] = (SIDE, SIDE), **opti
         "control_image": picture(height, width),
         "mask_image": mask_image(height, width),
         "strength": 1.0,
-        "num_frames": 1 + 4 * (FRAMES - 1),
+        "num_frames": 1 + {"wan": 4, "ltx": 8}.get(kind, 1) * (FRAMES - 1),
     }
     known = inspect.signature(type(pipe).__call__).parameters
     if kind.startswith("flux2"):

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl_fast._numbers import step_count
 from attnctl_fast.attach.layers import Layer
 from bench.pictures import ours
-from bench.pictures.attention_layers import layers_of, replaced
+from bench.pictures.attention_layers import flat_heads, flat_logits, flat_output, layers_of, replaced
 from bench.pictures.published.energy import composition, energy_context
 from bench.pictures.published.nag import nag
 from bench.pictures.published.regulation import attention_regulation
-from bench.pictures.regions import Regions
-from bench.pictures.sampling import PROMPT, Drawn, Form, Setting, Text, encode, evaluate, nothing, sample
+from bench.pictures.regions import Dense
+from bench.pictures.sampling import Drawn, Form, Setting, Text, encode, evaluate, nothing, sample
 
 
 class _Dense:
@@ -30,20 +29,13 @@ class _Dense:
         self.layer, self.plan = layer, plan
 
     def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
     ) -> Tensor:
         plan, own = self.plan, encoder_hidden_states is None
         context = hidden_states if own else plan.text
-        q, k, v = (
-            attn.head_to_batch_dim(x) for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
-        )
-        if plan.active():
-            logits = torch.baddbmm(q.new_empty(len(q), q.shape[1], k.shape[1]), q, k.mT, beta=0, alpha=attn.scale)
+        q, k, v = flat_heads(attn, hidden_states, context)
+        if plan.active:
+            logits = flat_logits(attn, q, k)
             half, grid = len(logits) // 2, self.layer.grid(plan.setting.grid)
             low = logits[half:].min(-1)[0].unsqueeze(-1)
             high = logits[half:].max(-1)[0].unsqueeze(-1)
@@ -55,47 +47,35 @@ class _Dense:
             probabilities = logits.softmax(-1).to(q.dtype)
         else:
             probabilities = attn.get_attention_scores(q, k)
-        out = attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probabilities, v)))
-        return attn.to_out[1](out) / attn.rescale_output_factor
+        return flat_output(attn, probabilities, v) / attn.rescale_output_factor
 
 
-class _DensePlan:
+class _DensePlan(Dense):
     """own, cross, sizes by a layer's grid: which keys of self- and of cross-attention share a mask with an image token,
-    `[B,M,M]` and `[B,M,N]`, and 1 - area * S `[B,M,1]`."""
+    `[B,M,M]` and `[B,M,N]`, and 1 - area * S `[B,M,1]`. text: the context of both halves."""
 
     def __init__(self, setting: Setting) -> None:
-        self.setting, self.method = setting, ours.method("DenseDiffusion", setting)
-        self.layers = layers_of(setting.pipe)
-        regions, batch = Regions.of(self.method, setting), setting.batch
-        self.texts = nothing(setting), encode(setting, PROMPT)
-        self.text = torch.cat([self.texts[0].context, regions.rewritten(setting, self.texts[1]).context])
-        self.step, self.time = 0, setting.latents.new_zeros(())
+        super().__init__(setting)
+        self.layers, batch = layers_of(setting.pipe), setting.batch
+        self.text = torch.cat([text.context for text in self.texts])
         self.own: dict[tuple[int, int], Tensor] = {}
         self.cross: dict[tuple[int, int], Tensor] = {}
         self.sizes: dict[tuple[int, int], Tensor] = {}
         for grid in {layer.grid(setting.grid) for layer in self.layers.values()}:
-            masks = regions.at(grid)
+            masks = self.at(grid)
             own = (masks[:, None] * masks[:, :, None]).sum(0)
             self.own[grid] = own.repeat(batch, 1, 1)
             self.sizes[grid] = (1 - self.method.area * own.sum(-1, keepdim=True) / len(own)).repeat(batch, 1, 1)
             cross = masks.new_zeros(masks.shape[1], self.text.shape[1])
-            for mask, places in zip(masks, regions.positions, strict=True):
+            for mask, places in zip(masks, self.positions, strict=True):
                 cross[:, places] = mask[:, None]
             self.cross[grid] = cross.repeat(batch, 1, 1)
-
-    def active(self) -> bool:
-        return self.step < step_count(self.method.edit_steps, self.setting.steps)
-
-    def before(self, latents: Tensor, step: int, timestep: Tensor, text: Text) -> Tensor:
-        self.step, self.time = step, timestep / self.setting.pipe.scheduler.config.num_train_timesteps
-        return latents
 
 
 def dense_diffusion(setting: Setting) -> Drawn:
     """DenseDiffusion (arXiv 2308.12964): all attention of the UNet, the image's own too, with its maps in memory, at
     every step; the context is the method's own, whatever the UNet hands to the layers."""
-    with torch.no_grad():
-        plan = _DensePlan(setting)
+    plan = _DensePlan(setting)
     processors = {name: _Dense(layer, plan) for name, layer in plan.layers.items()}
     with replaced(plan.layers, processors):
         return Drawn(sample(setting, before=plan.before, texts=plan.texts))

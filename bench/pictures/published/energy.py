@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnctl_fast import schedules
 from bench.pictures import ours
-from bench.pictures.attention_layers import layers_of, replaced
+from bench.pictures.attention_layers import flat_heads, flat_logits, flat_output, layers_of, replaced
 from bench.pictures.sampling import PROMPT, Drawn, Setting, Text, encode, nothing, sample
 
 
@@ -33,12 +33,9 @@ class _Contexts:
 
     def projected(self, attn: Any, hidden_states: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The layer's output, and queries, keys and logits."""
-        q, k, v = (
-            attn.head_to_batch_dim(x) for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
-        )
-        logits = torch.baddbmm(q.new_empty(len(q), q.shape[1], k.shape[1]), q, k.mT, beta=0, alpha=attn.scale)
-        out = attn.batch_to_head_dim(torch.bmm(logits.softmax(-1).to(q.dtype), v))
-        return attn.to_out[1](attn.to_out[0](out)), q, k, logits
+        q, k, v = flat_heads(attn, hidden_states, context)
+        logits = flat_logits(attn, q, k)
+        return flat_output(attn, logits.softmax(-1).to(q.dtype), v), q, k, logits
 
     def step(self, attn: Any, q: Tensor, k: Tensor, logits: Tensor, gammas: tuple[float, float]) -> Tensor:
         """The increment of a context."""
@@ -49,12 +46,7 @@ class _Contexts:
         return pull @ attn.to_k.weight.detach()
 
     def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
     ) -> Tensor:
         own = encoder_hidden_states is None
         if self.main is None and not own:

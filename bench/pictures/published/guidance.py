@@ -25,6 +25,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from bench.ops.rivals import published_similarity_loss
 from bench.pictures import ours
+from bench.pictures.attention_layers import flat_heads, flat_output, layers_of, replaced
 from bench.pictures.guidance_loop import (
     kernel,
     read_layers,
@@ -94,17 +95,13 @@ class _Processor:
         self._name, self._store = name, store
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Any = None
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (
-            attn.head_to_batch_dim(projection(x))
-            for projection, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
-        )
-        probabilities = attn.get_attention_scores(q, k, attention_mask)
+        q, k, v = flat_heads(attn, hidden_states, context)
+        probabilities = attn.get_attention_scores(q, k)
         self._store.add(self._name, probabilities, attn.heads)
-        out = attn.batch_to_head_dim(torch.bmm(probabilities, v))
-        return attn.to_out[1](attn.to_out[0](out))
+        return flat_output(attn, probabilities, v)
 
 
 def _draw(
@@ -120,9 +117,8 @@ def _draw(
     method, unet = ours.method(name, setting), setting.pipe.unet
     loss, sizes, layers = make_loss(setting, method), step_sizes(setting, method), read_layers(setting, method)
     grid = layers[0].grid(setting.grid)
-    before = unet.attn_processors
-    names = [key.removesuffix(".processor") for key in before]
-    kept = store({layer.name for layer in layers}, len(names), graph_only)
+    every = layers_of(setting.pipe)
+    kept = store({layer.name for layer in layers}, len(every), graph_only)
 
     def guide(latents: Tensor, step: int, timestep: Tensor, text: Text) -> Tensor:
         if step >= len(sizes) and not every_step:
@@ -142,12 +138,8 @@ def _draw(
                 moved.append(one)
             return torch.cat(moved).to(latents.dtype)
 
-    try:
-        unet.set_attn_processor({f"{name}.processor": _Processor(name, kept) for name in names})
-        with trainable(unet, True):
-            return Drawn(sample(setting, before=guide))
-    finally:
-        unet.set_attn_processor(before)
+    with replaced(every, {name: _Processor(name, kept) for name in every}), trainable(unet, True):
+        return Drawn(sample(setting, before=guide))
 
 
 def _row(text: Text, index: int) -> Text:

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.pictures import ours
-from bench.pictures.attention_layers import finished, layers_of, replaced
-from bench.pictures.projections import heads_to_channels, keys_values, queries
+from bench.pictures.attention_layers import heads_to_channels, keys_values, layers_of, queries, replaced
 from bench.pictures.sampling import Drawn, Setting, encode, sample
 
 
@@ -21,15 +20,8 @@ class _Guided:
     def __init__(self, method: Any, negative: Tensor) -> None:
         self.method, self.negative = method, negative
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        q = queries(attn, hidden_states, temb)
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
+        q = queries(attn, hidden_states)
         k, v = keys_values(attn, torch.cat([encoder_hidden_states, self.negative]))
         count = len(self.negative)
         q = torch.cat([q, q[-count:]])
@@ -37,8 +29,8 @@ class _Guided:
         negative = F.scaled_dot_product_attention(q[-count:], k[-count:], v[-count:], scale=attn.scale)
         unconditional, positive = out[:-count], out[-count:]
         positive = self._joined(positive, heads_to_channels(negative))
-        out = torch.cat([unconditional, positive]).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        return finished(attn, out, hidden_states)
+        out = attn.to_out[1](attn.to_out[0](torch.cat([unconditional, positive])))
+        return out / attn.rescale_output_factor
 
     def _joined(self, positive: Tensor, negative: Tensor) -> Tensor:
         scale, tau, alpha = self.method.scale, self.method.tau, self.method.alpha

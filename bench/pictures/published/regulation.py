@@ -10,7 +10,7 @@ for the whole batch, where ours are chosen sample by sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from attnctl_fast.methods.attention_regulation import initial_theta
 from attnctl_fast.ops._objective import DEFAULT_MASS_WEIGHT, DEFAULT_PENALTY
 from attnctl_fast.ops.gaussian_bias import basis_axes
 from bench.pictures import ours
-from bench.pictures.attention_layers import layers_of, wide
+from bench.pictures.attention_layers import flat_heads, flat_logits, flat_output, layers_of, wide
+from bench.pictures.guidance_loop import tokens_of
 from bench.pictures.sampling import NOUNS, Drawn, Setting, Text, sample
 
 
@@ -30,7 +31,7 @@ class _Regulation:
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.method = setting, ours.method("AttentionRegulation", setting)
-        self.target_ids = [position for noun in NOUNS for position in setting.positions(noun)]
+        self.target_ids = tokens_of(setting, NOUNS)
         self.step = 0
         self.averages: list[Tensor] = []
         self.losses: list[Tensor] = []
@@ -39,7 +40,8 @@ class _Regulation:
     def hook(self) -> None:
         layers = layers_of(self.setting.pipe, cross=True)
         for name in last_down_first_up(layers):
-            self._hooks.append(layers[name].module.register_forward_hook(self._at(layers[name]), with_kwargs=True))
+            again = partial(self._attend, layers[name])
+            self._hooks.append(layers[name].module.register_forward_hook(again, with_kwargs=True))
 
     def unhook(self) -> None:
         while self._hooks:
@@ -52,18 +54,9 @@ class _Regulation:
             self.unhook()
         return latents
 
-    def _at(self, layer: Layer) -> Callable[..., Tensor]:
-        def again(attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            return self._attend(layer, attn, args[0], kwargs["encoder_hidden_states"])
-
-        return again
-
-    def _attend(self, layer: Layer, attn: Any, hidden_states: Tensor, context: Tensor) -> Tensor:
-        q, k, v = (
-            attn.head_to_batch_dim(x) for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
-        )
-        logits = q.new_empty(len(q), q.shape[1], k.shape[1])
-        logits = torch.baddbmm(logits, q, k.mT, beta=0, alpha=attn.scale)
+    def _attend(self, layer: Layer, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        q, k, v = flat_heads(attn, args[0], kwargs["encoder_hidden_states"])
+        logits = flat_logits(attn, q, k)
         plain, end = logits.softmax(-1), self.setting.end()
         first, last = plain[..., 0], plain[..., end]
         del plain
@@ -72,8 +65,7 @@ class _Regulation:
             logits[half:] = self._edited(layer, attn.heads, logits[half:]).to(logits.dtype)
         probabilities = logits.softmax(-1)
         probabilities[..., 0], probabilities[..., end] = first, last
-        out = attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probabilities, v)))
-        return attn.to_out[1](out) / attn.rescale_output_factor
+        return flat_output(attn, probabilities, v) / attn.rescale_output_factor
 
     def _edited(self, layer: Layer, heads: int, given: Tensor) -> Tensor:
         """The logits `[B*H,M,N]` with the bias of the best step added to the targets' columns."""

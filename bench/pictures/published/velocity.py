@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.pictures import ours
+from bench.pictures.attention_layers import heads_to_channels, keys_values, queries, replaced
 from bench.pictures.guidance_loop import correction_factor, kernel, read_layers, smoothed, tokens_of, trainable
 from bench.pictures.sampling import Drawn, Form, Setting, Text, evaluate, guided, sample, wide_dtype
 
@@ -25,22 +26,12 @@ class _Processor:
 
     collected: list[Tensor] | None = None
 
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Any = None
-    ) -> Tensor:
-        q, k, v = (
-            projection(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for projection, x in (
-                (attn.to_q, hidden_states),
-                (attn.to_k, encoder_hidden_states),
-                (attn.to_v, encoder_hidden_states),
-            )
-        )
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
+        q, (k, v) = queries(attn, hidden_states), keys_values(attn, encoder_hidden_states)
         if self.collected is not None:
             scores = q @ k.transpose(-1, -2) / math.sqrt(k.shape[-1])
             self.collected.append(torch.softmax(scores, dim=-1).mean(dim=1).transpose(-1, -2))
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](out))
+        return attn.to_out[1](attn.to_out[0](heads_to_channels(F.scaled_dot_product_attention(q, k, v))))
 
 
 def _divergence(maps: Tensor) -> Tensor:
@@ -88,15 +79,12 @@ def _focus(setting: Setting) -> Drawn:
         noise = guided(setting, latents, step, timestep, negative, positive)
         return noise + method.strength * correction_factor(setting, timestep) * leaf.grad
 
-    before = unet.attn_processors
+    read = {layer.name: layer for layer in layers}
     try:
-        for layer in layers:
-            layer.module.set_processor(_Processor())
-        with trainable(unet, True):
+        with replaced(read, {name: _Processor() for name in read}), trainable(unet, True):
             return Drawn(sample(setting, predict=predict))
     finally:
         unet.zero_grad()
-        unet.set_attn_processor(before)
 
 
 FORMS: dict[str, Form] = {"FOCUS": _focus}

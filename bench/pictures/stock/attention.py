@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl_fast import schedules
-from attnctl_fast._numbers import step_count
 from attnctl_fast.attach.layers import Layer
 from bench.pictures import ours
-from bench.pictures.attention_layers import finished, layers_of, replaced, wide
-from bench.pictures.projections import keys_values, own_keys_values, queries
-from bench.pictures.regions import Regions
-from bench.pictures.sampling import PROMPT, Drawn, Form, Setting, Text, encode, evaluate, nothing, sample
+from bench.pictures.attention_layers import finished, keys_values, layers_of, queries, replaced, wide
+from bench.pictures.regions import Dense
+from bench.pictures.sampling import Drawn, Form, Setting, Text, encode, evaluate, nothing, sample
 from bench.pictures.stock.nag import nag
 from bench.pictures.stock.regulation import attention_regulation
 
@@ -38,17 +36,10 @@ class _Updating:
     def __init__(self, energy: _Energy, last: bool) -> None:
         self.energy, self.last = energy, last
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
         energy = self.energy
         context = wide(encoder_hidden_states) if energy.context is None else energy.context
-        q = queries(attn, hidden_states, temb)
+        q = queries(attn, hidden_states)
         k, v = keys_values(attn, context.to(encoder_hidden_states.dtype))
         out = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
         if not self.last:
@@ -85,15 +76,8 @@ class _Composing:
     def __init__(self, edits: list[tuple[Tensor, Tensor]], shares: list[float]) -> None:
         self.edits, self.shares = edits, shares
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        q = queries(attn, hidden_states, temb)
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
+        q = queries(attn, hidden_states)
         k, v = keys_values(attn, encoder_hidden_states)
         out = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
         half = len(q) // 2
@@ -132,23 +116,15 @@ class _Pulled:
 
     def __init__(self, inner: Any, layer: Layer, dense: _Dense) -> None:
         self.inner, self.layer, self.dense = inner, layer, dense
-        self.sizes, self.sets, self.shared = dense.at(layer)
+        self.sizes, self.sets, self.shared = dense.of(layer)
 
     def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **rest: Any
     ) -> Tensor:
         if not self.dense.active:
-            return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        q = queries(attn, hidden_states, temb)
-        if encoder_hidden_states is None:
-            k, v = own_keys_values(attn, hidden_states, temb)
-        else:
-            k, v = keys_values(attn, encoder_hidden_states)
+            return self.inner(attn, hidden_states, encoder_hidden_states, **rest)
+        q = queries(attn, hidden_states)
+        k, v = keys_values(attn, hidden_states if encoder_hidden_states is None else encoder_hidden_states)
         half = len(q) // 2
         plain = F.scaled_dot_product_attention(q[:half], k[:half], v[:half], scale=attn.scale)
         attend = _by_logits if self.layer.cross else _by_columns
@@ -168,16 +144,12 @@ def _by_logits(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, sets: Tensor, sh
 
 def _by_columns(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, sets: Tensor, shared: Tensor, scale: float) -> Tensor:
     """The same by fused attention."""
-    reach = torch.cat([_reach(rows, k) for rows in q.split(_rows(q), 2)], 2)
+    reach = torch.cat([_reach(rows, k) for rows in q.split(q.shape[2] if q.is_cuda else 128, 2)], 2)
     wide_q = torch.cat([(1 - weight) * q, weight * reach * sets.to(q.dtype)], 3)
     wide_k = torch.cat([k, shared.to(k.dtype).expand(*k.shape[:2], -1, -1)], 3)
     # Fused backends want all of one width.
     out = F.scaled_dot_product_attention(wide_q, wide_k, F.pad(v, (0, sets.shape[1])), scale=scale)
     return out[..., : q.shape[3]]
-
-
-def _rows(q: Tensor) -> int:
-    return q.shape[2] if q.is_cuda else 128
 
 
 def _reach(q: Tensor, k: Tensor) -> Tensor:
@@ -186,25 +158,23 @@ def _reach(q: Tensor, k: Tensor) -> Tensor:
     return products.amax(-1, keepdim=True) - products.amin(-1, keepdim=True)
 
 
-class _Dense:
-    """active, time: of this step, t/T as a tensor."""
+class _Dense(Dense):
+    """DenseDiffusion, with what its layers need for the whole call."""
 
     def __init__(self, setting: Setting) -> None:
-        self.setting, self.method = setting, ours.method("DenseDiffusion", setting)
-        self.regions = Regions.of(self.method, setting)
-        self.active, self.time = False, wide(setting.latents).new_zeros(())
-        self._tokens = self.regions.masks.new_zeros(setting.pipe.tokenizer.model_max_length, len(self.regions.phrases))
-        for index, places in enumerate(self.regions.positions):
+        super().__init__(setting)
+        self._tokens = self.masks.new_zeros(setting.pipe.tokenizer.model_max_length, len(self.positions))
+        for index, places in enumerate(self.positions):
             self._tokens[places] = 0
             self._tokens[places, index] = 1
         self._found: dict[tuple[tuple[int, int], bool, int], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def at(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    def of(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         """What every image token's weight is but for the time `[M,1]`, and `sets` and `shared` of `_by_logits`."""
         width = layer.module.to_q.out_features // layer.module.heads
         key = layer.grid(self.setting.grid), layer.cross, width
         if key not in self._found:
-            masks = self.regions.at(key[0]).mT
+            masks = self.at(key[0]).mT
             distinct, place = masks.unique(dim=0, return_inverse=True)
             sizes = 1 - self.method.area * (masks @ masks.mean(0))
             sets = F.one_hot(place, len(distinct)).to(masks.dtype)
@@ -221,18 +191,9 @@ def dense_diffusion(setting: Setting) -> Drawn:
     steps."""
     dense = _Dense(setting)
     layers = layers_of(setting.pipe)
-    edited = step_count(dense.method.edit_steps, setting.steps)
-    with torch.no_grad():
-        texts = nothing(setting), dense.regions.rewritten(setting, encode(setting, PROMPT))
-
-    def before(latents: Tensor, step: int, timestep: Tensor, text: Text) -> Tensor:
-        dense.active = step < edited
-        dense.time = timestep / dense.setting.pipe.scheduler.config.num_train_timesteps
-        return latents
-
     processors = {name: _Pulled(layer.module.processor, layer, dense) for name, layer in layers.items()}
     with replaced(layers, processors):
-        return Drawn(sample(setting, before=before, texts=texts))
+        return Drawn(sample(setting, before=dense.before, texts=dense.texts))
 
 
 def composable_diffusion(setting: Setting) -> Drawn:

@@ -19,15 +19,8 @@ from torch import Tensor
 from attnctl_fast.attach.layers import Layer
 from bench.ops.rivals import plain_similarity_loss
 from bench.pictures import ours
-from bench.pictures.guidance_loop import (
-    kernel,
-    read_layers,
-    smoothed,
-    step_sizes,
-    text_similarity,
-    tokens_of,
-    trainable,
-)
+from bench.pictures.attention_layers import heads, heads_to_channels, queries, replaced
+from bench.pictures.guidance_loop import read_layers, smoother, step_sizes, text_similarity, tokens_of, trainable
 from bench.pictures.sampling import Drawn, Form, Setting, Text, evaluate, sample, wide_dtype
 
 # [B] of maps [B,N,M].
@@ -44,39 +37,26 @@ class _Processor:
     def __init__(self, maps: list[Tensor], last: bool) -> None:
         self._maps, self._last = maps, last
 
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Any = None
-    ) -> Tensor:
-        q, k = _heads(attn, attn.to_q(hidden_states)), _heads(attn, attn.to_k(encoder_hidden_states))
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
+        q, k = queries(attn, hidden_states), heads(attn, attn.to_k(encoder_hidden_states))
         if attn.upcast_attention:
             q, k = q.float(), k.float()
         probabilities = (attn.scale * q @ k.mT).softmax(-1, dtype=wide_dtype(q.dtype))
         self._maps.append(probabilities.mean(1))
         if self._last:
             raise _Done
-        v = _heads(attn, attn.to_v(encoder_hidden_states))
-        out = (probabilities.to(v.dtype) @ v).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](out))
-
-
-def _heads(attn: Any, x: Tensor) -> Tensor:
-    """`[B,H,M,d]`."""
-    return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        v = heads(attn, attn.to_v(encoder_hidden_states))
+        return attn.to_out[1](attn.to_out[0](heads_to_channels(probabilities.to(v.dtype) @ v)))
 
 
 @contextmanager
 def reading(layers: list[Layer], whole: bool = False) -> Iterator[list[Tensor]]:
     """Within the block an evaluation gives the maps of these layers, and ends with the last unless it is whole."""
     maps: list[Tensor] = []
-    before = [layer.module.processor for layer in layers]
-    try:
-        for layer in layers:
-            layer.module.set_processor(_Processor(maps, layer is layers[-1] and not whole))
-        with suppress(_Done), torch.compiler.set_stance("force_eager"):
-            yield maps
-    finally:
-        for layer, processor in zip(layers, before, strict=True):
-            layer.module.set_processor(processor)
+    read = {layer.name: layer for layer in layers}
+    processors = {layer.name: _Processor(maps, layer is layers[-1] and not whole) for layer in layers}
+    with replaced(read, processors), suppress(_Done), torch.compiler.set_stance("force_eager"):
+        yield maps
 
 
 def _draw(name: str, make_loss: Callable[[Setting, Any, tuple[int, int]], Loss], setting: Setting) -> Drawn:
@@ -99,20 +79,10 @@ def _draw(name: str, make_loss: Callable[[Setting, Any, tuple[int, int]], Loss],
         return Drawn(sample(setting, before=guide))
 
 
-def _smoother(setting: Setting, method: Any, grid: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-    """All maps `[B,n,M]` by one convolution."""
-    weights = kernel(method, grid, setting.latents.new_empty(0, dtype=wide_dtype(setting.latents.dtype)))
-
-    def smooth(maps: Tensor) -> Tensor:
-        return smoothed(maps.reshape(-1, *grid), weights).view(maps.shape)
-
-    return smooth
-
-
 def _max_attention(setting: Setting, method: Any, grid: tuple[int, int]) -> Loss:
     """The softmax over the tokens is formed for the targets alone."""
     targets = torch.tensor(tokens_of(setting, method.targets), device=setting.latents.device)
-    smooth = _smoother(setting, method, grid)
+    smooth = smoother(setting, method, grid)
 
     def loss(maps: Tensor) -> Tensor:
         scores = method.sharpness * maps[:, 1:-1]
@@ -166,12 +136,9 @@ def _contrast(setting: Setting, method: Any, grid: tuple[int, int]) -> Loss:
     groups = [tokens_of(setting, group) for group in method.groups]
     tokens = torch.tensor([token for group in groups for token in group], device=device)
     numbers = torch.tensor([number for number, group in enumerate(groups) for _ in group], device=device)
-    smooth = _smoother(setting, method, grid)
+    smooth = smoother(setting, method, grid)
     kept: list[Tensor] = []
-    pairs = [
-        _pairs(numbers, wide_dtype(setting.latents.dtype)),
-        _pairs(numbers.repeat(2), wide_dtype(setting.latents.dtype)),
-    ]
+    pairs = [_pairs(numbers.repeat(times), wide_dtype(setting.latents.dtype)) for times in (1, 2)]
 
     def loss(maps: Tensor) -> Tensor:
         unit = F.normalize(smooth(maps.index_select(1, tokens)), dim=2)

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.pictures import ours
-from bench.pictures.attention_layers import finished, layers_of, replaced
-from bench.pictures.projections import keys_values, queries
+from bench.pictures.attention_layers import finished, keys_values, layers_of, queries, replaced
 from bench.pictures.sampling import Drawn, Setting, encode, sample
 
 
@@ -20,15 +19,8 @@ class _Guided:
     def __init__(self, method: Any, negative: tuple[Tensor, Tensor]) -> None:
         self.method, self.negative = method, negative
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        q, (k, v) = queries(attn, hidden_states, temb), keys_values(attn, encoder_hidden_states)
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
+        q, (k, v) = queries(attn, hidden_states), keys_values(attn, encoder_hidden_states)
         out = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
         half, method = len(q) // 2, self.method
         positive = out[half:]

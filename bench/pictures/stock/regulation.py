@@ -22,8 +22,8 @@ from attnctl_fast.ops._objective import DEFAULT_MASS_WEIGHT, DEFAULT_PENALTY
 from attnctl_fast.ops.gaussian_bias import axis_basis, basis_axes
 from bench.ops import rivals
 from bench.pictures import ours
-from bench.pictures.attention_layers import finished, layers_of, replaced, wide
-from bench.pictures.projections import keys_values, queries
+from bench.pictures.attention_layers import finished, keys_values, layers_of, queries, replaced, wide
+from bench.pictures.guidance_loop import tokens_of
 from bench.pictures.sampling import NOUNS, Drawn, Setting, Text, sample, wide_dtype
 
 _Loop = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -59,7 +59,7 @@ class _Regulation:
     def __init__(self, setting: Setting) -> None:
         self.setting, self.method = setting, ours.method("AttentionRegulation", setting)
         device = setting.latents.device
-        self.target_ids = torch.tensor([i for noun in NOUNS for i in setting.positions(noun)], device=device)
+        self.target_ids = torch.tensor(tokens_of(setting, NOUNS), device=device)
         self.pinned_ids = torch.tensor([0, setting.end()], device=device)
         self.step = 0
         self.losses: list[Tensor] = []
@@ -87,17 +87,10 @@ class _Regulated:
         self.thetas = thetas[:, None].repeat(1, setting.batch, 1, 1, 1, 1)
         self.previous: Tensor | None = None
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **rest: Any) -> Tensor:
         if self.regulation.step >= self.regulation.method.edit_steps:
-            return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        q = queries(attn, hidden_states, temb)
+            return self.inner(attn, hidden_states, encoder_hidden_states, **rest)
+        q = queries(attn, hidden_states)
         k, v = keys_values(attn, encoder_hidden_states)
         half = len(q) // 2
         plain = F.scaled_dot_product_attention(q[:half], k[:half], v[:half], scale=attn.scale)

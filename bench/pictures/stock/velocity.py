@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.pictures import ours
-from bench.pictures.guidance_loop import correction_factor, kernel, read_layers, smoothed, tokens_of, trainable
+from bench.pictures.guidance_loop import correction_factor, read_layers, smoother, tokens_of, trainable
 from bench.pictures.sampling import Drawn, Form, Setting, Text, evaluate, guided, sample, wide_dtype
 from bench.pictures.stock.guidance import reading
 
@@ -31,17 +31,16 @@ def _focus(setting: Setting) -> Drawn:
     groups = [tokens_of(setting, group) for group in method.groups]
     tokens = [token for group in groups for token in group]
     like = setting.latents.new_empty(0, dtype=wide)
-    weights, ids = kernel(method, grid, like), torch.tensor(tokens, device=setting.latents.device)
+    smooth, ids = smoother(setting, method, grid), torch.tensor(tokens, device=setting.latents.device)
     within = like.new_tensor([[(token in group) / len(group) for token in tokens] for group in groups])
     logarithms = like.new_tensor([max(len(group), 2) for group in groups]).log()
     several = max(sum(len(group) > 1 for group in groups), 1)
     across = like.new_full((1, len(groups)), 1 / len(groups))
 
     def loss(maps: Tensor) -> Tensor:
-        chosen = maps.index_select(1, ids)
-        smooth = smoothed(chosen.reshape(-1, *grid), weights).view(chosen.shape)
-        apart = (_divergence(smooth, within) / logarithms).sum(1) / several
-        between = _divergence(within @ smooth, across)[:, 0] / like.new_tensor(len(groups)).log()
+        chosen = smooth(maps.index_select(1, ids))
+        apart = (_divergence(chosen, within) / logarithms).sum(1) / several
+        between = _divergence(within @ chosen, across)[:, 0] / like.new_tensor(len(groups)).log()
         return (apart + 1 - between) / 2
 
     def predict(latents: Tensor, step: int, timestep: Tensor, negative: Text, positive: Text) -> Tensor:
