@@ -183,8 +183,15 @@ TRIED: Mapping[str, Mapping[str, Sequence[Options]]] = {
             ),
             *({"mass": 0.02, "level": 0.3, "quantile": 0.95, "layers": [one]} for one in MMDiTDenoiser.layers),
             *(
-                {"mass": mass, "level": level, "quantile": 0.9, "layers": list(MMDiTDenoiser.layers[:1])}
-                for mass, level in ((0.02, 0.3), (0.04, 0.3), (0.02, 0.5))
+                {"mass": 0.02, "level": 0.3, "quantile": 0.9, "layers": list(MMDiTDenoiser.layers[:1]), **change}
+                for change in (
+                    {},
+                    {"mass": 0.04},
+                    {"level": 0.5},
+                    {"edit_steps": 1.0},
+                    {"layers": list(MMDiTDenoiser.layers[::2])},
+                    {"layers": ["transformer_blocks.0.attn", MMDiTDenoiser.layers[0]]},
+                )
             ),
         ],
         "AttendAndExcite": [{"scale": scale, "thresholds": {}, **HALF} for scale in (20.0, 50.0)],
