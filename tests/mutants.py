@@ -150,7 +150,7 @@ OPS = [
     Mutant(
         "attention: a NaN row is zero",
         "attnctl_fast/ops/attention.py",
-        "    if not lse.all():",
+        "    if not lse.bool().all():",
         "    if lse.isinf().all():",
         f"{ATTENTION} -k 'a_nan_query and eager'",
     ),
