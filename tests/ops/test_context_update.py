@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from attnctl_fast import ops
+from attnctl_fast.ops import _library
 from bench.ops.inputs import attention_inputs, fenced, rand, randn
 from tests.support.marks import full, full_pairs, pairs
 from tests.support.numerics import (
@@ -199,8 +200,11 @@ def test_composed_attention(impl, dtype, m, lengths, d):
     assert_right(out, plain_composed, q, torch.cat(ks, 2), *vs, shares, lengths)
 
 
-@pytest.mark.parametrize("impl", FAST)
-def test_composed_attention_gradients(impl):
+@pytest.mark.parametrize(("impl", "largest"), [*((impl, None) for impl in FAST), ("eager", 0)])
+def test_composed_attention_gradients(monkeypatch, impl, largest):
+    """Where the map may be held, and where it may not."""
+    if largest is not None:
+        monkeypatch.setattr(_library, "LARGEST_MAP", largest)
     q = randn(1, 2, 16, 8, dtype=torch.float32, seed=1)
     ks, vs = ([randn(1, 2, n, 8, dtype=torch.float32, seed=s + n) for n in (9, 5)] for s in (0, 50))
 
@@ -356,6 +360,7 @@ def test_only_a_bare_linear_module_is_its_weight(change, factor, called, monkeyp
 STORED_AS_FLOAT8 = """
 import torch
 from attnctl_fast import ops
+from attnctl_fast.ops import _library
 from diffusers.hooks import apply_layerwise_casting
 
 device = torch.device({device!r})
