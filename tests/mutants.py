@@ -206,8 +206,8 @@ OPS = [
     Mutant(
         "gaussian_bias: one axis's basis for both",
         "attnctl_fast/ops/gaussian_bias.py",
-        "(basis_y @ (theta @ basis_x.mT))",
-        "(basis_x @ (theta @ basis_y.mT))",
+        "(theta.flatten(0, 3) @ basis_x.mT)",
+        "(theta.flatten(0, 3) @ basis_y.mT)",
         f"{ATTENTION} -k gaussian_bias_equals",
     ),
     Mutant(

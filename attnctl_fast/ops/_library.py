@@ -28,7 +28,11 @@ def without_autocast(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
+        # One of them is a tensor.
+        for x in args:
+            if isinstance(x, torch.Tensor):
+                device = x.device.type
+                break
         if not torch.is_autocast_enabled(device):
             return function(*args)
         with torch.autocast(device, enabled=False):
@@ -44,8 +48,7 @@ def composite(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    function = without_autocast(function)
-    _library.impl(name, function, "CompositeImplicitAutograd")
+    _library.impl(name, without_autocast(function), "CompositeImplicitAutograd")
     return _unless_observed(getattr(getattr(torch.ops, NAMESPACE), name), function)
 
 
@@ -58,16 +61,20 @@ def opaque(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) 
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, function, "CompositeExplicitAutograd")
+    _library.impl(name, without_autocast(function), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return _unless_observed(getattr(getattr(torch.ops, NAMESPACE), name), function)
 
 
 def _unless_observed(operation: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what calls the operation where somebody would see it, and elsewhere the function that it runs."""
+    """Return what calls the operation where somebody would see it, and elsewhere the function that it runs.
+
+    The operation turns autocast off as well.
+    """
+    autocast = torch._C._is_any_autocast_enabled
 
     def run(*values: Any) -> Any:
-        return operation(*values) if observed(values) else function(*values)
+        return operation(*values) if autocast() or observed(values) else function(*values)
 
     return run
 
@@ -232,6 +239,12 @@ def launcher(file: str, name: str) -> Callable[..., Any]:
 def made(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """Return `x` as an operation can: empty, and of the dtype of `like`, for None."""
     return like.new_empty(0) if x is None else x
+
+
+def widened(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return tensors of one dtype in float32, or as they are where that is as wide."""
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    return tensors if tensors[0].dtype == wide else [x.to(wide) for x in tensors]
 
 
 def may_hold_map(q: torch.Tensor, k: torch.Tensor) -> bool:

@@ -13,7 +13,17 @@ from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
 from ._heads import Grouped
-from ._library import composite, differentiable, differentiated, launcher, may_hold_map, without_autocast
+from ._library import (
+    composite,
+    differentiable,
+    differentiated,
+    launcher,
+    may_hold_map,
+    opaque,
+    widened,
+    without_autocast,
+)
+from ._tiled import attend_to_few, few_columns
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -73,7 +83,6 @@ def _dense_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Te
     return logits if mask is None else logits + mask
 
 
-@without_autocast
 def _dense_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attend with the logits in memory, where no fused attention returns its logsumexp on every accelerator."""
     logits = _dense_logits(q, k, mask, scale)
@@ -81,7 +90,6 @@ def _dense_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     return torch.exp(logits - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1)) @ v, lse
 
 
-@without_autocast
 def _dense_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -257,12 +265,18 @@ def _backward(
 attention_op = differentiable(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? ids, Tensor? key_bias, float scale) "
     "-> (Tensor, Tensor)",
-    without_autocast(_forward),
+    _forward,
     lambda q, *_: masked_result(q),
-    without_autocast(_backward),
+    _backward,
     leaves=4,
     results=2,
     saves=(0, 1),
+)
+_attend_to_few_op = opaque(
+    "attention_to_few(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? ids, Tensor? key_bias, float scale) "
+    "-> Tensor",
+    attend_to_few,
+    lambda q, *_: torch.empty_like(q),
 )
 _attention_triton = differentiable(
     "attention_triton(Tensor q, Tensor k, Tensor v, Tensor? key_bias, float scale) -> (Tensor, Tensor)",
@@ -310,8 +324,7 @@ def attend(
     Half-precision inputs are computed in float32, and both results are: rounding `out` before it is merged, or its
     gradient, costs more than the last digit.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    q, k, v = widened(q, k, v)
     if differentiated(q, k, v, bias):
         # Views, for torch.compile takes no tensor twice.
         q, k, v = (x.view_as(x) for x in (q, k, v))
@@ -327,14 +340,19 @@ def attend_only(
     scale: float,
     key_bias: Tensor | None = None,
 ) -> Tensor:
-    """Return the output of `attend` in q's dtype, with or without a bias.
+    """Return the output of `attend` in q's dtype, without ids where there is no bias.
 
     On a CPU, where a map may be held, its gradients are faster from that.
     """
+    dtype = q.dtype
+    q, k, v = widened(q, k, v)
     if differentiated(q, k, v) and may_hold_map(q, k):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        return _held(q.to(wide), k.to(wide), v.to(wide), ids, bias, key_bias, scale).to(q.dtype)
-    return attend(q, k, v, ids, bias, scale, key_bias)[0].to(q.dtype)
+        out = _held(q, k, v, ids, bias, key_bias, scale)
+    elif few_columns(q, k, ids) and not differentiated(q, k, v, bias):
+        out = _attend_to_few_op(q, k, v, bias, ids, key_bias, scale)
+    else:
+        out, _ = attend(q, k, v, ids, bias, scale, key_bias)
+    return out if out.dtype == dtype else out.to(dtype)
 
 
 def attention_without(

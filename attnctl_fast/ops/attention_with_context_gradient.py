@@ -13,11 +13,10 @@ from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
 from ._heads import Grouped
-from ._library import composite, differentiable, differentiated, launcher, opaque, without_autocast
+from ._library import composite, differentiable, differentiated, launcher, opaque
+from ._tiled import aligned, tiles
 from .attention import attend
 
-# Numbers of the map that are held at a time: about what the caches of two cores hold in float32.
-TILE = 1 << 19
 # What float32 loses to underflow is beneath the last digit of a sum of exponentials above LEAST_SUM, and their products
 # with values of a norm below LARGEST_VALUE do not overflow while the sum is below 1 / LEAST_SUM.
 LEAST_SUM, LARGEST_VALUE = 1e-20, 1e15
@@ -48,11 +47,6 @@ def _two_attentions(
     return out, without_masked(update, key_bias)
 
 
-def _held(sums: Tensor) -> bool:
-    least, most = (float(x) for x in sums.aminmax())
-    return least > LEAST_SUM and most < 1 / LEAST_SUM
-
-
 def _shared_map(
     q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float, key_bias: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
@@ -62,32 +56,39 @@ def _shared_map(
     it. What a column's bias multiplies its numerators by multiplies its values instead.
     """
     (batch, heads, tokens, width), text = q.shape, k.shape[2]
-    step = -(-tokens // -(-heads * tokens * text // TILE))
     values = weighted(q, query_weight)
     factors = None if key_bias is None else key_bias.exp().unsqueeze(-1)  # [B,N,1]
     if factors is not None:
         v = v * factors.unsqueeze(1)
-    out, update = torch.empty_like(q), k.new_zeros(k.shape)
-    columns = k.new_zeros(batch, heads, text, 1)
-    numerators, products = q.new_empty(heads * step * text), q.new_empty(heads * step * width)
-    for b in range(batch):
-        for queries, pulls, attended in zip(*(x[b].split(step, 1) for x in (q, values, out)), strict=True):
-            length = queries.shape[1]
-            e = numerators[: heads * length * text].view(heads, length, text)
-            product = products[: heads * length * width].view(heads, length, width)
-            torch.baddbmm(e, queries, k[b].mT, beta=0, alpha=scale, out=e).exp_()
-            rows = e.sum(-1, keepdim=True) if factors is None else e @ factors[b]
-            if not _held(rows):
-                return None
-            torch.div(torch.bmm(e, v[b], out=product), rows, out=attended)
-            columns[b].add_(e.sum(1).unsqueeze(-1))
-            update[b].baddbmm_(e.mT, pulls)
-    update /= columns
-    held = _held(columns) and float(torch.linalg.vector_norm(v)) < LARGEST_VALUE and math.isfinite(float(update.sum()))
-    return (out, without_masked(update, key_bias)) if held else None
+    out, update = torch.empty_like(q), k.new_empty(k.shape)
+    sums = q.new_empty(batch, heads, tokens + text)
+    of_rows, of_columns = sums[..., :tokens].unsqueeze(3), sums[..., tokens:].unsqueeze(2)
+    keys = aligned(q, k)
+    blocks, columns = list(tiles(q, keys)), keys.shape[2]
+    largest = heads * blocks[0][1].stop
+    numerators, products = q.new_empty(largest * columns), q.new_empty(largest * width)
+    for b, rows in blocks:
+        queries, total = q[b, :, rows], of_rows[b, :, rows]
+        e, product = (x[: total.numel() * n].view(heads, -1, n) for x, n in ((numerators, columns), (products, width)))
+        e = e.baddbmm_(queries, keys[b].mT, beta=0, alpha=scale).exp_()[..., :text]
+        if factors is None:
+            torch.sum(e, -1, keepdim=True, out=total)
+        else:
+            total.copy_(e @ factors[b])
+        torch.div(torch.bmm(e, v[b], out=product), total, out=out[b, :, rows])
+        first = rows.start == 0
+        if first:
+            torch.sum(e, 1, keepdim=True, out=of_columns[b])
+        else:
+            of_columns[b].add_(e.sum(1, keepdim=True))
+        pulls = queries if query_weight is None else values[b, :, rows]
+        update[b].baddbmm_(e.mT, pulls, beta=0 if first else 1)
+    update /= of_columns.mT
+    least, most = (x.item() for x in sums.aminmax())
+    held = least > LEAST_SUM and most < 1 / LEAST_SUM and torch.linalg.vector_norm(v).item() < LARGEST_VALUE
+    return (out, without_masked(update, key_bias)) if held and math.isfinite(update.sum().item()) else None
 
 
-@without_autocast
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, key_bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -22,10 +23,8 @@ from .._validate import (
     check_tokens,
 )
 from ._heads import Grouped
-from ._library import composite, differentiable, launcher, may_hold_map, without_autocast
-
-# Numbers of the map that are held at a time: about what the caches of two cores hold in float32.
-TILE = 1 << 19
+from ._library import composite, differentiable, launcher, may_hold_map, widened
+from ._tiled import aligned, aligned_columns, few_of, is_tile, of_sample, tile_logits, tile_softmax, tiles
 
 attention_with_maps_reference = composite(
     "attention_with_maps_reference(Tensor q, Tensor k, Tensor v, Tensor? token_ids, bool per_head, float scale, "
@@ -34,38 +33,11 @@ attention_with_maps_reference = composite(
 )
 
 
-def _tiles(q: Tensor, k: Tensor, whole: bool) -> Iterator[tuple[int, slice]]:
-    """Yield samples, and blocks of their image tokens whose maps are at most TILE numbers (or one row).
-
-    `whole`: all of them.
-    """
-    batch, heads, image_tokens, _ = q.shape
-    step = image_tokens if whole else max(1, min(image_tokens, TILE // (heads * k.shape[2])))
-    for b in range(batch):
-        for start in range(0, image_tokens, step):
-            yield b, slice(start, min(start + step, image_tokens))
-
-
-def _probabilities(q: Tensor, k: Tensor, key_bias: Tensor | None, scale: float, out: Tensor | None = None) -> Tensor:
-    """Return [H,m,N] of one sample's queries [H,m,d], keys [H,N,d] and key_bias [N], in `out` where it is given."""
-    # Without a bias nothing is added to the product.
-    bias, beta = (q.new_empty(1), 0) if key_bias is None else (key_bias, 1)
-    logits = torch.baddbmm(bias, q, k.mT, beta=beta, alpha=scale)
-    # Not in place, which takes a third longer.
-    found = torch._softmax(logits, -1, False) if out is None else torch._softmax(logits, -1, False, out=out)
-    return found if key_bias is None else found.masked_fill_(key_bias.isneginf().all(), 0.0)
-
-
-def _of(key_bias: Tensor | None, b: int) -> Tensor | None:
-    return None if key_bias is None else key_bias[b]
-
-
 def _rows(token_ids: Tensor | None, b: int) -> Tensor | None:
     """Return the ids of sample b."""
     return token_ids if token_ids is None or token_ids.ndim == 1 else token_ids[b]
 
 
-@without_autocast
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -76,16 +48,22 @@ def _forward(
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, the maps, and to `keep` them where they may be held, all probabilities [B,H,M,N]."""
+    """Return the output, the maps, and to `keep` them where they may be held, all probabilities."""
     keep = keep and may_hold_map(q, k)
     out, maps, kept = _empty(q, k, token_ids, per_head, keep)
-    for b, rows in _tiles(q, k, keep):
-        p = _probabilities(q[b, :, rows], k[b], _of(key_bias, b), scale, kept[b, :, rows] if keep else None)
+    tokens, keys = k.shape[2], aligned(q, k)
+    for b, rows in tiles(q, keys, kept.numel() or None):
+        given = of_sample(key_bias, b)
+        logits = tile_logits(q[b, :, rows], keys[b], tokens, given, scale)
+        p = tile_softmax(logits, given, kept[b, :, rows] if keep else None)[..., :tokens]
         torch.bmm(p, v[b], out=out[b, :, rows])
         ids = _rows(token_ids, b)
-        if per_head or ids is None or _few(ids, k):
+        if per_head or ids is None or few_of(ids, k):
             wanted = p if ids is None else p.index_select(-1, ids.clamp(min=0))
-            maps[b, ..., rows] = (wanted if per_head else wanted.mean(0)).mT
+            if per_head:
+                maps[b, ..., rows] = wanted.mT
+            else:
+                torch.mean(wanted, 0, out=maps[b, :, rows].mT)
         else:
             # Columns are gathered one number at a time: of the mean there are fewer.
             maps[b, :, rows] = p.mean(0).mT.index_select(0, ids.clamp(min=0))
@@ -96,27 +74,24 @@ def _forward(
 
 
 def _empty(q: Tensor, k: Tensor, token_ids: Tensor | None, per_head: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, the maps, and the probabilities [B,H,M,N], or nothing where they are not kept."""
+    """Return the output, the maps, and the probabilities [B,H,M,N or more], or nothing where they are not kept."""
     count = k.shape[2] if token_ids is None else token_ids.shape[-1]
     heads = q.shape[1:2] if per_head else ()
     maps = q.new_empty(q.shape[0], *heads, count, q.shape[2])
-    return q.new_empty(q.shape), maps, q.new_empty(*q.shape[:3], k.shape[2]) if keep else q.new_empty(0)
+    kept = q.new_empty(*q.shape[:3], aligned_columns(q, k)) if keep else q.new_empty(0)
+    return q.new_empty(q.shape), maps, kept
 
 
-def _few(ids: Tensor, k: Tensor) -> bool:
-    """Return whether these columns are so few that they are better taken out than all columns gone through."""
-    return 8 * ids.shape[-1] <= k.shape[2]
-
-
-def _all_columns(grad_maps: Tensor, ids: Tensor | None, tokens: int) -> Tensor:
-    """Spread the gradient [..,n,m] of one sample's maps over all columns, [..,m,N], zeros where there is no map."""
+def _all_columns(grad_maps: Tensor, ids: Tensor | None, padded: bool, columns: int) -> Tensor:
+    """Spread the gradient [..,n,m] of one sample's maps over so many columns, zeros where there is no map."""
+    *leading, count, rows = grad_maps.shape
     if ids is None:
-        return grad_maps.mT
-    spread = grad_maps.new_zeros(*grad_maps.shape[:-2], grad_maps.shape[-1], tokens + 1)
-    return spread.index_copy_(-1, torch.where(ids < 0, tokens, ids), grad_maps.mT)[..., :tokens]
+        return F.pad(grad_maps.mT, (0, columns - count))
+    spread = grad_maps.new_zeros(*leading, rows, columns + padded)
+    places = torch.where(ids < 0, columns, ids) if padded else ids
+    return spread.index_copy_(-1, places, grad_maps.mT)[..., :columns]
 
 
-@without_autocast
 def _backward(
     grad_out: Tensor | None,
     grad_maps: Tensor | None,
@@ -131,19 +106,27 @@ def _backward(
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Return the gradients from probabilities that were kept or are made again."""
+    tokens, held = k.shape[2], kept.numel() > 0
+    keys = k if held else aligned(q, k)
+    values = v if grad_out is None else aligned(q, v)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (x.new_zeros(x.shape if wanted else 0) for x, wanted in zip((k, v), needed[1:], strict=True))
     if grad_maps is not None and not per_head:
         grad_maps = grad_maps / q.shape[1]
-    for b, rows in _tiles(q, k, kept.numel() > 0):
+    for b, rows in tiles(q, keys, kept.numel() or None):
         queries = q[b, :, rows]
-        p = kept[b, :, rows] if kept.numel() else _probabilities(queries, k[b], _of(key_bias, b), scale)
+        if held:
+            p = kept[b, :, rows]
+        else:
+            given = of_sample(key_bias, b)
+            p = tile_softmax(tile_logits(queries, keys[b], tokens, given, scale), given)
         ids = _rows(token_ids, b)
-        if grad_out is None and grad_maps is not None and ids is not None and _few(ids, k):
-            # dl = P (g - sum P g) is a multiple of P but for few columns: it need not be made.
+        if grad_out is None and grad_maps is not None and ids is not None and few_of(ids, k) and not is_tile(p):
+            # dl = P (g - sum P g) is a multiple of P but for few columns: where no cache holds it, it is not made.
             columns = ids.clamp(min=0)
             share = (p.index_select(-1, columns) * grad_maps[b, ..., rows].mT).masked_fill_(ids < 0, 0.0)  # [H,m,n]
             total = -share.sum(-1, keepdim=True)
+            p = p[..., :tokens]
             if needed[0]:
                 whole = torch.bmm(p, k[b], out=dq[b, :, rows]).mul_(scale * total)
                 whole.baddbmm_(share, k[b].index_select(1, columns), alpha=scale)
@@ -152,20 +135,20 @@ def _backward(
                 dk[b].index_add_(1, columns, share.mT @ queries, alpha=scale)
             continue
         if grad_out is not None and needed[2]:
-            dv[b].baddbmm_(p.mT, grad_out[b, :, rows])
+            dv[b].baddbmm_(p[..., :tokens].mT, grad_out[b, :, rows])
         if not (needed[0] or needed[1]) or (grad_out is None and grad_maps is None):
             continue
         of_maps = None
         if grad_maps is not None:
-            of_maps = _all_columns(grad_maps[b, ..., rows], ids, k.shape[2])
+            of_maps = _all_columns(grad_maps[b, ..., rows], ids, ids is not token_ids, p.shape[-1])
         if grad_out is None:
             assert of_maps is not None
             grad = of_maps.expand_as(p)
         else:
-            grad = torch.bmm(grad_out[b, :, rows], v[b].mT)
+            grad = torch.bmm(grad_out[b, :, rows], values[b].mT)
             if of_maps is not None:
                 grad += of_maps
-        grad_logits = torch._softmax_backward_data(grad, p, -1, p.dtype)
+        grad_logits = torch._softmax_backward_data(grad, p, -1, p.dtype)[..., :tokens]
         if needed[0]:
             torch.baddbmm(q.new_empty(1), grad_logits, k[b], beta=0, alpha=scale, out=dq[b, :, rows])
         if needed[1]:
@@ -252,8 +235,7 @@ def _eager(
     scale: float,
     key_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return _eager_op(q.to(wide), k.to(wide), v.to(wide), token_ids, key_bias, per_head, scale)
+    return _eager_op(*widened(q, k, v), token_ids, key_bias, per_head, scale)
 
 
 def attention_with_maps(

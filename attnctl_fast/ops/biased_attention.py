@@ -69,6 +69,23 @@ biased_attention_triton = differentiable(
 )
 
 
+def with_bias(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    pinned: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+    bias_scale: float,
+    impl: str,
+) -> Tensor:
+    """Run `biased_attention` by `"eager"` or `"reference"`, of what is checked already."""
+    run = biased_attention_reference if impl == "reference" else biased_attention_op
+    return run(q, k, v, bias if bias_scale == 1.0 else bias * bias_scale, targets, pinned, scale, key_bias)
+
+
 def biased_attention(
     q: Tensor,
     k: Tensor,
@@ -122,5 +139,4 @@ def biased_attention(
     if impl == "triton":
         check_kernel_limits(q, targets.shape[-1] + pinned.shape[-1])
         return biased_attention_triton(q, k, v, bias, targets, pinned, key_bias, scale, inside, 0, [])
-    run = biased_attention_reference if impl == "reference" else biased_attention_op
-    return run(q, k, v, bias * scale if bias_inside_scale else bias, targets, pinned, scale, key_bias)
+    return with_bias(q, k, v, bias, targets, pinned, key_bias, scale, inside, impl)

@@ -13,7 +13,7 @@ from .. import reference
 from .._impl import resolve
 from .._observed import observed
 from .._validate import check_grid, check_kernel_dtype
-from ._library import composite, differentiable, launcher
+from ._library import composite, differentiable, launcher, widened
 
 CENTRES = ("official", "paper")
 Sigma = float | tuple[float, float]
@@ -138,10 +138,15 @@ def _bases(
     return kept_axis_basis(height, tuple(axis_y), sigma_y, *how), kept_axis_basis(width, tuple(axis_x), sigma_x, *how)
 
 
-gaussian_bias_op = composite(
-    "gaussian_bias(Tensor theta, Tensor basis_y, Tensor basis_x) -> Tensor",
-    lambda theta, basis_y, basis_x: (basis_y @ (theta @ basis_x.mT)).flatten(-2),
-)
+def _spanned(theta: Tensor, basis_y: Tensor, basis_x: Tensor) -> Tensor:
+    """Return G_y theta G_x^T by two calls: matmul would find out their shapes, and those of the gradients, itself."""
+    (*leading, along_y, _), (height, width) = theta.shape, (len(basis_y), len(basis_x))
+    maps = math.prod(leading)
+    rows = (theta.flatten(0, 3) @ basis_x.mT).view(maps, along_y, width)
+    return torch.bmm(basis_y.expand(maps, -1, -1), rows).view(*leading, height * width)
+
+
+gaussian_bias_op = composite("gaussian_bias(Tensor theta, Tensor basis_y, Tensor basis_x) -> Tensor", _spanned)
 
 
 def _fake(theta: Tensor, grid: Sequence[int], *_: object) -> Tensor:
@@ -203,9 +208,9 @@ def gaussian_bias(
     if impl == "triton":
         check_kernel_dtype(theta)
         return _triton(theta, [height, width], kernel_axes(grid, sigma, centres))
-    wide = theta.to(torch.promote_types(theta.dtype, torch.float32))
+    (wide,) = widened(theta)
     if impl == "reference":
         span = gaussian_bias_reference(wide, full_basis((height, width), sigma, centres, wide))
     else:
         span = gaussian_bias_op(wide, *_bases(height, width, *axes, wide))
-    return span.to(theta.dtype)
+    return span if span.dtype == theta.dtype else span.to(theta.dtype)

@@ -13,7 +13,7 @@ from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
 from ._heads import Grouped
-from ._library import composite, differentiable, launcher, without_autocast
+from ._library import composite, differentiable, launcher
 from .attention import masked_backward, masked_forward, masked_result
 
 # Logits, and columns, up to which a CPU takes a mask and one call, and the logits of the blocks of rows elsewhere.
@@ -116,7 +116,6 @@ def _gathered(
         yield _Part(slice(b, b + 1), _where(own), _where(seen), mask, empty)
 
 
-@without_autocast
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -144,7 +143,6 @@ def _nothing(q: Tensor) -> tuple[Tensor, Tensor]:
     return out.zero_(), lse.fill_(-torch.inf)
 
 
-@without_autocast
 def _backward(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_dtype
-from ._library import composite, differentiable, launcher, without_autocast
+from ._library import composite, differentiable, launcher
 from ._objective import Array, arrays, namespace, tensor
 from .smooth_maps import check_maps, wide
 
@@ -58,13 +58,11 @@ def mixing(slope: Array, similarity: Array, inverse: Array) -> Array:
     return both
 
 
-@without_autocast
 def _forward(maps: Tensor) -> tuple[Tensor, Tensor]:
     similarity, inverse = similarities(*arrays(maps))
     return tensor(similarity), tensor(inverse)
 
 
-@without_autocast
 def _backward(
     grad: Tensor, maps: Tensor, similarity: Tensor, inverse: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:

@@ -21,7 +21,7 @@ from .._validate import (
     check_scale,
 )
 from ._heads import Grouped
-from ._library import composite, differentiable, launcher, may_hold_columns, without_autocast
+from ._library import composite, differentiable, launcher, may_hold_columns
 from .attention import gather_columns, gather_key_bias
 
 # Numbers of the maps of all heads that are made at a time: what a core's own cache holds in float32; and the fewest
@@ -40,8 +40,8 @@ class _Columns:
     """The chosen columns: what makes their maps, some rows at a time."""
 
     def __init__(self, q: Tensor, k: Tensor, lse: Tensor, ids: Tensor, key_bias: Tensor | None, scale: float) -> None:
-        self._q, self._count = q, ids.shape[-1]
-        self.keys = gather_columns(k, ids).to(lse.dtype) * scale  # [B,H,n,d]
+        self._q, self._count, self._scale = q, ids.shape[-1], scale
+        self.keys = gather_columns(k, ids).to(lse.dtype)  # [B,H,n,d]
         if lse.device.type != "cpu" or not lse.amin().item() > -torch.inf:  # nor is NaN
             # Zeros of a row without columns.
             lse = torch.where(lse.isneginf(), torch.inf, lse)
@@ -62,10 +62,10 @@ class _Columns:
 
     def maps(self, b: int, rows: slice, out: Tensor | None = None) -> Tensor:
         """Return exp(l - lse), [H,n,m], in `out` where it is given."""
-        logits = torch.bmm(self.keys[b], self.queries(b, rows).mT, out=out)
+        less, queries = self._less[b, ..., rows], self.queries(b, rows)
         if self._more is not None:
-            logits.add_(self._more[b])
-        return logits.sub_(self._less[b, ..., rows]).exp_()
+            less = less - self._more[b]
+        return torch.baddbmm(less, self.keys[b], queries.mT, beta=-1, alpha=self._scale, out=out).exp_()
 
 
 def _empty(q: Tensor, lse: Tensor, ids: Tensor, per_head: bool, keep: bool) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,6 @@ def _padding(ids: Tensor, per_head: bool) -> Tensor:
     return padded.unsqueeze(1) if per_head else padded
 
 
-@without_autocast
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -110,7 +109,6 @@ def _forward(
     return maps, kept
 
 
-@without_autocast
 def _backward(
     grad: Tensor,
     q: Tensor,
@@ -136,10 +134,13 @@ def _backward(
     for b, rows in columns.tiles(held):
         given = grad[b, ..., rows]
         found = kept[b, ..., rows] * given if held else columns.maps(b, rows).mul_(given)  # [H,n,m]
-        if needed[0] and dq.dtype == found.dtype:
-            torch.bmm(found.mT, columns.keys[b], out=dq[b, :, rows])
-        elif needed[0]:
-            dq[b, :, rows] = torch.bmm(found.mT, columns.keys[b])
+        if needed[0]:
+            of_queries = dq[b, :, rows] if dq.dtype == found.dtype else None
+            of_queries = torch.baddbmm(
+                found.new_empty(1), found.mT, columns.keys[b], beta=0, alpha=scale, out=of_queries
+            )
+            if dq.dtype != found.dtype:
+                dq[b, :, rows] = of_queries
         if of_columns is not None:
             of_columns[b].baddbmm_(found, columns.queries(b, rows), alpha=scale)
         if needed[2]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
+from .._observed import observed
 from .._validate import check_dtype, check_kernel_limits, check_key_bias, check_qkv, check_scale
 from ._heads import Grouped
 from ._library import composite, differentiated, launcher, opaque
+from ._tiled import aligned, tile_logits, tiles
 
-# Logits that are in memory at once: on a CPU what its caches hold.
-LOGITS = {"cpu": 1 << 19}
+# Logits that are in memory at once on an accelerator.
 LOGITS_ELSEWHERE = 1 << 25
 
 
@@ -26,35 +28,50 @@ def _eager(
     scale: float,
     key_bias: Tensor | None,
 ) -> Tensor:
-    """Attend by blocks of rows, the heads of a sample in one product."""
-    batch, heads, image_tokens, _ = q.shape
-    most = LOGITS.get(q.device.type, LOGITS_ELSEWHERE)
-    rows = max(1, min(image_tokens, most // (batch * heads * k.shape[2])))
-    columns, keys = column_regions[:, None, None, :], k.mT
-    if key_bias is not None:
-        masked = key_bias.isneginf()[:, None, None, :]
-        empty = masked.all(-1, keepdim=True)
-        # A sample without a column to attend to is computed without a mask, and nobody sees it.
-        left_out, added = masked & ~empty, key_bias[:, None, None, :].masked_fill(masked, 0.0)
-    blocks = []
-    for first in range(0, image_tokens, rows):
-        block = slice(first, first + rows)
-        logits = (scale * q[:, :, block]) @ keys  # [B,H,rows,N]
-        if key_bias is None:
-            low, high = logits.amin(-1, keepdim=True), logits.amax(-1, keepdim=True)
+    """Attend to a sample's columns, a tile of its rows at a time."""
+    # What nobody else sees or differentiates is written over.
+    alone = not differentiated(q, k, v, weight) and not observed((q, k, v, weight))
+    tokens, masked = k.shape[2], None if key_bias is None else key_bias.isneginf()
+    keys = aligned(q, k) if alone else k
+    columns = F.pad(column_regions, (0, keys.shape[2] - tokens))
+    out = torch.empty_like(q)
+    for b, rows in tiles(q, keys, None if q.device.type == "cpu" else LOGITS_ELSEWHERE):
+        logits, left_out = tile_logits(q[b, :, rows], keys[b], tokens, None, scale), None
+        if masked is not None and key_bias is not None:
+            # A sample without a column to attend to is computed without a mask, and nobody sees it.
+            left_out = masked[b] & ~masked[b].all()
+            logits[..., :tokens] += key_bias[b].masked_fill(masked[b], 0.0)
+        shared = ((row_regions[b, rows].unsqueeze(-1) & columns[b]) != 0).to(logits.dtype)
+        weights = _pulled(logits, shared, weight[b, rows].unsqueeze(-1), tokens, left_out, alone)[..., :tokens]
+        if alone:
+            torch.bmm(weights, v[b], out=out[b, :, rows])
         else:
-            logits = logits + added
-            low = logits.masked_fill(left_out, torch.inf).amin(-1, keepdim=True)
-            high = logits.masked_fill(left_out, -torch.inf).amax(-1, keepdim=True)
-        share = weight[:, None, block, None]
-        shared = ((row_regions[:, None, block, None] & columns) != 0).to(logits)
-        lowered = torch.addcmul(share * low, logits, 1 - share)
-        moved = torch.addcmul(lowered, shared, share * (high - low))
-        if key_bias is not None:
-            moved = moved.masked_fill(left_out, -torch.inf)
-        blocks.append(moved.softmax(-1) @ v)
-    out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
-    return out if key_bias is None else out.masked_fill(empty, 0.0)
+            out[b, :, rows] = weights @ v[b]
+    return out if masked is None else out.masked_fill(masked.all(-1)[:, None, None, None], 0.0)
+
+
+def _pulled(
+    logits: Tensor, shared: Tensor, share: Tensor, tokens: int, left_out: Tensor | None, in_place: bool
+) -> Tensor:
+    """Return the softmax of logits [H,m,N] that are pulled by `share` [m,1] to their row's extremes.
+
+    `shared` [m,N] is one where to the largest, else zero; the columns `left_out` [tokens], and those beyond, take no
+    part.
+    """
+    seen = logits[..., :tokens]
+    if left_out is None:
+        low, high = seen.amin(-1, keepdim=True), seen.amax(-1, keepdim=True)
+    else:
+        low = seen.masked_fill(left_out, torch.inf).amin(-1, keepdim=True)
+        high = seen.masked_fill(left_out, -torch.inf).amax(-1, keepdim=True)
+    multiply, add = (Tensor.mul_, Tensor.addcmul_) if in_place else (torch.mul, torch.addcmul)
+    # The softmax does not see that all of a row is higher by the lowest one's share.
+    moved = add(multiply(logits, 1 - share), shared, share * (high - low))
+    if moved.shape[-1] > tokens:
+        moved[..., tokens:] = -torch.inf
+    if left_out is not None:
+        moved[..., :tokens] = moved[..., :tokens].masked_fill(left_out, -torch.inf)
+    return moved.softmax(-1)
 
 
 _SCHEMA = (

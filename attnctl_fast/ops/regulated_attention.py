@@ -18,7 +18,7 @@ from .._validate import (
     check_targets,
 )
 from ._heads import Grouped
-from .biased_attention import biased_attention, biased_attention_triton
+from .biased_attention import biased_attention_triton, with_bias
 from .gaussian_bias import Sigma, basis_shape, check_theta, gaussian_bias, kernel_axes
 
 
@@ -85,23 +85,11 @@ def regulated_attention(
             impl=impl,
         )
         return heads.whole(found)
+    key_bias, scale = check_key_bias(key_bias, k), check_scale(scale, q.shape[3])
+    inside = scale if bias_inside_scale else 1.0
     if impl == "triton":
-        key_bias = check_key_bias(key_bias, k)
-        scale = check_scale(scale, q.shape[3])
         check_kernel_limits(q, targets.shape[-1] + pinned.shape[-1])
         axes = kernel_axes(grid, sigma, centres)
-        inside = scale if bias_inside_scale else 1.0
         return biased_attention_triton(q, k, v, theta, targets, pinned, key_bias, scale, inside, grid[1], axes)
     bias = gaussian_bias(theta, grid, sigma=sigma, centres=centres, impl=impl)
-    return biased_attention(
-        q,
-        k,
-        v,
-        bias,
-        targets,
-        pinned_ids=pinned,
-        scale=scale,
-        key_bias=key_bias,
-        bias_inside_scale=bias_inside_scale,
-        impl=impl,
-    )
+    return with_bias(q, k, v, bias, targets, pinned, key_bias, scale, inside, impl)

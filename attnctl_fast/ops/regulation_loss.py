@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from .._impl import resolve
 from .._validate import check_device, check_dtype
-from ._library import composite, differentiable, launcher, without_autocast
+from ._library import composite, differentiable, launcher
 from ._objective import (
     Array,
     Distance,
@@ -115,9 +115,9 @@ def _backward(
 
 _eager = differentiable(
     f"regulation_loss{_SCHEMA}",
-    without_autocast(_forward),
+    _forward,
     lambda logits, *_: logits.new_empty(logits.shape[:2]),
-    without_autocast(_backward),
+    _backward,
     leaves=5,
 )
 _triton = differentiable(

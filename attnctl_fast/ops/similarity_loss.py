@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .. import reference
 from .._impl import resolve
 from .._validate import check_dtype
-from ._library import composite, differentiable, differentiated, launcher, made, without_autocast
+from ._library import composite, differentiable, differentiated, launcher, made
 from ._objective import Array, arrays, namespace, tensor
 from .map_similarity import check_kernel_tokens, mixing, similarities
 from .smooth_maps import check_kernel_taps, check_maps, check_smoothing, smooth, wide
@@ -88,7 +88,6 @@ def _distance(similarity: Array, text: Array, lengths: Array, variant: str, weig
     return (factor * distance).sum(-1), xp.where(below, slope * factor[..., None], zero)
 
 
-@without_autocast
 def _forward(
     maps: Tensor,
     text_similarity: Tensor,
@@ -118,7 +117,6 @@ def _forward(
     return tensor(loss), smoothed, tensor(mixing(slope, similarity, inverse))
 
 
-@without_autocast
 def _backward(grad: Tensor, *arguments: Any) -> list[Tensor | None]:
     _, _, _, grid, taps, _, _, smoothed, mixing, _ = arguments
     outer, maps, matrix = arrays(grad[:, None, None], smoothed, mixing)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import reference
 from .._impl import resolve
 from .._validate import check_grid, check_kernel_dtype
-from ._library import composite, differentiable, launcher, without_autocast
+from ._library import composite, differentiable, launcher
 from ._objective import Array, arrays, tensor
 
 # Of the Triton kernels: the cells of a kernel along an axis.
@@ -87,7 +87,6 @@ def smooth(maps: Tensor, grid: Sequence[int], taps: Sequence[float], adjoint: bo
     return columns.reshape(-1, grid[1], grid[0]).swapaxes(1, 2).reshape(x.shape)
 
 
-@without_autocast
 def _forward(maps: Tensor, grid: Sequence[int], taps: Sequence[float], adjoint: bool = False) -> Tensor:
     if len(taps) == 1:
         return maps.clone(memory_format=torch.contiguous_format)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnctl_fast import ops, reference, use
+from attnctl_fast.ops import _tiled
 from bench.ops.inputs import attention_inputs, rand, randn
 from tests.support.marks import full_pairs, pairs
 from tests.support.numerics import (
@@ -536,7 +537,7 @@ def test_one_tile_of_the_map_is_made_for_both_softmaxes():
     q, k, v = attention_inputs(2, 4, 4096, 300, 8, torch.float32)
     with _LargestTensor() as ours:
         assert module._shared_map(q, k, v, rand(2, 4096), 0.3, None) is not None
-    assert ours.bytes <= 4 * module.TILE < 4 * 4 * 4096 * 300 / 4
+    assert ours.bytes <= 4 * _tiled.TILE < 4 * 4 * 4096 * 300 / 4
 
 
 def test_use_and_environment_choose_the_implementation(monkeypatch):

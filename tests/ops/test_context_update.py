@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from attnctl_fast import ops
-from attnctl_fast.ops import _library
+from attnctl_fast.ops import _library, _tiled
 from bench.ops.inputs import attention_inputs, fenced, rand, randn
 from tests.support.marks import full, full_pairs, pairs
 from tests.support.numerics import (
@@ -113,7 +113,7 @@ EXTREMES = {
 def test_eager_with_logits_of_any_size(name, monkeypatch):
     """In several tiles, the last of them shorter."""
     module = importlib.import_module("attnctl_fast.ops.attention_with_context_gradient")
-    monkeypatch.setattr(module, "TILE", 2 * 50 * 77)
+    monkeypatch.setattr(_tiled, "TILE", 2 * 50 * 80)
     make, shared = EXTREMES[name]
     q, k, v, weight = make(*attention_inputs(2, 2, 333, 77, 40, torch.float32, strided=True), 0.5 + rand(2, 333))
     scale = q.shape[-1] ** -0.5

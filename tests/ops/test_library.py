@@ -123,7 +123,9 @@ def calls(impl, strided):
         from attnctl_fast.kernels._launch import recording
     for name, keyed in FORMS:
         operation = DECLARED[name]
-        case = replace(PADDED, strided=strided, keyed=keyed, dtype=torch.float16 if keyed else torch.float32)
+        # As many rows and columns as all forms need.
+        case = replace(PADDED, m=64, n=17, strided=strided, keyed=keyed)
+        case = replace(case, dtype=torch.float16 if keyed else torch.float32)
         t = case.tensors(operation.inputs)
         leaves = [x for x in operation.leaves_of(impl) if x in t]
         with recording() if impl == "triton" else nullcontext():

@@ -12,6 +12,7 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnctl_fast import ops
+from attnctl_fast.ops import _tiled
 from bench.ops.inputs import attention_inputs, randn
 from tests.support.marks import pairs
 from tests.support.numerics import (
@@ -228,7 +229,7 @@ def test_the_softmax_is_never_held(impl, ids, monkeypatch):
     tokens = None if ids is None else torch.tensor(ids, device=DEVICE)
     module = importlib.import_module("attnctl_fast.ops.attention_with_maps")
     if impl == "eager":
-        monkeypatch.setattr(module, "TILE", 1 << 14)
+        monkeypatch.setattr(_tiled, "TILE", 1 << 14)
     with Largest() as largest:
         if impl == "eager":
             out, maps, kept = module._forward(q, k, v, tokens, None, False, 0.3, False)
