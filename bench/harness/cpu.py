@@ -12,12 +12,13 @@ from torch.utils.benchmark import Timer
 from bench.harness.timing import Run
 
 THREADS = (1, 2)
-# Samples of a function in a turn.
-LEAST = 3
+# Samples of a function on as many threads, which it gets also where they take more than its time.
+LEAST = 6
 
 
 class Effort(NamedTuple):
-    """How often every function has its turn, on one thread and on two, and the seconds that it then fills."""
+    """How often every function has its turn, on one thread and on two, and the seconds that it then fills. One that
+    takes more has fewer turns."""
 
     turns: int
     seconds: float
@@ -34,19 +35,22 @@ class Times(NamedTuple):
 
 
 def compare(runs: Mapping[str, Run], effort: Effort) -> dict[str, Times | Exception]:
-    """The times of every function, or what it raised."""
+    """The times of every function, or what it raised. Turns are short, every other one backwards: a shared machine is
+    at times half as fast for seconds, which each function must meet as often."""
     taken: dict[tuple[str, int], list[float]] = {(name, threads): [] for name in runs for threads in THREADS}
     failed: dict[str, Exception] = {}
-    for _, threads, name in itertools.product(range(effort.turns), THREADS, runs):
-        if name in failed:
-            continue
-        timer = Timer("run()", globals={"run": runs[name]}, num_threads=threads)
-        try:
-            turn = timer.blocked_autorange(min_run_time=effort.seconds).times
-            turn += [timer.timeit(1).mean for _ in range(LEAST - len(turn))]
-            taken[name, threads] += [1e3 * seconds for seconds in turn]
-        except Exception as error:
-            failed[name] = error
+    for turn, threads in itertools.product(range(effort.turns), THREADS):
+        for name in list(runs)[:: -1 if turn % 2 else 1]:
+            samples = taken[name, threads]
+            if name in failed or (len(samples) >= LEAST and sum(samples) > 1e3 * effort.turns * effort.seconds):
+                continue
+            timer = Timer("run()", globals={"run": runs[name]}, num_threads=threads)
+            try:
+                times = timer.blocked_autorange(min_run_time=effort.seconds).times
+                times += [timer.timeit(1).mean for _ in range(LEAST // effort.turns - len(times))]
+                samples += [1e3 * seconds for seconds in times]
+            except Exception as error:
+                failed[name] = error
     return {name: failed[name] if name in failed else _best({x: taken[name, x] for x in THREADS}) for name in runs}
 
 

@@ -34,7 +34,7 @@ from bench.ops.registry import OPERATIONS, comparison, named
 # What a call of an operation may cost beyond a product written down: checks of its arguments, in milliseconds.
 CALL = 0.02
 DTYPES = ("float32", "bfloat16", "float16")
-FULL, QUICK = Effort(3, 0.3), Effort(1, 0.1)
+FULL, QUICK = Effort(12, 0.06), Effort(1, 0.1)
 
 
 class Case(NamedTuple):
