@@ -48,6 +48,7 @@ GUIDED = "ops/test_normalized_guidance.py"
 REGULATION = "ops/test_regulation.py"
 KEYED = "ops/test_key_bias.py"
 MAPS = "ops/test_maps.py"
+TILED = "ops/test_tiled.py"
 FROM_LSE = "ops/test_maps_from_lse.py"
 TRANSFORMERS = "attach/test_transformers.py"
 KERNELS = "kernels/test_operations.py"
@@ -143,8 +144,8 @@ OPS = [
     Mutant(
         "attention: half precision is not widened",
         "attnctl_fast/ops/attention.py",
-        "    q, k, v = q.to(wide), k.to(wide), v.to(wide)\n    if differentiated(q, k, v, bias):",
-        "    wide = q.dtype\n    if differentiated(q, k, v, bias):",
+        "    q, k, v = widened(q, k, v)\n    if differentiated(q, k, v, bias):",
+        "    if differentiated(q, k, v, bias):",
         f"{ATTENTION} -k 'test_attention and float16 and eager'",
     ),
     Mutant(
@@ -241,15 +242,15 @@ OPS = [
     Mutant(
         "attention_with_context_gradient: masked columns are updated",
         "attnctl_fast/ops/attention_with_context_gradient.py",
-        "return (out, without_masked(update, key_bias)) if held else None",
-        "return (out, update) if held else None",
+        "return (out, without_masked(update, key_bias)) if held and",
+        "return (out, update) if held and",
         f"{KEYED} -k 'eager and (every_column_is_masked or masked_column_is_no or context)'",
     ),
     Mutant(
         "attention_with_context_gradient: sums of the last tile alone",
         "attnctl_fast/ops/attention_with_context_gradient.py",
-        "columns[b].add_(e.sum(1).unsqueeze(-1))",
-        "columns[b].copy_(e.sum(1).unsqueeze(-1))",
+        "of_columns[b].add_(e.sum(1, keepdim=True))",
+        "of_columns[b].copy_(e.sum(1, keepdim=True))",
         f"{CONTEXT} -k 'logits_of_any_size or (test_attention_with_context_gradient and eager)'",
     ),
     Mutant(
@@ -421,17 +422,73 @@ OPS = [
         f"{GROUPED} -k every_way",
     ),
     Mutant(
+        "tiles: the columns of zeros beside the keys are attended to",
+        "attnctl_fast/ops/_tiled.py",
+        "logits[..., tokens:] = -torch.inf",
+        "pass",
+        TILED,
+    ),
+    Mutant(
+        "tiles: what is beside the keys is left as it was in memory",
+        "attnctl_fast/ops/_tiled.py",
+        "found[:, :, tokens:] = 0.0",
+        "pass",
+        TILED,
+    ),
+    Mutant(
+        "tiles: the last rows are in none",
+        "attnctl_fast/ops/_tiled.py",
+        "step = -(-rows // -(-rows // step))\n    for b in range(batch):\n        for start in range(0, rows, step):",
+        "step = rows // -(-rows // step)\n    for b in range(batch):\n        for start in range(0, rows - step + 1, step):",
+        TILED,
+    ),
+    Mutant(
+        "tiles: a padded target's bias is added to the last column",
+        "attnctl_fast/ops/_tiled.py",
+        "added, columns = added[:, real], ids[b, real]",
+        "columns = ids[b]",
+        TILED,
+    ),
+    Mutant(
+        "tiles: a sample without columns is not zeros",
+        "attnctl_fast/ops/_tiled.py",
+        "return found if key_bias is None else found.masked_fill_(key_bias.isneginf().all(), 0.0)",
+        "return found",
+        TILED,
+    ),
+    Mutant(
+        "attention_with_context_gradient: the second tile's pull replaces the first's",
+        "attnctl_fast/ops/attention_with_context_gradient.py",
+        "beta=0 if first else 1",
+        "beta=0",
+        f"{CONTEXT} -k logits_of_any_size",
+    ),
+    Mutant(
+        "maps_from_lse: the logsumexp is added",
+        "attnctl_fast/ops/maps_from_lse.py",
+        "queries.mT, beta=-1, alpha=self._scale",
+        "queries.mT, beta=1, alpha=self._scale",
+        f"{FROM_LSE} -k eager",
+    ),
+    Mutant(
+        "autocast: what is called directly keeps it",
+        "attnctl_fast/ops/_library.py",
+        "return operation(*values) if autocast() or observed(values)",
+        "return operation(*values) if observed(values)",
+        f"{ATTENTION} -k autocast_leaves",
+    ),
+    Mutant(
         "region_attention: masked columns are extremes",
         "attnctl_fast/ops/region_attention.py",
-        "low = logits.masked_fill(left_out, torch.inf).amin(-1, keepdim=True)",
-        "low = logits.amin(-1, keepdim=True)",
+        "low = seen.masked_fill(left_out, torch.inf).amin(-1, keepdim=True)",
+        "low = seen.amin(-1, keepdim=True)",
         f"{KEYED} -k 'extremes_of_regions or (masked_column_is_no and region)'",
     ),
     Mutant(
         "region_attention: pulled from zero and not from the lowest",
         "attnctl_fast/ops/region_attention.py",
-        "moved = torch.addcmul(lowered, shared, share * (high - low))",
-        "moved = torch.addcmul(lowered, shared, share * high)",
+        "shared, share * (high - low))",
+        "shared, share * high)",
         "ops/test_region_attention.py -k 'any_weight and eager'",
     ),
     Mutant(

@@ -34,7 +34,7 @@ from bench.gpu.contest import OURS
 from bench.harness.checkout import git_state
 from bench.harness.timing import Clock, Run, first_line
 from bench.ops.base import Comparison
-from bench.ops.layers import LARGE, LARGEST, LAYERS, SMALL, TINY, Layer
+from bench.ops.layers import LARGE, LARGEST, LAYERS, SMALL, TINY, WIDEST, Layer
 from bench.ops.registry import OPERATIONS, comparison
 
 Config = dict[str, int]
@@ -72,6 +72,8 @@ FIRST: dict[str, tuple[Layer, ...]] = {
     "regulate_fwd": (SMALL, LARGE),
     **dict.fromkeys(("attention_fwd", "attention_maps_fwd", "context_gradient_fwd"), (SMALL, LARGE, LARGEST)),
     **dict.fromkeys((name for name in JUDGED_BY if name.startswith("attention_bwd_")), (SMALL, LARGE, LARGEST)),
+    # Whether a GPU has the shared memory for one pass over the widest heads, no default can say.
+    "attention_bwd_short": (SMALL, LARGE, LARGEST, WIDEST),
 }
 # Configurations that are timed at each place, and the gains that are put together, where not all are.
 CANDIDATES, TOGETHER = 8, 3

@@ -12,7 +12,7 @@ from bench.compile import tune
 from bench.gpu import correctness
 from bench.gpu.contest import Task
 from bench.harness.timing import Clock
-from bench.ops.layers import JOINT, LARGE, LAYERS, REGULATED, SMALL, TINY, Layer
+from bench.ops.layers import JOINT, LARGE, LAYERS, REGULATED, SELF, SMALL, TINY, Layer
 from bench.ops.registry import OPERATIONS, launch
 
 # Four images at once, for these.
@@ -33,6 +33,7 @@ def tasks(dry: bool = False) -> tuple[list[Task], list[Task]]:
 
     first = [task(name, layer) for name in ("regulate", "regulated_layer") for layer in (SMALL, LARGE)]
     first += [task("attention", layer) for layer in LAYERS]
+    first += [task("region_attention", SELF)]
     first += [task(name, layer) for layer in (SMALL, LARGE) for name in OPERATIONS]
     first = list(dict.fromkeys(first))
     others = sorted(REGULATED, key=lambda layer: layer.model != "SD 2")
@@ -44,11 +45,14 @@ def tasks(dry: bool = False) -> tuple[list[Task], list[Task]]:
 
 
 def rivals(dry: bool = False) -> list[Task]:
-    """List every operation at one layer, against what torch.compile makes, those that the aims name first."""
+    """List every operation at one layer, against what torch.compile makes, those that the aims name first, and regions
+    of self-attention."""
     layer, dtype = (TINY, torch.float32) if dry else (SMALL, torch.float16)
-    return [
-        Task(name, layer, dtype, compiled=True) for name in dict.fromkeys(("regulated_layer", "regulate", *OPERATIONS))
-    ]
+    aims = ["regulated_layer", "regulate"]
+    found = [Task(name, layer, dtype, compiled=True) for name in dict.fromkeys((*aims, *OPERATIONS))]
+    if not dry:
+        found.insert(len(aims), Task("region_attention", SELF, dtype, compiled=True))
+    return found
 
 
 def cases() -> list[tuple[str, Callable[[], Any]]]:

@@ -61,6 +61,10 @@ JOINT = [
     *(Layer("SD 3.5", 24, (64, 64), 64, tokens=4429, targets=targets) for targets in (4, 333)),
     *(Layer("FLUX", 24, (64, 64), 128, tokens=4608, targets=targets) for targets in (4, 512)),
 ]
+# The widest heads of the layers where guidance works, those of SD 1.5.
+WIDEST = LAYERS[2]
+# Self-attention, which DenseDiffusion changes by regions, where it is largest.
+SELF = Layer("SD 2", 5, (64, 64), 64, tokens=64 * 64)
 # The kernels regulate up to 4096 image tokens.
 REGULATED = [layer for layer in LAYERS if layer.image_tokens <= 4096]
 # Of the aims (B*H, M) = (20, 256) and (20, 1024).
