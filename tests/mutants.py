@@ -438,8 +438,8 @@ OPS = [
     Mutant(
         "tiles: the last rows are in none",
         "attnctl_fast/ops/_tiled.py",
-        "step = -(-rows // -(-rows // step))\n    for b in range(batch):\n        for start in range(0, rows, step):",
-        "step = rows // -(-rows // step)\n    for b in range(batch):\n        for start in range(0, rows - step + 1, step):",
+        "for start in range(0, rows, step):",
+        "for start in range(0, rows - step + 1, step):",
         TILED,
     ),
     Mutant(

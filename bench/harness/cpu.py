@@ -25,38 +25,40 @@ class Effort(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Median and quartiles in milliseconds over all turns, at the better number of threads."""
+    """Median and quartiles in milliseconds over all turns, and the median of each, at the better number of threads."""
 
     threads: int
     median: float
     q1: float
     q3: float
     samples: int
+    turns: list[float]
 
 
 def compare(runs: Mapping[str, Run], effort: Effort) -> dict[str, Times | Exception]:
     """The times of every function, or what it raised. Turns are short, every other one backwards: a shared machine is
     at times half as fast for seconds, which each function must meet as often."""
-    taken: dict[tuple[str, int], list[float]] = {(name, threads): [] for name in runs for threads in THREADS}
+    taken: dict[tuple[str, int], list[list[float]]] = {(name, threads): [] for name in runs for threads in THREADS}
     failed: dict[str, Exception] = {}
     for turn, threads in itertools.product(range(effort.turns), THREADS):
         for name in list(runs)[:: -1 if turn % 2 else 1]:
-            samples = taken[name, threads]
-            if name in failed or (len(samples) >= LEAST and sum(samples) > 1e3 * effort.turns * effort.seconds):
+            before = [x for samples in taken[name, threads] for x in samples]
+            if name in failed or (len(before) >= LEAST and sum(before) > 1e3 * effort.turns * effort.seconds):
                 continue
             timer = Timer("run()", globals={"run": runs[name]}, num_threads=threads)
             try:
                 times = timer.blocked_autorange(min_run_time=effort.seconds).times
                 times += [timer.timeit(1).mean for _ in range(LEAST // effort.turns - len(times))]
-                samples += [1e3 * seconds for seconds in times]
+                taken[name, threads].append([1e3 * seconds for seconds in times])
             except Exception as error:
                 failed[name] = error
     return {name: failed[name] if name in failed else _best({x: taken[name, x] for x in THREADS}) for name in runs}
 
 
-def _best(taken: Mapping[int, list[float]]) -> Times:
+def _best(taken: Mapping[int, list[list[float]]]) -> Times:
     found = []
-    for threads, values in taken.items():
+    for threads, turns in taken.items():
+        values = [x for samples in turns for x in samples]
         q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-        found.append(Times(threads, median, q1, q3, len(values)))
+        found.append(Times(threads, median, q1, q3, len(values), [statistics.median(x) for x in turns]))
     return min(found, key=lambda x: x.median)

@@ -11,10 +11,10 @@ measured.
 from __future__ import annotations
 
 import argparse
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -203,9 +203,9 @@ def measure(case: Case, dtype: torch.dtype, effort: Effort, compiled: bool = Fal
 
 
 def behind(rows: Iterable[Row]) -> list[str]:
-    """A line for every case whose best rival is faster than ours, outside both spreads and by more than `CALL`.
+    """A line for every case where a rival is faster than ours, by more than `CALL`, in three quarters of their turns.
 
-    Rivals are those whose results were checked, of the same run.
+    Rivals are those whose results were checked, of the same run. What slows the machine down slows both in a turn.
     """
     cases: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
@@ -214,12 +214,17 @@ def behind(rows: Iterable[Row]) -> list[str]:
     found = []
     for (operation, _, shape), forms in cases.items():
         own = forms.pop(ours(torch.device("cpu")), None)
-        best = min((row for name, row in forms.items() if name != "reference"), key=itemgetter("median"), default=None)
-        if own is None or best is None:
-            continue
-        if own["q1"] > best["q3"] and own["median"] - best["median"] > CALL:
-            share = best["median"] / own["median"]
-            found.append(f"behind: {operation} at {shape}: {best['impl']} takes {share:.2f} of our time")
+        faster = {}
+        for name, row in forms.items():
+            if own is None or name == "reference":
+                continue
+            turns = list(zip(row["turns"], own["turns"], strict=False))
+            won = sum(theirs < mine for theirs, mine in turns)
+            if won >= 0.75 * len(turns) and statistics.median(mine - theirs for theirs, mine in turns) > CALL:
+                faster[name] = statistics.median(theirs / mine for theirs, mine in turns)
+        if faster:
+            name = min(faster, key=lambda x: faster[x])
+            found.append(f"behind: {operation} at {shape}: {name} takes {faster[name]:.2f} of our time")
     return found
 
 
