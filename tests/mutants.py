@@ -1417,7 +1417,10 @@ def judged(mutants: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, str, floa
             shutil.copy(ROOT / mutant.file, tree / mutant.file)
             trees.append(tree)
             said = (tree / "said").read_text(encoding="utf-8").strip().splitlines()[-1:]
-            found = {0: "SURVIVED", 1: "caught", None: "hung"}.get(status, f"CANNOT BE JUDGED: {status} {said}")
+            # A write outside of a tensor may end the process.
+            crashed = dict.fromkeys((-signal.SIGSEGV, -signal.SIGABRT), "caught")
+            verdicts = {0: "SURVIVED", 1: "caught", None: "hung", **crashed}
+            found = verdicts.get(status, f"CANNOT BE JUDGED: {status} {said}")
             yield mutant, found, time.monotonic() - begun
 
 
