@@ -28,11 +28,7 @@ def without_autocast(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        # One of them is a tensor.
-        for x in args:
-            if isinstance(x, torch.Tensor):
-                device = x.device.type
-                break
+        device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
         if not torch.is_autocast_enabled(device):
             return function(*args)
         with torch.autocast(device, enabled=False):

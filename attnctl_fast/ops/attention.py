@@ -340,7 +340,7 @@ def attend_only(
     scale: float,
     key_bias: Tensor | None = None,
 ) -> Tensor:
-    """Return the output of `attend` in q's dtype, without ids where there is no bias.
+    """Return the output of `attend` in q's dtype: no columns are left out, so `ids` come with a bias only.
 
     On a CPU, where a map may be held, its gradients are faster from that.
     """

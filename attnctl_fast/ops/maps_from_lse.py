@@ -126,7 +126,7 @@ def _backward(
     dq, dlse = (
         x.new_empty(x.shape if wanted else 0) for x, wanted in zip((q, lse), (needed[0], needed[2]), strict=True)
     )
-    of_columns = torch.zeros_like(columns.keys) if needed[1] else None
+    keys, of_columns = scale * columns.keys, torch.zeros_like(columns.keys) if needed[1] else None
     grad = grad if per_head else grad / q.shape[1]
     if token_ids.ndim == 2:
         grad = grad.masked_fill(_padding(token_ids, per_head), 0.0)
@@ -134,13 +134,10 @@ def _backward(
     for b, rows in columns.tiles(held):
         given = grad[b, ..., rows]
         found = kept[b, ..., rows] * given if held else columns.maps(b, rows).mul_(given)  # [H,n,m]
-        if needed[0]:
-            of_queries = dq[b, :, rows] if dq.dtype == found.dtype else None
-            of_queries = torch.baddbmm(
-                found.new_empty(1), found.mT, columns.keys[b], beta=0, alpha=scale, out=of_queries
-            )
-            if dq.dtype != found.dtype:
-                dq[b, :, rows] = of_queries
+        if needed[0] and dq.dtype == found.dtype:
+            torch.bmm(found.mT, keys[b], out=dq[b, :, rows])
+        elif needed[0]:
+            dq[b, :, rows] = torch.bmm(found.mT, keys[b])
         if of_columns is not None:
             of_columns[b].baddbmm_(found, columns.queries(b, rows), alpha=scale)
         if needed[2]:

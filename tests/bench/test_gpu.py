@@ -200,6 +200,9 @@ def test_the_aims_come_first_and_everything_comes_once(bench):
     assert attention == {(layer.model, layer.grid) for layer in plan.LAYERS}
     assert {t.operation for t in first} == set(OPERATIONS)
     assert all(t.compiled for t in plan.rivals()) and plan.rivals()[0].operation == "regulated_layer"
+    for part in (first, plan.rivals()):
+        (region,) = [t.layer for t in part if t.operation == "region_attention" and t.layer.tokens == 4096]
+        assert region.image_tokens == 4096
 
 
 def test_checks_cover_every_size_and_start_with_gradients(bench):

@@ -124,7 +124,7 @@ def calls(impl, strided):
     for name, keyed in FORMS:
         operation = DECLARED[name]
         # As many rows and columns as all forms need.
-        case = replace(PADDED, m=64, n=17, strided=strided, keyed=keyed)
+        case = replace(PADDED, m=144, n=17, strided=strided, keyed=keyed)
         case = replace(case, dtype=torch.float16 if keyed else torch.float32)
         t = case.tensors(operation.inputs)
         leaves = [x for x in operation.leaves_of(impl) if x in t]

@@ -42,14 +42,15 @@ def test_tiles_are_the_whole(ids, keyed, tile, monkeypatch):
 
 @torch.no_grad()
 def test_what_is_not_finite_stays_in_its_row_or_sample():
-    q, k, v = attention_inputs(2, 2, 100, 77, 16, torch.float32)
+    q, k, v = attention_inputs(2, 2, 130, 77, 16, torch.float32)
     q[0, 0, 3], q[0, 1, 4, 0], k[1, 1, 4] = torch.nan, torch.inf, torch.nan
-    bad = torch.zeros(2, 2, 100, dtype=torch.bool)
+    assert _tiled.few_columns(q, k)
+    bad = torch.zeros(2, 2, 130, dtype=torch.bool)
     bad[0, 0, 3], bad[0, 1, 4], bad[1, 1] = True, True, True
     assert (ops.attention(q, k, v, impl="eager").isnan().all(-1) == bad).all()
 
 
-@pytest.mark.parametrize(("rows", "columns", "few"), [(64, 96, True), (63, 96, False), (64, 97, False)])
+@pytest.mark.parametrize(("rows", "columns", "few"), [(128, 96, True), (127, 96, False), (128, 97, False)])
 def test_more_columns_or_fewer_rows_are_fused_attentions(rows, columns, few):
     q, k, _ = attention_inputs(1, 1, rows, columns, 8, torch.float32)
     assert _tiled.few_columns(q, k) == few
