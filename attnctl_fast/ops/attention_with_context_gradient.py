@@ -14,7 +14,7 @@ from .._impl import resolve
 from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
 from ._heads import Grouped
 from ._library import composite, differentiable, differentiated, launcher, opaque
-from ._tiled import aligned, tiles
+from ._tiled import aligned, area, tiles
 from .attention import attend
 
 # What float32 loses to underflow is beneath the last digit of a sum of exponentials above LEAST_SUM, and their products
@@ -64,12 +64,9 @@ def _shared_map(
     sums = q.new_empty(batch, heads, tokens + text)
     of_rows, of_columns = sums[..., :tokens].unsqueeze(3), sums[..., tokens:].unsqueeze(2)
     keys = aligned(q, k)
-    blocks, columns = list(tiles(q, keys)), keys.shape[2]
-    largest = heads * blocks[0][1].stop
-    numerators, products = q.new_empty(largest * columns), q.new_empty(largest * width)
-    for b, rows in blocks:
+    for b, rows in tiles(q, keys):
         queries, total = q[b, :, rows], of_rows[b, :, rows]
-        e, product = (x[: total.numel() * n].view(heads, -1, n) for x, n in ((numerators, columns), (products, width)))
+        e, product = (area(q, place, *queries.shape[:2], n) for place, n in enumerate((keys.shape[2], width)))
         e = e.baddbmm_(queries, keys[b].mT, beta=0, alpha=scale).exp_()[..., :text]
         if factors is None:
             torch.sum(e, -1, keepdim=True, out=total)

@@ -24,7 +24,7 @@ from .._validate import (
 )
 from ._heads import Grouped
 from ._library import composite, differentiable, launcher, may_hold_map, widened
-from ._tiled import aligned, aligned_columns, few_of, is_tile, of_sample, tile_logits, tile_softmax, tiles
+from ._tiled import aligned, aligned_columns, area, few_of, is_tile, of_sample, product, tile_logits, tile_softmax, tiles
 
 attention_with_maps_reference = composite(
     "attention_with_maps_reference(Tensor q, Tensor k, Tensor v, Tensor? token_ids, bool per_head, float scale, "
@@ -56,7 +56,7 @@ def _forward(
         given = of_sample(key_bias, b)
         logits = tile_logits(q[b, :, rows], keys[b], tokens, given, scale)
         p = tile_softmax(logits, given, kept[b, :, rows] if keep else None)[..., :tokens]
-        torch.bmm(p, v[b], out=out[b, :, rows])
+        product(p, v[b], out[b, :, rows])
         ids = _rows(token_ids, b)
         if per_head or ids is None or few_of(ids, k):
             wanted = p if ids is None else p.index_select(-1, ids.clamp(min=0))
@@ -128,8 +128,8 @@ def _backward(
             total = -share.sum(-1, keepdim=True)
             p = p[..., :tokens]
             if needed[0]:
-                whole = torch.bmm(p, k[b], out=dq[b, :, rows]).mul_(scale * total)
-                whole.baddbmm_(share, k[b].index_select(1, columns), alpha=scale)
+                of_queries = area(q, 2, *queries.shape).baddbmm_(p, k[b], beta=0).mul_(scale * total)
+                dq[b, :, rows] = of_queries.baddbmm_(share, k[b].index_select(1, columns), alpha=scale)
             if needed[1]:
                 dk[b].baddbmm_(p.mT, total * queries, alpha=scale)
                 dk[b].index_add_(1, columns, share.mT @ queries, alpha=scale)
@@ -150,7 +150,7 @@ def _backward(
                 grad += of_maps
         grad_logits = torch._softmax_backward_data(grad, p, -1, p.dtype)[..., :tokens]
         if needed[0]:
-            torch.baddbmm(q.new_empty(1), grad_logits, k[b], beta=0, alpha=scale, out=dq[b, :, rows])
+            product(grad_logits, k[b], dq[b, :, rows], scale)
         if needed[1]:
             dk[b].baddbmm_(grad_logits.mT, queries, alpha=scale)
     return [x if wanted else None for x, wanted in zip((dq, dk, dv), needed, strict=True)]

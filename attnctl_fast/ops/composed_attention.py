@@ -14,7 +14,8 @@ from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
 from ._heads import Grouped
-from ._library import differentiated, launcher, once_differentiable, opaque
+from ._library import differentiated, launcher, once_differentiable, opaque, widened
+from ._tiled import attend_to_each, few_columns
 from .attention import attend_only
 
 # Of the sum of the weights' sizes: below it, normalising would amplify rounding instead of composing.
@@ -96,6 +97,15 @@ class _Function(Function):
         return None, None, *grads
 
 
+def _given(ks: Sequence[Tensor], key_biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return the key bias of every context, zeros for None; an empty list where none has one."""
+    if all(x is None for x in key_biases):
+        return []
+    wide = torch.promote_types(ks[0].dtype, torch.float32)
+    pairs = zip(ks, key_biases, strict=True)
+    return [k.new_zeros(k.shape[0], k.shape[2], dtype=wide) if x is None else x for k, x in pairs]
+
+
 def _triton(
     q: Tensor,
     ks: Sequence[Tensor],
@@ -104,14 +114,45 @@ def _triton(
     shares: list[float],
     scale: float,
 ) -> Tensor:
-    biases: list[Tensor] = []
-    if any(x is not None for x in key_biases):
-        for k, x in zip(ks, key_biases, strict=True):
-            biases.append(k.new_zeros(k.shape[0], k.shape[2], dtype=torch.float32) if x is None else x)
+    biases = _given(ks, key_biases)
     if differentiated(q, *ks, *vs):
         # Views, for torch.compile takes no tensor twice and contexts may be the same.
         return _Function.apply(shares, scale, q, *(x.view_as(x) for x in (*ks, *vs, *biases)))[0]
     return _forward_op(q, list(ks), list(vs), biases, shares, scale)[0]
+
+
+_attend_to_each_op = opaque(
+    "composed_attention_to_few(Tensor q, Tensor[] ks, Tensor[] vs, Tensor[] key_biases, float[] shares, float scale) "
+    "-> Tensor",
+    attend_to_each,
+    lambda q, *_: torch.empty_like(q),
+)
+
+
+def _eager(
+    q: Tensor,
+    ks: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    key_biases: Sequence[Tensor | None],
+    shares: list[float],
+    scale: float,
+) -> Tensor:
+    dtype, count = q.dtype, len(ks)
+    q, *contexts = widened(q, *ks, *vs)
+    ks, vs = contexts[:count], contexts[count:]
+    if not differentiated(q, *contexts):
+        if all(few_columns(q, k) for k in ks):
+            return _attend_to_each_op(q, ks, vs, _given(ks, key_biases), shares, scale).to(dtype)
+        # In place: new memory costs as much as the sum.
+        multiply, add = Tensor.mul_, Tensor.add_
+    else:
+        multiply, add = torch.mul, torch.add
+    out = None
+    for k, v, share, bias in zip(ks, vs, shares, key_biases, strict=True):
+        one = attend_only(q, k, v, None, None, scale, bias)
+        out = multiply(one, share) if out is None else add(out, one, alpha=share)
+    assert out is not None
+    return out.to(dtype)
 
 
 def composed_attention(
@@ -178,12 +219,4 @@ def composed_attention(
     if impl == "triton":
         check_kernel_limits(q)
         return _triton(q, ks, vs, biases, shares, scale)
-    wide = q.to(torch.promote_types(q.dtype, torch.float32))
-    # In place where no gradient needs it: new memory costs as much as the sum.
-    multiply, add = (torch.mul, torch.add) if differentiated(q, *ks, *vs) else (Tensor.mul_, Tensor.add_)
-    out = None
-    for k, v, share, bias in zip(ks, vs, shares, biases, strict=True):
-        one = attend_only(wide, k.to(wide.dtype), v.to(wide.dtype), None, None, scale, bias)
-        out = multiply(one, share) if out is None else add(out, one, alpha=share)
-    assert out is not None
-    return out.to(q.dtype)
+    return _eager(q, ks, vs, biases, shares, scale)

@@ -12,7 +12,7 @@ from .._observed import observed
 from .._validate import check_dtype, check_kernel_limits, check_key_bias, check_qkv, check_scale
 from ._heads import Grouped
 from ._library import composite, differentiated, launcher, opaque
-from ._tiled import aligned, tile_logits, tiles
+from ._tiled import aligned, area, product, tile_softmax, tiles
 
 # Logits that are in memory at once on an accelerator.
 LOGITS_ELSEWHERE = 1 << 25
@@ -36,24 +36,28 @@ def _eager(
     columns = F.pad(column_regions, (0, keys.shape[2] - tokens))
     out = torch.empty_like(q)
     for b, rows in tiles(q, keys, None if q.device.type == "cpu" else LOGITS_ELSEWHERE):
-        logits, left_out = tile_logits(q[b, :, rows], keys[b], tokens, None, scale), None
+        queries, left_out = q[b, :, rows], None
+        if alone:
+            logits = area(q, 0, *queries.shape[:2], keys.shape[2]).baddbmm_(queries, keys[b].mT, beta=0, alpha=scale)
+        else:
+            logits = scale * (queries @ keys[b].mT)
         if masked is not None and key_bias is not None:
             # A sample without a column to attend to is computed without a mask, and nobody sees it.
             left_out = masked[b] & ~masked[b].all()
             logits[..., :tokens] += key_bias[b].masked_fill(masked[b], 0.0)
         shared = ((row_regions[b, rows].unsqueeze(-1) & columns[b]) != 0).to(logits.dtype)
-        weights = _pulled(logits, shared, weight[b, rows].unsqueeze(-1), tokens, left_out, alone)[..., :tokens]
+        pulled = _pulled(logits, shared, weight[b, rows].unsqueeze(-1), tokens, left_out, alone)
         if alone:
-            torch.bmm(weights, v[b], out=out[b, :, rows])
+            product(tile_softmax(pulled, None)[..., :tokens], v[b], out[b, :, rows])
         else:
-            out[b, :, rows] = weights @ v[b]
+            out[b, :, rows] = pulled.softmax(-1) @ v[b]
     return out if masked is None else out.masked_fill(masked.all(-1)[:, None, None, None], 0.0)
 
 
 def _pulled(
     logits: Tensor, shared: Tensor, share: Tensor, tokens: int, left_out: Tensor | None, in_place: bool
 ) -> Tensor:
-    """Return the softmax of logits [H,m,N] that are pulled by `share` [m,1] to their row's extremes.
+    """Return logits [H,m,N] that are pulled by `share` [m,1] to their row's extremes, but for one number for the row.
 
     `shared` [m,N] is one where to the largest, else zero; the columns `left_out` [tokens], and those beyond, take no
     part.
@@ -71,7 +75,7 @@ def _pulled(
         moved[..., tokens:] = -torch.inf
     if left_out is not None:
         moved[..., :tokens] = moved[..., :tokens].masked_fill(left_out, -torch.inf)
-    return moved.softmax(-1)
+    return moved
 
 
 _SCHEMA = (
