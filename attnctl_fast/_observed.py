@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple))
 # A compiler, a mode (fake tensors among them), a transform, a tracer, a profiler.
 _WATCHERS = (
     torch.compiler.is_compiling,

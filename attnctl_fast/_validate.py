@@ -25,17 +25,18 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> bool:
             they are not of one float dtype and on one device.
     """
     dtype, device = q.dtype, q.device
+    if not dtype.is_floating_point:
+        raise ValueError(f"q has dtype {dtype}; it must be a floating-point tensor")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be [batch, heads, tokens, head width]")
-        if not x.dtype.is_floating_point:
-            raise ValueError(f"{name} has dtype {x.dtype}; it must be a floating-point tensor")
+        shape = x.shape
+        if len(shape) != 4:
+            raise ValueError(f"{name} has shape {tuple(shape)}; it must be [batch, heads, tokens, head width]")
         if x.dtype != dtype:
             raise ValueError(f"{name} has dtype {x.dtype} but q has {dtype}; cast them to one dtype")
         if x.device != device:
             raise ValueError(f"{name} is on {x.device} but q is on {device}; move them to one device")
-        if 0 in x.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}: every dimension must be at least 1")
+        if 0 in shape:
+            raise ValueError(f"{name} has shape {tuple(shape)}: every dimension must be at least 1")
     if k.shape != v.shape:
         raise ValueError(f"k has shape {tuple(k.shape)} but v has {tuple(v.shape)}; they must be the same")
     (batch, heads, _, width), (batch_k, heads_k, _, width_k) = q.shape, k.shape
@@ -49,9 +50,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def check_scale(scale: float | None, width: int) -> float:
     """Return the factor of the logits: `scale`, or 1/sqrt(head width)."""
-    if scale is not None and not torch.compiler.is_compiling() and not math.isfinite(scale):
+    if scale is None:
+        return width**-0.5
+    if not torch.compiler.is_compiling() and not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be finite")
-    return width**-0.5 if scale is None else float(scale)
+    return float(scale)
 
 
 def _check_row(name: str, row: Sequence[int], tokens: int, padded: bool) -> None:

@@ -28,9 +28,9 @@ def without_autocast(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
-        if not torch.is_autocast_enabled(device):
+        if not torch._C._is_any_autocast_enabled():
             return function(*args)
+        device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
         with torch.autocast(device, enabled=False):
             return function(*args)
 
@@ -176,6 +176,7 @@ def differentiable(
         ]
 
     forward_op = opaque(f"{name}({arguments}{', bool keep' if keeps else ''}) -> {returned}", forward, fake)
+    operation, autocast = getattr(getattr(torch.ops, NAMESPACE), name), torch._C._is_any_autocast_enabled
     backward_op = opaque(
         f"{name}_backward({', '.join([*given, arguments, *kept])}, bool[] needed) -> Tensor[]",
         gradients,
@@ -214,7 +215,8 @@ def differentiable(
 
     def run(*values: Any) -> Any:
         if not differentiated(*values[:leaves]):
-            output = forward_op(*values, *off)
+            # As `forward_op`, without another call.
+            output = (operation if autocast() or observed(values) else forward)(*values, *off)
         else:
             output = (Differentiated.apply if observed(values) else bare)(*values)
         return output if whole else output[0] if results == 1 else output[:results]

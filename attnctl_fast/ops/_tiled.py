@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import threading
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Numbers of the map that are held at a time: about what the caches of two cores hold in float32.
+# Numbers of the map that are held at a time, 4 MiB in float32, and their probabilities: what caches hold. With fewer,
+# cores that share no cache would wait for each other more often.
 TILE = 1 << 20
 # Up to so many columns, and from so many rows on, three calls for a tile are faster than PyTorch's fused attention: by
 # a fifth at 77 columns and 256 rows, even at 110 columns or 64 rows, slower by 20 % at 333 columns.
 FEW_COLUMNS, LEAST_ROWS = 96, 128
 # A product with a multiple of so many columns is up to a fifth faster.
 ALIGNED = 8
-
-# What a thread keeps of a tile's memory, by its place in the computation and dtype, and the most numbers of it.
-_areas = threading.local()
-LARGEST_AREA = 2 * TILE
 
 
 def tiles(q: Tensor, k: Tensor, most: int | None = None) -> Iterator[tuple[int, slice]]:
@@ -32,26 +28,6 @@ def tiles(q: Tensor, k: Tensor, most: int | None = None) -> Iterator[tuple[int, 
     for b in range(batch):
         for start in range(0, rows, step):
             yield b, slice(start, min(start + step, rows))
-
-
-def is_tile(x: Tensor) -> bool:
-    """Return whether the caches hold x."""
-    return x.numel() <= TILE
-
-
-def area(like: Tensor, place: int, *shape: int) -> Tensor:
-    """Return memory for a tile, in which this thread's next tile with the same `place` is written as well.
-
-    New memory is cleared by the system, page by page, which may take as long as what is computed in it.
-    """
-    count = math.prod(shape)
-    if like.device.type != "cpu" or count > LARGEST_AREA:
-        return like.new_empty(shape)
-    kept = _areas.__dict__.get((place, like.dtype))
-    if kept is None or len(kept) < count:
-        with torch.inference_mode(False):
-            kept = _areas.__dict__[place, like.dtype] = torch.empty(count, dtype=like.dtype)
-    return kept[:count].view(shape)
 
 
 def aligned_columns(q: Tensor, k: Tensor) -> int:
@@ -72,34 +48,39 @@ def aligned(q: Tensor, x: Tensor) -> Tensor:
     return found
 
 
-def tile_logits(q: Tensor, k: Tensor, tokens: int, key_bias: Tensor | None, scale: float) -> Tensor:
-    """Return the logits of one sample's queries [H,m,d] until the next tile's, -inf in all but the first `tokens`.
-
-    Keys are [H,N,d], `aligned` or not, key_bias [tokens].
-    """
-    spare, out = k.shape[1] - tokens, area(q, 0, *q.shape[:2], k.shape[1])
+def added(keys: Tensor, tokens: int, key_bias: Tensor | None) -> Tensor | None:
+    """Return what is added to the logits of every `aligned` key [B,N], -inf beside the `tokens`; None for nothing."""
+    spare = keys.shape[2] - tokens
     if key_bias is None:
-        out.baddbmm_(q, k.mT, beta=0, alpha=scale)
-    else:
-        torch.baddbmm(F.pad(key_bias, (0, spare)), q, k.mT, alpha=scale, out=out)
-    if spare:
-        out[..., tokens:] = -torch.inf
-    return out
+        return _spare(tokens, spare, keys.dtype).expand(len(keys), -1) if spare else None
+    return F.pad(key_bias, (0, spare), value=-torch.inf)
+
+
+@functools.lru_cache(maxsize=256)
+def _spare(tokens: int, spare: int, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([0.0] * tokens + [-torch.inf] * spare, dtype=dtype)
+
+
+def tile_logits(q: Tensor, k: Tensor, added: Tensor | None, scale: float) -> Tensor:
+    """Return the logits of one sample's queries [H,m,d] and keys [H,N,d], with `added` [N], in new memory."""
+    # Not written into the columns afterwards: a core would wait for what another has just made.
+    return torch.baddbmm(q.new_empty(1) if added is None else added, q, k.mT, beta=int(added is not None), alpha=scale)
 
 
 def tile_softmax(logits: Tensor, key_bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """Return a tile's probabilities, zeros where every column is masked: in `out`, or until the next tile's."""
+    """Return the probabilities of a tile, in `out` where it is given: zeros where every column is masked."""
     # Not in place, which takes a third longer.
-    found = torch._softmax(logits, -1, False, out=area(logits, 1, *logits.shape) if out is None else out)
+    found = torch._softmax(logits, -1, False) if out is None else torch._softmax(logits, -1, False, out=out)
     return found if key_bias is None else found.masked_fill_(key_bias.isneginf().all(), 0.0)
 
 
-def product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
-    """Write scale a b to `out` [H,m,d]: not right into part of a tensor, which PyTorch does by a call for every head."""
+def product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> None:
+    """Write scale a b to `out` [H,m,d], part of a tensor: right into it, PyTorch would make a call for every head."""
     whole = out.is_contiguous()
-    found = out if whole else area(a, 2, *out.shape)
-    found.baddbmm_(a, b, beta=0, alpha=scale)
-    return out if whole else out.copy_(found)
+    found = torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale, out=out if whole else None)
+    if not whole:
+        out.copy_(found)
 
 
 def of_sample(x: Tensor | None, b: int) -> Tensor | None:
@@ -128,13 +109,15 @@ def attend_to_each(
 ) -> Tensor:
     """Return sum_i shares_i softmax(scale q k_i^T + key_bias_i) v_i; `key_biases` of all contexts, or none."""
     out, keys = torch.empty_like(q), [aligned(q, k) for k in ks]
+    biases: Sequence[Tensor | None] = key_biases or [None] * len(ks)
+    of_columns = [added(x, k.shape[2], own) for x, k, own in zip(keys, ks, biases, strict=True)]
     for b, rows in tiles(q, max(keys, key=lambda k: k.shape[2])):
         queries = q[b, :, rows]
-        total = area(q, 2, *queries.shape)
+        total = queries.new_empty(queries.shape)
         for i, (k, v, share) in enumerate(zip(keys, vs, shares, strict=True)):
-            tokens, key_bias = v.shape[2], key_biases[i][b] if key_biases else None
-            probabilities = tile_softmax(tile_logits(queries, k[b], tokens, key_bias, scale), key_bias)
-            total.baddbmm_(probabilities[..., :tokens], v[b], beta=min(i, 1), alpha=share)
+            logits = tile_logits(queries, k[b], of_sample(of_columns[i], b), scale)
+            probabilities = tile_softmax(logits, of_sample(biases[i], b))[..., : v.shape[2]]
+            total.baddbmm_(probabilities, v[b], beta=min(i, 1), alpha=share)
         out[b, :, rows] = total
     return out
 
@@ -150,14 +133,15 @@ def attend_to_few(
 ) -> Tensor:
     """Return the output alone of `attention.attend`."""
     out, tokens, keys = torch.empty_like(q), k.shape[2], aligned(q, k)
+    of_columns = added(keys, tokens, key_bias)
     for b, rows in tiles(q, keys):
-        logits = tile_logits(q[b, :, rows], keys[b], tokens, of_sample(key_bias, b), scale)
+        logits = tile_logits(q[b, :, rows], keys[b], of_sample(of_columns, b), scale)
         if bias is not None and ids is not None:
-            added, columns = bias[b, ..., rows], ids
+            more, columns = bias[b, ..., rows], ids
             if ids.ndim == 2:
                 real = ids[b] >= 0
-                added, columns = added[:, real], ids[b, real]
-            logits.index_add_(2, columns, added.mT)
+                more, columns = more[:, real], ids[b, real]
+            logits.index_add_(2, columns, more.mT)
         probabilities = tile_softmax(logits, of_sample(key_bias, b))
         product(probabilities[..., :tokens], v[b], out[b, :, rows])
     return out

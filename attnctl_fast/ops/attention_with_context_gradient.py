@@ -13,13 +13,15 @@ from .. import reference
 from .._impl import resolve
 from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
 from ._heads import Grouped
-from ._library import composite, differentiable, differentiated, launcher, opaque
-from ._tiled import aligned, area, tiles
+from ._library import composite, differentiable, differentiated, launcher, opaque, widened
+from ._tiled import aligned, product, tile_logits, tile_softmax, tiles
 from .attention import attend
 
 # What float32 loses to underflow is beneath the last digit of a sum of exponentials above LEAST_SUM, and their products
 # with values of a norm below LARGEST_VALUE do not overflow while the sum is below 1 / LEAST_SUM.
 LEAST_SUM, LARGEST_VALUE = 1e-20, 1e15
+# Numbers of the map up to which two softmaxes take less than one exponential and its sums: fewer calls.
+SMALL_MAP = 1 << 17
 
 attention_with_context_gradient_reference = composite(
     "attention_with_context_gradient_reference(Tensor q, Tensor k, Tensor v, Tensor? query_weight, float scale, "
@@ -47,6 +49,20 @@ def _two_attentions(
     return out, without_masked(update, key_bias)
 
 
+def _small_map(q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Compute both results from one map in memory, all samples at once where their heads lie one behind the other."""
+    out, update = torch.empty_like(q), k.new_empty(k.shape)
+    samples = q, k, v, weighted(q, query_weight), out, update
+    together = q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+    parts = [[x.flatten(0, 1) for x in samples]] if together else zip(*samples, strict=True)
+    for queries, keys, values, pulls, of_rows, of_keys in parts:
+        logits = tile_logits(queries, keys, None, scale)
+        product(tile_softmax(logits, None), values, of_rows)
+        # Over the last dimension, for over another PyTorch takes an exponential of 20 units in the last place.
+        torch.bmm(torch._softmax(logits.mT.contiguous(), -1, False), pulls, out=of_keys)
+    return out, update
+
+
 def _shared_map(
     q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float, key_bias: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
@@ -64,15 +80,18 @@ def _shared_map(
     sums = q.new_empty(batch, heads, tokens + text)
     of_rows, of_columns = sums[..., :tokens].unsqueeze(3), sums[..., tokens:].unsqueeze(2)
     keys = aligned(q, k)
-    for b, rows in tiles(q, keys):
+    blocks, columns = list(tiles(q, keys)), keys.shape[2]
+    largest = heads * blocks[0][1].stop
+    numerators, products = q.new_empty(largest * columns), q.new_empty(largest * width)
+    for b, rows in blocks:
         queries, total = q[b, :, rows], of_rows[b, :, rows]
-        e, product = (area(q, place, *queries.shape[:2], n) for place, n in enumerate((keys.shape[2], width)))
+        e, weighed = (x[: total.numel() * n].view(heads, -1, n) for x, n in ((numerators, columns), (products, width)))
         e = e.baddbmm_(queries, keys[b].mT, beta=0, alpha=scale).exp_()[..., :text]
         if factors is None:
             torch.sum(e, -1, keepdim=True, out=total)
         else:
             total.copy_(e @ factors[b])
-        torch.div(torch.bmm(e, v[b], out=product), total, out=out[b, :, rows])
+        torch.div(torch.bmm(e, v[b], out=weighed), total, out=out[b, :, rows])
         first = rows.start == 0
         if first:
             torch.sum(e, 1, keepdim=True, out=of_columns[b])
@@ -89,6 +108,8 @@ def _shared_map(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, key_bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
+    if key_bias is None and q.shape[:3].numel() * k.shape[2] <= SMALL_MAP:
+        return _small_map(q, k, v, query_weight, scale)
     found = _shared_map(q, k, v, query_weight, scale, key_bias)
     if found is not None:
         return found
@@ -169,8 +190,7 @@ _triton = differentiable(
 def _eager(
     q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float, key_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    q, k, v = widened(q, k, v)
     fused = q.device.type == "cpu" and not differentiated(q, k, v, query_weight)
     if fused:
         return _forward_op(q, k, v, query_weight, key_bias, scale)

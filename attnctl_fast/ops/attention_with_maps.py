@@ -23,8 +23,19 @@ from .._validate import (
     check_tokens,
 )
 from ._heads import Grouped
-from ._library import composite, differentiable, launcher, may_hold_map, widened
-from ._tiled import aligned, aligned_columns, area, few_of, is_tile, of_sample, product, tile_logits, tile_softmax, tiles
+from ._library import composite, differentiable, differentiated, launcher, may_hold_map, widened, without_autocast
+from ._tiled import (
+    TILE,
+    added,
+    aligned,
+    aligned_columns,
+    few_of,
+    of_sample,
+    product,
+    tile_logits,
+    tile_softmax,
+    tiles,
+)
 
 attention_with_maps_reference = composite(
     "attention_with_maps_reference(Tensor q, Tensor k, Tensor v, Tensor? token_ids, bool per_head, float scale, "
@@ -52,10 +63,10 @@ def _forward(
     keep = keep and may_hold_map(q, k)
     out, maps, kept = _empty(q, k, token_ids, per_head, keep)
     tokens, keys = k.shape[2], aligned(q, k)
+    of_columns = added(keys, tokens, key_bias)
     for b, rows in tiles(q, keys, kept.numel() or None):
-        given = of_sample(key_bias, b)
-        logits = tile_logits(q[b, :, rows], keys[b], tokens, given, scale)
-        p = tile_softmax(logits, given, kept[b, :, rows] if keep else None)[..., :tokens]
+        logits = tile_logits(q[b, :, rows], keys[b], of_sample(of_columns, b), scale)
+        p = tile_softmax(logits, of_sample(key_bias, b), kept[b, :, rows] if keep else None)[..., :tokens]
         product(p, v[b], out[b, :, rows])
         ids = _rows(token_ids, b)
         if per_head or ids is None or few_of(ids, k):
@@ -108,6 +119,7 @@ def _backward(
     """Return the gradients from probabilities that were kept or are made again."""
     tokens, held = k.shape[2], kept.numel() > 0
     keys = k if held else aligned(q, k)
+    of_columns = added(keys, tokens, key_bias)
     values = v if grad_out is None else aligned(q, v)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (x.new_zeros(x.shape if wanted else 0) for x, wanted in zip((k, v), needed[1:], strict=True))
@@ -118,17 +130,16 @@ def _backward(
         if held:
             p = kept[b, :, rows]
         else:
-            given = of_sample(key_bias, b)
-            p = tile_softmax(tile_logits(queries, keys[b], tokens, given, scale), given)
+            p = tile_softmax(tile_logits(queries, keys[b], of_sample(of_columns, b), scale), of_sample(key_bias, b))
         ids = _rows(token_ids, b)
-        if grad_out is None and grad_maps is not None and ids is not None and few_of(ids, k) and not is_tile(p):
-            # dl = P (g - sum P g) is a multiple of P but for few columns: where no cache holds it, it is not made.
+        if grad_out is None and grad_maps is not None and ids is not None and few_of(ids, k):
+            # dl = P (g - sum P g) is a multiple of P but for few columns: it is not made.
             columns = ids.clamp(min=0)
             share = (p.index_select(-1, columns) * grad_maps[b, ..., rows].mT).masked_fill_(ids < 0, 0.0)  # [H,m,n]
             total = -share.sum(-1, keepdim=True)
             p = p[..., :tokens]
             if needed[0]:
-                of_queries = area(q, 2, *queries.shape).baddbmm_(p, k[b], beta=0).mul_(scale * total)
+                of_queries = torch.bmm(p, k[b]).mul_(scale * total)
                 dq[b, :, rows] = of_queries.baddbmm_(share, k[b].index_select(1, columns), alpha=scale)
             if needed[1]:
                 dk[b].baddbmm_(p.mT, total * queries, alpha=scale)
@@ -226,6 +237,13 @@ _triton = differentiable(
 )
 
 
+@without_autocast
+def _held(q: Tensor, k: Tensor, v: Tensor, token_ids: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Compute both results in differentiable operations, whose bookkeeping costs less than ours for a small map."""
+    probabilities = (q @ (scale * k).mT).softmax(-1)
+    return probabilities @ v, probabilities.index_select(3, token_ids).mean(1).mT
+
+
 def _eager(
     q: Tensor,
     k: Tensor,
@@ -235,7 +253,12 @@ def _eager(
     scale: float,
     key_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return _eager_op(*widened(q, k, v), token_ids, key_bias, per_head, scale)
+    q, k, v = widened(q, k, v)
+    small = may_hold_map(q, k) and q.shape[:3].numel() * k.shape[2] <= TILE
+    plain = small and key_bias is None and not per_head and differentiated(q, k, v)
+    if plain and token_ids is not None and token_ids.ndim == 1 and few_of(token_ids, k):
+        return _held(q, k, v, token_ids, scale)
+    return _eager_op(q, k, v, token_ids, key_bias, per_head, scale)
 
 
 def attention_with_maps(

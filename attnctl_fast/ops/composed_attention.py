@@ -140,13 +140,11 @@ def _eager(
     dtype, count = q.dtype, len(ks)
     q, *contexts = widened(q, *ks, *vs)
     ks, vs = contexts[:count], contexts[count:]
-    if not differentiated(q, *contexts):
-        if all(few_columns(q, k) for k in ks):
-            return _attend_to_each_op(q, ks, vs, _given(ks, key_biases), shares, scale).to(dtype)
-        # In place: new memory costs as much as the sum.
-        multiply, add = Tensor.mul_, Tensor.add_
-    else:
-        multiply, add = torch.mul, torch.add
+    alone = not differentiated(q, *contexts)
+    if alone and all(few_columns(q, k) for k in ks):
+        return _attend_to_each_op(q, ks, vs, _given(ks, key_biases), shares, scale).to(dtype)
+    # In place where no gradient needs it: new memory costs as much as the sum.
+    multiply, add = (Tensor.mul_, Tensor.add_) if alone else (torch.mul, torch.add)
     out = None
     for k, v, share, bias in zip(ks, vs, shares, key_biases, strict=True):
         one = attend_only(q, k, v, None, None, scale, bias)

@@ -36,17 +36,21 @@ maps_from_lse_reference = composite(
 )
 
 
+def _subtracted(lse: Tensor) -> Tensor:
+    """Return lse as [B,H,1,M], inf in place of -inf: a row without columns has maps of zeros."""
+    if not lse.is_cpu or not lse.amin().item() > -torch.inf:  # nor is NaN
+        lse = torch.where(lse.isneginf(), torch.inf, lse)
+    return lse.unsqueeze(2)
+
+
 class _Columns:
     """The chosen columns: what makes their maps, some rows at a time."""
 
     def __init__(self, q: Tensor, k: Tensor, lse: Tensor, ids: Tensor, key_bias: Tensor | None, scale: float) -> None:
         self._q, self._count, self._scale = q, ids.shape[-1], scale
         self.keys = gather_columns(k, ids).to(lse.dtype)  # [B,H,n,d]
-        if lse.device.type != "cpu" or not lse.amin().item() > -torch.inf:  # nor is NaN
-            # Zeros of a row without columns.
-            lse = torch.where(lse.isneginf(), torch.inf, lse)
         # What is subtracted from the logits of a row [B,H,1,M], and added to those of a column [B,n,1].
-        self._less = lse.unsqueeze(2)
+        self._less = _subtracted(lse)
         self._more = None if key_bias is None else gather_key_bias(key_bias, ids).unsqueeze(-1)
 
     def tiles(self, whole: bool) -> Iterator[tuple[int, slice]]:
@@ -93,6 +97,11 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the maps, and to `keep` them where they may be held, those of all heads."""
+    plain = not (per_head or keep) and key_bias is None and token_ids.ndim == 1 and q.dtype == lse.dtype
+    if plain and lse.numel() * token_ids.shape[0] <= TILE and (q.shape[0] == 1 or q.is_contiguous()):
+        # Not in place, which takes longer where cores share no cache.
+        logits = (scale * k.index_select(2, token_ids)) @ q.mT - _subtracted(lse)
+        return logits.exp().mean(1), lse.new_empty(0)
     maps, kept = _empty(q, lse, token_ids, per_head, keep)
     columns = _Columns(q, k, lse, token_ids, key_bias, scale)
     if per_head:

@@ -12,7 +12,7 @@ from .._observed import observed
 from .._validate import check_dtype, check_kernel_limits, check_key_bias, check_qkv, check_scale
 from ._heads import Grouped
 from ._library import composite, differentiated, launcher, opaque
-from ._tiled import aligned, area, product, tile_softmax, tiles
+from ._tiled import aligned, product, tile_logits, tile_softmax, tiles
 
 # Logits that are in memory at once on an accelerator.
 LOGITS_ELSEWHERE = 1 << 25
@@ -37,10 +37,7 @@ def _eager(
     out = torch.empty_like(q)
     for b, rows in tiles(q, keys, None if q.device.type == "cpu" else LOGITS_ELSEWHERE):
         queries, left_out = q[b, :, rows], None
-        if alone:
-            logits = area(q, 0, *queries.shape[:2], keys.shape[2]).baddbmm_(queries, keys[b].mT, beta=0, alpha=scale)
-        else:
-            logits = scale * (queries @ keys[b].mT)
+        logits = tile_logits(queries, keys[b], None, scale) if alone else scale * (queries @ keys[b].mT)
         if masked is not None and key_bias is not None:
             # A sample without a column to attend to is computed without a mask, and nobody sees it.
             left_out = masked[b] & ~masked[b].all()

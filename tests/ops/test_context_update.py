@@ -109,11 +109,13 @@ EXTREMES = {
 }
 
 
+@pytest.mark.parametrize("small", [False, True], ids=["tiles", "whole"])
 @pytest.mark.parametrize("name", EXTREMES)
-def test_eager_with_logits_of_any_size(name, monkeypatch):
-    """In several tiles, the last of them shorter."""
+def test_eager_with_logits_of_any_size(name, small, monkeypatch):
+    """In several tiles, the last of them shorter, or with two softmaxes of the whole map."""
     module = importlib.import_module("attnctl_fast.ops.attention_with_context_gradient")
     monkeypatch.setattr(_tiled, "TILE", 2 * 50 * 80)
+    monkeypatch.setattr(module, "SMALL_MAP", 1 << 20 if small else 0)
     make, shared = EXTREMES[name]
     q, k, v, weight = make(*attention_inputs(2, 2, 333, 77, 40, torch.float32, strided=True), 0.5 + rand(2, 333))
     scale = q.shape[-1] ** -0.5
