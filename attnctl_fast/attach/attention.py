@@ -238,7 +238,8 @@ class Attention:
             else:
                 conditional = self.conditional_out if self.rows.conditional else self.unconditional_out
                 rest = self.unconditional_out if self.rows.others else conditional
-                self._whole = self.rows.merge(conditional, rest)
+                # As models read it next, heads within tokens: for them it would be copied once more.
+                self._whole = self.rows.merge(conditional.transpose(1, 2), rest.transpose(1, 2)).transpose(1, 2)
         return self._whole
 
     @out.setter

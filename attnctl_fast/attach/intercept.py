@@ -266,7 +266,8 @@ class Place:
             others = own[:, :, :start], own[:, :, start:]
         else:
             others = every[:, :, :start], every[:, :, stop:]
-        return torch.cat([others[0], attention.out.to(query.dtype), others[1]], 2)
+        parts = others[0], attention.out.to(query.dtype), others[1]
+        return torch.cat([x.transpose(1, 2) for x in parts], 1).transpose(1, 2)
 
     def missed(self) -> RuntimeError:
         return RuntimeError(
