@@ -48,6 +48,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return bool(heads != heads_k)
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what is computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def check_scale(scale: float | None, width: int) -> float:
     """Return the factor of the logits: `scale`, or 1/sqrt(head width)."""
     if scale is None:
@@ -200,7 +205,7 @@ def check_reduce(reduce: str) -> None:
 
 def check_lse(lse: Tensor, q: Tensor) -> Tensor:
     """Return `lse`; raise ValueError unless it is [B,H,M], on q's device and as wide as the computation."""
-    wide, shape = torch.promote_types(q.dtype, torch.float32), q.shape[:3]
+    wide, shape = wide_dtype(q.dtype), q.shape[:3]
     if lse.shape != shape:
         raise ValueError(
             f"lse has shape {tuple(lse.shape)}; it must be [batch, heads, image tokens] = {list(shape)}, one number "
@@ -251,7 +256,7 @@ def check_key_bias(key_bias: Tensor | None, k: Tensor, name: str = "key_bias") -
     readable = key_bias.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable and not isinstance(key_bias, FakeTensor) and not (key_bias < torch.inf).all():
         raise ValueError(f"{name} holds NaN or +inf; every number must be finite, or -inf to mask its column")
-    return key_bias.to(torch.promote_types(k.dtype, torch.float32))
+    return key_bias.to(wide_dtype(k.dtype))
 
 
 def check_grid(grid: tuple[int, int], image_tokens: int | None = None) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import torch
 from torch.autograd import Function
 
 from .._observed import observed
+from .._validate import wide_dtype
 
 NAMESPACE = "attnctl_fast"
 # A map [B,H,M,N] of so many numbers (64 MiB in float32) the eager forms may hold on a CPU, where that is faster.
@@ -241,7 +242,7 @@ def made(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
 def widened(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
     """Return tensors of one dtype in float32, or as they are where that is as wide."""
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    wide = wide_dtype(tensors[0].dtype)
     return tensors if tensors[0].dtype == wide else [x.to(wide) for x in tensors]
 
 
@@ -252,9 +253,13 @@ def may_hold_map(q: torch.Tensor, k: torch.Tensor) -> bool:
 
 def may_hold_columns(q: torch.Tensor, columns: int) -> bool:
     """Return whether the eager forms may hold so many columns of the map of these queries."""
-    return q.device.type == "cpu" and q.shape[:3].numel() * columns <= LARGEST_MAP
+    return q.is_cpu and q.numel() // q.shape[3] * columns <= LARGEST_MAP
 
 
 def differentiated(*tensors: torch.Tensor | None) -> bool:
     """Return whether autograd records what is done with any of `tensors`."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False

@@ -34,7 +34,7 @@ def aligned_columns(q: Tensor, k: Tensor) -> int:
     """Return how many columns `aligned` makes of the N of k."""
     tokens = k.shape[2]
     spare = -tokens % ALIGNED
-    return tokens + spare if q.device.type == "cpu" and 8 * spare <= tokens <= q.shape[2] else tokens
+    return tokens + spare if q.is_cpu and 8 * spare <= tokens <= q.shape[2] else tokens
 
 
 def aligned(q: Tensor, x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def of_sample(x: Tensor | None, b: int) -> Tensor | None:
 
 def few_columns(q: Tensor, k: Tensor, ids: Tensor | None = None) -> bool:
     """Return whether tiles are the faster form, with a bias on the columns `ids` as well."""
-    few = q.device.type == "cpu" and k.shape[2] <= FEW_COLUMNS and q.shape[2] >= LEAST_ROWS
+    few = q.is_cpu and k.shape[2] <= FEW_COLUMNS and q.shape[2] >= LEAST_ROWS
     return few and (ids is None or few_of(ids, k))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
+from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale, wide_dtype
 from ._heads import Grouped
 from ._library import (
     composite,
@@ -370,7 +370,7 @@ def attention_without(
     """
     if impl == "eager":
         return attend(q, k, v, excluded_ids, None, scale, key_bias)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q.dtype)
     ids = torch.empty(0, dtype=torch.int64, device=q.device) if excluded_ids is None else excluded_ids
     return attention_reference(q.to(wide), k.to(wide), v.to(wide), ids, scale, key_bias)
 

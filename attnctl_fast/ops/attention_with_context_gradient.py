@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
+from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale, wide_dtype
 from ._heads import Grouped
 from ._library import composite, differentiable, differentiated, launcher, opaque, widened
 from ._tiled import aligned, product, tile_logits, tile_softmax, tiles
@@ -191,7 +191,7 @@ def _eager(
     q: Tensor, k: Tensor, v: Tensor, query_weight: Tensor | None, scale: float, key_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     q, k, v = widened(q, k, v)
-    fused = q.device.type == "cpu" and not differentiated(q, k, v, query_weight)
+    fused = q.is_cpu and not differentiated(q, k, v, query_weight)
     if fused:
         return _forward_op(q, k, v, query_weight, key_bias, scale)
     return _two_attentions(q, k, v, query_weight, scale, key_bias)
@@ -212,7 +212,7 @@ def check_query_weight(query_weight: Tensor | None, q: Tensor) -> Tensor | None:
         )
     if query_weight.device != q.device:
         raise ValueError(f"query_weight is on {query_weight.device} but q is on {q.device}; move it there")
-    return query_weight.to(torch.promote_types(q.dtype, torch.float32)).expand(batch, tokens)
+    return query_weight.to(wide_dtype(q.dtype)).expand(batch, tokens)
 
 
 def attention_with_context_gradient(
@@ -268,4 +268,4 @@ def attention_with_context_gradient(
         return _triton(q, k, v, query_weight, key_bias, scale)
     run = attention_with_context_gradient_reference if impl == "reference" else _eager
     out, update = run(q, k, v, query_weight, scale, key_bias)
-    return out.to(q.dtype), update
+    return out if out.dtype == q.dtype else out.to(q.dtype), update

@@ -315,4 +315,4 @@ def attention_with_maps(
         return _triton(q, k, v, ids, slots, key_bias, reduce == "none", scale)
     run = attention_with_maps_reference if impl == "reference" else _eager
     out, maps = run(q, k, v, ids, reduce == "none", scale, key_bias)
-    return out.to(q.dtype), maps
+    return out if out.dtype == q.dtype else out.to(q.dtype), maps

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import TokenIds, check_kernel_limits, check_key_bias, check_qkv, check_scale, check_targets
+from .._validate import TokenIds, check_kernel_limits, check_key_bias, check_qkv, check_scale, check_targets, wide_dtype
 from ._heads import Grouped
 from ._library import composite, differentiable, launcher, made, may_hold_map
 from .attention import attend, attend_only
@@ -127,7 +127,7 @@ def biased_attention(
     key_bias = check_key_bias(key_bias, k)
     targets, pinned = check_targets(target_ids, pinned_ids, k)
     scale = check_scale(scale, q.shape[3])
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q.dtype)
     bias = check_bias(bias, (*q.shape[:2], targets.shape[-1], q.shape[2]), q.device, wide)
     impl, inside = resolve(impl, q.device), scale if bias_inside_scale else 1.0
     if grouped:

@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
+from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale, wide_dtype
 from ._heads import Grouped
 from ._library import differentiated, launcher, once_differentiable, opaque, widened
 from ._tiled import attend_to_each, few_columns
@@ -101,7 +101,7 @@ def _given(ks: Sequence[Tensor], key_biases: Sequence[Tensor | None]) -> list[Te
     """Return the key bias of every context, zeros for None; an empty list where none has one."""
     if all(x is None for x in key_biases):
         return []
-    wide = torch.promote_types(ks[0].dtype, torch.float32)
+    wide = wide_dtype(ks[0].dtype)
     pairs = zip(ks, key_biases, strict=True)
     return [k.new_zeros(k.shape[0], k.shape[2], dtype=wide) if x is None else x for k, x in pairs]
 

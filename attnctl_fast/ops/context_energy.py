@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .._impl import resolve
-from .._validate import check_key_bias, check_qkv, check_scale
+from .._validate import check_key_bias, check_qkv, check_scale, wide_dtype
 from ._heads import Grouped
 from ._library import may_hold_map, without_autocast
 from .attention import attention
@@ -30,7 +29,7 @@ class ContextEnergy(NamedTuple):
 @without_autocast
 def _logsumexp(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Return the logsumexp over the image tokens, [B,H,N], with the logits in memory."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q.dtype)
     return ((scale * k.to(wide)) @ q.to(wide).mT).logsumexp(-1)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._impl import resolve
-from .._validate import check_kernel_limits, check_key_bias
+from .._validate import check_kernel_limits, check_key_bias, wide_dtype
 from ._library import differentiated, launcher, opaque
 
 CONVENTIONS = ("official", "paper")
@@ -27,7 +27,7 @@ _pull_triton = opaque(
 
 def flat_keys(k: Tensor) -> Tensor:
     """Return the keys of all heads side by side: [B,N,H*d], float32 at least."""
-    return k.transpose(1, 2).flatten(2).to(torch.promote_types(k.dtype, torch.float32))
+    return k.transpose(1, 2).flatten(2).to(wide_dtype(k.dtype))
 
 
 def _check_number(name: str, value: float | Tensor, batch: int) -> None:

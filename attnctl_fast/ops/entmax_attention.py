@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_device, check_kernel_limits, check_key_bias, check_qkv, check_scale
+from .._validate import check_device, check_kernel_limits, check_key_bias, check_qkv, check_scale, wide_dtype
 from ._heads import Grouped
 from ._library import differentiated, launcher, once_differentiable, opaque
 
@@ -143,5 +143,5 @@ def entmax_attention(
         return _triton(q, k, v, key_bias, now, 0.0 if isinstance(weight, Tensor) else weight, scale, STEPS)
     if impl == "reference":
         return reference.entmax_attention(q, k, v, weight, scale, key_bias).to(q.dtype)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q.dtype)
     return _eager(q.to(wide), k.to(wide), v.to(wide), key_bias, weight, scale).to(q.dtype)

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale
+from .._validate import check_kernel_limits, check_key_bias, check_qkv, check_scale, wide_dtype
 from ._heads import Grouped
 from ._library import composite, differentiable, launcher
 from .attention import masked_backward, masked_forward, masked_result
@@ -289,7 +289,7 @@ def grouped_attention(
             )
         out, lse = _triton(q, k, v, row_groups, column_groups, allowed, key_bias, scale)
         return (out, lse) if return_lse else out
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q.dtype)
     given = (*(x.to(wide) for x in (q, k, v)), row_groups, column_groups, allowed)
     if impl == "eager":
         out, lse = _eager(*given, key_bias, scale)

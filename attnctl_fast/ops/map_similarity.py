@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_kernel_dtype
+from .._validate import check_kernel_dtype, wide_dtype
 from ._library import composite, differentiable, launcher
 from ._objective import Array, arrays, namespace, tensor
 from .smooth_maps import check_maps, wide
@@ -71,7 +71,7 @@ def _backward(
 
 
 def _fake(maps: Tensor) -> tuple[Tensor, Tensor]:
-    inverse = maps.new_empty(maps.shape[:2], dtype=torch.promote_types(maps.dtype, torch.float32))
+    inverse = maps.new_empty(maps.shape[:2], dtype=wide_dtype(maps.dtype))
     return inverse.new_empty(*maps.shape[:2], maps.shape[1]), inverse
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_device, check_kernel_limits, check_key_bias, check_qkv, check_scale
+from .._validate import check_device, check_kernel_limits, check_key_bias, check_qkv, check_scale, wide_dtype
 from ._library import differentiated, launcher, opaque
 from .attention import attend, attend_only, attention
 
@@ -117,7 +117,7 @@ def guided(
     if impl == "triton" and not differentiated(positive, negative):
         check_kernel_limits(positive)
         return _kernels(positive, negative, [], [], scale, tau, alpha, norm)
-    wide = torch.promote_types(positive.dtype, torch.float32)
+    wide = wide_dtype(positive.dtype)
     blend = reference.guided if impl == "reference" else _guided
     return blend(positive.to(wide), negative.to(wide), scale, tau, alpha, norm).to(positive.dtype)
 
@@ -203,7 +203,7 @@ def normalized_guidance(
             some = given if any(x is not None for x in biases) else []
             outs, lses = _each_op(q, [k, k_negative], [v, v_negative], some, factor)
             return _kernels(*outs.unbind(), list(lses.unbind()), list(parts), scale, tau, alpha, norm)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q.dtype)
     attended = []
     for keys, values, bias in texts:
         if impl == "triton":

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import reference
 from .._impl import resolve
 from .._observed import observed
-from .._validate import check_dtype, check_kernel_limits, check_key_bias, check_qkv, check_scale
+from .._validate import check_dtype, check_kernel_limits, check_key_bias, check_qkv, check_scale, wide_dtype
 from ._heads import Grouped
 from ._library import composite, differentiated, launcher, opaque
 from ._tiled import aligned, product, tile_logits, tile_softmax, tiles
@@ -35,7 +35,7 @@ def _eager(
     keys = aligned(q, k) if alone else k
     columns = F.pad(column_regions, (0, keys.shape[2] - tokens))
     out = torch.empty_like(q)
-    for b, rows in tiles(q, keys, None if q.device.type == "cpu" else LOGITS_ELSEWHERE):
+    for b, rows in tiles(q, keys, None if q.is_cpu else LOGITS_ELSEWHERE):
         queries, left_out = q[b, :, rows], None
         logits = tile_logits(queries, keys[b], None, scale) if alone else scale * (queries @ keys[b].mT)
         if masked is not None and key_bias is not None:
@@ -151,7 +151,7 @@ def region_attention(
             f"weight is {tuple(weight.shape)} on {weight.device}; it must be [batch, image tokens] "
             f"{tuple(row_regions.shape)} on {q.device}"
         )
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q.dtype)
     weight = check_dtype("weight", weight, wide)
     scale, impl = check_scale(scale, q.shape[3]), resolve(impl, q.device)
     if grouped:

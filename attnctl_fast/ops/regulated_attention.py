@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .._impl import resolve
@@ -16,6 +15,7 @@ from .._validate import (
     check_qkv,
     check_scale,
     check_targets,
+    wide_dtype,
 )
 from ._heads import Grouped
 from .biased_attention import biased_attention_triton, with_bias
@@ -69,7 +69,7 @@ def regulated_attention(
     impl = resolve(impl, q.device)
     check_theta(theta, (*q.shape[:2], targets.shape[-1]), basis_shape(grid, sigma, centres))
     check_device("theta", theta, "q", q.device)
-    theta = check_dtype("theta", theta, torch.promote_types(q.dtype, torch.float32))
+    theta = check_dtype("theta", theta, wide_dtype(q.dtype))
     if grouped:
         heads, key_bias = Grouped(q, k), check_key_bias(key_bias, k)
         given = heads.queries(q), heads.keys(k), heads.keys(v), heads.queries(theta), heads.samples(targets)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_dtype
+from .._validate import check_dtype, wide_dtype
 from ._library import composite, differentiable, differentiated, launcher, made
 from ._objective import Array, arrays, namespace, tensor
 from .map_similarity import check_kernel_tokens, mixing, similarities
@@ -125,7 +125,7 @@ def _backward(grad: Tensor, *arguments: Any) -> list[Tensor | None]:
 
 
 def _fake(maps: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    loss = maps.new_empty(maps.shape[0], dtype=torch.promote_types(maps.dtype, torch.float32))
+    loss = maps.new_empty(maps.shape[0], dtype=wide_dtype(maps.dtype))
     if not rest[-1]:
         return loss, loss.new_empty(0), loss.new_empty(0)
     return loss, loss.new_empty(maps.shape), loss.new_empty(*maps.shape[:2], maps.shape[1])
@@ -191,7 +191,7 @@ def _check_text(text_similarity: Tensor, maps: Tensor) -> Tensor:
         raise ValueError(f"text_similarity is on {text_similarity.device} but maps is on {maps.device}; move it there")
     if differentiated(text_similarity):
         raise ValueError("text_similarity requires a gradient, but the loss has none by it; detach() it")
-    return check_dtype("text_similarity", text_similarity, torch.promote_types(maps.dtype, torch.float32)).expand(shape)
+    return check_dtype("text_similarity", text_similarity, wide_dtype(maps.dtype)).expand(shape)
 
 
 def similarity_loss(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from .._impl import resolve
-from .._validate import check_grid, check_kernel_dtype
+from .._validate import check_grid, check_kernel_dtype, wide_dtype
 from ._library import composite, differentiable, launcher
 from ._objective import Array, arrays, tensor
 
@@ -115,7 +115,7 @@ _triton = differentiable(
 
 def wide(maps: Tensor) -> Tensor:
     """Return half precision in float32."""
-    return maps.to(torch.promote_types(maps.dtype, torch.float32))
+    return maps.to(wide_dtype(maps.dtype))
 
 
 def smooth_maps(

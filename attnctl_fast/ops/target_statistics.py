@@ -17,6 +17,7 @@ from .._validate import (
     check_qkv,
     check_scale,
     check_targets,
+    wide_dtype,
 )
 from ..reference import NO_COLUMNS
 from ._heads import Grouped
@@ -71,7 +72,7 @@ def check_statistics(stats: TargetStatistics) -> None:
 
 
 def _target_logits(q: Tensor, k: Tensor, target_ids: Tensor, scale: float, key_bias: Tensor | None) -> Tensor:
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q.dtype)
     logits = (gather_columns(k, target_ids).to(wide) * scale) @ q.to(wide).mT
     if key_bias is not None:
         logits = logits + gather_key_bias(key_bias, target_ids)[:, None, :, None]
