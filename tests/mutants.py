@@ -284,8 +284,8 @@ OPS = [
     Mutant(
         "composed_attention: in place where a gradient needs it",
         "attnctl_fast/ops/composed_attention.py",
-        "(torch.mul, torch.add) if differentiated(q, *ks, *vs) else",
-        "(torch.mul, torch.add) if not differentiated(q, *ks, *vs) else",
+        "(Tensor.mul_, Tensor.add_) if alone else",
+        "(Tensor.mul_, Tensor.add_) if not alone else",
         f"{CONTEXT} -k 'test_composed_attention_gradients'",
     ),
     Mutant(
@@ -424,8 +424,8 @@ OPS = [
     Mutant(
         "tiles: the columns of zeros beside the keys are attended to",
         "attnctl_fast/ops/_tiled.py",
-        "logits[..., tokens:] = -torch.inf",
-        "pass",
+        "[0.0] * tokens + [-torch.inf] * spare",
+        "[0.0] * (tokens + spare)",
         TILED,
     ),
     Mutant(
@@ -445,7 +445,7 @@ OPS = [
     Mutant(
         "tiles: a padded target's bias is added to the last column",
         "attnctl_fast/ops/_tiled.py",
-        "added, columns = added[:, real], ids[b, real]",
+        "more, columns = more[:, real], ids[b, real]",
         "columns = ids[b]",
         TILED,
     ),
@@ -455,6 +455,48 @@ OPS = [
         "return found if key_bias is None else found.masked_fill_(key_bias.isneginf().all(), 0.0)",
         "return found",
         TILED,
+    ),
+    Mutant(
+        "tiles: a masked context's columns beside the keys are attended to",
+        "attnctl_fast/ops/_tiled.py",
+        "return F.pad(key_bias, (0, spare), value=-torch.inf)",
+        "return F.pad(key_bias, (0, spare))",
+        TILED,
+    ),
+    Mutant(
+        "tiles: a product for part of a tensor stays where it was made",
+        "attnctl_fast/ops/_tiled.py",
+        "        out.copy_(found)",
+        "        pass",
+        TILED,
+    ),
+    Mutant(
+        "composed_attention: the last context replaces the others",
+        "attnctl_fast/ops/_tiled.py",
+        "beta=min(i, 1), alpha=share",
+        "beta=0, alpha=share",
+        TILED,
+    ),
+    Mutant(
+        "attention_with_maps: a small map's heads are summed",
+        "attnctl_fast/ops/attention_with_maps.py",
+        "index_select(3, token_ids).mean(1).mT",
+        "index_select(3, token_ids).sum(1).mT",
+        f"{MAPS} -k 'few_words and eager'",
+    ),
+    Mutant(
+        "attention_with_context_gradient: a small map's pull is the rows'",
+        "attnctl_fast/ops/attention_with_context_gradient.py",
+        "torch._softmax(logits.mT.contiguous(), -1, False)",
+        "torch._softmax(logits, -1, False).mT",
+        f"{CONTEXT} -k logits_of_any_size",
+    ),
+    Mutant(
+        "maps_from_lse: made at once, a row without columns is not zeros",
+        "attnctl_fast/ops/maps_from_lse.py",
+        "@ q.mT - _subtracted(lse)",
+        "@ q.mT - lse.unsqueeze(2)",
+        f"{FROM_LSE} -k 'each_their_own and eager'",
     ),
     Mutant(
         "attention_with_context_gradient: the second tile's pull replaces the first's",
@@ -967,8 +1009,8 @@ ATTACH = [
     Mutant(
         "attention: conditional rows merged as the others",
         "attnctl_fast/attach/attention.py",
-        "self._whole = self.rows.merge(conditional, rest)",
-        "self._whole = self.rows.merge(rest, conditional)",
+        "self.rows.merge(conditional.transpose(1, 2), rest.transpose(1, 2))",
+        "self.rows.merge(rest.transpose(1, 2), conditional.transpose(1, 2))",
         "methods/test_attention_regulation.py -k 'only_conditional_rows'",
     ),
     Mutant(

@@ -77,7 +77,7 @@ def tile_softmax(logits: Tensor, key_bias: Tensor | None, out: Tensor | None = N
 
 def product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> None:
     """Write scale a b to `out` [H,m,d], part of a tensor: right into it, PyTorch would make a call for every head."""
-    whole = out.is_contiguous()
+    whole = out.is_contiguous() and out.dtype == a.dtype
     found = torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale, out=out if whole else None)
     if not whole:
         out.copy_(found)
@@ -86,6 +86,11 @@ def product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> None:
 def of_sample(x: Tensor | None, b: int) -> Tensor | None:
     """Return what [B,..] says of sample b; None for None."""
     return None if x is None else x[b]
+
+
+def one_tile(q: Tensor, k: Tensor) -> bool:
+    """Return whether the map of all samples is no more than a tile."""
+    return q.numel() // q.shape[3] * k.shape[2] <= TILE
 
 
 def few_columns(q: Tensor, k: Tensor, ids: Tensor | None = None) -> bool:

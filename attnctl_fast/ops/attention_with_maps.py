@@ -25,12 +25,12 @@ from .._validate import (
 from ._heads import Grouped
 from ._library import composite, differentiable, differentiated, launcher, may_hold_map, widened, without_autocast
 from ._tiled import (
-    TILE,
     added,
     aligned,
     aligned_columns,
     few_of,
     of_sample,
+    one_tile,
     product,
     tile_logits,
     tile_softmax,
@@ -254,8 +254,7 @@ def _eager(
     key_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = widened(q, k, v)
-    small = may_hold_map(q, k) and q.shape[:3].numel() * k.shape[2] <= TILE
-    plain = small and key_bias is None and not per_head and differentiated(q, k, v)
+    plain = may_hold_map(q, k) and one_tile(q, k) and key_bias is None and not per_head and differentiated(q, k, v)
     if plain and token_ids is not None and token_ids.ndim == 1 and few_of(token_ids, k):
         return _held(q, k, v, token_ids, scale)
     return _eager_op(q, k, v, token_ids, key_bias, per_head, scale)

@@ -22,6 +22,7 @@ from .._validate import (
 )
 from ._heads import Grouped
 from ._library import composite, differentiable, launcher, may_hold_columns
+from ._tiled import product
 from .attention import gather_columns, gather_key_bias
 
 # Numbers of the maps of all heads that are made at a time: what a core's own cache holds in float32; and the fewest
@@ -143,10 +144,8 @@ def _backward(
     for b, rows in columns.tiles(held):
         given = grad[b, ..., rows]
         found = kept[b, ..., rows] * given if held else columns.maps(b, rows).mul_(given)  # [H,n,m]
-        if needed[0] and dq.dtype == found.dtype:
-            torch.bmm(found.mT, keys[b], out=dq[b, :, rows])
-        elif needed[0]:
-            dq[b, :, rows] = torch.bmm(found.mT, keys[b])
+        if needed[0]:
+            product(found.mT, keys[b], dq[b, :, rows])
         if of_columns is not None:
             of_columns[b].baddbmm_(found, columns.queries(b, rows), alpha=scale)
         if needed[2]:

@@ -126,6 +126,12 @@ def test_gradients_of_few_among_many(impl, used, reduce, monkeypatch):
     check_gradients(impl, torch.float32, (40, 24, 40, 2), [[3, -1, 6], [-1, 2, 0]], reduce, USED[used])
 
 
+@pytest.mark.parametrize(("impl", "dtype", "used", "needed"), pairs(FAST, DTYPES, list(USED), ["q", "qkv"]))
+def test_gradients_of_a_few_words(impl, dtype, used, needed):
+    """The same of every sample, of a map that the eager form holds in differentiable operations."""
+    check_gradients(impl, dtype, (40, 24, 40, 2), [3, 6], "mean", USED[used], needed=needed)
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
 @pytest.mark.parametrize(("d", "programs", "needed"), pairs([40, 64], [1, 12], ["q", "qkv"]))

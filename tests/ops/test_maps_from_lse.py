@@ -241,6 +241,22 @@ def test_a_row_without_columns_is_zeros(impl, reduce, keyed):
     assert gradients[0][0].any() and gradients[1][0].any()
 
 
+@pytest.mark.parametrize(("batch", "contiguous"), [(1, False), (2, True), (2, False)])
+@pytest.mark.parametrize("impl", IMPLS)
+@torch.no_grad()
+def test_without_gradients_samples_are_each_their_own(impl, batch, contiguous):
+    """Eager makes the maps of one sample at once, and of several whose heads lie one behind the other."""
+    q, k, lse = joint_inputs(20, 30, 8, 2, torch.float32, batch=batch)
+    q = q.contiguous() if contiguous else q
+    assert q.is_contiguous() == contiguous
+    lse = lse.clone()
+    lse[-1, :, 3] = -torch.inf
+    maps = ops.maps_from_lse(q, k, lse, [4, 1], impl=impl)
+    expected = ops.maps_from_lse(q.double(), k.double(), lse.double(), [4, 1], impl="reference")
+    torch.testing.assert_close(maps, expected.float())
+    assert (maps[-1, :, 3] == 0).all() and (maps[-1, :, 4] != 0).all()
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_only_chosen_keys_have_a_gradient(impl):
     q, k, lse = joint_inputs(20, 30, 8, 2, torch.float32)

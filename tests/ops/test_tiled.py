@@ -40,6 +40,33 @@ def test_tiles_are_the_whole(ids, keyed, tile, monkeypatch):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("tile", [1, 2 * 100 * 80, _tiled.TILE], ids=["rows", "tiles", "whole"])
+@pytest.mark.parametrize("keyed", [(), (0,), (1,), (0, 1, 2)], ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+@torch.no_grad()
+def test_contexts_of_different_lengths_are_composed(keyed, tile, monkeypatch):
+    """Some of them masked, in the last sample as a whole."""
+    monkeypatch.setattr(_tiled, "TILE", tile)
+    q, _, _ = attention_inputs(2, 2, 230, 77, 16, torch.float64)
+    lengths = (77, 41, 80)
+    ks, vs = ([randn(2, 2, n, 16, dtype=torch.float64, seed=first + n) for n in lengths] for first in (100, 200))
+    assert all(_tiled.few_columns(q, k) for k in ks)
+    biases = [masked(2, n) if i in keyed else None for i, n in enumerate(lengths)] if keyed else None
+    found, expected = (
+        ops.composed_attention(q, ks, vs, [1.0, 0.7, -0.4], key_bias=biases, impl=impl)
+        for impl in ("eager", "reference")
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_product_is_written_into_part_of_a_tensor(dtype):
+    a, b = rand(3, 5, 4), rand(3, 4, 6)
+    for out in (torch.zeros(3, 5, 6, dtype=dtype), torch.zeros(3, 9, 6, dtype=dtype)[:, 2:7]):
+        _tiled.product(a, b, out, 0.5)
+        torch.testing.assert_close(out, (0.5 * a @ b).to(dtype))
+
+
 @torch.no_grad()
 def test_what_is_not_finite_stays_in_its_row_or_sample():
     q, k, v = attention_inputs(2, 2, 130, 77, 16, torch.float32)
