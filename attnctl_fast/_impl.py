@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 IMPLEMENTATIONS = ("reference", "eager", "triton")
-_CPU = torch.device("cpu")
 
 # Triton reads this when it decorates a kernel; then kernels run on the CPU, slowly.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,10 +41,10 @@ def resolve(impl: str | None, device: torch.device) -> str:
         chosen = _checked(impl, "impl")
     elif _default is not None:
         chosen = _checked(_default, _source)
-    elif device == _CPU or device.type != "cuda":
-        return "eager"
-    else:
+    elif device.type == "cuda":
         chosen = _checked("triton", "the default implementation on CUDA and ROCm")
+    else:
+        return "eager"
     if chosen == "triton" and device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         raise ValueError(
             f"the implementation is 'triton', but the tensors are on {device}; move them to a CUDA or ROCm device, use "
