@@ -141,7 +141,8 @@ def _eager(
     q, *contexts = widened(q, *ks, *vs)
     ks, vs = contexts[:count], contexts[count:]
     alone = not differentiated(q, *contexts)
-    if alone and all(few_columns(q, k) for k in ks):
+    # To vmap, an operation of lists is a closed box.
+    if alone and not torch._C._are_functorch_transforms_active() and all(few_columns(q, k) for k in ks):
         return _attend_to_each_op(q, ks, vs, _given(ks, key_biases), shares, scale).to(dtype)
     # In place where no gradient needs it: new memory costs as much as the sum.
     multiply, add = (Tensor.mul_, Tensor.add_) if alone else (torch.mul, torch.add)

@@ -59,6 +59,20 @@ def test_contexts_of_different_lengths_are_composed(keyed, tile, monkeypatch):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_composed_contexts_are_mapped():
+    """By torch.vmap, compiled or not."""
+    q, ks, vs = torch.rand(3, 2, 2, 130, 16), *torch.rand(2, 3, 2, 2, 2, 20, 16)
+
+    def composed(q, ks, vs):
+        return ops.composed_attention(q, ks.unbind(), vs.unbind(), [1.0, 0.5], impl="eager")
+
+    expected = torch.stack([composed(*one) for one in zip(q, ks, vs, strict=True)])
+    mapped = torch.vmap(composed)
+    for run in (mapped, torch.compile(mapped, backend="aot_eager", fullgraph=True)):
+        torch.testing.assert_close(run(q, ks, vs), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_product_is_written_into_part_of_a_tensor(dtype):
     a, b = rand(3, 5, 4), rand(3, 4, 6)
